@@ -1,0 +1,1 @@
+"""Triton kernels of the fused residual blocks, installed as ``fastres.kernels``."""

@@ -1,0 +1,27 @@
+"""Test-wide set-up: interpreted kernels where there is no GPU, GPU tests skipped there, one thread a worker."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before a kernel module is imported
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked ``gpu`` on a machine that has none."""
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_configure(config):
+    """Two workers on two cores: more threads each would only contend."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)

@@ -1,0 +1,218 @@
+"""The command line: ``fastres train``, ``eval``, ``predict`` and ``models``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import fastres
+from fastres import data
+from fastres.errors import FastresError
+from fastres.models import describe_models
+from fastres.models.registry import accepted_options
+from fastres.train import PRESETS, Interrupted, TrainConfig, Trainer, machine, preset
+from fastres.train.evaluate import evaluate, predict_logits
+from fastres.train.run_folder import RunFolder, saved_config
+from fastres.train.trained import find_checkpoint, load_trained
+
+OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+# A resumed run keeps its options, but it may move to another machine.
+CHANGED_BY_RESUME = {"device", "data", "data_root", "compile"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def add_options(parser: argparse.ArgumentParser, names) -> None:
+    """Add configuration options to a command; one that is not given leaves no trace in the result."""
+    for name in names:
+        meta, default = OPTIONS[name].metadata, OPTIONS[name].default
+        flag, help = "--" + name.replace("_", "-"), f"{meta['help']} [{default}]"
+        if meta["kind"] is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help
+            )
+        else:
+            parser.add_argument(
+                flag, type=meta["kind"], choices=meta["choices"], default=argparse.SUPPRESS, help=help,
+                metavar=None if meta["choices"] else meta["kind"].__name__.upper(),
+            )  # fmt: skip
+
+
+def given_options(args: argparse.Namespace) -> dict:
+    """The configuration options that stood on the command line."""
+    return {name: value for name, value in vars(args).items() if name in OPTIONS}
+
+
+def load_data(source: str, root: str, limit_train: int | None, limit_test: int | None) -> data.Dataset:
+    """Load a dataset, say which one it is, and keep a fixed random part of it where that was asked for."""
+    dataset = data.load(source, root=root, say=lambda line: print(line, flush=True))
+    return data.limit(dataset, limit_train, limit_test)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a network and leave a run folder."""
+    given = given_options(args)
+    if args.resume is None:
+        config = preset(args.preset or "fast").replace(**given)
+        path = Path(args.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    else:
+        if fixed := sorted(set(given) - CHANGED_BY_RESUME) or [n for n in ("preset", "out") if getattr(args, n)]:
+            raise FastresError(
+                f"--{fixed[0].replace('_', '-')} cannot change in a resumed run: leave it out, or start a new run"
+            )
+        config, path = saved_config(args.resume).replace(**given), Path(args.resume)
+    device = machine.pick_device(config.device)
+    accepted_options(config.model)  # an unknown model should not wait for the data
+    folder = RunFolder(path, resume=args.resume is not None)
+    try:
+        dataset = load_data(config.data, config.data_root, config.limit_train, config.limit_test)
+        trainer = Trainer(config, dataset, folder)
+        if args.resume is not None:
+            trainer.resume()
+        describe(trainer, device)
+        history = trainer.fit()
+    finally:
+        folder.close()
+    best = max(history, key=lambda row: row["val_accuracy"])
+    print(
+        f"validation accuracy {history[-1]['val_accuracy']:.2%} on {dataset.label}, best {best['val_accuracy']:.2%} "
+        f"in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}"
+    )
+    return 0
+
+
+def describe(trainer: Trainer, device: torch.device) -> None:
+    """Print what is about to run and save it beside the options."""
+    config, dataset = trainer.config, trainer.dataset
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    facts = {
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "data": dataset.label,
+        "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
+        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "versions": {"fastres": fastres.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    trainer.folder.write_config(config, facts)
+    print(
+        f"{config.model}, {facts['parameters']:,} parameters | {dataset.label}, {len(dataset.train)} + "
+        f"{len(dataset.test)} images | {facts['device']}, {facts['dtype']} | {trainer.total_steps} steps | "
+        f"{trainer.folder.path}",
+        flush=True,
+    )
+
+
+def eval_(args: argparse.Namespace) -> int:
+    """Print loss and accuracy of a trained network on a test set."""
+    given = given_options(args)
+    device = machine.pick_device(given.get("device", "auto"))
+    trained = load_trained(find_checkpoint(args.checkpoint), device)
+    config = TrainConfig.from_dict(trained.options).replace(**given)
+    dataset = load_data(config.data, config.data_root, None, config.limit_test)
+    if list(dataset.classes) != trained.classes:
+        raise FastresError(
+            f"{trained.path} tells apart {', '.join(trained.classes)}, but the data has {', '.join(dataset.classes)}: "
+            "name the data it was trained for with --data"
+        )
+    dtype = machine.pick_dtype(config.precision, device)
+    batches = data.Batches(
+        dataset.test,
+        min(config.eval_batch_size, len(dataset.test)),
+        mean=trained.mean,
+        std=trained.std,
+        augment=data.Augment(resize=trained.image_size),
+        train=False,
+        device=device,
+    )
+    start = time.perf_counter()
+    loss, accuracy = evaluate(trained.model, batches, dtype, config.tta)
+    rate = len(dataset.test) / (time.perf_counter() - start)
+    print(
+        f"loss {loss:.4f}  accuracy {accuracy:.2%}  on {dataset.label}, {len(dataset.test)} test images  "
+        f"({rate:.0f} images/s, {trained.path}, epoch {trained.epoch})"
+    )
+    return 0
+
+
+@torch.inference_mode()
+def predict(args: argparse.Namespace) -> int:
+    """Print the most probable classes of image files."""
+    device = machine.pick_device(getattr(args, "device", "auto"))
+    trained = load_trained(find_checkpoint(args.checkpoint), device)
+    images = data.read_images(args.images, trained.image_size).to(device)
+    probabilities = predict_logits(
+        trained.model, data.normalise(images, trained.mean, trained.std), getattr(args, "tta", False)
+    ).softmax(1)
+    for path, row in zip(args.images, probabilities):
+        top = row.topk(min(args.top, len(trained.classes)))
+        guesses = "  ".join(f"{trained.classes[i]} {p:.1%}" for p, i in zip(top.values.tolist(), top.indices.tolist()))
+        print(f"{path}  {guesses}")
+    return 0
+
+
+def models(args: argparse.Namespace) -> int:
+    """List the networks."""
+    for name, parameters, summary in describe_models():
+        print(f"{name:<18}{parameters / 1e6:>8.2f} M  {summary}")
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(prog="fastres", description="Fast residual networks on PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fastres {fastres.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
+
+    def command(name: str, run, **kwargs) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, **kwargs)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", train)
+    sub.add_argument("--preset", help=f"recipe that the options start from: {', '.join(PRESETS)} [fast]")
+    sub.add_argument("--out", metavar="FOLDER", help="new run folder [runs/MODEL-TIME]")
+    sub.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    add_options(sub, OPTIONS)
+
+    sub = command("eval", eval_)
+    sub.add_argument("checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
+    add_options(sub, ("data", "data_root", "limit_test", "eval_batch_size", "tta", "device", "precision"))
+
+    sub = command("predict", predict)
+    sub.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    sub.add_argument("--run", dest="checkpoint", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
+    sub.add_argument("--top", type=int, default=3, help="classes to print [3]")
+    add_options(sub, ("tta", "device"))
+
+    command("models", models)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a user's error, 128 + N after signal N."""
+    args = make_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except FastresError as error:
+        print(f"fastres: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"fastres: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("fastres: stopped before anything was to be saved", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Every option of a training run, its default, its help line and its valid values, in one place.
+
+The command line, the presets, the saved ``config.json`` and the checks below all read this dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastres.errors import FastresError
+
+
+def option(default: Any, help: str, *, kind: type, choices: tuple | None = None, low=None, high=None) -> Any:
+    """A dataclass field that knows its ``--help`` line, its scalar type and its valid values."""
+    return field(
+        default=default, metadata={"help": help, "kind": kind, "choices": choices, "low": low, "high": high}
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Lengths are in images or optimizer steps, learning rates per step.
+
+    Raises:
+        FastresError: from `check`, for a value out of range or two options that exclude each other.
+    """
+
+    # network
+    model: str = option("resnet20", "network, see `fastres models`", kind=str)
+    stem: str = option(
+        "auto",
+        "first layers of resnet18..152: auto takes cifar up to 64 pixels",
+        kind=str,
+        choices=("auto", "cifar", "imagenet"),
+    )
+    checkpoint_every: int = option(
+        0, "recompute activations in groups of this many blocks (0: store all)", kind=int, low=0
+    )
+    # data
+    data: str = option("auto", "auto, cifar10, synthetic, or a folder", kind=str)
+    data_root: str = option("data", "folder that CIFAR-10 is looked for in and downloaded to", kind=str)
+    image_size: int | None = option(None, "resize every image to this many pixels", kind=int, low=8, high=1024)
+    limit_train: int | None = option(None, "use only the first images of the training set", kind=int, low=1)
+    limit_test: int | None = option(None, "use only the first images of the test set", kind=int, low=1)
+    crop_pad: int = option(4, "random crop: pixels of reflect padding", kind=int, low=0)
+    flip: str = option(
+        "alternating", "horizontal flips", kind=str, choices=("none", "random", "alternating")
+    )
+    cutout: int = option(0, "side of the square that is cut out, in pixels", kind=int, low=0)
+    # length
+    epochs: int | None = option(10, "passes over the training set", kind=int, low=1)
+    steps: int | None = option(None, "optimizer steps, instead of --epochs", kind=int, low=1)
+    batch_size: int = option(128, "images per optimizer step", kind=int, low=1)
+    accumulate: int = option(1, "micro-batches that one step's batch is split into", kind=int, low=1)
+    eval_batch_size: int = option(500, "images per validation batch", kind=int, low=1)
+    # optimisation
+    lr: float = option(0.1, "peak learning rate", kind=float, low=0.0)
+    momentum: float = option(0.9, "SGD momentum", kind=float, low=0.0, high=1.0)
+    nesterov: bool = option(True, "Nesterov momentum", kind=bool)
+    weight_decay: float = option(
+        5e-4, "decoupled weight decay (none on BatchNorm and biases)", kind=float, low=0.0
+    )
+    schedule: str = option(
+        "cosine", "learning-rate schedule", kind=str, choices=("constant", "cosine", "step", "triangular")
+    )
+    warmup: float = option(0.05, "share of the run before the peak learning rate", kind=float, low=0.0, high=1.0)
+    label_smoothing: float = option(0.0, "label smoothing", kind=float, low=0.0, high=1.0)
+    clip: float | None = option(None, "largest norm of the whole gradient", kind=float, low=0.0)
+    ema: float | None = option(
+        None, "decay of the weight average that is evaluated", kind=float, low=0.0, high=1.0
+    )
+    tta: bool = option(False, "evaluate each image and its mirror image", kind=bool)
+    # machine
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", kind=str)
+    precision: str = option(
+        "auto",
+        "auto takes bf16 where the hardware multiplies it fast",
+        kind=str,
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    channels_last: bool = option(True, "NHWC activations and weights", kind=bool)
+    compile: bool = option(False, "run the network through torch.compile", kind=bool)
+    seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0)
+    deterministic: bool = option(False, "only deterministic algorithms", kind=bool)
+
+    def check(self) -> TrainConfig:
+        """Return the configuration itself, or raise for the first value that cannot be right."""
+        for f in dataclasses.fields(self):
+            self._check_value(f, getattr(self, f.name))
+        if (self.epochs is None) == (self.steps is None):
+            raise FastresError(
+                f"give exactly one of --epochs and --steps, not epochs={self.epochs} and steps={self.steps}"
+            )
+        if self.batch_size % self.accumulate:
+            raise FastresError(
+                f"--batch-size {self.batch_size} does not split into --accumulate {self.accumulate} equal parts: "
+                "make it a multiple"
+            )
+        if self.nesterov and self.momentum == 0:
+            raise FastresError("--nesterov needs a --momentum above 0: add --no-nesterov")
+        return self
+
+    @staticmethod
+    def _check_value(f: dataclasses.Field, value: Any) -> None:
+        flag, meta = "--" + f.name.replace("_", "-"), f.metadata
+        if value is None:
+            if "None" in str(f.type):
+                return
+            raise FastresError(f"{flag} must have a value")
+        accepted = (int, float) if meta["kind"] is float else meta["kind"]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and meta["kind"] is not bool):
+            raise FastresError(f"{flag} {value!r} is not of type {meta['kind'].__name__}")
+        if meta["choices"] and value not in meta["choices"]:
+            raise FastresError(f"{flag} {value!r} is unknown: choose from {', '.join(meta['choices'])}")
+        if meta["low"] is not None and not value >= meta["low"]:
+            raise FastresError(f"{flag} {value} is too small: the least is {meta['low']}")
+        if meta["high"] is not None and not value <= meta["high"]:
+            raise FastresError(f"{flag} {value} is too large: the most is {meta['high']}")
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A checked copy with other values; a length given in steps replaces one in epochs and the reverse."""
+        if changes.get("steps") is not None and "epochs" not in changes:
+            changes["epochs"] = None
+        if changes.get("epochs") is not None and "steps" not in changes:
+            changes["steps"] = None
+        return dataclasses.replace(self, **changes).check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The reverse of `to_dict`; an unknown key is an error, as the file is then of another version."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise FastresError(f"unknown option {unknown[0]!r} in the saved configuration: it is of another version")
+        return cls(**values).check()

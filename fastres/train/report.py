@@ -1,0 +1,34 @@
+"""What a run prints: a table with a row an epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# (heading, key of the row, format)
+COLUMNS = (
+    ("epoch", "epoch", "{:d}"),
+    ("step", "step", "{:d}"),
+    ("lr", "lr", "{:.2e}"),
+    ("train loss", "train_loss", "{:.4f}"),
+    ("train acc", "train_accuracy", "{:.2%}"),
+    ("val loss", "val_loss", "{:.4f}"),
+    ("val acc", "val_accuracy", "{:.2%}"),
+    ("images/s", "images_per_second", "{:.0f}"),
+    ("train s/batch", "train_seconds_per_batch", "{:.4f}"),
+    ("val s/batch", "val_seconds_per_batch", "{:.4f}"),
+    ("peak MiB", "peak_memory_mib", "{:.0f}"),
+    ("seconds", "seconds", "{:.1f}"),
+)
+_WIDTH = 10
+
+
+def heading() -> str:
+    """The table's first line."""
+    return "  ".join(f"{name:>{max(_WIDTH, len(name))}}" for name, _, _ in COLUMNS)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One epoch as a line of the table."""
+    return "  ".join(
+        f"{form.format(row[key]):>{max(_WIDTH, len(name))}}" for name, key, form in COLUMNS
+    )

@@ -1,0 +1,96 @@
+"""The folder that a run leaves: options, metrics, TensorBoard events, curves, last and best checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fastres.atomic import atomic_write
+from fastres.errors import FastresError
+from fastres.train.config import TrainConfig
+from fastres.train.curves import plot_curves
+
+
+class RunFolder:
+    """One run's folder, held by one process at a time.
+
+    Files: ``config.json``, ``metrics.jsonl`` (a row an epoch), ``curves.png``, ``events.out.tfevents.*``,
+    ``last.pt`` (everything a resumed run needs) and ``best.pt`` (the weights with the best validation accuracy).
+
+    Raises:
+        FastresError: when the folder cannot be written, is in use, or already holds a run that is not resumed.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume: bool = False):
+        self.path = Path(path)
+        self.last, self.best = self.path / "last.pt", self.path / "best.pt"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise FastresError(
+                f"cannot write to run folder {self.path}: {error.strerror}; choose another with --out"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise FastresError(f"run folder {self.path} is in use by another run: choose another --out") from None
+        if self.last.exists() and not resume:
+            raise FastresError(
+                f"run folder {self.path} already holds a run: go on with `--resume {self.path}` or choose another --out"
+            )
+        self._tensorboard = None
+
+    def write_config(self, config: TrainConfig, facts: dict[str, Any]) -> None:
+        """Save the options and the facts of the run (data label, device, versions)."""
+        self._write("config.json", json.dumps({"options": config.to_dict(), **facts}, indent=2) + "\n")
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Save all rows; they are written whole so that a resumed run never holds a row twice."""
+        self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+    def write_events(self, row: dict[str, Any]) -> None:
+        """Add one epoch's row to the TensorBoard events."""
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # a slow import, needed only after the first epoch
+
+            self._tensorboard = SummaryWriter(self.path, purge_step=row["step"])
+        for name, value in row.items():
+            if name not in ("step", "epoch"):
+                self._tensorboard.add_scalar(name, value, row["step"])
+        self._tensorboard.flush()
+
+    def write_curves(self, history: list[dict[str, Any]], label: str) -> None:
+        """Draw the learning curves."""
+        if history:
+            with atomic_write(self.path / "curves.png") as file:
+                plot_curves(history, label, file)
+
+    def close(self) -> None:
+        """Release the folder."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._lock.close()
+
+    def _write(self, name: str, text: str) -> None:
+        with atomic_write(self.path / name) as file:
+            file.write(text.encode())
+
+
+def saved_config(path: str | os.PathLike) -> TrainConfig:
+    """The options of the run in a folder.
+
+    Raises:
+        FastresError: when the folder holds no run or its ``config.json`` is damaged.
+    """
+    file = Path(path) / "config.json"
+    try:
+        return TrainConfig.from_dict(json.loads(file.read_text())["options"])
+    except FileNotFoundError:
+        raise FastresError(f"no run in {path}: {file} is missing") from None
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FastresError(f"{file} is damaged ({error}): restore it or start a new run") from error

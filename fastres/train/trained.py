@@ -1,0 +1,64 @@
+"""Trained networks from disk, for evaluation and prediction."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastres.models import create_model
+from fastres.train.checkpoint import CheckpointError, load_checkpoint, load_weights
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network in evaluation mode with what its inputs and outputs mean.
+
+    ``mean`` and ``std`` are per channel on the scale 0..255 of the pixels; ``data`` labels its training images.
+    """
+
+    model: nn.Module
+    path: Path
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    image_size: int
+    data: str
+    epoch: int
+    options: dict[str, Any]
+
+
+def find_checkpoint(path: str | os.PathLike | None) -> Path:
+    """``path`` itself if it is a file, a run folder's ``best.pt``, or for None the newest run's under ``runs/``.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    if path is None:
+        runs = sorted(Path("runs").glob("*/best.pt"), key=lambda file: file.stat().st_mtime)
+        if not runs:
+            raise CheckpointError("no finished run under runs/: name a run folder or checkpoint with --run")
+        return runs[-1]
+    path = Path(path)
+    return path / "best.pt" if path.is_dir() else path
+
+
+def load_trained(path: Path, device: torch.device) -> Trained:
+    """Load a network that `fastres train` saved.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged, or its weights do not fit the network it names.
+    """
+    saved = load_checkpoint(path, device)
+    try:
+        model = create_model(saved["model"], num_classes=len(saved["classes"]), **saved["model_options"])
+        weights = saved["weights"]
+        facts = {name: saved[name] for name in ("classes", "mean", "std", "image_size", "data", "epoch", "options")}
+    except KeyError as error:
+        raise CheckpointError(f"checkpoint {path} lacks {error}: take another one or train again") from error
+    load_weights(model, weights, path)
+    return Trained(model.to(device, memory_format=torch.channels_last).eval(), path, **facts)

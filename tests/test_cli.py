@@ -1,0 +1,169 @@
+"""The command line as a user meets it: one good run from end to end, and every fault in one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastres.cli import main
+from fastres.data import DataError
+from fastres.train.checkpoint import load_checkpoint
+
+QUICK = "--data synthetic --limit-train 64 --limit-test 40 --batch-size 16 --device cpu --precision fp32".split()
+QUICK += ["--model", "resnet20", "--image-size", "16"]
+
+
+def quick(*more: str) -> list[str]:
+    return ["train", *QUICK, *more]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    assert main(quick("--epochs", "1", "--out", str(folder))) == 0
+    return folder
+
+
+def test_train_says_what_it_did(tmp_path, capsys):
+    assert main(quick("--epochs", "1", "--out", str(tmp_path / "run"))) == 0
+    out = capsys.readouterr().out
+    for word in ("train loss", "val acc", "images/s", "val s/batch", "peak MiB", "synthetic", "validation accuracy"):
+        assert word in out
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert {"config.json", "metrics.jsonl", "curves.png", "last.pt", "best.pt"} <= names
+
+
+def test_eval_repeats_the_validation_accuracy(run, capsys):
+    assert main(["eval", str(run), "--device", "cpu"]) == 0
+    accuracy = load_checkpoint(run / "last.pt")["history"][0]["val_accuracy"]
+    assert f"accuracy {accuracy:.2%}" in capsys.readouterr().out
+
+
+def test_predict_prints_classes_that_sum_to_one(run, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    assert main(["predict", str(tmp_path / "a.png"), "--run", str(run), "--top", "99", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    shares = [float(word[:-1]) for word in out.split() if word.endswith("%")]
+    assert len(shares) == 10 and sum(shares) == pytest.approx(100, abs=0.6)
+
+
+def test_models_lists_published_sizes(capsys):
+    assert main(["models"]) == 0
+    lines = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert lines["resnet20"] == "0.27" and lines["resnet1202"] == "19.42" and "notebook" in lines
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (quick("--model", "resnet51"), "unknown model 'resnet51': did you mean"),
+        (["train", "--preset", "fats"], "unknown preset 'fats': did you mean 'fast'"),
+        (quick("--lr", "-3"), "--lr -3.0 is too small"),
+        (quick("--stem", "cifar"), "model 'resnet20' has no option 'stem'"),
+        (quick("--batch-size", "65"), "65"),
+        (quick("--data", "/no/such/folder"), "/no/such/folder"),
+        (quick("--device", "tpu"), "choose auto, cpu, cuda"),
+        (quick("--out", "/dev/null/run"), "cannot write to run folder /dev/null/run"),
+        (["train", "--resume", "/no/such/run"], "no run in /no/such/run"),
+        (["eval", "/no/such/run"], "no checkpoint at /no/such/run"),
+        (["predict", "/no/such/image.png"], "no finished run under runs/"),
+    ],
+)
+def test_faults_are_one_line(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("fastres: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is absent")
+def test_cuda_asked_for_and_absent(capsys):
+    assert main(quick("--device", "cuda")) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["train", "--lr", "fast"], ["train", "--schedule", "up"], ["train", "--colour", "1"], ["tarin"]])
+def test_bad_usage_is_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "error:" in err
+
+
+def test_unreadable_image(run, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
+    assert main(["predict", str(tmp_path / "broken.png"), "--run", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert "broken.png" in err and err.count("\n") == 1
+
+
+def test_a_resumed_run_keeps_its_options(run, capsys):
+    assert main(["train", "--resume", str(run), "--lr", "0.5"]) == 2
+    assert "--lr cannot change in a resumed run" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(run, capsys):
+    before = (run / "last.pt").read_bytes()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "validation accuracy" in capsys.readouterr().out
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_auto_data_is_announced(tmp_path, capsys, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise DataError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", no_network)
+    auto = [word if word != "synthetic" else "auto" for word in quick("--epochs", "1", "--out", str(tmp_path / "run"))]
+    assert main(auto) == 0
+    assert "synthetic" in capsys.readouterr().out
+
+
+def start(*argv: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastres.cli", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(path, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never appeared"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_process_can_be_resumed(number, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*quick("--epochs", "400", "--out", str(folder)))
+    wait_for(folder / "metrics.jsonl")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    saved = load_checkpoint(folder / "last.pt")
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert f"go on with `fastres train --resume {folder}`" in err
+    again = start("train", "--resume", str(folder))
+    before = len(saved["history"])
+    deadline = time.monotonic() + 120
+    while len((folder / "metrics.jsonl").read_text().splitlines()) <= before:
+        assert again.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    again.terminate()
+    again.communicate(timeout=60)
+    assert [row["epoch"] for row in load_checkpoint(folder / "last.pt")["history"]][: before + 1] == list(
+        range(1, before + 2)
+    )

@@ -1,0 +1,55 @@
+"""Options: valid ones round-trip, each kind of bad one is named with its remedy."""
+
+import pytest
+
+from fastres.errors import FastresError
+from fastres.train import PRESETS, TrainConfig, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_round_trip(name):
+    assert TrainConfig.from_dict(preset(name).to_dict()) == preset(name)
+
+
+def test_the_notebook_preset_is_the_notebook():
+    config = preset("notebook")
+    assert (config.model, config.image_size, config.batch_size, config.steps) == ("notebook", 96, 64, 20_000)
+    assert (config.lr, config.momentum, config.nesterov, config.schedule) == (0.01, 0.9, False, "constant")
+    assert (config.weight_decay, config.flip, config.crop_pad) == (0.0, "none", 0)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(lr=-1.0), "--lr -1.0 is too small"),
+        (dict(lr=float("nan")), "--lr nan"),
+        (dict(momentum=1.5), "--momentum 1.5 is too large"),
+        (dict(schedule="exponential"), "choose from constant, cosine, step, triangular"),
+        (dict(batch_size=0), "--batch-size 0 is too small"),
+        (dict(batch_size=10, accumulate=3), "--accumulate 3"),
+        (dict(batch_size=2.5), "is not of type int"),
+        (dict(epochs=3, steps=5), "exactly one of --epochs and --steps"),
+        (dict(momentum=0.0), "--no-nesterov"),
+        (dict(precision="fp8"), "fp32, bf16, fp16"),
+        (dict(model=None), "--model must have a value"),
+        (dict(compile=1), "is not of type bool"),
+    ],
+)
+def test_bad_values_are_named(change, words):
+    with pytest.raises(FastresError, match=words.replace("(", r"\(")):
+        TrainConfig().replace(**change)
+
+
+def test_steps_take_the_place_of_epochs():
+    assert TrainConfig().replace(steps=7).epochs is None
+    assert preset("notebook").replace(epochs=2).steps is None
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(FastresError, match="did you mean 'notebook'"):
+        preset("notebok")
+
+
+def test_configuration_of_another_version():
+    with pytest.raises(FastresError, match="unknown option 'colour'"):
+        TrainConfig.from_dict({"colour": "red"})

@@ -1,0 +1,168 @@
+"""The loop: it learns, resumes bit for bit, and stops well when the loss is not finite."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from fastres.errors import FastresError
+from fastres.train import Interrupted, NonFiniteLoss, Trainer, trainer
+from fastres.train.checkpoint import load_checkpoint
+from fastres.train.evaluate import evaluate
+from fastres.train.run_folder import RunFolder
+from support_train import same_weights, tiny_config, tiny_dataset, tiny_trainer
+
+TIMING = {"seconds", "images_per_second", "train_seconds_per_batch", "val_seconds_per_batch", "peak_memory_mib"}
+
+
+def facts(history):
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in history]
+
+
+def test_learns_and_leaves_a_run_folder(tmp_path):
+    run = tiny_trainer(tmp_path, epochs=6, label_smoothing=0.1, ema=0.8, tta=True, clip=5.0)
+    history = run.fit()
+    assert history[-1]["val_accuracy"] >= 0.9 > history[0]["val_accuracy"]
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6] and history[-1]["step"] == 36
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
+    assert any(file.name.startswith("events.out.tfevents") for file in tmp_path.iterdir())
+    best = load_checkpoint(tmp_path / "best.pt")
+    first_best = max(history, key=lambda row: row["val_accuracy"])
+    assert best["epoch"] == first_best["epoch"] and best["data"] == "tiny"
+
+
+@pytest.mark.parametrize("changes", [dict(ema=0.9, flip="alternating", cutout=3), dict(precision="fp16"), dict(steps=9)])
+def test_resume_after_every_epoch_is_bit_for_bit(tmp_path, changes):
+    whole = tiny_trainer(tmp_path / "whole", **changes)
+    whole.fit()
+    part = tiny_trainer(tmp_path / "part", **changes)
+    part._train_epoch(trainer.StopRequest())
+    part._end_epoch()
+    part.folder.close()
+    torch.manual_seed(1234)  # whatever the process did before must not matter
+    rest = tiny_trainer(tmp_path / "part", **changes)
+    rest.resume()
+    rest.fit()
+    assert same_weights(rest.evaluated.state_dict(), whole.evaluated.state_dict())
+    assert facts(rest.history) == facts(whole.history)
+
+
+def test_a_signal_in_mid_epoch_saves_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole = tiny_trainer(tmp_path / "whole")
+    whole.fit()
+    part = tiny_trainer(tmp_path / "part")
+    step = part._train_step
+
+    def step_then_signal(images, labels):
+        step(images, labels)
+        if part.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(part, "_train_step", step_then_signal)
+    with pytest.raises(Interrupted, match="SIGTERM after step 8 of 12") as stopped:
+        part.fit()
+    assert stopped.value.signum == signal.SIGTERM
+    part.folder.close()
+    rest = tiny_trainer(tmp_path / "part")
+    rest.resume()
+    assert (rest.epoch, rest.batch) == (1, 2)
+    rest.fit()
+    assert same_weights(rest.model.state_dict(), whole.model.state_dict())
+    assert facts(rest.history) == facts(whole.history)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    run = tiny_trainer(tmp_path)
+    step = run._train_step
+
+    def poisoned(images, labels):
+        step(images * float("nan") if run.step == 8 else images, labels)
+
+    monkeypatch.setattr(run, "_train_step", poisoned)
+    with pytest.raises(NonFiniteLoss, match=r"epoch 2, step 9: lower --lr .*last.pt is the last good checkpoint"):
+        run.fit()
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 6
+
+
+class PlainNetwork(nn.Module):
+    """No BatchNorm, so that a batch in parts has the gradient of the whole."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, num_classes))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_accumulation_and_clipping(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "create_model", lambda name, num_classes, **_: PlainNetwork(num_classes))
+    whole = tiny_trainer(tmp_path / "a", epochs=1)
+    parts = tiny_trainer(tmp_path / "b", epochs=1, accumulate=4)
+    for run in (whole, parts):
+        run.fit()
+    for a, b in zip(whole.model.parameters(), parts.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-5)
+
+    clipped = tiny_trainer(tmp_path / "c", steps=1, clip=1e-3, momentum=0.0, nesterov=False, weight_decay=0.0, warmup=0.0)
+    before = [p.detach().clone() for p in clipped.model.parameters()]
+    clipped.fit()
+    moved = torch.cat([(p - q).flatten() for p, q in zip(clipped.model.parameters(), before)]).norm()
+    assert moved.item() == pytest.approx(0.05 * 1e-3, rel=1e-3)
+
+
+def test_evaluation_counts_every_image_and_averages_mirror_images(tmp_path):
+    run = tiny_trainer(tmp_path, eval_batch_size=16)
+    dataset = tiny_dataset()
+    images = (dataset.test.images.double() - 110) / 60
+    model = run.model.double().eval()
+    with torch.no_grad():
+        logits = (model(images) + model(images.flip(3))) / 2
+    expected = torch.nn.functional.cross_entropy(logits, dataset.test.labels)
+    run.model.float()
+    loss, accuracy = evaluate(run.model, run.val_batches, torch.float32, tta=True)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert accuracy == (logits.argmax(1) == dataset.test.labels).double().mean().item()
+
+
+def test_compiled_network_learns_the_same(tmp_path):
+    plain = tiny_trainer(tmp_path / "plain", steps=3)
+    compiled = tiny_trainer(tmp_path / "compiled", steps=3)
+    compiled.network = torch.compile(compiled.model, backend="aot_eager")
+    for run in (plain, compiled):
+        run.fit()
+    assert compiled.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-3)
+    assert load_checkpoint(tmp_path / "compiled" / "last.pt")["weights"].keys() == plain.model.state_dict().keys()
+
+
+def test_seed_decides_the_run(tmp_path):
+    runs = [tiny_trainer(tmp_path / name, epochs=1, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))]
+    for run in runs:
+        run.fit()
+    a, b, c = (run.model.state_dict() for run in runs)
+    assert same_weights(a, b) and not same_weights(a, c)
+
+
+def test_other_data_on_resume(tmp_path):
+    run = tiny_trainer(tmp_path)
+    run.save()
+    run.dataset = tiny_dataset().__class__(**{**vars(tiny_dataset()), "label": "other"})
+    with pytest.raises(FastresError, match="was trained on 'tiny', not on 'other'"):
+        run.resume()
+
+
+def test_folder_faults(tmp_path):
+    first = RunFolder(tmp_path / "run")
+    with pytest.raises(FastresError, match="in use by another run"):
+        RunFolder(tmp_path / "run")
+    Trainer(tiny_config(), tiny_dataset(), first, say=lambda line: None).save()
+    first.close()
+    with pytest.raises(FastresError, match="already holds a run: go on with `--resume"):
+        RunFolder(tmp_path / "run")
+    with pytest.raises(FastresError, match="cannot write to run folder"):
+        RunFolder(tmp_path / "run" / "last.pt" / "below-a-file")

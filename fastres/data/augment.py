@@ -1,0 +1,163 @@
+"""Augmentation of whole batches on their device: no loop over images and no wait for the device.
+
+The random choices are drawn on the CPU, a few numbers for an image, so that a CPU and a GPU run make the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.data.dataset import DataError
+
+FLIPS = ("none", "random", "alternating")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is done to training images, in this order.
+
+    crop_pad: crop of the images' own size at a random place of the image, reflect-padded by so many pixels.
+    flip: ``random`` mirrors each image with probability 1/2; ``alternating`` mirrors a random half in the first epoch
+        and then each image in every other epoch (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds").
+    resize: side in pixels that every image is brought to, test images too; None leaves them.
+    cutout: side of a square set to the mean, with its centre anywhere in the final image (DeVries & Taylor 2017).
+
+    Raises:
+        DataError: for a value out of range.
+    """
+
+    crop_pad: int = 4
+    flip: str = "none"
+    cutout: int = 0
+    resize: int | None = None
+
+    def __post_init__(self):
+        for name, low in (("crop_pad", 0), ("cutout", 0), ("resize", 1)):
+            value = getattr(self, name)
+            if value is None and name == "resize":
+                continue
+            if not isinstance(value, int) or value < low:
+                raise DataError(f"{name} {value!r} must be an integer of at least {low}")
+        if self.flip not in FLIPS:
+            raise DataError(f"flip {self.flip!r} is unknown: choose from {', '.join(FLIPS)}")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices for B images, each int64 [B] but ``mirror``, which is bool [B]; None: not asked for.
+
+    ``top`` and ``left`` are the crop's corner in the padded image, 0..2*crop_pad. ``hole_y`` and ``hole_x`` are the
+    centre of the cut-out square. ``mirror`` is None for alternating flips, which are a matter of image and epoch.
+    """
+
+    top: Tensor | None
+    left: Tensor | None
+    mirror: Tensor | None
+    hole_y: Tensor | None
+    hole_x: Tensor | None
+
+
+def draw(augment: Augment, count: int, height: int, width: int, generator: torch.Generator) -> Draws:
+    """Choices for ``count`` images that will be ``height`` x ``width`` in the end, on the CPU."""
+
+    def integers(wanted: bool, stop: int) -> Tensor | None:
+        return torch.randint(stop, (count,), generator=generator) if wanted else None
+
+    top = integers(augment.crop_pad > 0, 2 * augment.crop_pad + 1)
+    left = integers(augment.crop_pad > 0, 2 * augment.crop_pad + 1)
+    mirror = integers(augment.flip == "random", 2)
+    hole_y = integers(augment.cutout > 0, height)
+    hole_x = integers(augment.cutout > 0, width)
+    return Draws(top, left, None if mirror is None else mirror.bool(), hole_y, hole_x)
+
+
+def first_flips(count: int, generator: torch.Generator) -> Tensor:
+    """Bool [count]: which images alternating flip mirrors in epoch 0; in epoch e it mirrors ``first_flips ^ (e odd)``."""
+    return torch.randint(2, (count,), generator=generator).bool()
+
+
+def crop_and_flip(
+    images: Tensor,
+    index: Tensor,
+    pad: int = 0,
+    top: Tensor | None = None,
+    left: Tensor | None = None,
+    mirror: Tensor | None = None,
+) -> Tensor:
+    """Pick images, crop them out of their reflect-padded selves and mirror some of them: one gather of uint8 pixels.
+
+    Nothing is padded in memory: the reflection and the mirroring are in the pixel numbers.
+
+    Args:
+        images: uint8 [N, 3, H, W], channels_last. index: int64 [B], which of them.
+        pad: pixels of padding on each side, less than H and W.
+        top, left: int64 [B], corner in the padded image, 0..2*pad; None: no crop.
+        mirror: bool [B], which of them are mirrored left to right after the crop; None: none.
+
+    Returns:
+        uint8 [B, 3, H, W], channels_last.
+    """
+    count, channels, height, width = images.shape
+    # half the index's bytes, and the index is most of what the gather reads
+    dtype = torch.int32 if images.numel() < 2**31 else torch.int64
+
+    def axis(size: int, offset: Tensor | None, reverse: Tensor | None) -> Tensor:
+        position = torch.arange(size, dtype=dtype, device=images.device)[None]
+        if reverse is not None:
+            position = torch.where(reverse[:, None], size - 1 - position, position)
+        if offset is not None:
+            position = (position + (offset.to(dtype)[:, None] - pad)).abs()
+            position = (size - 1) - ((size - 1) - position).abs()
+        return position
+
+    rows, columns = axis(height, top, None), axis(width, left, mirror)
+    pixel = ((index.to(dtype)[:, None] * height + rows) * width)[:, :, None] + columns[:, None, :]
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)
+    return pixels.index_select(0, pixel.flatten()).view(len(index), height, width, channels).permute(0, 3, 1, 2)
+
+
+def normalise(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``(images - mean) / std`` as one multiplication and addition, in float32 (float64 for that dtype), then ``dtype``.
+
+    Args:
+        images: [B, 3, H, W] on the scale 0..255, of any dtype. mean, std: per channel, on the same scale.
+    """
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = [1 / s for s in std]
+    shift = [-m / s for m, s in zip(mean, std)]
+    scale, shift = (
+        torch.tensor(v, dtype=work).to(images.device, non_blocking=True).view(1, -1, 1, 1) for v in (scale, shift)
+    )
+    return images.to(work, copy=True).mul_(scale).add_(shift).to(dtype)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Bilinear resize of [B, 3, H, W] to ``size`` x ``size``, antialiased where it shrinks; float32, channels_last."""
+    if images.shape[-2:] == (size, size):
+        return images
+    images = images.float()
+    shrinks = size < max(images.shape[-2:])
+    out = F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def cutout(images: Tensor, centre_y: Tensor, centre_x: Tensor, size: int) -> Tensor:
+    """Set a ``size`` x ``size`` square of each image to 0, in place.
+
+    The square of an image [3, H, W] has its centre at (centre_y, centre_x), int64 [B], covers ``size // 2`` pixels
+    before it, and what falls outside the image is lost.
+    """
+
+    def covered(length: int, centre: Tensor) -> Tensor:
+        distance = torch.arange(length, device=images.device)[None] - (centre[:, None] - size // 2)
+        return (distance >= 0) & (distance < size)
+
+    rows, columns = covered(images.shape[2], centre_y), covered(images.shape[3], centre_x)
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)

@@ -1,0 +1,123 @@
+"""Batches of a split that lives on the training device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastres.data.augment import Augment, crop_and_flip, cutout, draw, first_flips, normalise, resize
+from fastres.data.dataset import DataError, Split, take_images
+
+ORDER, CHOICES, FLIPS = range(3)  # what a stream of random numbers is for
+
+
+def stream(*key: int) -> torch.Generator:
+    """A CPU generator whose seed mixes all integers of ``key`` (the finaliser of splitmix64, Steele et al. 2014)."""
+    mask, state = (1 << 64) - 1, 0
+    for value in key:
+        state = (state + (value & mask) + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state >> 1)
+
+
+class Batches:
+    """Normalised batches; training batches are shuffled and augmented, test batches come in order and whole.
+
+    The order is a function of (seed, epoch) and the augmentation of (seed, epoch, step), so a run that starts in the
+    middle of an epoch sees the same batches, bit for bit, without doing the work of those before.
+
+    Args:
+        split: images and labels; a copy is held on ``device``.
+        batch_size: images a batch.
+        mean, std: per channel, on the scale 0..255.
+        augment: see `Augment`; of test images only ``resize`` is done. None: nothing.
+        train: whether these are training batches.
+        dtype: of the images that are yielded.
+        drop_last: leave out the last batch where it is smaller; default: when training, as batch statistics of a few
+            images are poor.
+
+    Raises:
+        DataError: when the batch is larger than the split or the crop's padding does not fit the images.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Augment | None = None,
+        train: bool = True,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        drop_last: bool | None = None,
+    ):
+        augment = augment or Augment(crop_pad=0)
+        side = min(split.images.shape[-2:])
+        if batch_size < 1:
+            raise DataError(f"batch size {batch_size} must be at least 1")
+        if batch_size > len(split):
+            raise DataError(
+                f"batch size {batch_size} exceeds the {len(split)} images of the set: lower it to {len(split)} or less"
+            )
+        if train and augment.crop_pad >= side:
+            raise DataError(
+                f"crop_pad {augment.crop_pad} cannot be reflected in images of {side} pixels: lower it below {side}"
+            )
+        self.device = torch.device(device)
+        self.split, self.batch_size, self.mean, self.std = split.to(self.device), batch_size, tuple(mean), tuple(std)
+        self.augment = augment if train else Augment(crop_pad=0, resize=augment.resize)
+        self.train, self.seed, self.dtype = train, seed, dtype
+        self.drop_last = train if drop_last is None else drop_last
+        self._first_flips = first_flips(len(split), stream(seed, FLIPS)) if self.augment.flip == "alternating" else None
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        whole, rest = divmod(len(self.split), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches ``start_step``... of an epoch: images [B, 3, H, W] of ``dtype``, channels_last, and labels int64 [B].
+
+        Raises:
+            DataError: for a ``start_step`` that the epoch does not have.
+        """
+        if not 0 <= start_step <= len(self):
+            raise DataError(f"step {start_step} is not in an epoch of {len(self)} batches: resume with the same data")
+        return self._epoch(epoch, start_step)
+
+    def _epoch(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(self.split)
+        order = torch.randperm(count, generator=stream(self.seed, ORDER, epoch)) if self.train else torch.arange(count)
+        on_device = self._send(order)
+        for step in range(start_step, len(self)):
+            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            yield self._images(order[part], on_device[part], epoch, step), self.split.labels[on_device[part]]
+
+    def _images(self, index: Tensor, index_on_device: Tensor, epoch: int, step: int) -> Tensor:
+        augment, images = self.augment, self.split.images
+        height, width = (augment.resize,) * 2 if augment.resize else images.shape[-2:]
+        draws = draw(augment, len(index), height, width, stream(self.seed, CHOICES, epoch, step))
+        mirror = draws.mirror if self._first_flips is None else self._first_flips[index] ^ bool(epoch % 2)
+        if draws.top is None and mirror is None:
+            images = take_images(images, index_on_device)
+        else:
+            corner = self._send(draws.top), self._send(draws.left)
+            images = crop_and_flip(images, index_on_device, augment.crop_pad, *corner, self._send(mirror))
+        if augment.resize:
+            images = resize(images, augment.resize)
+        images = normalise(images, self.mean, self.std, self.dtype)
+        if augment.cutout:
+            cutout(images, self._send(draws.hole_y), self._send(draws.hole_x), augment.cutout)
+        return images
+
+    def _send(self, choices: Tensor | None) -> Tensor | None:
+        """Copy to the device without a wait for it."""
+        if choices is None or self.device.type != "cuda":
+            return choices
+        return choices.pin_memory().to(self.device, non_blocking=True)

@@ -1,0 +1,151 @@
+"""Where labelled images come from: CIFAR-10, an image folder, CIFAR's batches, or the built-in drawn set."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from fastres.data import cifar, folder, synthetic
+from fastres.data.cache import cached, default_folder, fingerprint
+from fastres.data.dataset import DataError, Dataset, make_dataset
+
+SOURCES = ("auto", "cifar10", "synthetic")
+IMAGE_SIZE = 32
+SYNTHETIC_SIZES = 10_000, 2_000
+
+
+class Loader:
+    """Reads any source, through one cache folder and with one way to speak."""
+
+    def __init__(self, image_size: int, cache_folder: Path | None, say: Callable[[str], None]):
+        self.image_size, self.cache_folder, self.say = image_size, cache_folder, say
+
+    def cifar10(self, root: Path) -> Dataset:
+        """CIFAR-10 as published, from ``root`` or from the network."""
+        batches = root / cifar.FOLDER
+        if self._looks_whole(batches):
+            dataset = self.batches(batches)
+            if dataset.label == "CIFAR-10":
+                return dataset
+        cifar.download(root, self.say)
+        return self.batches(batches)
+
+    @staticmethod
+    def _looks_whole(batches: Path) -> bool:
+        return all((batches / name).is_file() for name in (*cifar.TRAIN, cifar.TEST, cifar.META))
+
+    def batches(self, path: Path) -> Dataset:
+        """A ``cifar-10-batches-py`` folder; it is called CIFAR-10 only if its checksums are CIFAR-10's."""
+        names = (*cifar.TRAIN, cifar.TEST, cifar.META)
+
+        def build() -> Dataset:
+            train, test, classes = cifar.read_batches(path)
+            genuine = cifar.is_genuine(path)
+            return make_dataset(
+                train, test, classes, "CIFAR-10" if genuine else f"batches {path.name} ({len(train)} images)"
+            )
+
+        for name in names:
+            if not (path / name).is_file():
+                raise DataError(f"{path / name} is missing: {cifar.REMEDY}")
+        state = fingerprint(path / name for name in names)
+        return cached(self.cache_folder, f"batches {path.resolve()}", state, build, self.say)
+
+    def image_folder(self, path: Path) -> Dataset:
+        """An image folder ``PATH/{train,test}/CLASS/*``."""
+
+        def build() -> Dataset:
+            train, test, classes = folder.read_image_folder(path, self.image_size)
+            name = path.resolve().name
+            return make_dataset(train, test, classes, f"image folder {name} ({len(train)} images)")
+
+        _, files = folder.list_images(path)
+        state = fingerprint(entry for split in files.values() for members in split for entry in members)
+        return cached(self.cache_folder, f"folder {path.resolve()} {self.image_size}", state, build, self.say)
+
+    def synthetic(self) -> Dataset:
+        """The built-in drawn set."""
+        train, test = (synthetic.synthetic_split(n, split=i) for i, n in enumerate(SYNTHETIC_SIZES))
+        return make_dataset(train, test, synthetic.CLASSES, synthetic.LABEL)
+
+    def path(self, path: Path) -> Dataset:
+        """The image folder or the batches at ``path`` or right under it."""
+        if not path.is_dir():
+            raise DataError(f"data {str(path)!r} is not a folder: give {', '.join(SOURCES)} or an existing folder")
+        if self.has_images(path):
+            return self.image_folder(path)
+        for batches in (path, path / cifar.FOLDER):
+            if self.has_batches(batches):
+                return self.batches(batches)
+        raise DataError(
+            f"folder {path} holds neither train/CLASS/IMAGE and test/CLASS/IMAGE nor {cifar.FOLDER}: "
+            f"arrange it so, or give {', '.join(SOURCES)}"
+        )
+
+    @staticmethod
+    def has_images(path: Path) -> bool:
+        return (path / "train").is_dir() or (path / "test").is_dir()
+
+    @staticmethod
+    def has_batches(path: Path) -> bool:
+        return path.name == cifar.FOLDER and path.is_dir() or any((path / n).is_file() for n in (*cifar.TRAIN, cifar.TEST))
+
+    def auto(self, root: Path) -> Dataset:
+        """The first source that is there, with a word on those before it that are not.
+
+        One that is there but damaged is an error: falling through would train on other data than was meant.
+        """
+        missing = []
+        try:
+            return self.cifar10(root)
+        except DataError as error:
+            missing.append(str(error))
+        if self.has_images(root):
+            dataset = self.image_folder(root)
+        else:
+            missing.append(f"no image folder {root}/{{train,test}}/CLASS")
+            if self.has_batches(root / cifar.FOLDER):
+                dataset = self.batches(root / cifar.FOLDER)
+            else:
+                missing.append(f"no {root / cifar.FOLDER}")
+                dataset = self.synthetic()
+        self.say(f"data: {dataset.label}, because: {'; '.join(missing)}")
+        return dataset
+
+
+def load(
+    source: str | os.PathLike = "auto",
+    root: str | os.PathLike = "data",
+    image_size: int | None = None,
+    cache: bool | str | os.PathLike = True,
+    say: Callable[[str], None] = logging.getLogger(__name__).warning,
+) -> Dataset:
+    """Load labelled images.
+
+    Args:
+        source: ``cifar10``: as published, from ``root``, else downloaded to it by torchvision. ``synthetic``: ten drawn
+            shapes, built in. A path: an image folder ``PATH/{train,test}/CLASS/*``, or ``cifar-10-batches-py`` or the
+            folder it is in. ``auto``: the first that is there of CIFAR-10, an image folder ``root``,
+            ``root/cifar-10-batches-py`` and the synthetic set; ``say`` hears which one and why not those before it.
+        root: where ``auto`` and ``cifar10`` look.
+        image_size: side in pixels that an image folder's images are brought to (32 if None); CIFAR-10 and the synthetic
+            set always have 32, see `Augment.resize`.
+        cache: keep decoded images in `cache.default_folder`, or in this folder, or not at all.
+        say: takes one line: what was chosen, downloads, warnings.
+
+    Raises:
+        DataError: when the source is missing or damaged; the message names the file and the remedy.
+    """
+    if image_size is not None and image_size < 1:
+        raise DataError(f"image size {image_size} must be at least 1 pixel")
+    cache_folder = default_folder() if cache is True else None if cache is False else Path(cache)
+    loader = Loader(image_size or IMAGE_SIZE, cache_folder, say)
+    if source == "auto":
+        return loader.auto(Path(root))
+    if source == "cifar10":
+        return loader.cifar10(Path(root))
+    if source == "synthetic":
+        return loader.synthetic()
+    return loader.path(Path(source))

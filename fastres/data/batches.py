@@ -31,7 +31,7 @@ class Batches:
     middle of an epoch sees the same batches, bit for bit, without doing the work of those before.
 
     Args:
-        split: images and labels; a copy is held on ``device``.
+        split: images and labels; all of them are held on ``device``.
         batch_size: images a batch.
         mean, std: per channel, on the scale 0..255.
         augment: see `Augment`; of test images only ``resize`` is done. None: nothing.

@@ -50,11 +50,11 @@ def cached(
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}.npz"
     try:
         dataset = _read(path, state)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         dataset = None
     except Exception as error:  # a damaged archive can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        say(f"warning: cache file {path} is damaged ({reason}): decoding the images again")
+        say(f"warning: cache file {path} cannot be used ({reason}): decoding the images again")
         dataset = None
     if dataset is None:
         dataset = build()

@@ -8,6 +8,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ FOLDER = "cifar-10-batches-py"
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 TRAIN = tuple(f"data_batch_{n}" for n in range(1, 6))
 TEST, META = "test_batch", "batches.meta"
+FILES = (*TRAIN, TEST, META)
 REMEDY = f"unpack {URL} again"
 PATIENCE = 4.0  # seconds that the server has to answer before it counts as out of reach
 STALL = 30.0  # seconds without a byte after which a download has failed
@@ -148,43 +150,49 @@ def is_genuine(folder: Path) -> bool:
     return all(check_integrity(str(folder / name), md5) for name, md5 in known)
 
 
-def download(root: Path, say: Callable[[str], None]) -> None:
-    """Let torchvision download, verify and unpack CIFAR-10 under ``root``; a server out of reach costs seconds.
+def download(root: Path, why: str, say: Callable[[str], None]) -> None:
+    """Download CIFAR-10 to ``root``, verified and unpacked by torchvision; a server out of reach costs seconds.
+
+    Args:
+        why: what is wrong with the data that is there.
+        say: takes a line when the download begins.
 
     Raises:
         DataError: when the server does not answer, the download breaks off, or ``root`` cannot be written.
     """
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_and_extract_archive
 
     if not reachable(CIFAR10.url, PATIENCE):
         host = CIFAR10.url.split("/")[2]
-        raise DataError(f"CIFAR-10 is not under {root}, and {host} is out of reach: put {FOLDER} there")
-    say(f"downloading CIFAR-10 to {root}")
+        raise DataError(f"{why}; {host} is out of reach: put {FOLDER} into {root}")
+    say(f"{why}: downloading it")
     try:
         with _socket_timeout(STALL):
-            CIFAR10(str(root), download=True)
+            download_and_extract_archive(CIFAR10.url, str(root), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+        if not is_genuine(root / FOLDER):
+            raise RuntimeError("the unpacked files have other checksums than torchvision knows")
     except Exception as error:  # network, disk, archive and checksum faults are of many types
-        raise DataError(f"the download of CIFAR-10 to {root} failed ({_line(error)}): try again or put {FOLDER} there") \
-            from error  # fmt: skip
+        raise DataError(
+            f"the download of CIFAR-10 to {root} failed ({_line(error)}): try again or put {FOLDER} there"
+        ) from error
 
 
 def reachable(url: str, seconds: float) -> bool:
     """Whether a server answers in time. In a thread of its own, as nothing else bounds the look-up of its name."""
-    answered = threading.Event()
+    answers = []
 
     def ask() -> None:
         try:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
-                answered.set()
-        except OSError:
+                answers.append(True)
+        except (OSError, HTTPException):
             pass
-        finally:
-            done.set()
 
-    done = threading.Event()
-    threading.Thread(target=ask, daemon=True).start()
-    done.wait(seconds)
-    return answered.is_set()
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
 
 
 @contextmanager

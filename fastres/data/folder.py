@@ -29,11 +29,11 @@ def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
         with Image.open(path) as image:
             image.draft("RGB", (size, size))  # lets a JPEG decode at a fraction of its size, never below this one
             image = image.convert("RGB")
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
             if image.size != (size, size):
-                box = (left, top, left + side, top + side)
-                image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+                side = min(image.size)
+                left, top = (image.width - side) // 2, (image.height - side) // 2
+                square = image.crop((left, top, left + side, top + side))
+                image = square.resize((size, size), Image.Resampling.BILINEAR)
             return np.asarray(image)
     except FileNotFoundError:
         raise DataError(f"image {path} does not exist: check its name") from None

@@ -14,6 +14,7 @@ from fastres.data.dataset import DataError, Dataset, make_dataset
 SOURCES = ("auto", "cifar10", "synthetic")
 IMAGE_SIZE = 32
 SYNTHETIC_SIZES = 10_000, 2_000
+GENUINE = "CIFAR-10"
 
 
 class Loader:
@@ -25,33 +26,31 @@ class Loader:
     def cifar10(self, root: Path) -> Dataset:
         """CIFAR-10 as published, from ``root`` or from the network."""
         batches = root / cifar.FOLDER
-        if self._looks_whole(batches):
-            dataset = self.batches(batches)
-            if dataset.label == "CIFAR-10":
-                return dataset
-        cifar.download(root, self.say)
+        why = f"CIFAR-10 is not under {root}"
+        if has_batches(batches):
+            try:
+                dataset = self.batches(batches)
+                if dataset.label == GENUINE:
+                    return dataset
+                why = f"{batches} has not the checksums of CIFAR-10"
+            except DataError as error:
+                why = str(error)
+        cifar.download(root, why, self.say)
         return self.batches(batches)
-
-    @staticmethod
-    def _looks_whole(batches: Path) -> bool:
-        return all((batches / name).is_file() for name in (*cifar.TRAIN, cifar.TEST, cifar.META))
 
     def batches(self, path: Path) -> Dataset:
         """A ``cifar-10-batches-py`` folder; it is called CIFAR-10 only if its checksums are CIFAR-10's."""
-        names = (*cifar.TRAIN, cifar.TEST, cifar.META)
 
         def build() -> Dataset:
             train, test, classes = cifar.read_batches(path)
-            genuine = cifar.is_genuine(path)
-            return make_dataset(
-                train, test, classes, "CIFAR-10" if genuine else f"batches {path.name} ({len(train)} images)"
-            )
+            label = GENUINE if cifar.is_genuine(path) else f"batches {path.resolve().name} ({len(train)} images)"
+            return make_dataset(train, test, classes, label)
 
-        for name in names:
-            if not (path / name).is_file():
-                raise DataError(f"{path / name} is missing: {cifar.REMEDY}")
-        state = fingerprint(path / name for name in names)
-        return cached(self.cache_folder, f"batches {path.resolve()}", state, build, self.say)
+        files = [path / name for name in cifar.FILES]
+        for file in files:
+            if not file.is_file():
+                raise DataError(f"{file} is missing: {cifar.REMEDY}")
+        return cached(self.cache_folder, f"batches {path.resolve()}", fingerprint(files), build, self.say)
 
     def image_folder(self, path: Path) -> Dataset:
         """An image folder ``PATH/{train,test}/CLASS/*``."""
@@ -74,23 +73,15 @@ class Loader:
         """The image folder or the batches at ``path`` or right under it."""
         if not path.is_dir():
             raise DataError(f"data {str(path)!r} is not a folder: give {', '.join(SOURCES)} or an existing folder")
-        if self.has_images(path):
+        if has_images(path):
             return self.image_folder(path)
         for batches in (path, path / cifar.FOLDER):
-            if self.has_batches(batches):
+            if has_batches(batches):
                 return self.batches(batches)
         raise DataError(
             f"folder {path} holds neither train/CLASS/IMAGE and test/CLASS/IMAGE nor {cifar.FOLDER}: "
             f"arrange it so, or give {', '.join(SOURCES)}"
         )
-
-    @staticmethod
-    def has_images(path: Path) -> bool:
-        return (path / "train").is_dir() or (path / "test").is_dir()
-
-    @staticmethod
-    def has_batches(path: Path) -> bool:
-        return path.name == cifar.FOLDER and path.is_dir() or any((path / n).is_file() for n in (*cifar.TRAIN, cifar.TEST))
 
     def auto(self, root: Path) -> Dataset:
         """The first source that is there, with a word on those before it that are not.
@@ -99,20 +90,29 @@ class Loader:
         """
         missing = []
         try:
-            return self.cifar10(root)
+            dataset = self.cifar10(root)
         except DataError as error:
             missing.append(str(error))
-        if self.has_images(root):
-            dataset = self.image_folder(root)
-        else:
-            missing.append(f"no image folder {root}/{{train,test}}/CLASS")
-            if self.has_batches(root / cifar.FOLDER):
+            if has_images(root):
+                dataset = self.image_folder(root)
+            elif has_batches(root / cifar.FOLDER):
+                missing.append(f"no image folder {root}/{{train,test}}/CLASS")
                 dataset = self.batches(root / cifar.FOLDER)
             else:
-                missing.append(f"no {root / cifar.FOLDER}")
+                missing += [f"no image folder {root}/{{train,test}}/CLASS", f"no {root / cifar.FOLDER}"]
                 dataset = self.synthetic()
-        self.say(f"data: {dataset.label}, because: {'; '.join(missing)}")
+        self.say("; ".join([f"data: {dataset.label}", *(f"not taken: {reason}" for reason in missing)]))
         return dataset
+
+
+def has_images(path: Path) -> bool:
+    """Whether a folder is meant as an image folder, complete or not."""
+    return (path / "train").is_dir() or (path / "test").is_dir()
+
+
+def has_batches(path: Path) -> bool:
+    """Whether a folder is meant as one of CIFAR's batches, complete or not."""
+    return path.is_dir() and (path.name == cifar.FOLDER or any((path / name).is_file() for name in cifar.FILES))
 
 
 def load(

@@ -39,7 +39,7 @@ def _sides(u, v, normals, distance: int) -> np.ndarray:
     return sum((a * u + b * v < 256 * distance).astype(np.int8) for a, b in normals)
 
 
-# Each shape tells which points (u, v) are in it; it fits in a circle of radius 256.
+# Each shape tells which points (u, v) are in it; most of it lies in a circle of radius 256.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "disc": lambda u, v: _within(u, v, 0, 225),
     "ring": lambda u, v: _within(u, v, 130, 245),

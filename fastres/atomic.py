@@ -14,8 +14,9 @@ from typing import BinaryIO
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Yield a binary file whose content takes the place of ``path`` when the block ends without an exception.
 
-    The content goes to a temporary file in the same folder, is flushed to the disk and then renamed, so a crash at
-    any moment leaves the former file or the new one, never a part. After an exception the former file stays.
+    The content goes to a temporary file in the same folder, is flushed to the disk and then renamed, so a
+    crash at any moment leaves the former file or the new one, never a part. After an exception the former
+    file stays.
 
     Raises:
         OSError: when the folder cannot be written or the disk is full.

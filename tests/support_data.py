@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 from PIL import Image
 
-CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def write_image_folder(root, classes=("ant", "bee"), train=3, test=2, size=(32, 32), suffix=".png", seed=0):
@@ -24,7 +24,7 @@ def write_image_folder(root, classes=("ant", "bee"), train=3, test=2, size=(32, 
 
 
 def write_batches(folder, count=4, protocol=2, seed=0):
-    """The eight files of ``cifar-10-batches-py`` with ``count`` images each; returns (images [6n, 3072], labels)."""
+    """``cifar-10-batches-py`` with ``count`` images a file; returns (images [6*count, 3072], labels)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (6 * count, 3072), dtype=np.uint8)
@@ -33,7 +33,8 @@ def write_batches(folder, count=4, protocol=2, seed=0):
         part = slice(number * count, (number + 1) * count)
         content = {b"data": images[part], b"labels": labels[part].tolist()}
         (folder / name).write_bytes(pickle.dumps(content, protocol))
-    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [n.encode() for n in CIFAR_CLASSES]}, protocol))
+    names = {b"label_names": [name.encode() for name in CIFAR_CLASSES]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names, protocol))
     return images, labels
 
 
@@ -51,7 +52,7 @@ def call_genuine(monkeypatch, folder):
 
 
 def python2_batch(images, labels):
-    """The bytes that Python 2's cPickle wrote for the published batches: protocol 2, byte strings, numpy 1 names."""
+    """A batch as Python 2's cPickle wrote the published ones: protocol 2, byte strings, numpy 1 names."""
 
     def string(raw):
         return b"T" + len(raw).to_bytes(4, "little") + raw

@@ -1,4 +1,4 @@
-"""Labelled images: sources, augmentation on the device, and batches. Imports nothing of fastres but its errors."""
+"""Labelled images: sources, augmentation on the device, and batches."""
 
 from fastres.data.augment import Augment, crop_and_flip, cutout, normalise, resize
 from fastres.data.batches import Batches

@@ -1,6 +1,7 @@
 """Augmentation of whole batches on their device: no loop over images and no wait for the device.
 
-The random choices are drawn on the CPU, a few numbers for an image, so that a CPU and a GPU run make the same ones.
+The random choices are drawn on the CPU, a few numbers for an image, so that a CPU and a GPU run make the
+same ones.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ class Augment:
     """What is done to training images, in this order.
 
     crop_pad: crop of the images' own size at a random place of the image, reflect-padded by so many pixels.
-    flip: ``random`` mirrors each image with probability 1/2; ``alternating`` mirrors a random half in the first epoch
-        and then each image in every other epoch (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds").
+    flip: ``random`` mirrors each image with probability 1/2; ``alternating`` mirrors a random half in the
+        first epoch and then each image in every other epoch (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds").
     resize: side in pixels that every image is brought to, test images too; None leaves them.
-    cutout: side of a square set to the mean, with its centre anywhere in the final image (DeVries & Taylor 2017).
+    cutout: side of a square set to the mean, with its centre anywhere in the final image
+        (DeVries & Taylor 2017).
 
     Raises:
         DataError: for a value out of range.
@@ -51,8 +53,9 @@ class Augment:
 class Draws:
     """The random choices for B images, each int64 [B] but ``mirror``, which is bool [B]; None: not asked for.
 
-    ``top`` and ``left`` are the crop's corner in the padded image, 0..2*crop_pad. ``hole_y`` and ``hole_x`` are the
-    centre of the cut-out square. ``mirror`` is None for alternating flips, which are a matter of image and epoch.
+    ``top`` and ``left`` are the crop's corner in the padded image, 0..2*crop_pad. ``hole_y`` and ``hole_x``
+    are the centre of the cut-out square. ``mirror`` is None for alternating flips, which are a matter of
+    image and epoch.
     """
 
     top: Tensor | None
@@ -77,7 +80,7 @@ def draw(augment: Augment, count: int, height: int, width: int, generator: torch
 
 
 def first_flips(count: int, generator: torch.Generator) -> Tensor:
-    """Bool [count]: which images alternating flip mirrors in epoch 0; in epoch e it mirrors ``first_flips ^ (e odd)``."""
+    """Bool [count]: which images an alternating flip mirrors in even epochs; in odd ones, all others."""
     return torch.randint(2, (count,), generator=generator).bool()
 
 
@@ -89,9 +92,10 @@ def crop_and_flip(
     left: Tensor | None = None,
     mirror: Tensor | None = None,
 ) -> Tensor:
-    """Pick images, crop them out of their reflect-padded selves and mirror some of them: one gather of uint8 pixels.
+    """Pick images, crop them out of their reflect-padded selves and mirror some, by one gather of pixels.
 
-    Nothing is padded in memory: the reflection and the mirroring are in the pixel numbers.
+    Nothing is padded in memory: the reflection and the mirroring are in the pixels' numbers. A batch of uint8
+    pixels is a quarter of its floats, which is why this comes before `normalise`.
 
     Args:
         images: uint8 [N, 3, H, W], channels_last. index: int64 [B], which of them.
@@ -118,28 +122,32 @@ def crop_and_flip(
     rows, columns = axis(height, top, None), axis(width, left, mirror)
     pixel = ((index.to(dtype)[:, None] * height + rows) * width)[:, :, None] + columns[:, None, :]
     pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)
-    return pixels.index_select(0, pixel.flatten()).view(len(index), height, width, channels).permute(0, 3, 1, 2)
+    batch = pixels.index_select(0, pixel.flatten()).view(len(index), height, width, channels)
+    return batch.permute(0, 3, 1, 2)
 
 
 def normalise(
     images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``(images - mean) / std`` as one multiplication and addition, in float32 (float64 for that dtype), then ``dtype``.
+    """``(images - mean) / std`` as one multiplication and one addition.
 
     Args:
-        images: [B, 3, H, W] on the scale 0..255, of any dtype. mean, std: per channel, on the same scale.
+        images: [B, 3, H, W] on the scale 0..255, of any dtype.
+        mean, std: per channel, on the same scale.
+        dtype: of the result; float64 is computed in float64, all others in float32.
     """
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = [1 / s for s in std]
-    shift = [-m / s for m, s in zip(mean, std)]
-    scale, shift = (
-        torch.tensor(v, dtype=work).to(images.device, non_blocking=True).view(1, -1, 1, 1) for v in (scale, shift)
-    )
+    factors = [1 / s for s in std], [-m / s for m, s in zip(mean, std)]
+    scale, shift = torch.tensor(factors, dtype=work).to(images.device, non_blocking=True).view(2, -1, 1, 1)
     return images.to(work, copy=True).mul_(scale).add_(shift).to(dtype)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bilinear resize of [B, 3, H, W] to ``size`` x ``size``, antialiased where it shrinks; float32, channels_last."""
+    """Bilinear resize of [B, 3, H, W] to ``size`` x ``size``, antialiased where it shrinks.
+
+    Returns:
+        float32 [B, 3, size, size], channels_last; ``images`` themselves if they have that size.
+    """
     if images.shape[-2:] == (size, size):
         return images
     images = images.float()
@@ -151,8 +159,8 @@ def resize(images: Tensor, size: int) -> Tensor:
 def cutout(images: Tensor, centre_y: Tensor, centre_x: Tensor, size: int) -> Tensor:
     """Set a ``size`` x ``size`` square of each image to 0, in place.
 
-    The square of an image [3, H, W] has its centre at (centre_y, centre_x), int64 [B], covers ``size // 2`` pixels
-    before it, and what falls outside the image is lost.
+    The square of an image [3, H, W] has its centre at (centre_y, centre_x), int64 [B], covers ``size // 2``
+    pixels before it, and what falls outside the image is lost.
     """
 
     def covered(length: int, centre: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor
 from fastres.data.augment import Augment, crop_and_flip, cutout, draw, first_flips, normalise, resize
 from fastres.data.dataset import DataError, Split, take_images
 
-ORDER, CHOICES, FLIPS = range(3)  # what a stream of random numbers is for
+ORDER, CHOICES, FIRST_FLIPS = range(3)  # what a stream of random numbers is for
 
 
 def stream(*key: int) -> torch.Generator:
-    """A CPU generator whose seed mixes all integers of ``key`` (the finaliser of splitmix64, Steele et al. 2014)."""
+    """A CPU generator whose seed is a hash of all integers of ``key`` (splitmix64, Steele et al. 2014)."""
     mask, state = (1 << 64) - 1, 0
     for value in key:
         state = (state + (value & mask) + 0x9E3779B97F4A7C15) & mask
@@ -27,8 +27,8 @@ def stream(*key: int) -> torch.Generator:
 class Batches:
     """Normalised batches; training batches are shuffled and augmented, test batches come in order and whole.
 
-    The order is a function of (seed, epoch) and the augmentation of (seed, epoch, step), so a run that starts in the
-    middle of an epoch sees the same batches, bit for bit, without doing the work of those before.
+    The order is a function of (seed, epoch) and the augmentation of (seed, epoch, step), so a run that starts
+    in the middle of an epoch sees the same batches, bit for bit, without doing the work of those before.
 
     Args:
         split: images and labels; all of them are held on ``device``.
@@ -37,8 +37,8 @@ class Batches:
         augment: see `Augment`; of test images only ``resize`` is done. None: nothing.
         train: whether these are training batches.
         dtype: of the images that are yielded.
-        drop_last: leave out the last batch where it is smaller; default: when training, as batch statistics of a few
-            images are poor.
+        drop_last: leave out the last batch where it is smaller; default: when training, as batch statistics
+            of a few images are poor.
 
     Raises:
         DataError: when the batch is larger than the split or the crop's padding does not fit the images.
@@ -63,18 +63,23 @@ class Batches:
             raise DataError(f"batch size {batch_size} must be at least 1")
         if batch_size > len(split):
             raise DataError(
-                f"batch size {batch_size} exceeds the {len(split)} images of the set: lower it to {len(split)} or less"
+                f"batch size {batch_size} exceeds the {len(split)} images of the set: "
+                f"lower it to {len(split)} or less"
             )
         if train and augment.crop_pad >= side:
             raise DataError(
-                f"crop_pad {augment.crop_pad} cannot be reflected in images of {side} pixels: lower it below {side}"
+                f"crop_pad {augment.crop_pad} cannot be reflected in images of {side} pixels: "
+                f"lower it below {side}"
             )
         self.device = torch.device(device)
-        self.split, self.batch_size, self.mean, self.std = split.to(self.device), batch_size, tuple(mean), tuple(std)
+        self.split, self.batch_size = split.to(self.device), batch_size
+        self.mean, self.std = tuple(mean), tuple(std)
         self.augment = augment if train else Augment(crop_pad=0, resize=augment.resize)
         self.train, self.seed, self.dtype = train, seed, dtype
         self.drop_last = train if drop_last is None else drop_last
-        self._first_flips = first_flips(len(split), stream(seed, FLIPS)) if self.augment.flip == "alternating" else None
+        self._first_flips = None
+        if self.augment.flip == "alternating":
+            self._first_flips = first_flips(len(split), stream(seed, FIRST_FLIPS))
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -82,18 +87,25 @@ class Batches:
         return whole + (rest > 0 and not self.drop_last)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches ``start_step``... of an epoch: images [B, 3, H, W] of ``dtype``, channels_last, and labels int64 [B].
+        """The batches of an epoch from ``start_step`` on.
+
+        Yields:
+            images [B, 3, H, W] of ``dtype`` in channels_last memory format, and labels int64 [B].
 
         Raises:
             DataError: for a ``start_step`` that the epoch does not have.
         """
         if not 0 <= start_step <= len(self):
-            raise DataError(f"step {start_step} is not in an epoch of {len(self)} batches: resume with the same data")
+            raise DataError(
+                f"step {start_step} is not in an epoch of {len(self)} batches: resume with the same data"
+            )
         return self._epoch(epoch, start_step)
 
     def _epoch(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(self.split)
-        order = torch.randperm(count, generator=stream(self.seed, ORDER, epoch)) if self.train else torch.arange(count)
+        order = torch.arange(count)
+        if self.train:
+            order = torch.randperm(count, generator=stream(self.seed, ORDER, epoch))
         on_device = self._send(order)
         for step in range(start_step, len(self)):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)

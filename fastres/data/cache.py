@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastres.atomic import atomic_write
-from fastres.data.dataset import Dataset, Split
+from fastres.data.dataset import Dataset, Split, first_line
 
 FORMAT = "fastres-images-1"
 
@@ -27,7 +27,9 @@ def fingerprint(files: Iterable[os.DirEntry | Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         status = file.stat()
-        digest.update(f"{os.fspath(file)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        digest.update(
+            f"{os.fspath(file)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
+        )
     return digest.hexdigest()
 
 
@@ -53,8 +55,7 @@ def cached(
     except (FileNotFoundError, NotADirectoryError):
         dataset = None
     except Exception as error:  # a damaged archive can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        say(f"warning: cache file {path} cannot be used ({reason}): decoding the images again")
+        say(f"warning: cache file {path} cannot be used ({first_line(error)}): decoding the images again")
         dataset = None
     if dataset is None:
         dataset = build()
@@ -62,7 +63,7 @@ def cached(
             folder.mkdir(parents=True, exist_ok=True)
             _write(path, state, dataset)
         except OSError as error:
-            say(f"warning: cannot keep decoded images in {folder} ({error.strerror or error}): going on without")
+            say(f"warning: cannot keep decoded images in {folder} ({first_line(error)}): going on without")
     return dataset
 
 

@@ -1,20 +1,15 @@
-"""CIFAR-10 from its python batches (Krizhevsky 2009): downloaded by torchvision, unpickled without running any code."""
+"""CIFAR-10's python batches (Krizhevsky 2009), unpickled without running any code of theirs."""
 
 from __future__ import annotations
 
 import pickle
-import socket
-import threading
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.client import HTTPException
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastres.data.dataset import DataError, Split
+from fastres.data.dataset import DataError, Split, first_line
 
 FOLDER = "cifar-10-batches-py"
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -22,12 +17,10 @@ TRAIN = tuple(f"data_batch_{n}" for n in range(1, 6))
 TEST, META = "test_batch", "batches.meta"
 FILES = (*TRAIN, TEST, META)
 REMEDY = f"unpack {URL} again"
-PATIENCE = 4.0  # seconds that the server has to answer before it counts as out of reach
-STALL = 30.0  # seconds without a byte after which a download has failed
 
 
 class _Array:
-    """Stands in for numpy's array while it is unpickled, so that no state from the file reaches numpy itself."""
+    """Stands in for numpy's array while it is unpickled: no state from the file reaches numpy itself."""
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, raw = state
@@ -77,8 +70,12 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it calls {module}.{name}, which no batch needs") from None
 
 
+def _text(value: object) -> object:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
 def unpickle(path: Path) -> dict[str, object]:
-    """The dictionary in one batch file: arrays, lists, strings; keys as text. Nothing else in a pickle is obeyed.
+    """The dictionary in one batch file, its keys as text: arrays, lists and strings, the rest is refused.
 
     Raises:
         DataError: when the file is missing, truncated, or calls anything but numpy's array reconstruction.
@@ -89,36 +86,35 @@ def unpickle(path: Path) -> dict[str, object]:
         if not isinstance(content, dict):
             raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, not a dictionary")
         return {
-            key.decode() if isinstance(key, bytes) else key: value.value if isinstance(value, _Array) else value
-            for key, value in content.items()
+            _text(key): value.value if isinstance(value, _Array) else value for key, value in content.items()
         }
     except FileNotFoundError:
         raise DataError(f"{path} is missing: {REMEDY}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise DataError(f"{path} is truncated, damaged or unsafe ({_line(error)}): {REMEDY}") from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} is truncated, damaged or unsafe ({first_line(error)}): {REMEDY}") from error
 
 
 def _read_batch(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, 3072] and labels int64 [n] of one file, checked."""
     content = unpickle(path)
     images, labels = content.get("data"), content.get("labels")
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (3072,) or not len(images):
-        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
+    found = type(images).__name__
+    if isinstance(images, np.ndarray):
+        found = f"{images.dtype} {list(images.shape)}"
+    if not re.fullmatch(r"uint8 \[[1-9]\d*, 3072\]", found):
         raise DataError(f"{path}: 'data' is {found}, not uint8 [n, 3072]: {REMEDY}")
     try:
-        labels = np.array(labels, dtype=np.int64)
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{path}: 'labels' are not integers: {REMEDY}") from None
+        labels = np.array(labels)
+    except ValueError:  # lists of several lengths
+        labels = np.array(None)
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{path}: 'labels' are not integers: {REMEDY}")
     if labels.shape != images.shape[:1]:
         raise DataError(f"{path}: {len(images)} images but labels of shape {list(labels.shape)}: {REMEDY}")
     if labels.min() < 0 or labels.max() >= classes:
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise DataError(f"{path}: label {wrong} is outside 0..{classes - 1}: {REMEDY}")
-    return images, labels
+    return images, labels.astype(np.int64)
 
 
 def read_batches(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
@@ -130,7 +126,7 @@ def read_batches(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
     names = unpickle(folder / META).get("label_names")
     if not isinstance(names, list) or len(names) != 10 or not all(isinstance(n, (bytes, str)) for n in names):
         raise DataError(f"{folder / META}: 'label_names' is not a list of 10 names: {REMEDY}")
-    classes = tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in names)
+    classes = tuple(_text(name) for name in names)
 
     def split(files: tuple[str, ...]) -> Split:
         parts = [_read_batch(folder / file, len(classes)) for file in files]
@@ -142,65 +138,9 @@ def read_batches(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def is_genuine(folder: Path) -> bool:
-    """Whether all files are there with the checksums that torchvision knows: only then it is called CIFAR-10."""
-    from torchvision.datasets import CIFAR10  # here and below: a slow import that other sources do without
+    """Whether all files have the checksums that torchvision knows: only then they are called CIFAR-10."""
+    from torchvision.datasets import CIFAR10  # a slow import that other sources do without
     from torchvision.datasets.utils import check_integrity
 
     known = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
     return all(check_integrity(str(folder / name), md5) for name, md5 in known)
-
-
-def download(root: Path, why: str, say: Callable[[str], None]) -> None:
-    """Download CIFAR-10 to ``root``, verified and unpacked by torchvision; a server out of reach costs seconds.
-
-    Args:
-        why: what is wrong with the data that is there.
-        say: takes a line when the download begins.
-
-    Raises:
-        DataError: when the server does not answer, the download breaks off, or ``root`` cannot be written.
-    """
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    if not reachable(CIFAR10.url, PATIENCE):
-        host = CIFAR10.url.split("/")[2]
-        raise DataError(f"{why}; {host} is out of reach: put {FOLDER} into {root}")
-    say(f"{why}: downloading it")
-    try:
-        with _socket_timeout(STALL):
-            download_and_extract_archive(CIFAR10.url, str(root), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-        if not is_genuine(root / FOLDER):
-            raise RuntimeError("the unpacked files have other checksums than torchvision knows")
-    except Exception as error:  # network, disk, archive and checksum faults are of many types
-        raise DataError(
-            f"the download of CIFAR-10 to {root} failed ({_line(error)}): try again or put {FOLDER} there"
-        ) from error
-
-
-def reachable(url: str, seconds: float) -> bool:
-    """Whether a server answers in time. In a thread of its own, as nothing else bounds the look-up of its name."""
-    answers = []
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
-                answers.append(True)
-        except (OSError, HTTPException):
-            pass
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """A stalled connection raises instead of waiting for ever; torchvision sets no timeout of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

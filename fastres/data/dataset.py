@@ -14,6 +14,11 @@ class DataError(FastresError):
     """Data that is missing, damaged or does not fit its use. The message is one line and names the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, as a part of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @dataclass(frozen=True)
 class Split:
     """Labelled images.
@@ -32,9 +37,7 @@ class Split:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise DataError(f"images must be uint8 [N, 3, H, W], not {images.dtype} {list(images.shape)}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise DataError(
-                f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}: one for each image"
-            )
+            raise DataError(f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}")
         if len(images) == 0:
             raise DataError("a split without an image: add images to it")
         if not images.is_contiguous(memory_format=torch.channels_last):
@@ -56,8 +59,9 @@ class Split:
 class Dataset:
     """Images to train and to test on.
 
-    ``label`` says what an accuracy was reached on. ``mean`` and ``std`` are of the training images, per channel, on the
-    pixels' scale 0..255; the std of a constant channel is given as 1, so that it is normalised to 0.
+    ``label`` says what an accuracy was reached on. ``mean`` and ``std`` are of the training images, per
+    channel, on the pixels' scale 0..255; the std of a constant channel is given as 1, so that it is
+    normalised to 0.
     """
 
     train: Split
@@ -78,12 +82,14 @@ def make_dataset(train: Split, test: Split, classes: tuple[str, ...], label: str
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= len(classes):
             wrong = low if low < 0 else high
-            raise DataError(f"{label}: {name} label {wrong} is outside 0..{len(classes) - 1}: correct the labels")
+            raise DataError(
+                f"{label}: {name} label {wrong} is outside 0..{len(classes) - 1}: correct the labels"
+            )
     return Dataset(train, test, tuple(classes), label, *channel_statistics(train.images))
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation per channel, in float64, from exact histograms of the 256 values."""
+    """Mean and population standard deviation per channel, in float64, from the values' exact histograms."""
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
     for channel in range(images.shape[1]):
@@ -96,12 +102,12 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def take_images(images: Tensor, index: Tensor) -> Tensor:
-    """``images[index]`` of channels_last images [N, C, H, W] and int64 [M], still channels_last: one copy of rows."""
+    """``images[index]`` for channels_last images [N, C, H, W] and int64 [M], kept channels_last."""
     return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
 
 
 def limit(dataset: Dataset, train: int | None = None, test: int | None = None) -> Dataset:
-    """At most ``train`` and ``test`` images, a part drawn at random but always the same; the label says so."""
+    """At most ``train`` and ``test`` images, drawn at random but always the same; the label says so."""
     label, splits = dataset.label, []
     for name, split, count in (("train", dataset.train, train), ("test", dataset.test, test)):
         if count is not None and count < 1:

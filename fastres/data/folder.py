@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastres.data.dataset import DataError, Split
+from fastres.data.dataset import DataError, Split, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
 TASK = 64  # images that a thread decodes at a time
@@ -27,7 +27,7 @@ def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (size, size))  # lets a JPEG decode at a fraction of its size, never below this one
+            image.draft("RGB", (size, size))  # a JPEG decodes at a fraction of its size, not below this one
             image = image.convert("RGB")
             if image.size != (size, size):
                 side = min(image.size)
@@ -38,12 +38,16 @@ def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
     except FileNotFoundError:
         raise DataError(f"image {path} does not exist: check its name") from None
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"image {path} cannot be read ({reason}): replace or remove it") from error
+        raise DataError(f"image {path} cannot be read ({first_line(error)}): replace or remove it") from error
 
 
 def read_images(paths: Sequence[str | os.PathLike], size: int, desc: str | None = None) -> Tensor:
-    """Images as uint8 [N, 3, size, size], channels_last, decoded in parallel threads; a bar shows it on a terminal.
+    """Images as uint8 [N, 3, size, size], channels_last, decoded in parallel threads.
+
+    Args:
+        paths: image files.
+        size: side in pixels, see `read_image`.
+        desc: what a progress bar on a terminal is called; None: no bar.
 
     Raises:
         DataError: for the first file that cannot be read.
@@ -58,7 +62,8 @@ def read_images(paths: Sequence[str | os.PathLike], size: int, desc: str | None 
 
     workers = ThreadPoolExecutor(os.cpu_count())
     try:
-        with tqdm(total=len(paths), desc=desc, unit="image", leave=False, disable=None if desc else True) as bar:
+        disable = None if desc else True  # None: where there is no terminal
+        with tqdm(total=len(paths), desc=desc, unit="image", leave=False, disable=disable) as bar:
             for done in workers.map(decode, range(0, len(paths), TASK)):
                 bar.update(done)
     finally:
@@ -71,14 +76,17 @@ def _entries(folder: Path) -> list[os.DirEntry]:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        raise DataError(f"folder {folder} cannot be read ({error.strerror}): check it and its permissions") from error
+        raise DataError(
+            f"folder {folder} cannot be read ({error.strerror}): check it and its permissions"
+        ) from error
 
 
 def list_images(root: Path) -> tuple[tuple[str, ...], dict[str, list[list[os.DirEntry]]]]:
     """Class names, sorted, and for "train" and "test" each class's image files, sorted by name.
 
     Raises:
-        DataError: when a split is missing, the splits' classes differ, there are fewer than two, or one has no image.
+        DataError: when a split is missing, the splits' classes differ, there are fewer than two, or one has
+            no image.
     """
     files: dict[str, list[list[os.DirEntry]]] = {}
     names: dict[str, tuple[str, ...]] = {}
@@ -88,18 +96,24 @@ def list_images(root: Path) -> tuple[tuple[str, ...], dict[str, list[list[os.Dir
         folders = [e for e in _entries(root / split) if e.is_dir()]
         names[split] = tuple(e.name for e in folders)
         files[split] = [
-            [e for e in _entries(Path(f.path)) if e.name.lower().endswith(SUFFIXES) and e.is_file()] for f in folders
+            [e for e in _entries(Path(f.path)) if e.name.lower().endswith(SUFFIXES) and e.is_file()]
+            for f in folders
         ]
         for name, members in zip(names[split], files[split]):
             if not members:
-                raise DataError(f"class folder {root / split / name} holds no image ({' '.join(SUFFIXES)}): add some")
+                raise DataError(
+                    f"class folder {root / split / name} holds no image ({' '.join(SUFFIXES)}): add some"
+                )
     for one, other in (("train", "test"), ("test", "train")):
         if lacking := sorted(set(names[one]) - set(names[other])):
             raise DataError(
-                f"class {lacking[0]!r} is in {root / one} but not in {root / other}: both need the same class folders"
+                f"class {lacking[0]!r} is in {root / one} but not in {root / other}: "
+                "both need the same class folders"
             )
     if len(names["train"]) < 2:
-        raise DataError(f"image folder {root / 'train'} has {len(names['train'])} class folders: at least 2 are needed")
+        raise DataError(
+            f"image folder {root / 'train'} has {len(names['train'])} class folders: at least 2 are needed"
+        )
     return names["train"], files
 
 

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fastres.data import cifar, folder, synthetic
+from fastres.data import cifar, download, folder, synthetic
 from fastres.data.cache import cached, default_folder, fingerprint
 from fastres.data.dataset import DataError, Dataset, make_dataset
 
+logger = logging.getLogger(__name__)
 SOURCES = ("auto", "cifar10", "synthetic")
 IMAGE_SIZE = 32
 SYNTHETIC_SIZES = 10_000, 2_000
@@ -35,7 +36,7 @@ class Loader:
                 why = f"{batches} has not the checksums of CIFAR-10"
             except DataError as error:
                 why = str(error)
-        cifar.download(root, why, self.say)
+        download.download(root, why, self.say)
         return self.batches(batches)
 
     def batches(self, path: Path) -> Dataset:
@@ -43,7 +44,8 @@ class Loader:
 
         def build() -> Dataset:
             train, test, classes = cifar.read_batches(path)
-            label = GENUINE if cifar.is_genuine(path) else f"batches {path.resolve().name} ({len(train)} images)"
+            other = f"batches {path.resolve().name} ({len(train)} images)"
+            label = GENUINE if cifar.is_genuine(path) else other
             return make_dataset(train, test, classes, label)
 
         files = [path / name for name in cifar.FILES]
@@ -72,7 +74,9 @@ class Loader:
     def path(self, path: Path) -> Dataset:
         """The image folder or the batches at ``path`` or right under it."""
         if not path.is_dir():
-            raise DataError(f"data {str(path)!r} is not a folder: give {', '.join(SOURCES)} or an existing folder")
+            raise DataError(
+                f"data {str(path)!r} is not a folder: give {', '.join(SOURCES)} or an existing folder"
+            )
         if has_images(path):
             return self.image_folder(path)
         for batches in (path, path / cifar.FOLDER):
@@ -112,7 +116,9 @@ def has_images(path: Path) -> bool:
 
 def has_batches(path: Path) -> bool:
     """Whether a folder is meant as one of CIFAR's batches, complete or not."""
-    return path.is_dir() and (path.name == cifar.FOLDER or any((path / name).is_file() for name in cifar.FILES))
+    return any((path / name).is_file() for name in cifar.FILES) or (
+        path.is_dir() and path.name == cifar.FOLDER
+    )
 
 
 def load(
@@ -120,18 +126,19 @@ def load(
     root: str | os.PathLike = "data",
     image_size: int | None = None,
     cache: bool | str | os.PathLike = True,
-    say: Callable[[str], None] = logging.getLogger(__name__).warning,
+    say: Callable[[str], None] = logger.warning,
 ) -> Dataset:
     """Load labelled images.
 
     Args:
-        source: ``cifar10``: as published, from ``root``, else downloaded to it by torchvision. ``synthetic``: ten drawn
-            shapes, built in. A path: an image folder ``PATH/{train,test}/CLASS/*``, or ``cifar-10-batches-py`` or the
-            folder it is in. ``auto``: the first that is there of CIFAR-10, an image folder ``root``,
-            ``root/cifar-10-batches-py`` and the synthetic set; ``say`` hears which one and why not those before it.
+        source: ``cifar10``: as published, from ``root``, else downloaded to it by torchvision. ``synthetic``:
+            ten drawn shapes, built in. A path: an image folder ``PATH/{train,test}/CLASS/*``, or
+            ``cifar-10-batches-py`` or the folder it is in. ``auto``: the first that is there of CIFAR-10, an
+            image folder ``root``, ``root/cifar-10-batches-py`` and the synthetic set; ``say`` hears which one
+            and why not those before it.
         root: where ``auto`` and ``cifar10`` look.
-        image_size: side in pixels that an image folder's images are brought to (32 if None); CIFAR-10 and the synthetic
-            set always have 32, see `Augment.resize`.
+        image_size: side in pixels that an image folder's images are brought to (32 if None); CIFAR-10 and the
+            synthetic set always have 32, see `Augment.resize`.
         cache: keep decoded images in `cache.default_folder`, or in this folder, or not at all.
         say: takes one line: what was chosen, downloads, warnings.
 

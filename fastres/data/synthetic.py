@@ -1,9 +1,10 @@
 """A built-in set of drawn images: ten shapes that neither colour, place, size nor direction tells apart.
 
-Every image is a function of (seed, split, number) alone and is drawn with integer arithmetic only, so its bytes are the
-same on every machine. A shape has a random place, size, direction and colour gradient, on a gradient of another colour
-with small coloured specks; one square hides a part of it and every pixel has noise. Since light on dark is as frequent
-as dark on light, the mean image of every class is the same and a linear classifier stays near chance.
+Every image is a function of (seed, split, number) alone and is drawn with integer arithmetic only, so its
+bytes are the same on every machine. A shape has a random place, size, direction and colour gradient, on a
+gradient of another colour with small coloured specks; one square hides a part of it and every pixel has
+noise. Since light on dark is as frequent as dark on light, the mean image of every class is the same and a
+linear classifier stays near chance.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def _square(choices: Choices, low: int, stop: int) -> np.ndarray:
     """A square of random place and size: bool [n, SIDE, SIDE, 1]."""
     size, x, y = choices.integers(low, stop), choices.integers(0, SIDE), choices.integers(0, SIDE)
     pixel = np.arange(SIDE, dtype=np.int32)
-    covered = (np.abs(2 * (pixel[None, None, :] - x)) < size) & (np.abs(2 * (pixel[None, :, None] - y)) < size)
+    covered = (np.abs(2 * (pixel[None, None, :] - x)) < size) & (
+        np.abs(2 * (pixel[None, :, None] - y)) < size
+    )
     return covered[..., None]
 
 

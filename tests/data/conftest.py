@@ -2,10 +2,10 @@
 
 import pytest
 
-from fastres.data import cifar
+from fastres.data import download
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(cifar, "reachable", lambda url, seconds: False)
+    monkeypatch.setattr(download, "reachable", lambda url, seconds: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

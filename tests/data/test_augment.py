@@ -25,7 +25,8 @@ def test_crop_and_flip_matches_padding_image_by_image(height, width, pad):
     images = random_images(10, height, width)
     # every corner, mirrored and not
     top, left, mirror = (
-        part.flatten() for part in torch.meshgrid(*(torch.arange(n) for n in (2 * pad + 1, 2 * pad + 1, 2)), indexing="ij")
+        part.flatten()
+        for part in torch.meshgrid(*(torch.arange(n) for n in (2 * pad + 1, 2 * pad + 1, 2)), indexing="ij")
     )
     index = torch.arange(len(top)) * 7 % 10
     out = crop_and_flip(images, index, pad, top, left, mirror.bool())
@@ -62,7 +63,8 @@ MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 
 
 @pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 5e-7), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
+    "dtype, tolerance",
+    [(torch.float64, 1e-14), (torch.float32, 5e-7), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)],
 )
 def test_normalise(dtype, tolerance):
     images = random_images(5, 8, 8)
@@ -110,7 +112,13 @@ def test_resize_to_the_same_size_is_no_work():
 def test_draws_cover_their_ranges():
     augment = Augment(crop_pad=2, flip="random", cutout=3)
     draws = draw(augment, 4000, 5, 7, torch.Generator().manual_seed(0))
-    for values, count in ((draws.top, 5), (draws.left, 5), (draws.hole_y, 5), (draws.hole_x, 7), (draws.mirror.long(), 2)):
+    for values, count in (
+        (draws.top, 5),
+        (draws.left, 5),
+        (draws.hole_y, 5),
+        (draws.hole_x, 7),
+        (draws.mirror.long(), 2),
+    ):
         share = values.bincount().double() / 4000
         assert len(share) == count and (share - 1 / count).abs().max() < 0.03
     assert not torch.equal(draws.top, draws.left)

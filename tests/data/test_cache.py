@@ -19,7 +19,9 @@ def images(tmp_path):
 def decoded(monkeypatch):
     """How often images were decoded."""
     calls, read_images = [], folder.read_images
-    monkeypatch.setattr(folder, "read_images", lambda *args, **kwargs: calls.append(args) or read_images(*args, **kwargs))
+    monkeypatch.setattr(
+        folder, "read_images", lambda *args, **kwargs: calls.append(args) or read_images(*args, **kwargs)
+    )
     return calls
 
 

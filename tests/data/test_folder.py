@@ -1,5 +1,3 @@
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -30,7 +28,9 @@ def test_more_images_than_one_task_keep_their_order(tmp_path):
     np.testing.assert_array_equal(train.images.permute(0, 2, 3, 1).numpy(), expected)
 
 
-@pytest.mark.parametrize("size, crop", [((64, 40), (12, 0, 52, 40)), ((40, 65), (0, 12, 40, 52)), ((16, 20), (0, 2, 16, 18))])
+@pytest.mark.parametrize(
+    "size, crop", [((64, 40), (12, 0, 52, 40)), ((40, 65), (0, 12, 40, 52)), ((16, 20), (0, 2, 16, 18))]
+)
 def test_takes_the_central_square_and_resizes_it(tmp_path, size, crop):
     generator = np.random.default_rng(0)
     image = Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
@@ -47,7 +47,9 @@ def test_shrinking_is_antialiased(tmp_path):
     assert np.abs(inner - 127).max() < 3
 
 
-@pytest.mark.parametrize("mode, value, expected", [("L", 90, 90), ("RGBA", (10, 20, 30, 128), (10, 20, 30)), ("1", 1, 255)])
+@pytest.mark.parametrize(
+    "mode, value, expected", [("L", 90, 90), ("RGBA", (10, 20, 30, 128), (10, 20, 30)), ("1", 1, 255)]
+)
 def test_other_modes_become_rgb(tmp_path, mode, value, expected):
     Image.new(mode, (8, 8), value).save(tmp_path / "a.png")
     assert (read_image(tmp_path / "a.png", 8) == expected).all()
@@ -61,7 +63,9 @@ def test_a_large_jpeg_comes_close_to_its_full_decode(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"hello" * 100])
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"hello" * 100]
+)
 def test_a_damaged_image_is_named(tmp_path, suffix, damage):
     write_image_folder(tmp_path, train=80, test=1, size=(16, 16), suffix=suffix)
     file = tmp_path / "train" / "bee" / f"0070{suffix}"
@@ -94,7 +98,9 @@ def test_classes_that_differ_are_named(tmp_path, split, other):
     extra = tmp_path / split / "fly"
     extra.mkdir()
     (extra / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match=f"class 'fly' is in {tmp_path}/{split} but not in {tmp_path}/{other}"):
+    with pytest.raises(
+        DataError, match=f"class 'fly' is in {tmp_path}/{split} but not in {tmp_path}/{other}"
+    ):
         list_images(tmp_path)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastres import data
-from fastres.data import DataError, cifar, sources
+from fastres.data import DataError, cifar, download, sources
 from support_data import CIFAR_CLASSES, call_genuine, write_batches, write_image_folder
 
 
@@ -70,7 +70,7 @@ def test_cifar10_is_downloaded_when_absent(tmp_path, monkeypatch):
     def fetch(url, root, filename, md5):
         write_batches(tmp_path / "root" / cifar.FOLDER)
 
-    monkeypatch.setattr(cifar, "reachable", lambda url, seconds: True)
+    monkeypatch.setattr(download, "reachable", lambda url, seconds: True)
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fetch)
     dataset, said = load("cifar10", root=tmp_path / "root")
     assert dataset.label == "CIFAR-10"
@@ -78,7 +78,9 @@ def test_cifar10_is_downloaded_when_absent(tmp_path, monkeypatch):
 
 
 def test_cifar10_takes_no_other_data(tmp_path):
-    with pytest.raises(DataError, match=f"CIFAR-10 is not under {tmp_path}; .* out of reach: put {cifar.FOLDER}"):
+    with pytest.raises(
+        DataError, match=f"CIFAR-10 is not under {tmp_path}; .* out of reach: put {cifar.FOLDER}"
+    ):
         load("cifar10", root=tmp_path)
     write_batches(tmp_path / cifar.FOLDER)
     with pytest.raises(DataError, match="has not the checksums of CIFAR-10; .* out of reach"):
@@ -93,9 +95,13 @@ def test_auto_takes_the_first_that_is_there(tmp_path, monkeypatch, small_synthet
 
     dataset, (line,) = load(root=root)
     assert dataset.label == "synthetic shapes (not CIFAR-10)"
-    for part in (f"data: {dataset.label}; ", f"CIFAR-10 is not under {root}", "out of reach", "no image folder",
-                 f"no {root / cifar.FOLDER}"):  # fmt: skip
-        assert part in line
+    assert line.startswith("data: synthetic shapes (not CIFAR-10); not taken: CIFAR-10 is not under")
+    for reason in (
+        "out of reach",
+        f"not taken: no image folder {root}",
+        f"not taken: no {root / cifar.FOLDER}",
+    ):
+        assert reason in line
 
     write_batches(root / cifar.FOLDER)
     dataset, (line,) = load(root=root)

@@ -14,7 +14,10 @@ def digest(split):
 
 def test_the_same_bytes_everywhere():
     assert digest(synthetic_split(200)) == "a77aa1c4045a4a3e368497801f3abb52d9485922058a9cd15b6643cc4f26cb40"
-    assert digest(synthetic_split(200, split=1)) == "a7f965b69a43aee3300c40c7513bab126d82b3a8b8a42e17993b7fabdb36a5da"
+    assert (
+        digest(synthetic_split(200, split=1))
+        == "a7f965b69a43aee3300c40c7513bab126d82b3a8b8a42e17993b7fabdb36a5da"
+    )
 
 
 def test_splitmix_matches_the_published_generator():
@@ -64,6 +67,8 @@ def test_a_linear_classifier_is_poor():
 
     x, target = features(train), F.one_hot(train.labels, 10).double()
     for ridge in (10.0, 1000.0):
-        weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1], dtype=torch.float64), x.T @ target)
+        weights = torch.linalg.solve(
+            x.T @ x + ridge * torch.eye(x.shape[1], dtype=torch.float64), x.T @ target
+        )
         accuracy = ((features(test) @ weights).argmax(1) == test.labels).double().mean().item()
         assert accuracy < 0.35

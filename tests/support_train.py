@@ -40,9 +40,10 @@ def tiny_dataset() -> Dataset:
 def tiny_config(**changes) -> TrainConfig:
     """Two epochs of six steps of ResNet-20 in fp32 on the CPU."""
     quick = dict(
-        model="resnet20", batch_size=16, epochs=2, lr=0.05, crop_pad=1, device="cpu", precision="fp32", flip="none"
+        model="resnet20", batch_size=16, lr=0.05, crop_pad=1, device="cpu", precision="fp32", flip="none"
     )
-    return TrainConfig().replace(**{**quick, **changes})
+    length = {} if "steps" in changes else {"epochs": 2}
+    return TrainConfig().replace(**{**quick, **length, **changes})
 
 
 def tiny_trainer(folder, **changes) -> Trainer:

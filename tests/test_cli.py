@@ -136,10 +136,12 @@ def start(*argv: str) -> subprocess.Popen:
     )
 
 
-def wait_for(path, seconds=120):
+def wait_until(condition, process, seconds=120):
+    """Wait for a condition while the process works towards it."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} never appeared"
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -147,7 +149,8 @@ def wait_for(path, seconds=120):
 def test_a_stopped_process_can_be_resumed(number, tmp_path):
     folder = tmp_path / "run"
     process = start(*quick("--epochs", "400", "--out", str(folder)))
-    wait_for(folder / "metrics.jsonl")
+    metrics = folder / "metrics.jsonl"
+    wait_until(metrics.exists, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     saved = load_checkpoint(folder / "last.pt")
@@ -158,10 +161,7 @@ def test_a_stopped_process_can_be_resumed(number, tmp_path):
         assert f"go on with `fastres train --resume {folder}`" in err
     again = start("train", "--resume", str(folder))
     before = len(saved["history"])
-    deadline = time.monotonic() + 120
-    while len((folder / "metrics.jsonl").read_text().splitlines()) <= before:
-        assert again.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(metrics.read_text().splitlines()) > before, again)
     again.terminate()
     again.communicate(timeout=60)
     assert [row["epoch"] for row in load_checkpoint(folder / "last.pt")["history"]][: before + 1] == list(

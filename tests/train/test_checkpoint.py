@@ -85,7 +85,11 @@ def test_full_disk_keeps_the_former_checkpoint(saved, monkeypatch):
 
 @pytest.mark.parametrize(
     "other, words",
-    [(nn.Linear(3, 5), r"shape \(2, 3\), not \(5, 3\)"), (nn.BatchNorm1d(2), "is missing in it"), (nn.Linear(3, 2, False), "'bias' is unknown")],
+    [
+        (nn.Linear(3, 5), r"'weight' has shape \(2, 3\), not \(5, 3\)"),
+        (nn.Sequential(nn.Linear(3, 2)), "'0.weight' is missing in it"),
+        (nn.Linear(3, 2, False), "'bias' is unknown"),
+    ],
 )
 def test_weights_of_another_network(other, words):
     with pytest.raises(CheckpointError, match=words):

@@ -1,0 +1,57 @@
+"""Activation checkpointing over groups of blocks, without counting the recomputation in BatchNorm's statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def run_blocks(blocks: Sequence[nn.Module], x: Tensor, every: int = 0) -> Tensor:
+    """Apply blocks in order; where ``every`` is not 0, keep only each ``every``-th activation for backward.
+
+    The rest is computed again in backward (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): one
+    more forward of time, and memory for ``len(blocks) / every`` inputs and one group's activations.
+    """
+    if not every or not torch.is_grad_enabled():
+        return _in_order(blocks, x)
+    for first in range(0, len(blocks), every):
+        group = blocks[first : first + every]
+        x = checkpoint(
+            _in_order,
+            group,
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,  # no block draws random numbers
+            context_fn=partial(_contexts, group),
+        )
+    return x
+
+
+def _in_order(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def _contexts(blocks: Sequence[nn.Module]):
+    return nullcontext(), _statistics_untouched(blocks)
+
+
+@contextmanager
+def _statistics_untouched(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Training BatchNorm normalises by the batch as before, but leaves running statistics and counters alone."""
+    norms = [m for block in blocks for m in block.modules() if isinstance(m, _BatchNorm)]
+    tracked = [m for m in norms if m.training and m.track_running_stats]
+    for norm in tracked:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracked:
+            norm.track_running_stats = True

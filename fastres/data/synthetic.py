@@ -92,8 +92,8 @@ class Choices:
 
 def _cover(shape: Callable, choices: Choices) -> np.ndarray:
     """How many of each pixel's 2 x 2 sample points lie in the shape: int32 [n, SIDE, SIDE], 0..4."""
-    radius = choices.integers(34, 50)  # in quarters of a pixel, as are the places
-    x, y = choices.integers(-22, 23), choices.integers(-22, 23)
+    radius = choices.integers(40, 54)  # in quarters of a pixel, as are the places
+    x, y = choices.integers(-12, 13), choices.integers(-12, 13)
     direction = DIRECTIONS[choices.integers(0, len(DIRECTIONS))]
     cos, sin = direction.real.astype(np.int32), direction.imag.astype(np.int32)
     sample = np.arange(1 - 2 * SIDE, 2 * SIDE, 2, dtype=np.int32)
@@ -130,10 +130,10 @@ def draw(shape: Callable[[np.ndarray, np.ndarray], np.ndarray], keys: np.ndarray
     ink = (ground + 96 + np.stack([choices.integers(0, 64) for _ in range(3)], axis=-1)) % 256
     image = _gradient(ground, choices)
     for _ in range(3):
-        image = np.where(_square(choices, 2, 7), choices.colour(), image)
+        image = np.where(_square(choices, 2, 6), choices.colour(), image)
     cover = _cover(shape, choices)[..., None]
     image = (image * (4 - cover) + _gradient(ink, choices) * cover) >> 2
-    image = np.where(_square(choices, 5, 10), choices.colour(), image)
+    image = np.where(_square(choices, 5, 9), choices.colour(), image)
     return np.clip(image + choices.noise(16), 0, 255).astype(np.uint8)
 
 

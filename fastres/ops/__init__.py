@@ -1,0 +1,26 @@
+"""Fused operations and their gradients on NHWC tensors; torch.compile keeps each of them whole."""
+
+from fastres.ops.bn_relu import bn_relu
+from fastres.ops.conv_bias_act import conv_bias_act
+from fastres.ops.global_avg_pool import global_avg_pool
+from fastres.ops.layers import Conv, Layer, Norm, Statistics, symmetric
+from fastres.ops.preact import preact_block
+from fastres.ops.residual import residual_block
+from fastres.ops.select import implementation, selection
+from fastres.ops.stem import stem
+
+__all__ = [
+    "Conv",
+    "Layer",
+    "Norm",
+    "Statistics",
+    "bn_relu",
+    "conv_bias_act",
+    "global_avg_pool",
+    "implementation",
+    "preact_block",
+    "residual_block",
+    "selection",
+    "stem",
+    "symmetric",
+]

@@ -1,0 +1,213 @@
+"""Every primitive of the fused schedules in plain ATen: the CPU's implementation and the oracle of the Triton kernels.
+
+Signatures, layouts and results are those of ``fastres.kernels``: activations NHWC, weights ``[Cout, KH, KW, Cin]``,
+statistics fp32, or fp64 for fp64 activations. The elementwise passes are ATen's channels-last BatchNorm loops, which
+are vectorised over channels and take half-precision activations with fp32 coefficients: ``batch_norm`` in evaluation
+mode with mean 0, variance 1 and epsilon 0 is exactly ``x * scale + shift``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.kernels.types import Moments
+from fastres.ops.library import LibraryConvolutions
+
+MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
+_TILE_BYTES = 512 * 1024  # of activations a CPU tile: its second pass reads the cache, its sums stay short and accurate
+
+_aten = torch.ops.aten
+
+
+def statistics_dtype(activations: torch.dtype) -> torch.dtype:
+    """fp32, but fp64 for fp64 activations."""
+    return torch.float64 if activations == torch.float64 else torch.float32
+
+
+def moments(y: Tensor) -> Moments:
+    """Per-channel statistics of y [N, H, W, C] by M-tiles (one tile on a GPU), two passes over each tile."""
+    rows = y.reshape(-1, y.shape[-1])
+    size = len(rows)
+    if y.device.type == "cpu":
+        size = max(1, _TILE_BYTES // (rows.shape[1] * rows.element_size()))
+    tiles = rows.split(size)
+    unused = torch.zeros(2, rows.shape[1], dtype=statistics_dtype(y.dtype), device=y.device)
+    pairs = [torch.batch_norm_update_stats(_nchw_rows(tile), *unused, 0.0) for tile in tiles]
+    mean, var = (torch.stack(part) for part in zip(*pairs))
+    count = torch.full((len(tiles),), len(tiles[0]), dtype=unused.dtype, device=y.device)
+    count[-1] = len(tiles[-1])
+    return Moments(count, mean, var * count[:, None])
+
+
+def finalize(moments: Moments, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    """Merge the tiles (Chan et al. 1979) in fp64; coefficients [5, C]: mean, biased variance, rstd, scale, shift."""
+    count, mean, m2 = (part.double() for part in moments)
+    total = count.sum()
+    merged = (count[:, None] * mean).sum(0) / total
+    var = (m2 + count[:, None] * (mean - merged).square()).sum(0) / total
+    return _coefficients(merged, var, gamma, beta, eps, moments.mean.dtype)
+
+
+def running_coef(
+    running_mean: Tensor, running_var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """Coefficients [5, C] of a BatchNorm that normalises by its running statistics."""
+    return _coefficients(
+        running_mean.double(), running_var.double(), gamma, beta, eps, statistics_dtype(running_mean.dtype)
+    )
+
+
+def _coefficients(
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd if gamma is None else rstd * gamma
+    shift = -mean * scale if beta is None else beta - mean * scale
+    return torch.stack([mean, var, rstd, scale, shift]).to(dtype)
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, coef: Tensor, count: int, momentum: float | Tensor
+) -> None:
+    """In place: move the running mean, and the unbiased variance, towards the batch's by ``momentum``."""
+    mean, var = coef[MEAN], coef[VAR] * (count / (count - 1))
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(var.to(running_var.dtype), momentum)
+
+
+def bn_add_relu(
+    y: Tensor, coef: Tensor, shortcut: Tensor | None = None, shortcut_coef: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """``relu(y*scale + shift + shortcut)``, the shortcut normalised by its own coefficients where it has some."""
+    out = _affine(y, coef[SCALE], coef[SHIFT])
+    if shortcut is not None:
+        if shortcut_coef is not None:
+            shortcut = _affine(shortcut, shortcut_coef[SCALE], shortcut_coef[SHIFT])
+        out += shortcut
+    return out.relu_() if relu else out
+
+
+def bn_add_relu_backward(
+    dout: Tensor,
+    out: Tensor | None,
+    y: Tensor,
+    coef: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_coef: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``dz = dout * (out > 0)`` (out None: no ReLU, a copy) with the sums of y's and of the shortcut's BatchNorm."""
+    dz = dout.clone() if out is None else _aten.threshold_backward(dout, out, 0)
+    shortcut_sums = None if shortcut_coef is None else bn_sums(dz, shortcut, shortcut_coef)
+    return dz, bn_sums(dz, y, coef), shortcut_sums
+
+
+def bn_sums(dz: Tensor, y: Tensor, coef: Tensor) -> Tensor:
+    """``[1, 2, C]``: the sums over all pixels of dz and of dz * xhat, in one pass."""
+    ones = torch.ones_like(coef[MEAN])
+    _, scaled, plain = _aten.native_batch_norm_backward(
+        _nchw(dz), _nchw(y), ones, None, None, coef[MEAN], coef[RSTD], True, 0.0, [False, True, True]
+    )
+    return torch.stack([plain, scaled])[None]
+
+
+def bn_backward_coef(
+    sums: Tensor, coef: Tensor, gamma: Tensor | None, count: int, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm's backward as ``dy = A*dz + B*y + C``; and the gradients of gamma and beta, fp32.
+
+    From ``dy = scale * (dz - mean(dz) - xhat * mean(dz*xhat))`` and ``xhat = (y - mean) * rstd``.
+    """
+    dbeta, dgamma = sums.sum(0)
+    if training:
+        b = -coef[SCALE] * coef[RSTD] * dgamma / count
+        c = -coef[SCALE] * dbeta / count - b * coef[MEAN]
+    else:
+        b = c = torch.zeros_like(dbeta)
+    return torch.stack([coef[SCALE], b, c]), dgamma.clone(), dbeta.clone()
+
+
+def bn_backward_apply(dz: Tensor, y: Tensor, abc: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``A*dz + B*y + C (+ residual)``."""
+    dy = _affine(y, abc[1], abc[2]).addcmul_(dz, abc[0])
+    return dy if residual is None else dy.add_(residual)
+
+
+def bn_relu_max_pool(
+    y: Tensor, coef: Tensor, kernel: int, stride: int, pad: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Max-pool of ``relu(y*scale + shift)``; index uint8: the winning tap, row by row, the first among equals."""
+    height, width = y.shape[1:3]
+    top, left, bottom, right = pad
+    a = F.pad(bn_add_relu(y, coef), (0, 0, left, right, top, bottom), value=-float("inf"))
+    out, flat = F.max_pool2d(_nchw(a), kernel, stride, return_indices=True)
+    padded_width = left + width + right
+    rows = torch.arange(out.shape[2], device=y.device)[:, None] * stride
+    columns = torch.arange(out.shape[3], device=y.device) * stride
+    tap = (flat // padded_width - rows) * kernel + flat % padded_width - columns
+    return _nhwc(out), _nhwc(tap.to(torch.uint8))
+
+
+def bn_relu_max_pool_backward(
+    dout: Tensor, index: Tensor, y: Tensor, coef: Tensor, kernel: int, stride: int, pad: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Gradient at BatchNorm's output, masked by the ReLU, and BatchNorm's sums.
+
+    A pixel sums the windows that it won, in the accumulators' precision and in a fixed order of the taps.
+    """
+    (n, height, width, channels), (_, out_height, out_width, _) = y.shape, dout.shape
+    top, left, _, _ = pad
+    padded = torch.zeros(
+        n,
+        max(height + top, (out_height - 1) * stride + kernel),
+        max(width + left, (out_width - 1) * stride + kernel),
+        channels,
+        dtype=statistics_dtype(y.dtype),
+        device=y.device,
+    )
+    for tap in range(kernel * kernel):
+        rows = slice(tap // kernel, tap // kernel + (out_height - 1) * stride + 1, stride)
+        columns = slice(tap % kernel, tap % kernel + (out_width - 1) * stride + 1, stride)
+        padded[:, rows, columns] += dout * (index == tap)
+    grad = padded[:, top : top + height, left : left + width].to(y.dtype)
+    dz = _aten.threshold_backward(grad.contiguous(), bn_add_relu(y, coef), 0)
+    return dz, bn_sums(dz, y, coef)
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """Mean over the pixels, [N, C] in x's dtype."""
+    return x.mean((1, 2), dtype=statistics_dtype(x.dtype)).to(x.dtype)
+
+
+def global_avg_pool_backward(dout: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Each pixel's share of dout [N, C], as [N, H, W, C]."""
+    height, width = hw
+    share = (dout / (height * width))[:, None, None]
+    return share.expand(-1, height, width, -1).contiguous()
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    return _nhwc(_aten.native_batch_norm(_nchw(x), scale, shift, zeros, ones, False, 0.0, 0.0)[0])
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _nchw_rows(rows: Tensor) -> Tensor:
+    """Rows [M, C] as channels-last [1, C, M, 1], which ATen's BatchNorm loops take."""
+    return rows.t()[None, :, :, None]
+
+
+_convolutions = LibraryConvolutions(moments, bn_add_relu, bn_backward_apply, bn_sums)
+conv = _convolutions.conv
+conv_dgrad = _convolutions.conv_dgrad
+conv_wgrad = _convolutions.conv_wgrad
+conv_backward = _convolutions.conv_backward
+conv_bias_act = _convolutions.conv_bias_act

@@ -1,0 +1,105 @@
+"""BatchNorm and ReLU of a tensor that no convolution made just now: the head of the pre-activation networks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastres.ops.aten import MEAN, VAR, statistics_dtype
+from fastres.ops.layers import Norm, Statistics, check_activations, check_norm, in_autocast, pixels
+from fastres.ops.select import primitives
+
+
+def bn_relu(x: Tensor, norm: Norm, coef: Tensor | None = None) -> tuple[Tensor, Statistics]:
+    """``relu(bn(x))`` of x [N, H, W, C], differentiable once, with the BatchNorm's `Statistics`.
+
+    Args:
+        coef: [5, C] that begins with x's mean and biased variance; None: they are reduced from x where needed.
+
+    Raises:
+        RuntimeError, ValueError: as `torch.nn.functional.batch_norm` raises them.
+    """
+    check_activations(x)
+    check_norm(norm, tuple(x.shape))
+    x = in_autocast(x).contiguous()
+    out, used = _BNReLU.apply(x, coef, norm.eps, *norm[:4])
+    return out, Statistics(used, pixels(x.shape))
+
+
+class _BNReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        coef: Tensor | None,
+        eps: float,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, used = bn_relu_forward(x, coef, gamma, beta, running_mean, running_var, eps)
+        ctx.save_for_backward(x, out, used, gamma)
+        ctx.mark_non_differentiable(used)
+        ctx.trained = running_mean is None
+        ctx.dtypes = None if gamma is None else gamma.dtype, None if beta is None else beta.dtype
+        return out, used
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dx, norm_grads = bn_relu_backward(dout.contiguous(), *ctx.saved_tensors, ctx.trained)
+        dgamma, dbeta = norm_grads.chunk(2)
+        need_gamma, need_beta = ctx.needs_input_grad[3:5]
+        return (
+            dx,
+            None,
+            None,
+            dgamma.to(ctx.dtypes[0]) if need_gamma else None,
+            dbeta.to(ctx.dtypes[1]) if need_beta else None,
+            None,
+            None,
+        )
+
+
+@torch.library.custom_op("fastres::bn_relu_forward", mutates_args=())
+def bn_relu_forward(
+    x: Tensor,
+    coef: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The result and the coefficients it was normalised by."""
+    p = primitives(x)
+    if running_mean is None and coef is not None:
+        running_mean, running_var = coef[MEAN], coef[VAR]
+    if running_mean is None:
+        coef = p.finalize(p.moments(x), gamma, beta, eps)
+    else:
+        coef = p.running_coef(running_mean, running_var, gamma, beta, eps)
+    return p.bn_add_relu(x, coef), coef
+
+
+@bn_relu_forward.register_fake
+def _(x, coef, gamma, beta, running_mean, running_var, eps):
+    return torch.empty_like(x), x.new_empty(5, x.shape[3], dtype=statistics_dtype(x.dtype))
+
+
+@torch.library.custom_op("fastres::bn_relu_backward", mutates_args=())
+def bn_relu_backward(
+    dout: Tensor, x: Tensor, out: Tensor, coef: Tensor, gamma: Tensor | None, trained: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and those of gamma and beta in one vector."""
+    p = primitives(x)
+    dz, sums, _ = p.bn_add_relu_backward(dout, out, x, coef)
+    abc, dgamma, dbeta = p.bn_backward_coef(sums, coef, gamma, pixels(x.shape), trained)
+    return p.bn_backward_apply(dz, x, abc), torch.cat([dgamma, dbeta])
+
+
+@bn_relu_backward.register_fake
+def _(dout, x, out, coef, gamma, trained):
+    return torch.empty_like(x), x.new_empty(2 * x.shape[3], dtype=statistics_dtype(x.dtype))

@@ -1,0 +1,45 @@
+"""Inference convolution: BatchNorm is folded into weight and bias, the shortcut and the ReLU join the epilogue."""
+
+import torch
+from torch import Tensor
+
+from fastres.ops.layers import Conv, Pad, check_input, conv_shape, in_autocast, nhwc_weight, output_hw
+from fastres.ops.select import primitives
+
+
+def conv_bias_act(
+    x: Tensor, conv: Conv, bias: Tensor, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """``relu(conv(x) + bias (+ residual))``, not differentiable.
+
+    Args:
+        x: [N, H, W, C].
+        bias: [C'].
+        residual: [N, H', W', C'].
+
+    Raises:
+        RuntimeError: as `torch.nn.functional.conv2d` raises it.
+    """
+    check_input(x, [conv.weight])
+    conv_shape(tuple(x.shape), conv)
+    x = in_autocast(x).contiguous()
+    residual = None if residual is None else in_autocast(residual).contiguous()
+    weight = nhwc_weight(conv.weight, x.dtype)
+    return conv_bias_act_forward(x, weight, bias, conv.stride, list(conv.pad), residual, relu)
+
+
+@torch.library.custom_op("fastres::conv_bias_act", mutates_args=())
+def conv_bias_act_forward(
+    x: Tensor, w: Tensor, bias: Tensor, stride: int, pad: list[int], residual: Tensor | None, relu: bool
+) -> Tensor:
+    """See `conv_bias_act`; w is [Cout, KH, KW, Cin]."""
+    return primitives(x).conv_bias_act(x, w, bias, stride, _pad(pad), residual, relu)
+
+
+@conv_bias_act_forward.register_fake
+def _(x, w, bias, stride, pad, residual, relu):
+    return x.new_empty(x.shape[0], *output_hw(x.shape[1:3], w.shape[1:3], stride, _pad(pad)), w.shape[0])
+
+
+def _pad(pad: list[int]) -> Pad:
+    return tuple(pad)

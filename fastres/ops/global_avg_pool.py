@@ -1,0 +1,50 @@
+"""Global average pool over the pixels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastres.ops.layers import check_activations
+from fastres.ops.select import primitives
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """Mean over the pixels of x [N, H, W, C]: [N, C] in x's dtype, accumulated in fp32; differentiable once."""
+    check_activations(x)
+    return _GlobalAvgPool.apply(x.contiguous())
+
+
+class _GlobalAvgPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.hw = x.shape[1:3]
+        return global_avg_pool_forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        return global_avg_pool_backward(dout.contiguous(), *ctx.hw)
+
+
+@torch.library.custom_op("fastres::global_avg_pool_forward", mutates_args=())
+def global_avg_pool_forward(x: Tensor) -> Tensor:
+    """[N, C] of [N, H, W, C]."""
+    return primitives(x).global_avg_pool(x)
+
+
+@global_avg_pool_forward.register_fake
+def _(x):
+    return x.new_empty(x.shape[0], x.shape[3])
+
+
+@torch.library.custom_op("fastres::global_avg_pool_backward", mutates_args=())
+def global_avg_pool_backward(dout: Tensor, height: int, width: int) -> Tensor:
+    """[N, height, width, C] of [N, C]."""
+    return primitives(dout).global_avg_pool_backward(dout, (height, width))
+
+
+@global_avg_pool_backward.register_fake
+def _(dout, height, width):
+    return dout.new_empty(dout.shape[0], height, width, dout.shape[1])

@@ -1,0 +1,160 @@
+"""Convolution primitives made of PyTorch's own convolution and separate elementwise passes.
+
+With ATen's passes they are the CPU's implementation; with the Triton passes they are the candidate on a GPU that a fused
+kernel has to beat: normalise in one pass, then the vendor's convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.kernels.types import Moments
+
+Pad = tuple[int, int, int, int]  # top, left, bottom, right
+_aten = torch.ops.aten
+
+
+class LibraryConvolutions:
+    """The convolution primitives, around an implementation of the elementwise ones.
+
+    Args:
+        moments: ``y -> Moments``.
+        normalise: ``bn_add_relu``.
+        apply: ``bn_backward_apply``.
+        sums: ``(dz, y, coef) -> sums``.
+    """
+
+    def __init__(self, moments: Callable, normalise: Callable, apply: Callable, sums: Callable):
+        self._moments, self._normalise, self._apply, self._sums = moments, normalise, apply, sums
+
+    def conv(
+        self,
+        x: Tensor,
+        w: Tensor,
+        stride: int,
+        pad: Pad,
+        coef: Tensor | None = None,
+        residual: Tensor | None = None,
+        moments: bool = True,
+    ) -> tuple[Tensor, Moments | None]:
+        """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` and the statistics of y."""
+        y = _convolve(x if coef is None else self._normalise(x, coef), w, None, stride, pad)
+        if residual is not None:
+            y += residual
+        return y, self._moments(y) if moments else None
+
+    def conv_bias_act(
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor,
+        stride: int,
+        pad: Pad,
+        residual: Tensor | None = None,
+        relu: bool = True,
+    ) -> Tensor:
+        """``relu(conv2d(x, w) + bias (+ residual))``."""
+        y = _convolve(x, w, bias.to(x.dtype), stride, pad)
+        if residual is not None:
+            y += residual
+        return y.relu_() if relu else y
+
+    def conv_backward(
+        self,
+        dz: Tensor,
+        y: Tensor | None,
+        abc: Tensor | None,
+        x: Tensor,
+        coef: Tensor | None,
+        w: Tensor,
+        stride: int,
+        pad: Pad,
+        residual: Tensor | None = None,
+        need_dx: bool = True,
+        need_dw: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`conv_dgrad` with ``below = (x, coef)`` and `conv_wgrad` together: (dx, sums, dw), dy computed once."""
+        dy = dz if abc is None else self._apply(dz, y, abc)
+        a = x if coef is None else self._normalise(x, coef)
+        dx, dw = _convolve_backward(dy, a, w, stride, pad, need_dx, need_dw)
+        if dx is None:
+            return None, None, dw
+        if residual is not None:
+            dx += residual
+        if coef is None:
+            return dx, None, dw
+        dx = _aten.threshold_backward(dx, a, 0)
+        return dx, self._sums(dx, x, coef), dw
+
+    def conv_dgrad(
+        self,
+        dz: Tensor,
+        y: Tensor | None,
+        abc: Tensor | None,
+        w: Tensor,
+        stride: int,
+        pad: Pad,
+        input_hw: tuple[int, int],
+        below: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums."""
+        x, coef = below or (dz.new_empty(1).expand(dz.shape[0], *input_hw, w.shape[3]), None)
+        dx, sums, _ = self.conv_backward(dz, y, abc, x, coef, w, stride, pad, residual, need_dw=False)
+        return dx, sums
+
+    def conv_wgrad(
+        self,
+        dz: Tensor,
+        y: Tensor | None,
+        abc: Tensor | None,
+        x: Tensor,
+        coef: Tensor | None,
+        stride: int,
+        pad: Pad,
+        kernel_hw: tuple[int, int],
+    ) -> Tensor:
+        """Gradient of the weight, fp32 [Cout, KH, KW, Cin]."""
+        w = dz.new_empty(1).expand(dz.shape[3], *kernel_hw, x.shape[3])
+        return self.conv_backward(dz, y, abc, x, coef, w, stride, pad, need_dx=False)[2]
+
+
+def _convolve(x: Tensor, w: Tensor, bias: Tensor | None, stride: int, pad: Pad) -> Tensor:
+    x, padding = _padded(x, pad)
+    return _nhwc(F.conv2d(_nchw(x), _nchw(w), bias, stride, padding))
+
+
+def _convolve_backward(
+    dy: Tensor, a: Tensor, w: Tensor, stride: int, pad: Pad, need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    height, width = a.shape[1:3]
+    a, padding = _padded(a, pad)
+    dx, dw, _ = _aten.convolution_backward(
+        _nchw(dy), _nchw(a), _nchw(w), None, [stride] * 2, padding, [1, 1], False, [0, 0], 1, [need_dx, need_dw, False]
+    )
+    if dx is not None:
+        top, left = (pad[0], pad[1]) if a.shape[1:3] != (height, width) else (0, 0)
+        dx = _nhwc(dx[:, :, top : top + height, left : left + width])
+    if dw is not None:
+        dw = _nhwc(dw if dw.dtype == torch.float64 else dw.float())
+    return dx, dw
+
+
+def _padded(x: Tensor, pad: Pad) -> tuple[Tensor, list[int]]:
+    """Symmetric padding is left to the convolution; TensorFlow's 'SAME' needs a copy."""
+    top, left, bottom, right = pad
+    if (top, left) == (bottom, right):
+        return x, [top, left]
+    return F.pad(x, (0, 0, left, right, top, bottom)), [0, 0]
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,287 @@
+"""Pre-activation residual blocks (He et al. 2016) as one operation.
+
+``shortcut + conv_n(relu(bn_n(... conv_1(relu(bn_1(x))))))``: BatchNorm and ReLU stand before each convolution, so all of
+them are prologues, and the shortcut is added in the last convolution's epilogue, which also reduces the statistics that
+the next block's first BatchNorm needs. Kept for backward: x and y1 ... y(n-1).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastres.ops.aten import MEAN, VAR, statistics_dtype
+from fastres.ops.layers import (
+    Conv,
+    Layer,
+    Statistics,
+    check_input,
+    check_norm,
+    conv_shape,
+    in_autocast,
+    nchw_size,
+    nhwc_weight,
+    output_hw,
+    pixels,
+    weight_grad,
+)
+from fastres.ops.select import primitives
+
+
+def preact_block(
+    x: Tensor,
+    layers: Sequence[Layer],
+    shortcut: Tensor | Conv | None = None,
+    coef: Tensor | None = None,
+    next_coef: bool = False,
+) -> tuple[Tensor, Tensor | None, list[Statistics]]:
+    """Pre-activation block, differentiable once.
+
+    Args:
+        x: [N, H, W, C].
+        layers: each a BatchNorm and the convolution of its rectified result, in order.
+        shortcut: None, x itself for the identity, or a `Conv` of ``relu(bn_1(x))``.
+        coef: [5, C] that begins with x's mean and biased variance, as the block before returned it; None: they are
+            reduced from x where the first BatchNorm needs them.
+        next_coef: whether to return the like of the result.
+
+    Returns:
+        The result [N, H', W', C'], its mean and biased variance in a [5, C'] or None, and each layer's `Statistics`.
+
+    Raises:
+        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them.
+    """
+    identity, projection = shortcut is x, isinstance(shortcut, Conv)
+    convs = [*layers, shortcut] if projection else list(layers)
+    counts = _check(x, layers, shortcut)
+    x = in_autocast(x).contiguous()
+    parameters = [t for norm in (layer.norm for layer in layers) for t in norm[:4]] + [c.weight for c in convs]
+    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
+    out, *coefs = _PreactBlock.apply(
+        x,
+        coef,
+        tuple(conv.stride for conv in convs),
+        tuple(side for conv in convs for side in conv.pad),
+        tuple(layer.norm.eps for layer in layers),
+        identity,
+        projection,
+        next_coef,
+        recording,
+        *parameters,
+    )
+    out_coef = coefs.pop() if next_coef else None
+    return out, out_coef, [Statistics(coef, count) for coef, count in zip(coefs, counts)]
+
+
+def _check(x: Tensor, layers: Sequence[Layer], shortcut: Tensor | Conv | None) -> list[int]:
+    """Check the input; pixels that each layer's BatchNorm sees."""
+    projection = isinstance(shortcut, Conv)
+    check_input(x, [conv.weight for conv in ([*layers, shortcut] if projection else layers)])
+    shape, counts = tuple(x.shape), []
+    for layer in layers:
+        check_norm(layer.norm, shape)
+        counts.append(pixels(shape))
+        shape = conv_shape(shape, layer)
+    if shortcut is not None:
+        added = conv_shape(tuple(x.shape), shortcut) if projection else tuple(shortcut.shape)
+        if added != shape:
+            raise RuntimeError(
+                f"The size of the shortcut {nchw_size(added)} must match the size of the block's result "
+                f"{nchw_size(shape)}"
+            )
+    return counts
+
+
+class _PreactBlock(torch.autograd.Function):
+    """``parameters``: gamma, beta, running mean and running variance of each layer, then all weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        coef: Tensor | None,
+        strides: tuple[int, ...],
+        pads: tuple[int, ...],
+        eps: tuple[float, ...],
+        identity: bool,
+        projection: bool,
+        next_coef: bool,
+        recording: bool,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        n = len(eps)
+        norms, weights = list(parameters[: 4 * n]), [nhwc_weight(w, x.dtype) for w in parameters[4 * n :]]
+        out, *rest = preact_forward(
+            x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording
+        )
+        ys, coefs = rest[: (n - 1) * recording], rest[(n - 1) * recording :]
+        ctx.save_for_backward(x, *weights, *norms[::4], *coefs[:n], *ys)
+        ctx.mark_non_differentiable(*coefs)
+        ctx.geometry = strides, pads
+        ctx.shortcut = identity, projection
+        ctx.trained = [mean is None for mean in norms[2::4]]
+        ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        return out, *coefs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        n, (_, projection) = len(ctx.trained), ctx.shortcut
+        x, *rest = ctx.saved_tensors
+        weights, rest = rest[: n + projection], rest[n + projection :]
+        need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[9:]
+        need_weights = need_parameters[4 * n :]
+        norm_grads, *grads = preact_backward(
+            dout.contiguous(),
+            x,
+            rest[2 * n :],
+            rest[n : 2 * n],
+            weights,
+            rest[:n],
+            *ctx.geometry,
+            ctx.trained,
+            *ctx.shortcut,
+            [need_x, *need_weights],
+        )
+        grads.reverse()
+        dx = grads.pop() if need_x else None
+        channels = [c.shape[1] for c in rest[n : 2 * n] for _ in range(2)]
+        pairs = norm_grads.split(channels)
+        parameters = []
+        for i in range(n):
+            for j in range(2):
+                needed = need_parameters[4 * i + j]
+                parameters.append(pairs[2 * i + j].to(ctx.dtypes[4 * i + j]) if needed else None)
+            parameters += [None, None]
+        for need, dtype in zip(need_weights, ctx.dtypes[4 * n :]):
+            parameters.append(weight_grad(grads.pop(), dtype) if need else None)
+        return dx, None, None, None, None, None, None, None, None, *parameters
+
+
+@torch.library.custom_op("fastres::preact_forward", mutates_args=())
+def preact_forward(
+    x: Tensor,
+    coef: Tensor | None,
+    weights: list[Tensor],
+    norms: list[Tensor | None],
+    strides: list[int],
+    pads: list[int],
+    eps: list[float],
+    identity: bool,
+    projection: bool,
+    next_coef: bool,
+    recording: bool,
+) -> list[Tensor]:
+    """The forward schedule: the result, with ``recording`` y1 ... y(n-1), every layer's coef, and the result's.
+
+    Args:
+        coef: mean and biased variance of x, then three more rows; None: reduced from x where needed.
+        norms: gamma, beta, running mean and running variance of each layer; no running mean: batch statistics.
+        pads: top, left, bottom, right of each convolution, the projection's last.
+        identity, projection: the shortcut is x, or the last convolution of the rectified x, or there is none.
+    """
+    p = primitives(x)
+    layers = len(eps)
+    y, moments = x, None
+    ys, coefs = [], []
+    for i in range(layers):
+        gamma, beta, mean, var = norms[4 * i : 4 * i + 4]
+        if mean is None and i == 0 and coef is not None:
+            mean, var = coef[MEAN], coef[VAR]
+        if mean is None:
+            coefs.append(p.finalize(moments or p.moments(x), gamma, beta, eps[i]))
+        else:
+            coefs.append(p.running_coef(mean, var, gamma, beta, eps[i]))
+        last = i == layers - 1
+        shortcut = x if identity and last else None
+        if projection and last:
+            shortcut, _ = p.conv(
+                x, weights[layers], strides[layers], _pad(pads, layers), coef=coefs[0], moments=False
+            )
+        wanted = next_coef if last else norms[4 * (i + 1) + 2] is None
+        y, moments = p.conv(
+            y, weights[i], strides[i], _pad(pads, i), coef=coefs[i], residual=shortcut, moments=wanted
+        )
+        ys.append(y)
+    kept = ys[:-1] if recording else []
+    return [y, *kept, *coefs] + ([p.finalize(moments, None, None, 0.0)] if next_coef else [])
+
+
+@preact_forward.register_fake
+def _(x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording):
+    y, ys = x, []
+    for i in range(len(eps)):
+        hw = output_hw(y.shape[1:3], weights[i].shape[1:3], strides[i], _pad(pads, i))
+        y = x.new_empty(x.shape[0], *hw, weights[i].shape[0])
+        ys.append(y)
+    normalised = [x, *ys] if next_coef else [x, *ys[:-1]]
+    coefs = [x.new_empty(5, a.shape[3], dtype=statistics_dtype(x.dtype)) for a in normalised]
+    return [y, *(ys[:-1] if recording else []), *coefs]
+
+
+@torch.library.custom_op("fastres::preact_backward", mutates_args=())
+def preact_backward(
+    dout: Tensor,
+    x: Tensor,
+    ys: list[Tensor],
+    coefs: list[Tensor],
+    weights: list[Tensor],
+    gammas: list[Tensor | None],
+    strides: list[int],
+    pads: list[int],
+    trained: list[bool],
+    identity: bool,
+    projection: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The backward schedule, see `preact_forward`.
+
+    Args:
+        needs: whether x and each weight need a gradient.
+
+    Returns:
+        The gradients of gamma and beta of every layer in one vector, then those of ``needs``.
+    """
+    p = primitives(x)
+    layers = len(coefs)
+    need_x, *need_weights = needs
+    norm_grads, dws = [None] * (2 * layers), [None] * len(weights)
+    dz, y, abc = dout, None, None
+    for i in reversed(range(layers)):
+        below = ys[i - 1] if i else x
+        dz, sums, dws[i] = p.conv_backward(
+            dz, y, abc, below, coefs[i], weights[i], strides[i], _pad(pads, i), need_dw=need_weights[i]
+        )
+        if i == 0 and projection:
+            dz_projection, sums_projection, dws[layers] = p.conv_backward(
+                dout,
+                None,
+                None,
+                x,
+                coefs[0],
+                weights[layers],
+                strides[layers],
+                _pad(pads, layers),
+                need_dw=need_weights[layers],
+            )
+            dz, sums = dz + dz_projection, torch.cat([sums, sums_projection])
+        y = below
+        abc, dgamma, dbeta = p.bn_backward_coef(sums, coefs[i], gammas[i], pixels(y.shape), trained[i])
+        norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
+    dx = [p.bn_backward_apply(dz, x, abc, dout if identity else None)] if need_x else []
+    return [torch.cat(norm_grads), *dx, *(dw for dw in dws if dw is not None)]
+
+
+@preact_backward.register_fake
+def _(dout, x, ys, coefs, weights, gammas, strides, pads, trained, identity, projection, needs):
+    statistics = statistics_dtype(x.dtype)
+    need_x, *need_weights = needs
+    dws = [torch.empty_like(w, dtype=statistics) for w, need in zip(weights, need_weights) if need]
+    norm_grads = x.new_empty(2 * sum(c.shape[1] for c in coefs), dtype=statistics)
+    return [norm_grads] + [torch.empty_like(x)] * need_x + dws
+
+
+def _pad(pads: Sequence[int], i: int) -> tuple[int, ...]:
+    return tuple(pads[4 * i : 4 * i + 4])

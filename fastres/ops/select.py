@@ -1,0 +1,181 @@
+"""Which implementation runs a primitive: Triton, the library's convolution with Triton passes, or ATen.
+
+``FASTRES_IMPL`` or `implementation` decide:
+
+``auto``    on a GPU Triton, where the library's convolution is a candidate timed once per shape (``FASTRES_TIMED=0``:
+            Triton untimed); on a CPU ATen, or Triton in its interpreter with ``TRITON_INTERPRET=1``.
+``triton``  Triton everywhere; an error for CPU tensors without ``TRITON_INTERPRET=1``.
+``aten``    ATen everywhere.
+
+fp64 and empty tensors always go to ATen: the kernels have neither.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.ops import aten
+from fastres.ops.library import LibraryConvolutions
+from fastres.ops.timing import TimedChoices, choices_path, machine_key
+
+MODES = ("auto", "triton", "aten")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_forced: str | None = None
+_selection: dict[str, str] = {}
+
+
+@contextmanager
+def implementation(mode: str) -> Iterator[None]:
+    """Run what is inside with ``"triton"``, ``"aten"`` or ``"auto"``; for the whole process, as backward has threads.
+
+    Raises:
+        ValueError: for another mode.
+    """
+    global _forced
+    before, _forced = _forced, _checked(mode, "implementation")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def selection() -> dict[str, str]:
+    """What ran so far: ``"op(shapes, ...)"`` to the name of its implementation."""
+    return dict(_selection)
+
+
+def primitives(x: Tensor) -> Primitives:
+    """The primitives that serve tensors like x."""
+    mode = _forced or _checked(os.environ.get("FASTRES_IMPL", "auto"), "FASTRES_IMPL")
+    if mode == "aten" or x.dtype not in _TRITON_DTYPES or not x.numel():
+        return _primitives("aten")
+    if x.device.type == "cuda":
+        timed = mode == "auto" and os.environ.get("FASTRES_TIMED", "1") != "0"
+        return _timed_primitives(x.device) if timed else _primitives("triton")
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
+        return _primitives("triton")
+    if mode == "triton":
+        raise RuntimeError(
+            f"implementation 'triton' cannot run on a {x.device.type} tensor: set TRITON_INTERPRET=1 or choose 'aten'"
+        )
+    return _primitives("aten")
+
+
+class Primitives:
+    """The primitives as attributes; each call goes to the candidate chosen for its shapes.
+
+    Args:
+        candidates: namespaces of primitives by name, the preferred one first. One that lacks a primitive is no
+            candidate for it.
+        choices: how to choose among several; None takes the first.
+    """
+
+    def __init__(self, candidates: dict[str, Any], choices: TimedChoices | None = None):
+        self._candidates, self._choices = candidates, choices
+        self._chosen: dict[tuple, Callable] = {}
+
+    def __getattr__(self, op: str) -> Callable:
+        call = partial(self._call, op)
+        setattr(self, op, call)
+        return call
+
+    def _call(self, op: str, *args: Any, **options: Any) -> Any:
+        key = (op, _signature(args), _signature(tuple(options.items())))
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            chosen = self._choose(op, key, args, options)
+        return chosen(*args, **options)
+
+    def _choose(self, op: str, key: tuple, args: tuple, options: dict[str, Any]) -> Callable:
+        able = {name: getattr(space, op) for name, space in self._candidates.items() if hasattr(space, op)}
+        name = next(iter(able))
+        if self._choices is not None and len(able) > 1:
+            if torch.cuda.is_current_stream_capturing():
+                return able[name]  # a graph cannot hold the timing; an eager call at this shape still may decide
+            name = self._choices.choose(
+                _text(key), {n: partial(call, *args, **options) for n, call in able.items()}
+            )
+        self._chosen[key] = able[name]
+        _selection[_text(key)] = name
+        return able[name]
+
+
+@cache
+def _primitives(name: str) -> Primitives:
+    return Primitives({name: aten if name == "aten" else _triton()})
+
+
+@cache
+def _timed_primitives(device: torch.device) -> Primitives:
+    triton = _triton()
+    library = LibraryConvolutions(aten.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums)
+    mixed = SimpleNamespace(conv_backward=partial(_dgrad_and_wgrad, triton.conv_dgrad, library.conv_wgrad))
+    candidates = {"triton": triton, "library": library, "triton dgrad, library wgrad": mixed}
+    return Primitives(candidates, TimedChoices(choices_path(), machine_key(device)))
+
+
+@cache
+def _triton() -> SimpleNamespace:
+    """The Triton launchers, with the two primitives that they make up of others or leave to ATen."""
+    from fastres import kernels
+
+    joint = partial(_dgrad_and_wgrad, kernels.conv_dgrad, kernels.conv_wgrad)
+    return SimpleNamespace(**{**vars(kernels), "conv_backward": joint, "moments": aten.moments})
+
+
+def _dgrad_and_wgrad(
+    dgrad: Callable,
+    wgrad: Callable,
+    dz: Tensor,
+    y: Tensor | None,
+    abc: Tensor | None,
+    x: Tensor,
+    coef: Tensor | None,
+    w: Tensor,
+    stride: int,
+    pad: tuple[int, int, int, int],
+    residual: Tensor | None = None,
+    need_dx: bool = True,
+    need_dw: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`conv_backward` of two kernels that each compute dy as they read it."""
+    dx = sums = dw = None
+    if need_dx:
+        below = None if coef is None else (x, coef)
+        dx, sums = dgrad(dz, y, abc, w, stride, pad, tuple(x.shape[1:3]), below, residual)
+    if need_dw:
+        dw = wgrad(dz, y, abc, x, coef, stride, pad, tuple(w.shape[1:3]))
+    return dx, sums, dw
+
+
+def _signature(values: tuple) -> tuple:
+    """What a choice depends on: shapes and dtypes of tensors, whether optional ones are there, plain numbers."""
+    return tuple(
+        (v.shape, v.dtype) if isinstance(v, Tensor) else _signature(v) if isinstance(v, tuple) else v for v in values
+    )
+
+
+def _text(key: tuple) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, torch.Size):
+            return "x".join(map(str, value))
+        if isinstance(value, tuple):
+            return f"({', '.join(map(text, value))})"
+        return str(value).removeprefix("torch.")
+
+    op, args, options = key
+    return f"{op}({', '.join(map(text, args + options))})"
+
+
+def _checked(mode: str, source: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"{source} is {mode!r}: choose {', '.join(MODES)}")
+    return mode

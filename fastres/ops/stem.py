@@ -1,0 +1,174 @@
+"""The stem as one operation: convolution, BatchNorm, ReLU and max-pool.
+
+The normalised, rectified image in front of the pool, the largest activation of a ResNet, never exists: the pool reads
+the convolution's output. For backward the image, that output and a byte an output (the winning tap) are kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastres.ops.aten import statistics_dtype
+from fastres.ops.layers import (
+    Layer,
+    Pad,
+    Statistics,
+    check_input,
+    in_autocast,
+    layer_shape,
+    nhwc_weight,
+    output_hw,
+    pixels,
+    weight_grad,
+)
+from fastres.ops.select import primitives
+
+
+def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[Tensor, Statistics]:
+    """``max_pool(relu(bn(conv(x))))``, differentiable once, with the BatchNorm's `Statistics`.
+
+    Args:
+        x: [N, H, W, C].
+        kernel, stride, pad: of the pool; padded pixels never win.
+
+    Raises:
+        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; for a pool whose kernel
+            is larger than its padded input.
+    """
+    check_input(x, [layer.weight])
+    shape = layer_shape(tuple(x.shape), layer)
+    if min(output_hw(shape[1:3], (kernel, kernel), stride, pad)) < 1:
+        raise RuntimeError(f"Given input size: ({shape[3]}x{shape[1]}x{shape[2]}). Output size is too small")
+    out, coef = _Stem.apply(
+        in_autocast(x).contiguous(),
+        layer.stride,
+        layer.pad,
+        layer.norm.eps,
+        kernel,
+        stride,
+        pad,
+        layer.weight,
+        *layer.norm[:4],
+    )
+    return out, Statistics(coef, pixels(shape))
+
+
+class _Stem(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        stride: int,
+        pad: Pad,
+        eps: float,
+        pool_kernel: int,
+        pool_stride: int,
+        pool_pad: Pad,
+        weight: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        w = nhwc_weight(weight, x.dtype)
+        out, index, y, coef = stem_forward(
+            x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad
+        )
+        ctx.save_for_backward(index, x, y, coef, w, gamma)
+        ctx.mark_non_differentiable(coef)
+        ctx.geometry = stride, pad, pool_kernel, pool_stride, pool_pad
+        ctx.trained = running_mean is None
+        ctx.dtypes = [None if p is None else p.dtype for p in (weight, gamma, beta)]
+        return out, coef
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[0], *ctx.needs_input_grad[7:10]
+        norm_grads, *grads = stem_backward(
+            dout.contiguous(), *ctx.saved_tensors, *ctx.geometry, ctx.trained, need_x, need_weight
+        )
+        dgamma, dbeta = norm_grads.chunk(2)
+        dtypes = ctx.dtypes
+        return (
+            grads[0] if need_x else None,
+            *[None] * 6,
+            weight_grad(grads[-1], dtypes[0]) if need_weight else None,
+            dgamma.to(dtypes[1]) if need_gamma else None,
+            dbeta.to(dtypes[2]) if need_beta else None,
+            None,
+            None,
+        )
+
+
+@torch.library.custom_op("fastres::stem_forward", mutates_args=())
+def stem_forward(
+    x: Tensor,
+    w: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stride: int,
+    pad: list[int],
+    eps: float,
+    pool_kernel: int,
+    pool_stride: int,
+    pool_pad: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, each one's winning tap (uint8), the convolution's output and the BatchNorm's coef."""
+    p = primitives(x)
+    y, moments = p.conv(x, w, stride, tuple(pad), moments=running_mean is None)
+    if running_mean is None:
+        coef = p.finalize(moments, gamma, beta, eps)
+    else:
+        coef = p.running_coef(running_mean, running_var, gamma, beta, eps)
+    return *p.bn_relu_max_pool(y, coef, pool_kernel, pool_stride, tuple(pool_pad)), y, coef
+
+
+@stem_forward.register_fake
+def _(x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad):
+    n, channels = x.shape[0], w.shape[0]
+    hw = output_hw(x.shape[1:3], w.shape[1:3], stride, pad)
+    out = x.new_empty(n, *output_hw(hw, (pool_kernel, pool_kernel), pool_stride, pool_pad), channels)
+    coef = x.new_empty(5, channels, dtype=statistics_dtype(x.dtype))
+    return out, torch.empty_like(out, dtype=torch.uint8), x.new_empty(n, *hw, channels), coef
+
+
+@torch.library.custom_op("fastres::stem_backward", mutates_args=())
+def stem_backward(
+    dout: Tensor,
+    index: Tensor,
+    x: Tensor,
+    y: Tensor,
+    coef: Tensor,
+    w: Tensor,
+    gamma: Tensor | None,
+    stride: int,
+    pad: list[int],
+    pool_kernel: int,
+    pool_stride: int,
+    pool_pad: list[int],
+    trained: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> list[Tensor]:
+    """The gradients of gamma and beta in one vector, then those of x and the weight where needed."""
+    p = primitives(x)
+    dz, sums = p.bn_relu_max_pool_backward(dout, index, y, coef, pool_kernel, pool_stride, tuple(pool_pad))
+    abc, dgamma, dbeta = p.bn_backward_coef(sums, coef, gamma, pixels(y.shape), trained)
+    dx, _, dw = p.conv_backward(
+        dz, y, abc, x, None, w, stride, tuple(pad), need_dx=need_x, need_dw=need_weight
+    )
+    return [torch.cat([dgamma, dbeta]), *(grad for grad in (dx, dw) if grad is not None)]
+
+
+@stem_backward.register_fake
+def _(
+    dout, index, x, y, coef, w, gamma, stride, pad, pool_kernel, pool_stride, pool_pad, trained, need_x, need_weight
+):
+    statistics = statistics_dtype(x.dtype)
+    grads = [torch.empty_like(x)] * need_x + [torch.empty_like(w, dtype=statistics)] * need_weight
+    return [x.new_empty(2 * w.shape[0], dtype=statistics), *grads]

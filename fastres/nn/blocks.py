@@ -1,0 +1,161 @@
+"""The blocks of `fastres.reference` and torchvision with a fused forward: same constructors, children and state.
+
+A block's ``nn.Conv2d`` and ``nn.BatchNorm2d`` children hold the parameters and the modes; they are not called, so their
+hooks do not run (the block's own do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision.models import resnet as torchvision_resnet
+
+from fastres.nn.norm import conv_of, layer_of, norm_of, to_nchw, to_nhwc, track, unsupported
+from fastres.ops import Layer, preact_block, residual_block
+from fastres.ops.layers import output_hw
+from fastres.reference import notebook, preact
+from fastres.reference.resnet import BasicBlock as EagerBasicBlock
+from fastres.reference.resnet import Bottleneck as EagerBottleneck
+
+
+def fused_residual(
+    x: Tensor,
+    pairs: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
+    shortcut: nn.Module | None = None,
+    residual: bool = True,
+    relu: bool = True,
+    keep: str = "all",
+) -> Tensor:
+    """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))`` and the update of the running statistics.
+
+    Args:
+        x: [N, C, H, W], channels-last unless a copy is wanted.
+        pairs: convolutions with their BatchNorms, in order.
+        shortcut: None: x itself. A convolution and a BatchNorm in an ``nn.Sequential`` join the operation; any other
+            module is called.
+        residual: whether there is a shortcut at all.
+        relu, keep: see `residual_block`.
+    """
+    nhwc = to_nhwc(x)
+    hw, layers = tuple(nhwc.shape[1:3]), []
+    for conv, bn in pairs:
+        layers.append(layer_of(conv, bn, hw))
+        hw = output_hw(hw, conv.kernel_size, layers[-1].stride, layers[-1].pad)
+    norms = [bn for _, bn in pairs]
+    added: Tensor | Layer | None = None
+    if residual and shortcut is None:
+        added = nhwc
+    elif residual and is_projection(shortcut):
+        added = layer_of(*shortcut, tuple(nhwc.shape[1:3]))
+        norms.append(shortcut[1])
+    elif residual:
+        added = to_nhwc(shortcut(x))
+    out, statistics = residual_block(nhwc, layers, added, relu, keep)
+    for bn, used in zip(norms, statistics):
+        track(bn, used)
+    return to_nchw(out)
+
+
+def is_projection(shortcut: nn.Module) -> bool:
+    """Whether it is a convolution and a BatchNorm that the fused operation can take in."""
+    return isinstance(shortcut, nn.Sequential) and len(shortcut) == 2 and unsupported(*shortcut) is None
+
+
+class _FusedResidual(nn.Module):
+    """Forward of a block with ``conv1``, ``bn1``, ..., ``downsample`` and perhaps ``residual``.
+
+    Attributes:
+        keep: what stays for backward, ``"all"`` or ``"fewer"``, see `residual_block`.
+    """
+
+    keep = "all"
+
+    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """Convolutions with their BatchNorms."""
+        count = 3 if hasattr(self, "conv3") else 2
+        return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, count + 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to channels-last [N, C', H', W']."""
+        residual = getattr(self, "residual", True)  # torchvision's blocks always have a shortcut
+        return fused_residual(x, self.pairs(), self.downsample, residual, keep=self.keep)
+
+
+class BasicBlock(_FusedResidual, EagerBasicBlock):
+    """`fastres.reference.resnet.BasicBlock`, fused."""
+
+
+class Bottleneck(_FusedResidual, EagerBottleneck):
+    """`fastres.reference.resnet.Bottleneck`, fused."""
+
+
+class NotebookBlock(_FusedResidual, notebook.NotebookBlock):
+    """`fastres.reference.notebook.NotebookBlock`, fused."""
+
+
+class TorchvisionBasicBlock(_FusedResidual, torchvision_resnet.BasicBlock):
+    """``torchvision.models.resnet.BasicBlock``, fused."""
+
+
+class TorchvisionBottleneck(_FusedResidual, torchvision_resnet.Bottleneck):
+    """``torchvision.models.resnet.Bottleneck``, fused."""
+
+
+class PreActBottleneck(preact.PreActBottleneck):
+    """`fastres.reference.preact.PreActBottleneck`, fused.
+
+    Its BatchNorm in front needs the statistics of x, which the block before has on chip as it writes x. So a pair
+    (x, coef) in gives such a pair out; a tensor gives a tensor, at the price of one more pass over x.
+    """
+
+    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """Convolutions with the BatchNorms of their inputs."""
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor | None]) -> Tensor | tuple[Tensor, Tensor | None]:
+        """[N, C, H, W] to channels-last [N, C', H', W'], or both with the `preact_block`'s coef."""
+        chained = isinstance(x, tuple)
+        x, coef = x if chained else (x, None)
+        nhwc = to_nhwc(x)
+        first, hw, layers = tuple(nhwc.shape[1:3]), tuple(nhwc.shape[1:3]), []
+        for conv, bn in self.pairs():
+            layers.append(layer_of(conv, bn, hw))
+            hw = output_hw(hw, conv.kernel_size, layers[-1].stride, layers[-1].pad)
+        shortcut = None
+        if self.residual:
+            shortcut = nhwc if self.downsample is None else conv_of(self.downsample, first)
+        by_batch = norm_of(self.bn1).running_mean is None
+        out, out_coef, statistics = preact_block(nhwc, layers, shortcut, coef, chained and by_batch)
+        for (_, bn), used in zip(self.pairs(), statistics):
+            track(bn, used)
+        return (to_nchw(out), out_coef) if chained else to_nchw(out)
+
+
+class ConvBNReLU(nn.Module):
+    """Convolution without bias, BatchNorm and, unless ``relu`` is False, ReLU.
+
+    Args:
+        inputs, outputs: channels of x [N, inputs, H, W] and of the result.
+        kernel, stride: of the convolution.
+        padding: on all sides; None: half the kernel.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        padding: int | None = None,
+        relu: bool = True,
+    ):
+        super().__init__()
+        padding = kernel // 2 if padding is None else padding
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs, H, W] to channels-last [N, outputs, H', W']."""
+        return fused_residual(x, [(self.conv, self.bn)], residual=False, relu=self.relu)

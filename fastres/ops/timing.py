@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -78,7 +77,7 @@ class TimedChoices:
         if not times:
             raise next(iter(errors.values()))
         return {
-            "winner": min(times, key=lambda name: times[name] if math.isfinite(times[name]) else math.inf),
+            "winner": min(times, key=times.get),
             "milliseconds": times,
             "errors": {name: f"{type(error).__name__}: {error}"[:200] for name, error in errors.items()},
         }

@@ -1,0 +1,104 @@
+"""Pre-activation blocks: forward and every gradient against fp64, and the statistics handed on."""
+
+import pytest
+import torch
+from support_fused import (
+    assert_as_good_as_eager,
+    cast,
+    eager_preact,
+    leaves,
+    random_norm,
+    random_weight,
+)
+
+from fastres.ops import Conv, Layer, preact_block
+from fastres.ops.preact import preact_backward, preact_forward
+
+
+def block(shortcut: str, stride: int = 1, channels: int = 20, **norm):
+    """x, layers and shortcut of a bottleneck through 6 and 10 channels."""
+    x = torch.randn(2, 7, 9, channels, dtype=torch.float64)
+    outputs = channels if shortcut == "identity" else 36
+    layers = [
+        Layer(random_weight(channels, 6, 1), random_norm(channels, **norm)),
+        Layer(random_weight(6, 10, 3), random_norm(6, **norm), stride, (1, 1, 1, 1)),
+        Layer(random_weight(10, outputs, 1), random_norm(10, **norm)),
+    ]
+    return x, layers, Conv(random_weight(channels, outputs, 1), stride) if shortcut == "projection" else None
+
+
+def both(shortcut: str):
+    """Fused and eager form of the same arguments; the identity is x itself."""
+    if shortcut == "identity":
+        return lambda x, la, _: preact_block(x, la, x)[0], lambda x, la, _: eager_preact(x, la, x)
+    return lambda x, la, s: preact_block(x, la, s)[0], eager_preact
+
+
+@pytest.mark.parametrize("shortcut, stride", [("identity", 1), ("projection", 1), ("projection", 2), ("none", 2)])
+def test_equals_fp64_eager(shortcut, stride):
+    assert_as_good_as_eager(*both(shortcut), block(shortcut, stride), torch.float64)
+
+
+@pytest.mark.parametrize("norm", [dict(gamma=False), dict(frozen=True), dict(frozen=True, gamma=False)], ids=str)
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_norms_of_other_kinds(shortcut, norm):
+    assert_as_good_as_eager(*both(shortcut), block(shortcut, **norm), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_errs_no_more_than_eager(shortcut, dtype):
+    assert_as_good_as_eager(*both(shortcut), block(shortcut, channels=64), dtype)
+
+
+def test_statistics_handed_on_are_those_of_the_result():
+    x, layers, _ = block("identity")
+    out, coef, statistics = preact_block(x, layers, x, next_coef=True)
+    torch.testing.assert_close(coef[0], out.mean((0, 1, 2)))
+    torch.testing.assert_close(coef[1], out.var((0, 1, 2), correction=0))
+    handed = preact_block(out, layers, out, coef)[0]
+    torch.testing.assert_close(handed, preact_block(out, layers, out)[0])
+    assert [used.count for used in statistics] == [126, 126, 126]
+    torch.testing.assert_close(statistics[0].coef[0], x.mean((0, 1, 2)))
+
+
+def test_gradcheck():
+    x = torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    layers = [
+        Layer(random_weight(3, 2, 1), random_norm(3)),
+        Layer(random_weight(2, 4, 3), random_norm(2), 2, (1, 1, 1, 1)),
+    ]
+    layers, projection = cast(layers, torch.float64), cast(Conv(random_weight(3, 4, 1), 2), torch.float64)
+
+    def function(x, *flat):
+        flat = iter(flat)
+        rebuilt = [
+            Layer(next(flat), la.norm._replace(gamma=next(flat), beta=next(flat)), la.stride, la.pad) for la in layers
+        ]
+        return preact_block(x, rebuilt, projection._replace(weight=next(flat)))[0]
+
+    assert torch.autograd.gradcheck(function, (x, *leaves(layers, projection)))
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_opcheck(shortcut):
+    x, layers, added = block(shortcut)
+    projection = added is not None
+    convs = [*layers, added] if projection else layers
+    weights = [conv.weight.permute(0, 2, 3, 1).contiguous() for conv in convs]
+    norms = [t for la in layers for t in la.norm[:4]]
+    geometry = [conv.stride for conv in convs], [side for conv in convs for side in conv.pad]
+    kinds = (not projection, projection)
+    for coef, next_coef, recording in ((None, True, True), (torch.ones(5, 20).double(), False, False)):
+        forward = (x, coef, weights, norms, *geometry, [1e-5] * 3, *kinds, next_coef, recording)
+        torch.library.opcheck(preact_forward, forward)
+    out, y1, y2, *coefs = preact_forward(x, None, weights, norms, *geometry, [1e-5] * 3, *kinds, False, True)
+    needs = [True] * (1 + len(weights))
+    backward = (out, x, [y1, y2], coefs, weights, norms[::4], *geometry, [True] * 3, *kinds, needs)
+    torch.library.opcheck(preact_backward, backward)
+
+
+def test_shortcut_of_another_size():
+    x, layers, _ = block("none", 2)
+    with pytest.raises(RuntimeError, match=r"size of the shortcut \[2, 20, 7, 9\] must match .* \[2, 36, 4, 5\]"):
+        preact_block(x, layers, x)

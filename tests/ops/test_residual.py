@@ -1,0 +1,216 @@
+"""Residual blocks: forward and every gradient against fp64, in all their shapes."""
+
+import pytest
+import torch
+from support_fused import (
+    assert_as_good_as_eager,
+    cast,
+    eager_conv,
+    eager_norm,
+    eager_residual,
+    leaves,
+    random_layer,
+    random_norm,
+)
+
+from fastres.ops import Layer, residual_block
+from fastres.ops.residual import residual_backward, residual_forward
+
+SAME = (0, 0, 1, 1)
+LOW = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def result(x, layers, shortcut, relu=True, keep="all"):
+    return residual_block(x, layers, shortcut, relu, keep)[0]
+
+
+def image(n, height, width, channels):
+    return torch.randn(n, height, width, channels, dtype=torch.float64)
+
+
+def bottleneck(shortcut: str, stride: int = 1, **norm):
+    """x, layers and shortcut of a bottleneck from 20 channels through 6 and 10, odd sizes throughout."""
+    x = image(2, 7, 9, 20)
+    outputs = 20 if shortcut == "identity" else 36
+    layers = [
+        random_layer(20, 6, 1, **norm),
+        random_layer(6, 10, 3, stride, **norm),
+        random_layer(10, outputs, 1, **norm),
+    ]
+    hw = (-(-7 // stride), -(-9 // stride))
+    added = {
+        "identity": None,
+        "none": None,
+        "projection": random_layer(20, outputs, 1, stride, **norm),
+        "tensor": image(2, *hw, outputs),
+    }[shortcut]
+    return x, layers, added
+
+
+def both(shortcut: str):
+    """Fused and eager form of the same arguments; the identity is x itself."""
+    if shortcut == "identity":
+        return lambda x, la, _: result(x, la, x), lambda x, la, _: eager_residual(x, la, x)
+    return result, eager_residual
+
+
+@pytest.mark.parametrize(
+    "shortcut, stride",
+    [("identity", 1), ("projection", 1), ("projection", 2), ("tensor", 1), ("tensor", 2), ("none", 1), ("none", 2)],
+)
+def test_bottleneck_equals_fp64_eager(shortcut, stride):
+    assert_as_good_as_eager(*both(shortcut), bottleneck(shortcut, stride), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_bottleneck_errs_no_more_than_eager(shortcut, dtype):
+    x = torch.randn(4, 14, 14, 64, dtype=torch.float64)
+    layers = [random_layer(64, 16, 1), random_layer(16, 16, 3), random_layer(16, 64, 1)]
+    added = random_layer(64, 64, 1) if shortcut == "projection" else None
+    assert_as_good_as_eager(*both(shortcut), (x, layers, added), dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_basic_block_errs_no_more_than_eager(dtype):
+    layers = [random_layer(24, 24, 3), random_layer(24, 24, 3)]
+    assert_as_good_as_eager(*both("identity"), (image(3, 13, 10, 24), layers, None), dtype)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        dict(inputs=3, outputs=5, kernel=3),
+        dict(inputs=3, outputs=8, kernel=5, stride=2, pad=(1, 1, 2, 2)),
+        dict(inputs=7, outputs=1, kernel=1),
+        dict(inputs=4, outputs=6, kernel=3, stride=2, pad=SAME),
+        dict(inputs=4, outputs=6, kernel=3, gamma=False),
+        dict(inputs=4, outputs=6, kernel=3, frozen=True),
+        dict(inputs=4, outputs=6, kernel=3, frozen=True, gamma=False),
+    ],
+    ids=str,
+)
+def test_one_layer_equals_fp64_eager(layer, relu):
+    assert_as_good_as_eager(
+        lambda x, la: result(x, la, None, relu),
+        lambda x, la: eager_residual(x, la, None, relu),
+        (image(2, 8, 7, layer["inputs"]), [random_layer(**layer)]),
+        torch.float64,
+    )
+
+
+@pytest.mark.parametrize("norm", [dict(gamma=False), dict(frozen=True), dict(frozen=True, gamma=False)], ids=str)
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_norms_of_other_kinds(shortcut, norm):
+    assert_as_good_as_eager(*both(shortcut), bottleneck(shortcut, **norm), torch.float64)
+
+
+def test_one_frozen_norm_among_trained_ones():
+    x, layers, _ = bottleneck("identity")
+    layers[1] = random_layer(6, 10, 3, frozen=True)
+    assert_as_good_as_eager(*both("identity"), (x, layers, None), torch.float64)
+
+
+def test_a_batch_of_one_image():
+    x, layers, _ = bottleneck("identity")
+    assert_as_good_as_eager(*both("identity"), (x[:1], layers, None), torch.float64)
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor"])
+def test_recomputing_gives_the_same_bits(shortcut):
+    arguments = [cast(a, torch.float32) for a in bottleneck(shortcut)]
+    if shortcut == "identity":
+        arguments[2] = arguments[0]
+    outs = [result(*arguments, keep=keep) for keep in ("all", "fewer")]
+    dout = torch.randn_like(outs[0])
+    wanted = leaves(*arguments[:2]) if shortcut == "identity" else leaves(*arguments)
+    kept, recomputed = (torch.autograd.grad(out, wanted, dout) for out in outs)
+    assert all(map(torch.equal, kept, recomputed))
+
+
+def test_statistics_are_those_of_each_convolution():
+    x, layers, projection = bottleneck("projection", 2)
+    _, statistics = residual_block(x, layers, projection)
+    y, below = x.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    for layer, used in zip([*layers, projection], statistics):
+        y = eager_conv(x.permute(0, 3, 1, 2) if layer is projection else below, layer)
+        assert used.count == y.numel() // y.shape[1]
+        torch.testing.assert_close(used.coef[0], y.mean((0, 2, 3)))
+        torch.testing.assert_close(used.coef[1], y.var((0, 2, 3), correction=0))
+        below = torch.relu(eager_norm(y, layer.norm))
+
+
+def test_gradcheck():
+    x = image(2, 3, 4, 3).requires_grad_()
+    layers = [cast(la, torch.float64) for la in (random_layer(3, 2, 1), random_layer(2, 2, 3, 2), random_layer(2, 4, 1))]
+    projection = cast(random_layer(3, 4, 1, 2), torch.float64)
+    flat = leaves(layers, projection)
+
+    def function(x, *flat):
+        flat = iter(flat)
+        rebuilt = [
+            Layer(next(flat), la.norm._replace(gamma=next(flat), beta=next(flat)), la.stride, la.pad)
+            for la in (*layers, projection)
+        ]
+        return residual_block(x, rebuilt[:3], rebuilt[3])[0]
+
+    assert torch.autograd.gradcheck(function, (x, *flat))
+
+
+def test_only_the_needed_gradients():
+    x, layers, projection = bottleneck("projection")
+    weight = layers[1].weight.requires_grad_()
+    (alone,) = torch.autograd.grad(residual_block(x, layers, projection)[0].square().sum(), weight)
+    everything = cast([x, layers, projection], torch.float64)
+    out = residual_block(*everything)[0]
+    (among_all,) = torch.autograd.grad(out.square().sum(), everything[1][1].weight)
+    torch.testing.assert_close(alone, among_all)
+
+
+def test_second_derivatives_are_refused():
+    x, layers, _ = bottleneck("identity")
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(residual_block(x, layers, x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor"])
+def test_opcheck(shortcut):
+    x, layers, added = bottleneck(shortcut, 1 if shortcut == "identity" else 2)
+    projection = isinstance(added, Layer)
+    every = [*layers, added] if projection else layers
+    weights = [la.weight.permute(0, 2, 3, 1).contiguous() for la in every]
+    norms = [t for la in every for t in la.norm[:4]]
+    geometry = [la.stride for la in every], [side for la in every for side in la.pad]
+    eps = [la.norm.eps for la in every]
+    tensor = None if projection else added
+    kinds = (shortcut == "identity", projection)
+    for kept in (0, 2, len(every)):
+        forward = (x, tensor, weights, norms, *geometry, eps, *kinds, True, kept)
+        torch.library.opcheck(residual_forward, forward)
+    out, *rest = residual_forward(*forward)
+    ys, coefs = rest[: len(every)], rest[len(every) :]
+    needs = [True, tensor is not None] + [True] * len(every)
+    trained = [True] * len(every)
+    backward = (out, out, x, ys, coefs, weights, norms[::4], *geometry, trained, *kinds, needs)
+    torch.library.opcheck(residual_backward, backward)
+
+
+def test_shortcut_of_another_size():
+    x, layers, _ = bottleneck("none")
+    with pytest.raises(RuntimeError, match=r"size of the shortcut \[2, 20, 7, 9\] must match .* \[2, 36, 7, 9\]"):
+        residual_block(x, layers, x)
+
+
+def test_unknown_keep():
+    x, layers, _ = bottleneck("none")
+    with pytest.raises(ValueError, match="keep is 'most': choose all or fewer"):
+        residual_block(x, layers, keep="most")
+
+
+def test_one_value_per_channel():
+    layer = Layer(torch.randn(4, 3, 3, 3), random_norm(4))
+    with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training, got input size torch"):
+        residual_block(torch.randn(1, 3, 3, 3), [layer])

@@ -1,0 +1,93 @@
+"""The timed choice: fastest wins, once, and is remembered on disk."""
+
+import json
+
+import pytest
+
+from fastres.ops.timing import TimedChoices, choices_path
+
+
+def fake_timer(times):
+    """Timer of calls that return the name under which ``times`` holds their milliseconds or their error."""
+    calls = []
+
+    def timer(call):
+        name = call()
+        calls.append(name)
+        if isinstance(times[name], Exception):
+            raise times[name]
+        return times[name]
+
+    return timer, calls
+
+
+def candidates(*names):
+    return {name: (lambda name=name: name) for name in names}
+
+
+def test_the_fastest_wins_once_for_all(tmp_path):
+    path = tmp_path / "cache" / "choices.json"
+    timer, calls = fake_timer({"triton": 2.0, "library": 1.0})
+    choices = TimedChoices(path, "gpu", timer)
+    assert choices.choose("conv", candidates("triton", "library")) == "library"
+    assert choices.choose("conv", candidates("triton", "library")) == "library"
+    assert calls == ["triton", "library"]
+    again = TimedChoices(path, "gpu", timer)
+    assert again.choose("conv", candidates("triton", "library")) == "library" and len(calls) == 2
+    assert json.loads(path.read_text())["gpu"]["conv"]["milliseconds"] == {"triton": 2.0, "library": 1.0}
+
+
+def test_another_machine_measures_for_itself(tmp_path):
+    path = tmp_path / "choices.json"
+    for machine, times in (("a", {"x": 1.0, "y": 2.0}), ("b", {"x": 2.0, "y": 1.0})):
+        timer, calls = fake_timer(times)
+        winner = TimedChoices(path, machine, timer).choose("op", candidates("x", "y"))
+        assert winner == min(times, key=times.get) and len(calls) == 2
+    assert set(json.loads(path.read_text())) == {"a", "b"}
+
+
+def test_a_failing_candidate_loses_and_its_error_is_kept(tmp_path):
+    path = tmp_path / "choices.json"
+    timer, _ = fake_timer({"x": RuntimeError("out of shared memory"), "y": 5.0})
+    assert TimedChoices(path, "gpu", timer).choose("op", candidates("x", "y")) == "y"
+    assert "out of shared memory" in json.loads(path.read_text())["gpu"]["op"]["errors"]["x"]
+
+
+def test_the_error_is_raised_when_all_fail(tmp_path):
+    timer, _ = fake_timer({"x": RuntimeError("first"), "y": RuntimeError("second")})
+    with pytest.raises(RuntimeError, match="first"):
+        TimedChoices(tmp_path / "choices.json", "gpu", timer).choose("op", candidates("x", "y"))
+
+
+def test_a_winner_that_is_no_longer_a_candidate_is_measured_again(tmp_path):
+    path = tmp_path / "choices.json"
+    timer, _ = fake_timer({"old": 1.0, "new": 2.0})
+    TimedChoices(path, "gpu", timer).choose("op", candidates("old", "new"))
+    assert TimedChoices(path, "gpu", timer).choose("op", candidates("new")) == "new"
+
+
+def test_a_broken_file_is_measured_anew_with_a_warning(tmp_path):
+    path = tmp_path / "choices.json"
+    path.write_text("{")
+    timer, _ = fake_timer({"x": 1.0})
+    with pytest.warns(UserWarning, match="cannot be read"):
+        choices = TimedChoices(path, "gpu", timer)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert choices.choose("op", candidates("x")) == "x"
+    assert json.loads(path.read_text())["gpu"]["op"]["winner"] == "x"
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_memory(tmp_path):
+    (tmp_path / "file").write_text("")
+    timer, calls = fake_timer({"x": 1.0})
+    with pytest.warns(UserWarning, match="cannot be"):
+        choices = TimedChoices(tmp_path / "file" / "choices.json", "gpu", timer)
+        assert [choices.choose("op", candidates("x")) for _ in range(2)] == ["x", "x"]
+    assert calls == ["x"]
+
+
+def test_the_cache_folder_can_be_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    assert choices_path() == tmp_path / "choices.json"
+    monkeypatch.delenv("FASTRES_CACHE")
+    assert choices_path().parts[-3:] == (".cache", "fastres", "choices.json")

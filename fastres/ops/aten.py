@@ -16,7 +16,9 @@ from fastres.kernels.types import Moments
 from fastres.ops.library import LibraryConvolutions
 
 MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
-_TILE_BYTES = 512 * 1024  # of activations a CPU tile: its second pass reads the cache, its sums stay short and accurate
+# ATen's channels-last loops sum in fp32, pixel after pixel. On a CPU tiles keep those sums short and so accurate, and the
+# second pass in the cache; as many pixels as fit this width count as channels of their own, which costs nothing.
+_TILE_BYTES, _TILE_ROWS, _TILE_WIDTH = 1024 * 1024, 128, 2048
 
 _aten = torch.ops.aten
 
@@ -28,16 +30,12 @@ def statistics_dtype(activations: torch.dtype) -> torch.dtype:
 
 def moments(y: Tensor) -> Moments:
     """Per-channel statistics of y [N, H, W, C] by M-tiles (one tile on a GPU), two passes over each tile."""
-    rows = y.reshape(-1, y.shape[-1])
-    size = len(rows)
-    if y.device.type == "cpu":
-        size = max(1, _TILE_BYTES // (rows.shape[1] * rows.element_size()))
-    tiles = rows.split(size)
-    unused = torch.zeros(2, rows.shape[1], dtype=statistics_dtype(y.dtype), device=y.device)
-    pairs = [torch.batch_norm_update_stats(_nchw_rows(tile), *unused, 0.0) for tile in tiles]
-    mean, var = (torch.stack(part) for part in zip(*pairs))
-    count = torch.full((len(tiles),), len(tiles[0]), dtype=unused.dtype, device=y.device)
-    count[-1] = len(tiles[-1])
+    tiles, fold = _tiles(y)
+    unused = torch.zeros(2, fold * y.shape[3], dtype=statistics_dtype(y.dtype), device=y.device)
+    pairs = [torch.batch_norm_update_stats(tile, *unused, 0.0) for tile in tiles]
+    mean, var = (torch.stack(part).view(-1, y.shape[3]) for part in zip(*pairs))
+    count = torch.full((len(tiles) * fold,), tiles[0].shape[2], dtype=unused.dtype, device=y.device)
+    count[-fold:] = tiles[-1].shape[2]
     return Moments(count, mean, var * count[:, None])
 
 
@@ -104,12 +102,16 @@ def bn_add_relu_backward(
 
 
 def bn_sums(dz: Tensor, y: Tensor, coef: Tensor) -> Tensor:
-    """``[1, 2, C]``: the sums over all pixels of dz and of dz * xhat, in one pass."""
-    ones = torch.ones_like(coef[MEAN])
-    _, scaled, plain = _aten.native_batch_norm_backward(
-        _nchw(dz), _nchw(y), ones, None, None, coef[MEAN], coef[RSTD], True, 0.0, [False, True, True]
-    )
-    return torch.stack([plain, scaled])[None]
+    """``[T, 2, C]``: the sums over each M-tile of dz and of dz * xhat, in one pass."""
+    (dz_tiles, fold), (y_tiles, _) = _tiles(dz), _tiles(y)
+    mean, rstd = coef[MEAN].repeat(fold), coef[RSTD].repeat(fold)
+    ones, sums = torch.ones_like(mean), []
+    for dz_tile, y_tile in zip(dz_tiles, y_tiles):
+        _, scaled, plain = _aten.native_batch_norm_backward(
+            dz_tile, y_tile, ones, None, None, mean, rstd, True, 0.0, [False, True, True]
+        )
+        sums.append(torch.stack([plain.view(fold, -1), scaled.view(fold, -1)], dim=1))
+    return torch.cat(sums)
 
 
 def bn_backward_coef(
@@ -200,9 +202,16 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _nchw_rows(rows: Tensor) -> Tensor:
-    """Rows [M, C] as channels-last [1, C, M, 1], which ATen's BatchNorm loops take."""
-    return rows.t()[None, :, :, None]
+def _tiles(y: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """M-tiles of y [N, H, W, C], each a channels-last [1, fold*C, rows, 1], and fold; on a GPU one tile, fold 1."""
+    pixels, channels = y.numel() // y.shape[3], y.shape[3]
+    size, fold = pixels, 1
+    if y.device.type == "cpu":
+        while pixels % (2 * fold) == 0 and 2 * fold * channels <= _TILE_WIDTH and pixels // fold > _TILE_ROWS:
+            fold *= 2
+        size = min(_TILE_ROWS, max(1, _TILE_BYTES // (fold * channels * y.element_size())))
+    rows = y.reshape(pixels // fold, fold * channels)
+    return rows.t()[None, :, :, None].split(size, dim=2), fold
 
 
 _convolutions = LibraryConvolutions(moments, bn_add_relu, bn_backward_apply, bn_sums)

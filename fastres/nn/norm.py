@@ -58,8 +58,9 @@ def layer_of(conv: nn.Conv2d, bn: nn.BatchNorm2d, hw: tuple[int, int]) -> Layer:
 def track(bn: nn.BatchNorm2d, statistics: Statistics) -> None:
     """Update running statistics and counter as ``nn.BatchNorm2d.forward`` does, in the same modes.
 
-    Plain in-place operations: torch.compile fuses them, and a recomputing checkpoint updates twice as it would with
-    ``nn.BatchNorm2d``, unless it clears ``track_running_stats`` meanwhile (`fastres.reference.checkpointing` does).
+    Plain in-place operations, which torch.compile fuses. A recomputing checkpoint repeats them, as it repeats those of
+    ``nn.BatchNorm2d`` (only the last block's it may leave out: its recomputation can end in the operation), unless it
+    clears ``track_running_stats`` meanwhile, as `fastres.reference.checkpointing` does.
     """
     if not (bn.training and bn.track_running_stats) or bn.running_mean is None:
         return

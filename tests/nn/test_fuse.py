@@ -1,0 +1,94 @@
+"""What is fused, what is left alone, and how that is said."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from fastres.nn import fuse, unfuse
+from fastres.nn.blocks import TorchvisionBottleneck
+from fastres.reference.preact import PreActResNet
+
+
+def torchvision_network(**options):
+    return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=2, **options)
+
+
+def test_grouped_and_dilated_blocks_stay_eager_with_a_warning():
+    with pytest.warns(UserWarning, match="left unfused: Bottleneck: a convolution has groups=32"):
+        model = fuse(torchvision_network(groups=32, width_per_group=4))
+    assert type(model.layer1[0]) is torchvision.models.resnet.Bottleneck
+    with pytest.warns(UserWarning, match="dilation"):
+        model = fuse(torchvision_network(replace_stride_with_dilation=[False, True, True]))
+    assert type(model.layer1[0]) is TorchvisionBottleneck
+    x = torch.randn(2, 3, 64, 64)
+    eager = unfuse(model.eval())(x)
+    with pytest.warns(UserWarning):
+        torch.testing.assert_close(fuse(model)(x), eager)
+
+
+def test_other_norms_and_activations_stay_eager():
+    with pytest.raises(ValueError, match="InstanceNorm2d is not nn.BatchNorm2d"):
+        fuse(torchvision.models.resnet.Bottleneck(16, 4, norm_layer=nn.InstanceNorm2d))
+    block = torchvision.models.resnet.Bottleneck(16, 4)
+    block.relu = nn.SiLU()
+    with pytest.raises(ValueError, match="SiLU is not nn.ReLU"):
+        fuse(block)
+
+
+def test_subclasses_keep_their_own_forward():
+    class Own(torchvision.models.ResNet):
+        def _forward_impl(self, x):
+            return super()._forward_impl(x) + 1
+
+    model = fuse(Own(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=2)).eval()
+    assert type(model) is Own
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), unfuse(model)(x))
+
+
+def test_networks_inside_other_modules_are_found():
+    model = fuse(nn.ModuleDict({"trunk": torchvision_network(), "head": nn.Linear(2, 2)}))
+    assert type(model["trunk"].layer1[0]) is TorchvisionBottleneck
+
+
+def test_one_eager_block_keeps_a_preactivation_network_eager_outside_its_other_blocks():
+    model = PreActResNet(20)
+    model.layer2[0].conv2 = nn.Conv2d(32, 32, 3, 2, 1, groups=2, bias=False)
+    with pytest.warns(UserWarning, match="groups=2"):
+        fuse(model)
+    assert type(model) is PreActResNet
+    x = torch.randn(2, 3, 16, 16)
+    model.eval()
+    torch.testing.assert_close(model(x), unfuse(model)(x))
+
+
+def test_a_changed_head_is_respected():
+    model = torchvision_network()
+    model.avgpool = nn.AdaptiveMaxPool2d(1)
+    fuse(model.eval())
+    assert type(model) is torchvision.models.ResNet
+    x = torch.randn(2, 3, 40, 40)
+    torch.testing.assert_close(model(x), unfuse(model)(x))
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d((3, 2), 2), nn.AvgPool2d(2)], ids=str
+)
+def test_any_other_pool_is_called(pool):
+    model = torchvision_network()
+    model.maxpool = pool
+    model.eval()
+    x = torch.randn(2, 3, 40, 40)
+    expected = model(x)
+    torch.testing.assert_close(fuse(model)(x), expected)
+
+
+def test_nothing_to_fuse():
+    with pytest.raises(ValueError, match="Linear has no block to fuse: fuse takes"):
+        fuse(nn.Linear(2, 2))
+
+
+def test_unknown_keep():
+    with pytest.raises(ValueError, match="keep is 'some': choose all or fewer"):
+        fuse(torchvision_network(), keep="some")

@@ -99,10 +99,10 @@ class ResNet(nn.Module):
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
-        depths: blocks a stage; the stages' widths are 64, 128, 256 and 512.
+        depths: blocks a stage; the stages' widths are 64, 128, 256, ...
         num_classes: logits [N, num_classes].
         stem: ``imagenet`` is a 7x7 stride-2 convolution and a 3x3 stride-2 max-pool, ``cifar`` a 3x3 stride-1
-            convolution and no pool.
+            convolution and no pool, ``halving`` the same with stride 2.
         zero_init_residual: start each block as its shortcut: gamma 0 in its last BatchNorm (Goyal et al. 2017).
         residual: without it, the plain twin.
         checkpoint_every: see `run_blocks`.
@@ -114,7 +114,7 @@ class ResNet(nn.Module):
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
-        depths: tuple[int, int, int, int],
+        depths: tuple[int, ...],
         num_classes: int = 10,
         stem: str = "imagenet",
         zero_init_residual: bool = False,
@@ -125,15 +125,15 @@ class ResNet(nn.Module):
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
             pool = nn.MaxPool2d(3, stride=2, padding=1)
-        elif stem == "cifar":
-            self.conv1 = conv3x3(3, 64)
+        elif stem in ("cifar", "halving"):
+            self.conv1 = conv3x3(3, 64, stride=2 if stem == "halving" else 1)
             pool = nn.Identity()
         else:
-            raise ValueError(f"stem {stem!r} is unknown: choose imagenet or cifar")
+            raise ValueError(f"stem {stem!r} is unknown: choose imagenet, cifar or halving")
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = pool
-        self.checkpoint_every = checkpoint_every
+        self.stages, self.checkpoint_every = len(depths), checkpoint_every
         inputs = 64
         for stage, depth in enumerate(depths):
             width, blocks = 64 * 2**stage, []
@@ -157,7 +157,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, 3, H, W]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = run_blocks([*self.layer1, *self.layer2, *self.layer3, *self.layer4], x, self.checkpoint_every)
+        blocks = [block for stage in range(self.stages) for block in getattr(self, f"layer{stage + 1}")]
+        x = run_blocks(blocks, x, self.checkpoint_every)
         return self.fc(self.avgpool(x).flatten(1))
 
 
@@ -180,3 +181,8 @@ def resnet(
 ) -> ResNet:
     """ResNet-18 to 152 of He et al. 2015, weights interchange with torchvision's."""
     return ResNet(*DEPTHS[depth], num_classes, stem, zero_init_residual, residual, checkpoint_every)
+
+
+def resnet8(num_classes: int = 10, residual: bool = True, checkpoint_every: int = 0) -> ResNet:
+    """Three basic blocks of 64, 128 and 256 channels behind a stem that halves the image: small images, fast."""
+    return ResNet(BasicBlock, (1, 1, 1), num_classes, "halving", residual=residual, checkpoint_every=checkpoint_every)

@@ -9,7 +9,17 @@ from fastres.train.config import TrainConfig
 
 PRESETS: dict[str, dict] = {
     # The quickest good one on whatever machine there is.
-    "fast": {},
+    "fast": dict(
+        model="resnet8",
+        epochs=10,
+        batch_size=256,
+        lr=0.4,
+        weight_decay=5e-3,
+        schedule="triangular",
+        warmup=0.2,
+        label_smoothing=0.1,
+        tta=True,
+    ),
     # The TensorFlow-slim notebook: plain momentum SGD at one rate, no augmentation, no decay, fp32.
     "notebook": dict(
         model="notebook",

@@ -35,7 +35,7 @@ def test_learns_and_leaves_a_run_folder(tmp_path):
     assert best["epoch"] == first_best["epoch"] and best["data"] == "tiny"
 
 
-@pytest.mark.parametrize("changes", [dict(ema=0.9, flip="alternating", cutout=3), dict(precision="fp16"), dict(steps=9)])
+@pytest.mark.parametrize("changes", [dict(ema=0.9, flip="alternating", cutout=3), dict(precision="fp16", batch_size=48), dict(steps=9)])
 def test_resume_after_every_epoch_is_bit_for_bit(tmp_path, changes):
     whole = tiny_trainer(tmp_path / "whole", **changes)
     whole.fit()

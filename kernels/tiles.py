@@ -1,0 +1,46 @@
+"""Device code that several kernels share. Everything is computed in fp32: values are widened right after a load.
+
+``coef`` is the [5, C] fp32 matrix of a BatchNorm's coefficients: rows mean, biased variance, rstd, scale and shift;
+``abc`` is [3, C]: BatchNorm's backward as ``dy = A*dz + B*y + C``.
+"""
+
+import triton
+import triton.language as tl
+
+MEAN = tl.constexpr(0)
+VAR = tl.constexpr(1)
+RSTD = tl.constexpr(2)
+SCALE = tl.constexpr(3)
+SHIFT = tl.constexpr(4)
+
+
+@triton.jit
+def relu(z):
+    """``max(z, 0)`` that keeps NaN, as PyTorch's does."""
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu_backward(dout, out):
+    """``dout`` where ``out`` is positive (or NaN), else 0."""
+    return tl.where(out <= 0.0, 0.0, dout)
+
+
+@triton.jit
+def store_moments(values, rows, count_ptr, mean_ptr, m2_ptr, tile, channel, channel_ok, C, first):
+    """Reduce a tile ``values`` [BM, BN], of which ``rows`` rows count, to count, mean and M2 of each column.
+
+    Args:
+        rows: int, number of leading rows that are inside the matrix.
+        count_ptr, mean_ptr, m2_ptr: [T], [T, C], [T, C]; row ``tile`` is written.
+        channel, channel_ok: [BN] column of each value, and whether it exists.
+        first: whether this program is the one of its tile that writes the count.
+    """
+    inside = (tl.arange(0, values.shape[0]) < rows)[:, None]
+    count = rows.to(tl.float32)
+    mean = tl.sum(tl.where(inside, values, 0.0), 0) / count
+    deviation = tl.where(inside, values - mean[None, :], 0.0)
+    tl.store(mean_ptr + tile * C + channel, mean, mask=channel_ok)
+    tl.store(m2_ptr + tile * C + channel, tl.sum(deviation * deviation, 0), mask=channel_ok)
+    if first:
+        tl.store(count_ptr + tile, count)

@@ -1,0 +1,13 @@
+"""What kernels hand to one another besides plain tensors."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Per-channel statistics of a [M, C] matrix by row tiles, to be merged by `finalize` (Chan et al. 1979)."""
+
+    count: Tensor  # [T], rows in the tile
+    mean: Tensor  # [T, C]
+    m2: Tensor  # [T, C], sum of squared deviations from the tile's own mean

@@ -1,0 +1,91 @@
+"""Tile configurations of the convolution kernels, chosen from plain tables by shape and dtype.
+
+Every entry compiles for sm_80, sm_90 and sm_100 without a spill (``bench/aot.py``): 128x128 tiles with 4 warps do not.
+`triton.autotune` is left out on purpose: it needs a GPU to import under, and times inside the first step of training.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastres.kernels.geometry import cdiv, power_of_2
+
+# Programs that fill a large GPU once (132 multiprocessors on an H100): with fewer, smaller tiles are taken.
+PROGRAMS = 132
+# Smallest side of a tile that tl.dot takes.
+LEAST = 16
+
+
+class Config(NamedTuple):
+    """Tile of a matrix product [M, K] x [K, N], warps a program and depth of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """The launch's keyword arguments."""
+        return dict(
+            BLOCK_M=self.block_m,
+            BLOCK_N=self.block_n,
+            BLOCK_K=self.block_k,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
+
+def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype) -> list[Config]:
+    """Configurations of a convolution's product, the one to take first.
+
+    Args:
+        rows: pixels of the result. columns: its channels. depth: channels summed over a tap.
+        dtype: of the operands; fp32 takes half the depth, as its elements take twice the shared memory.
+    """
+    block_k = power_of_2(depth, LEAST, 64 if dtype.itemsize == 2 else 32)
+    block_n = power_of_2(columns, LEAST, 128)
+    tiles = [(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))]
+    tiles = list(dict.fromkeys(tiles))
+    full = [tile for tile in tiles if cdiv(rows, tile[0]) * cdiv(columns, tile[1]) >= PROGRAMS]
+    first = full[0] if full else tiles[-1]
+    tiles.sort(key=lambda tile: tile != first)
+    return [Config(m, n, block_k, warps(m, n), 3) for m, n in tiles]
+
+
+def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype) -> list[Config]:
+    """Configurations of a weight gradient, the one to take first.
+
+    Args:
+        rows: channels of the convolution's result. columns: channels of a tap, or taps times channels.
+        pixels: summed over.
+    """
+    block_k = power_of_2(pixels, LEAST, 64 if dtype.itemsize == 2 else 32)
+    block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
+    tiles = list(dict.fromkeys([(block_m, block_n), (min(block_m, 64), min(block_n, 64))]))
+    return [Config(m, n, block_k, warps(m, n), 3) for m, n in tiles]
+
+
+def at_rank(configs: list, rank: int):
+    """The configuration of that rank, or the last one."""
+    return configs[min(rank, len(configs) - 1)]
+
+
+def splits(programs: int, pixels: int, block_k: int) -> int:
+    """Parts of a sum over pixels: enough to fill a GPU twice, none with fewer than 8 steps of the loop."""
+    return max(1, min(cdiv(2 * PROGRAMS, programs), pixels // (8 * block_k)))
+
+
+def warps(block_m: int, block_n: int) -> int:
+    """8 for the tiles whose accumulators would spill with 4."""
+    return 8 if block_m * block_n > 64 * 64 else 4
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s input precision: tf32 for fp32 operands where PyTorch's own switch for convolutions allows it."""
+    if dtype != torch.float32:
+        return "tf32"  # says nothing to operands of 16 bits; one value, so that it makes no second kernel
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,234 @@
+"""Convolution as an implicit matrix product, with BatchNorm and ReLU in its prologue and statistics in its epilogue."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastres.kernels import buffers
+from fastres.kernels.configs import LEAST, at_rank, conv_configs, precision
+from fastres.kernels.geometry import Pad, cdiv, output_hw
+from fastres.kernels.tiles import SCALE, SHIFT, relu, store_moments
+from fastres.kernels.types import Moments
+
+
+@triton.jit
+def conv_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    coef_ptr,
+    bias_ptr,
+    residual_ptr,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    H,
+    W,
+    OH,
+    OW,
+    M,
+    k_blocks,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    FLAT: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``y = conv2d(relu(x*scale + shift), w) + bias + residual``, then ReLU; and each tile's count, mean and M2 of y.
+
+    The product's rows are the result's M = N*OH*OW pixels, its columns the COUT channels; it sums over the taps and the
+    CIN channels: tap by tap, or, where the channels would not fill a tensor core (FLAT), over both as one axis.
+    Padding is zero behind the prologue. Statistics are those of the stored, rounded y. Moves x about once (its taps and
+    column tiles come from the L2), w, y once.
+
+    Args:
+        x_ptr: [N, H, W, CIN]. w_ptr: [COUT, KH, KW, CIN]. y_ptr, residual_ptr: [N, OH, OW, COUT].
+        coef_ptr: [5, CIN] or None: x as it is. bias_ptr: [COUT] fp32 or None. residual_ptr: or None.
+        count_ptr, mean_ptr, m2_ptr: [T], [T, COUT], [T, COUT] fp32, T tiles of BLOCK_M rows; or None.
+        k_blocks: trips of the loop; an argument, since a loop of known length would be unrolled.
+    """
+    POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
+    N_TILES: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
+    C_BLOCKS: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
+    DEPTH: tl.constexpr = KH * KW * CIN
+    tile = tl.program_id(0) // N_TILES
+    row = tl.arange(0, BLOCK_M)
+    first = tile.to(tl.int64) * BLOCK_M
+    rows = tl.minimum(M - first, BLOCK_M).to(tl.int32)
+    row_ok = row < rows
+    n = (tl.program_id(0) % N_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < COUT
+
+    # Offsets inside a tile fit 32 bits, the tile's own place may not.
+    if POINTWISE:
+        x_ptr += first * CIN
+        pixel = row
+        top = row * 0
+        left = row * 0
+    else:
+        image = first // (OH * OW)
+        x_ptr += image * H * W * CIN
+        m = (first - image * OH * OW).to(tl.int32) + row
+        top = (m // OW % OH) * STRIDE - TOP
+        left = (m % OW) * STRIDE - LEFT
+        pixel = ((m // OW // OH) * H + top) * W + left
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(k_blocks):
+        if FLAT:
+            k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            c = k % CIN
+            kh = k // CIN // KW
+            kw = k // CIN % KW
+            k_ok = k < DEPTH
+            h = top[:, None] + kh[None, :]
+            v = left[:, None] + kw[None, :]
+            ok = row_ok[:, None] & k_ok[None, :] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            offset = (pixel[:, None] + (kh * W + kw)[None, :]) * CIN + c[None, :]
+        else:
+            c = (block % C_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap = block // C_BLOCKS
+            k = tap * CIN + c
+            k_ok = c < CIN
+            if POINTWISE:
+                ok = row_ok[:, None]
+                offset = (pixel * CIN)[:, None] + c[None, :]
+            else:
+                kh = tap // KW
+                kw = tap % KW
+                ok = (row_ok & (top + kh >= 0) & (top + kh < H) & (left + kw >= 0) & (left + kw < W))[:, None]
+                offset = ((pixel + kh * W + kw) * CIN)[:, None] + c[None, :]
+            if CIN % BLOCK_K != 0:
+                ok = ok & k_ok[None, :]
+        a = tl.load(x_ptr + offset, mask=ok, other=0.0)
+        if FLAT or CIN % BLOCK_K != 0:
+            b = tl.load(w_ptr + (n * DEPTH)[None, :] + k[:, None], mask=k_ok[:, None] & n_ok[None, :], other=0.0)
+        else:
+            b = tl.load(w_ptr + (n * DEPTH)[None, :] + k[:, None], mask=n_ok[None, :], other=0.0)
+        if coef_ptr is not None:
+            if FLAT or CIN % BLOCK_K != 0:
+                scale = tl.load(coef_ptr + SCALE * CIN + c, mask=k_ok, other=0.0)
+                shift = tl.load(coef_ptr + SHIFT * CIN + c, mask=k_ok, other=0.0)
+            else:
+                scale = tl.load(coef_ptr + SCALE * CIN + c)
+                shift = tl.load(coef_ptr + SHIFT * CIN + c)
+            z = relu(a.to(tl.float32) * scale[None, :] + shift[None, :])
+            a = tl.where(ok, z, 0.0).to(a.dtype)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    y_offset = first * COUT + (row * COUT)[:, None] + n[None, :]
+    y_ok = row_ok[:, None] & n_ok[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + y_offset, mask=y_ok, other=0.0).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + y_offset, y, mask=y_ok)
+    if mean_ptr is not None:
+        store_moments(
+            y.to(tl.float32), rows, count_ptr, mean_ptr, m2_ptr, tile, n, n_ok, COUT, tl.program_id(0) % N_TILES == 0
+        )
+
+
+def conv(
+    x: Tensor,
+    w: Tensor,
+    stride: int,
+    pad: Pad,
+    coef: Tensor | None = None,
+    residual: Tensor | None = None,
+    moments: bool = True,
+    rank: int = 0,
+) -> tuple[Tensor, Moments | None]:
+    """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` [N, OH, OW, COUT] and the statistics of y.
+
+    Args:
+        x: [N, H, W, CIN], NHWC and contiguous, fp32, fp16 or bf16.
+        w: [COUT, KH, KW, CIN] in x's dtype.
+        coef: [5, CIN] fp32, see `fastres.kernels.tiles`; None: x as it is.
+        residual: [N, OH, OW, COUT].
+        rank: which of `conv_configs`, the first at 0; the last where there are fewer.
+    """
+    return _launch(x, w, stride, pad, coef, None, residual, False, moments, rank)
+
+
+def conv_bias_act(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    stride: int,
+    pad: Pad,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    rank: int = 0,
+) -> Tensor:
+    """``relu(conv2d(x, w) + bias (+ residual))`` for inference; bias [COUT] fp32, otherwise as `conv`."""
+    return _launch(x, w, stride, pad, None, bias, residual, relu, False, rank)[0]
+
+
+def _launch(
+    x: Tensor,
+    w: Tensor,
+    stride: int,
+    pad: Pad,
+    coef: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    moments: bool,
+    rank: int,
+) -> tuple[Tensor, Moments | None]:
+    n, height, width, cin = x.shape
+    cout, kh, kw, _ = w.shape
+    out_height, out_width = output_hw((height, width), (kh, kw), stride, pad)
+    rows, flat = n * out_height * out_width, cin < LEAST
+    depth = kh * kw * cin if flat else cin
+    config = at_rank(conv_configs(rows, cout, depth, x.dtype), rank)
+    tiles = cdiv(rows, config.block_m)
+    y = buffers.empty(x, n, out_height, out_width, cout)
+    count = mean = m2 = None
+    if moments:
+        count = buffers.empty(x, tiles, dtype=torch.float32)
+        mean, m2 = (buffers.empty(x, tiles, cout, dtype=torch.float32) for _ in range(2))
+    conv_kernel[(tiles * cdiv(cout, config.block_n),)](
+        x,
+        w,
+        y,
+        coef,
+        bias,
+        residual,
+        count,
+        mean,
+        m2,
+        height,
+        width,
+        out_height,
+        out_width,
+        rows,
+        cdiv(depth, config.block_k) * (1 if flat else kh * kw),
+        CIN=cin,
+        COUT=cout,
+        KH=kh,
+        KW=kw,
+        STRIDE=stride,
+        TOP=pad[0],
+        LEFT=pad[1],
+        FLAT=flat,
+        RELU=relu,
+        PRECISION=precision(x.dtype),
+        **config.launch,
+    )
+    return y, Moments(count, mean, m2) if moments else None

@@ -1,0 +1,19 @@
+"""Sizes of convolutions and pools over NHWC tensors."""
+
+Pad = tuple[int, int, int, int]  # top, left, bottom, right
+
+
+def output_hw(hw: tuple[int, int], kernel: tuple[int, int], stride: int, pad: Pad) -> tuple[int, int]:
+    """Height and width that a convolution or pool makes of ``hw``."""
+    top, left, bottom, right = pad
+    return (hw[0] + top + bottom - kernel[0]) // stride + 1, (hw[1] + left + right - kernel[1]) // stride + 1
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(size: int, least: int, most: int) -> int:
+    """The smallest power of 2 that holds ``size``, within [least, most], themselves powers of 2."""
+    return min(most, max(least, 1 << (size - 1).bit_length()))

@@ -64,22 +64,22 @@ def conv_kernel(
     DEPTH: tl.constexpr = KH * KW * CIN
     tile = tl.program_id(0) // N_TILES
     row = tl.arange(0, BLOCK_M)
-    first = tile.to(tl.int64) * BLOCK_M
-    rows = tl.minimum(M - first, BLOCK_M).to(tl.int32)
+    first = tile * BLOCK_M
+    rows = tl.minimum(M - first, BLOCK_M)
     row_ok = row < rows
     n = (tl.program_id(0) % N_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < COUT
 
-    # Offsets inside a tile fit 32 bits, the tile's own place may not.
+    # Pixels and offsets inside a tile fit 32 bits, the offset of the tile itself may not.
     if POINTWISE:
-        x_ptr += first * CIN
+        x_ptr += first.to(tl.int64) * CIN
         pixel = row
         top = row * 0
         left = row * 0
     else:
         image = first // (OH * OW)
-        x_ptr += image * H * W * CIN
-        m = (first - image * OH * OW).to(tl.int32) + row
+        x_ptr += image.to(tl.int64) * (H * W * CIN)
+        m = first - image * (OH * OW) + row
         top = (m // OW % OH) * STRIDE - TOP
         left = (m % OW) * STRIDE - LEFT
         pixel = ((m // OW // OH) * H + top) * W + left
@@ -127,16 +127,17 @@ def conv_kernel(
             a = tl.where(ok, z, 0.0).to(a.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    y_offset = first * COUT + (row * COUT)[:, None] + n[None, :]
+    y_first = first.to(tl.int64) * COUT
+    y_offset = (row * COUT)[:, None] + n[None, :]
     y_ok = row_ok[:, None] & n_ok[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0)[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + y_offset, mask=y_ok, other=0.0).to(tl.float32)
+        acc += tl.load(residual_ptr + y_first + y_offset, mask=y_ok, other=0.0).to(tl.float32)
     if RELU:
         acc = relu(acc)
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + y_offset, y, mask=y_ok)
+    tl.store(y_ptr + y_first + y_offset, y, mask=y_ok)
     if mean_ptr is not None:
         store_moments(
             y.to(tl.float32), rows, count_ptr, mean_ptr, m2_ptr, tile, n, n_ok, COUT, tl.program_id(0) % N_TILES == 0

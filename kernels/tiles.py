@@ -44,3 +44,12 @@ def store_moments(values, rows, count_ptr, mean_ptr, m2_ptr, tile, channel, chan
     tl.store(m2_ptr + tile * C + channel, tl.sum(deviation * deviation, 0), mask=channel_ok)
     if first:
         tl.store(count_ptr + tile, count)
+
+
+@triton.jit
+def bn_backward(dz, y, abc_ptr, channel, channel_ok, C):
+    """BatchNorm's backward ``A*dz + B*y + C`` of tiles [BM, BC] in the columns ``channel``, fp32."""
+    a = tl.load(abc_ptr + channel, mask=channel_ok, other=0.0)
+    b = tl.load(abc_ptr + C + channel, mask=channel_ok, other=0.0)
+    c = tl.load(abc_ptr + 2 * C + channel, mask=channel_ok, other=0.0)
+    return a[None, :] * dz.to(tl.float32) + b[None, :] * y.to(tl.float32) + c[None, :]

@@ -1,0 +1,217 @@
+"""Gradient at a convolution's input, BatchNorm's backward in its prologue, the ReLU and BatchNorm below in its epilogue."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastres.kernels import buffers
+from fastres.kernels.configs import at_rank, conv_configs, precision
+from fastres.kernels.geometry import Pad, cdiv
+from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, bn_backward, relu_backward
+
+
+@triton.jit
+def conv_dgrad_kernel(
+    dz_ptr,
+    y_ptr,
+    abc_ptr,
+    w_ptr,
+    dx_ptr,
+    x_ptr,
+    coef_ptr,
+    residual_ptr,
+    sums_ptr,
+    H,
+    W,
+    OH,
+    OW,
+    N,
+    tiles,
+    c_blocks,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``dx = conv_transpose2d(A*dz + B*y + C, w) + residual``, through the ReLU of ``relu(x*scale + shift)``, with sums.
+
+    The product's rows are the input's pixels, its columns the CIN channels; it sums over the taps that reach a pixel and
+    the COUT channels. A pixel is reached by taps of its own remainder modulo the stride only, so rows are grouped by
+    remainder (rh, rw), ``tiles`` tiles each, and no product with a known zero is formed. Moves dz and y about once, w,
+    residual, x and dx once.
+
+    Args:
+        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; y_ptr and abc_ptr None: dz is the convolution's gradient.
+        w_ptr: [COUT, KH, KW, CIN]. dx_ptr, residual_ptr, x_ptr: [N, H, W, CIN]. residual_ptr: or None.
+        x_ptr, coef_ptr, sums_ptr: the BatchNorm below: its input, its [5, CIN], and [T, 2, CIN] fp32 for each tile's sums of dx
+            and dx * xhat; or None: no BatchNorm and no ReLU.
+        c_blocks: blocks of COUT, an argument so that the loop is not unrolled.
+    """
+    POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
+    N_TILES: tl.constexpr = (CIN + BLOCK_N - 1) // BLOCK_N
+    DEPTH: tl.constexpr = KH * KW * CIN
+    tile = tl.program_id(0) // N_TILES
+    n = (tl.program_id(0) % N_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < CIN
+    row = tl.arange(0, BLOCK_M)
+
+    # Offsets count from the tile's first image (or row), whose own offset may need 64 bits.
+    if POINTWISE:
+        first = tile * BLOCK_M
+        row_ok = row < N * H * W - first
+        dz_first = first.to(tl.int64) * COUT
+        x_first = first.to(tl.int64) * CIN
+        x_pixel = row
+        dz_pixel = row
+        taps_w = 1
+        trips = c_blocks
+        oh = row * 0
+        ow = row * 0
+        kh0 = 0
+        kw0 = 0
+    else:
+        rh = (tile // tiles) // STRIDE
+        rw = (tile // tiles) % STRIDE
+        rows_h = (H - rh + STRIDE - 1) // STRIDE
+        rows_w = (W - rw + STRIDE - 1) // STRIDE
+        first = (tile % tiles) * BLOCK_M
+        row_ok = row < N * rows_h * rows_w - first
+        image = first // tl.maximum(rows_h * rows_w, 1)
+        m = first - image * (rows_h * rows_w) + row
+        h = m // tl.maximum(rows_w, 1) % tl.maximum(rows_h, 1)
+        v = m % tl.maximum(rows_w, 1)
+        i = m // tl.maximum(rows_h * rows_w, 1)
+        kh0 = (rh + TOP) % STRIDE
+        kw0 = (rw + LEFT) % STRIDE
+        taps_h = (KH - kh0 + STRIDE - 1) // STRIDE
+        taps_w = (KW - kw0 + STRIDE - 1) // STRIDE
+        trips = taps_h * taps_w * c_blocks
+        oh = h + (rh + TOP - kh0) // STRIDE
+        ow = v + (rw + LEFT - kw0) // STRIDE
+        dz_first = image.to(tl.int64) * (OH * OW * COUT)
+        x_first = image.to(tl.int64) * (H * W * CIN)
+        dz_pixel = (i * OH + oh) * OW + ow
+        x_pixel = (i * H + h * STRIDE + rh) * W + v * STRIDE + rw
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(trips):
+        c = (block % c_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        c_ok = c < COUT
+        if POINTWISE:
+            ok = row_ok[:, None]
+            offset = (dz_pixel * COUT)[:, None] + c[None, :]
+            w_tap = 0
+        else:
+            tap = block // c_blocks
+            th = tap // taps_w
+            tw = tap % taps_w
+            ok = (row_ok & (oh >= th) & (oh - th < OH) & (ow >= tw) & (ow - tw < OW))[:, None]
+            offset = ((dz_pixel - th * OW - tw) * COUT)[:, None] + c[None, :]
+            w_tap = ((kh0 + th * STRIDE) * KW + kw0 + tw * STRIDE) * CIN
+        if COUT % BLOCK_K != 0:
+            ok = ok & c_ok[None, :]
+        a = tl.load(dz_ptr + dz_first + offset, mask=ok, other=0.0)
+        if COUT % BLOCK_K != 0:
+            b = tl.load(w_ptr + w_tap + (c * DEPTH)[:, None] + n[None, :], mask=c_ok[:, None] & n_ok[None, :], other=0.0)
+        else:
+            b = tl.load(w_ptr + w_tap + (c * DEPTH)[:, None] + n[None, :], mask=n_ok[None, :], other=0.0)
+        if abc_ptr is not None:
+            y = tl.load(y_ptr + dz_first + offset, mask=ok, other=0.0)
+            dy = bn_backward(a, y, abc_ptr, c, c_ok, COUT)
+            a = tl.where(ok, dy, 0.0).to(a.dtype)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    offset = (x_pixel * CIN)[:, None] + n[None, :]
+    ok = row_ok[:, None] & n_ok[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
+    if coef_ptr is not None:
+        x = tl.load(x_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
+        scale = tl.load(coef_ptr + SCALE * CIN + n, mask=n_ok, other=0.0)
+        shift = tl.load(coef_ptr + SHIFT * CIN + n, mask=n_ok, other=0.0)
+        acc = relu_backward(acc, x * scale[None, :] + shift[None, :])
+    dx = acc.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + x_first + offset, dx, mask=ok)
+    if coef_ptr is not None:
+        mean = tl.load(coef_ptr + MEAN * CIN + n, mask=n_ok, other=0.0)
+        rstd = tl.load(coef_ptr + RSTD * CIN + n, mask=n_ok, other=0.0)
+        dz = tl.where(ok, dx.to(tl.float32), 0.0)
+        xhat = (x - mean[None, :]) * rstd[None, :]
+        tl.store(sums_ptr + tile * (2 * CIN) + n, tl.sum(dz, 0), mask=n_ok)
+        tl.store(sums_ptr + tile * (2 * CIN) + CIN + n, tl.sum(tl.where(ok, dz * xhat, 0.0), 0), mask=n_ok)
+
+
+def conv_dgrad(
+    dz: Tensor,
+    y: Tensor | None,
+    abc: Tensor | None,
+    w: Tensor,
+    stride: int,
+    pad: Pad,
+    input_hw: tuple[int, int],
+    below: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    rank: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
+
+    Args:
+        dz: [N, OH, OW, COUT], NHWC and contiguous, fp32, fp16 or bf16.
+        y, abc: [N, OH, OW, COUT] and [3, COUT] fp32: the convolution's gradient is ``A*dz + B*y + C``; None: it is dz.
+        w: [COUT, KH, KW, CIN] in dz's dtype.
+        below: the BatchNorm whose rectified result the convolution read: its input [N, H, W, CIN] and its coef [5, CIN].
+        residual: [N, H, W, CIN], added to the gradient.
+        rank: which of `conv_configs`, the first at 0; the last where there are fewer.
+
+    Returns:
+        dx [N, H, W, CIN], and the sums [T, 2, CIN] fp32 of dx and of dx * xhat by tiles, or None.
+    """
+    n, out_height, out_width, cout = dz.shape
+    _, kh, kw, cin = w.shape
+    height, width = input_hw
+    rows = n * cdiv(height, stride) * cdiv(width, stride)  # in the largest group
+    config = at_rank(conv_configs(rows * stride**2, cin, cout, dz.dtype), rank)
+    tiles = cdiv(rows, config.block_m)
+    dx = buffers.empty(dz, n, height, width, cin)
+    x = coef = sums = None
+    if below is not None:
+        x, coef = below
+        sums = buffers.empty(dz, tiles * stride**2, 2, cin, dtype=torch.float32)
+    conv_dgrad_kernel[(tiles * stride**2 * cdiv(cin, config.block_n),)](
+        dz,
+        y,
+        abc,
+        w,
+        dx,
+        x,
+        coef,
+        residual,
+        sums,
+        height,
+        width,
+        out_height,
+        out_width,
+        n,
+        tiles,
+        cdiv(cout, config.block_k),
+        CIN=cin,
+        COUT=cout,
+        KH=kh,
+        KW=kw,
+        STRIDE=stride,
+        TOP=pad[0],
+        LEFT=pad[1],
+        PRECISION=precision(dz.dtype),
+        **config.launch,
+    )
+    return dx, sums

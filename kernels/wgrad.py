@@ -1,0 +1,180 @@
+"""Gradient of a convolution's weight, BatchNorm's backward and BatchNorm with ReLU in its prologues."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastres.kernels import buffers
+from fastres.kernels.configs import LEAST, at_rank, precision, splits, wgrad_configs
+from fastres.kernels.geometry import Pad, cdiv
+from fastres.kernels.tiles import SCALE, SHIFT, bn_backward, relu
+
+
+@triton.jit
+def conv_wgrad_kernel(
+    dz_ptr,
+    y_ptr,
+    abc_ptr,
+    x_ptr,
+    coef_ptr,
+    dw_ptr,
+    H,
+    W,
+    OH,
+    OW,
+    M,
+    steps,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    FLAT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``dw = (A*dz + B*y + C)^T relu(x*scale + shift)``, summed over ``steps`` blocks of pixels: one part of several.
+
+    The product's rows are the COUT channels, its columns the CIN channels of one tap or, where those would not fill a
+    tensor core (FLAT), of all taps in a row; it sums over the M = N*OH*OW pixels, BLOCK_K a step. Moves dz, y and x about
+    once for each tile of the other one's channels, mostly from the L2, and a part of dw once.
+
+    Args:
+        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; y_ptr and abc_ptr None: dz is the convolution's gradient.
+        x_ptr: [N, H, W, CIN]. coef_ptr: [5, CIN] fp32 or None: x as it is.
+        dw_ptr: [parts, COUT, KH, KW, CIN] fp32; program (t, s) writes tile t of part s.
+    """
+    POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
+    DEPTH: tl.constexpr = KH * KW * CIN
+    COLUMNS: tl.constexpr = DEPTH if FLAT else CIN
+    C_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    N_TILES: tl.constexpr = C_TILES if FLAT else C_TILES * KH * KW
+    o = (tl.program_id(0) // N_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_ok = o < COUT
+    n_tile = tl.program_id(0) % N_TILES
+    if FLAT:
+        n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_ok = n < DEPTH
+        c = n % CIN
+        kh = (n // CIN // KW)[None, :]
+        kw = (n // CIN % KW)[None, :]
+    else:
+        tap = n_tile // C_TILES
+        c = (n_tile % C_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = tap * CIN + c
+        n_ok = c < CIN
+        kh = tap // KW
+        kw = tap % KW
+    if coef_ptr is not None:
+        scale = tl.load(coef_ptr + SCALE * CIN + c, mask=n_ok, other=0.0)
+        shift = tl.load(coef_ptr + SHIFT * CIN + c, mask=n_ok, other=0.0)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(steps):
+        first = (tl.program_id(1) * steps + step) * BLOCK_K
+        row = tl.arange(0, BLOCK_K)
+        row_ok = row < M - first
+        ok = row_ok[:, None] & n_ok[None, :]
+        if POINTWISE:
+            x_first = first.to(tl.int64) * CIN
+            offset = (row * CIN)[:, None] + c[None, :]
+        else:
+            image = first // (OH * OW)
+            x_first = image.to(tl.int64) * (H * W * CIN)
+            m = first - image * (OH * OW) + row
+            h = (m // OW % OH * STRIDE - TOP)[:, None] + kh
+            v = (m % OW * STRIDE - LEFT)[:, None] + kw
+            ok = ok & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            offset = (((m // OW // OH) * H)[:, None] + h) * (W * CIN) + v * CIN + c[None, :]
+        a = tl.load(x_ptr + x_first + offset, mask=ok, other=0.0)
+        if coef_ptr is not None:
+            z = relu(a.to(tl.float32) * scale[None, :] + shift[None, :])
+            a = tl.where(ok, z, 0.0).to(a.dtype)
+        dz_first = first.to(tl.int64) * COUT
+        dz_offset = (row * COUT)[:, None] + o[None, :]
+        dz_ok = row_ok[:, None] & o_ok[None, :]
+        dy = tl.load(dz_ptr + dz_first + dz_offset, mask=dz_ok, other=0.0)
+        if abc_ptr is not None:
+            y = tl.load(y_ptr + dz_first + dz_offset, mask=dz_ok, other=0.0)
+            dy = tl.where(dz_ok, bn_backward(dy, y, abc_ptr, o, o_ok, COUT), 0.0).to(dy.dtype)
+        acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
+
+    part = tl.program_id(1).to(tl.int64) * (COUT * DEPTH)
+    tl.store(dw_ptr + part + (o * DEPTH)[:, None] + n[None, :], acc, mask=o_ok[:, None] & n_ok[None, :])
+
+
+@triton.jit
+def sum_parts_kernel(parts_ptr, out_ptr, size, parts, BLOCK: tl.constexpr):
+    """``out[i] = sum over p of parts[p, i]``, in the order of p. parts_ptr: [parts, size] fp32. Moves each once."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        total += tl.load(parts_ptr + part.to(tl.int64) * size + i, mask=ok, other=0.0)
+    tl.store(out_ptr + i, total, mask=ok)
+
+
+def conv_wgrad(
+    dz: Tensor,
+    y: Tensor | None,
+    abc: Tensor | None,
+    x: Tensor,
+    coef: Tensor | None,
+    stride: int,
+    pad: Pad,
+    kernel_hw: tuple[int, int],
+    rank: int = 0,
+) -> Tensor:
+    """Gradient of the weight, fp32 [COUT, KH, KW, CIN].
+
+    Args:
+        dz, y, abc: see `conv_dgrad`.
+        x, coef: what the convolution read: [N, H, W, CIN], and [5, CIN] fp32 where it read ``relu(x*scale + shift)``.
+        rank: which of `wgrad_configs`, the first at 0; the last where there are fewer.
+    """
+    n, out_height, out_width, cout = dz.shape
+    _, height, width, cin = x.shape
+    kh, kw = kernel_hw
+    pixels, flat = n * out_height * out_width, cin < LEAST
+    columns = kh * kw * cin if flat else cin
+    config = at_rank(wgrad_configs(cout, columns, pixels, dz.dtype), rank)
+    programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)
+    steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config.block_k))
+    parts = cdiv(pixels, config.block_k * steps)
+    dw = buffers.empty(dz, parts, cout, kh, kw, cin, dtype=torch.float32)
+    conv_wgrad_kernel[(programs, parts)](
+        dz,
+        y,
+        abc,
+        x,
+        coef,
+        dw,
+        height,
+        width,
+        out_height,
+        out_width,
+        pixels,
+        steps,
+        CIN=cin,
+        COUT=cout,
+        KH=kh,
+        KW=kw,
+        STRIDE=stride,
+        TOP=pad[0],
+        LEFT=pad[1],
+        FLAT=flat,
+        PRECISION=precision(dz.dtype),
+        **config.launch,
+    )
+    if parts == 1:
+        return dw[0]
+    out = buffers.empty(dz, cout, kh, kw, cin, dtype=torch.float32)
+    sum_parts_kernel[(cdiv(out.numel(), 1024),)](dw, out, out.numel(), parts, BLOCK=1024)
+    return out

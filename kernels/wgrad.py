@@ -117,7 +117,7 @@ def sum_parts_kernel(parts_ptr, out_ptr, size, parts, BLOCK: tl.constexpr):
     ok = i < size
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):
-        total += tl.load(parts_ptr + part.to(tl.int64) * size + i, mask=ok, other=0.0)
+        total += tl.load(parts_ptr + part * size + i, mask=ok, other=0.0)
     tl.store(out_ptr + i, total, mask=ok)
 
 

@@ -1,0 +1,71 @@
+"""Convolution with BatchNorm prologue and statistics, and the inference convolution, against fp64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support_conv import exact, problems
+from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn
+
+from fastres.kernels.conv import conv, conv_bias_act
+from fastres.ops import aten
+
+
+def statistics(moments):
+    """Mean and variance of the tiles together."""
+    return aten.finalize(moments, None, None, 0.0)[:2].float()
+
+
+@few_examples
+@given(problems(), st.booleans(), st.booleans())
+def test_conv(problem, prologue, add):
+    p = problem
+    coef, residual = p.coef() if prologue else None, p.y(4) if add else None
+    args = (p.x(), p.w(), p.stride, p.pad, coef, residual)
+    y, moments = guarded(conv, *args, rank=p.rank)
+    eager, _ = aten.conv(*args)
+    reference, _ = aten.conv(*exact(args))
+    assert_as_good(y, eager, reference)
+    assert moments.count.sum() == y.numel() // p.outputs
+    stored = y.double().flatten(0, 2)
+    pair = torch.stack([stored.mean(0), stored.var(0, correction=0)])
+    assert_as_good(statistics(moments), aten.finalize(aten.moments(y), None, None, 0.0)[:2], pair)
+
+
+@few_examples
+@given(problems(), st.booleans(), st.booleans())
+def test_conv_bias_act(problem, add, relu):
+    p = problem
+    bias = randn(p.outputs, seed=p.seed + 7)
+    args = (p.x(), p.w(), bias, p.stride, p.pad, p.y(4) if add else None, relu)
+    assert_as_good(
+        guarded(conv_bias_act, *args, rank=p.rank), aten.conv_bias_act(*args), aten.conv_bias_act(*exact(args))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_statistics_of_a_large_mean(dtype):
+    """Mean 1000 standard deviations from zero: sums of squares would leave nothing of the variance."""
+    x = torch.ones(2, 8, 8, 16, dtype=dtype)
+    w = torch.full((16, 1, 1, 16), 64.0, dtype=dtype)
+    x[..., 0] += randn(2, 8, 8, seed=0).sign().cpu().to(dtype) / 64  # y is 1024 +- 1 but for rounding
+    x, w = x.to(randn(1, seed=0).device), w.to(randn(1, seed=0).device)
+    y, moments = conv(x, w, 1, (0, 0, 0, 0))
+    stored = y.double().flatten(0, 2)
+    mean, var = statistics(moments)
+    assert (mean - stored.mean(0)).abs().max() < 1e-3
+    if dtype == torch.float32:
+        assert (var / stored.var(0, correction=0) - 1).abs().max() < 1e-3
+
+
+def test_the_same_bits_every_time():
+    x, w = randn(2, 9, 7, 24, seed=0), randn(40, 3, 3, 24, seed=1)
+    runs = [conv(x, w, 2, (1, 1, 1, 1)) for _ in range(2)]
+    assert_same_bits(*runs)
+
+
+def test_nan_passes_the_prologue():
+    x, coef = randn(1, 4, 4, 16, seed=0), torch.ones(5, 16, device=randn(1, seed=0).device)
+    x[0, 1, 1, 3] = torch.nan
+    y, _ = conv(x, randn(16, 1, 1, 16, seed=1), 1, (0, 0, 0, 0), coef)
+    assert y[0, 1, 1].isnan().all() and y.isnan().sum() == 16

@@ -1,0 +1,45 @@
+"""Data gradient with BatchNorm's backward before and the ReLU mask and sums behind, against fp64."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from support_conv import exact, problems
+from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn, random_coef
+
+from fastres.kernels.dgrad import conv_dgrad
+from fastres.ops import aten
+
+
+def total(result):
+    """Gradient and the tiles' sums together."""
+    dx, sums = result
+    return dx, None if sums is None else sums.double().sum(0).float()
+
+
+@few_examples
+@given(problems(), st.booleans(), st.booleans(), st.booleans())
+def test_conv_dgrad(problem, prologue, below, add):
+    p = problem
+    y, abc = (p.y(8), p.abc()) if prologue else (None, None)
+    rest = ((p.x(), p.coef()) if below else None, p.x(10) if add else None)
+    args = (p.y(9), y, abc, p.w(), p.stride, p.pad, p.hw, *rest)
+    ours = total(guarded(conv_dgrad, *args, rank=p.rank))
+    eager, reference = total(aten.conv_dgrad(*args)), aten.conv_dgrad(*exact(args))
+    assert_as_good(ours[0], eager[0], reference[0])
+    if below:  # sums are of the stored gradient, whose roundings they carry: what these may be is granted
+        assert_as_good(ours[1], eager[1], reference[1].sum(0), rounding=p.dtype)
+
+
+def test_the_same_bits_every_time():
+    dz, w, x = randn(2, 5, 4, 40, seed=0), randn(40, 3, 3, 24, seed=1), randn(2, 9, 7, 24, seed=2)
+    runs = [
+        conv_dgrad(dz, None, None, w, 2, (1, 1, 1, 1), (9, 7), (x, random_coef(24, 3))) for _ in range(2)
+    ]
+    assert_same_bits(*runs)
+
+
+def test_pixels_that_no_tap_reaches_get_the_residual_alone():
+    dz, w, residual = randn(1, 3, 3, 16, seed=0), randn(16, 1, 1, 16, seed=1), randn(1, 5, 5, 16, seed=2)
+    dx, _ = guarded(conv_dgrad, dz, None, None, w, 2, (0, 0, 0, 0), (5, 5), None, residual)
+    assert_same_bits(dx[:, 1::2], residual[:, 1::2])
+    assert_same_bits(dx[:, :, 1::2], residual[:, :, 1::2])
+    assert (dx[:, ::2, ::2] != residual[:, ::2, ::2]).all()

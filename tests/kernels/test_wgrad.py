@@ -1,0 +1,37 @@
+"""Weight gradient with both prologues and its sum over parts, against fp64."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support_conv import exact, problems
+from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn
+
+from fastres.kernels import wgrad
+from fastres.kernels.wgrad import conv_wgrad
+from fastres.ops import aten
+
+
+@few_examples
+@given(problems(), st.booleans(), st.booleans())
+def test_conv_wgrad(problem, prologue_dy, prologue_x):
+    p = problem
+    y, abc = (p.y(8), p.abc()) if prologue_dy else (None, None)
+    args = (p.y(9), y, abc, p.x(), p.coef() if prologue_x else None, p.stride, p.pad, (p.kernel, p.kernel))
+    ours, eager = guarded(conv_wgrad, *args, rank=p.rank), aten.conv_wgrad(*args)
+    assert ours.dtype == torch.float32 and ours.is_contiguous()
+    assert_as_good(ours, eager, aten.conv_wgrad(*exact(args)))
+
+
+@pytest.mark.parametrize("inputs", [3, 20], ids=["all taps in a row", "tap by tap"])
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_parts_of_the_sum(inputs, parts):
+    """Whatever the number of parts, and with a last one that is shorter than the others."""
+    dz, x = randn(2, 11, 10, 24, seed=0), randn(2, 11, 10, inputs, seed=1)
+    args = (dz, None, None, x, None, 1, (1, 1, 1, 1), (3, 3))
+    with mock.patch.object(wgrad, "splits", lambda *_: parts):
+        ours = guarded(conv_wgrad, *args)
+        assert_same_bits(ours, conv_wgrad(*args))
+    assert_as_good(ours, aten.conv_wgrad(*args), aten.conv_wgrad(*exact(args)))

@@ -1,0 +1,71 @@
+"""Drawn convolutions of random values, for the tests of the convolution kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from support_kernels import dtypes, randn, random_coef, seeds
+from torch import Tensor
+
+from fastres.kernels.geometry import Pad, output_hw
+
+CHANNELS = (1, 3, 8, 16, 20, 24, 40, 64, 72)  # less than a tensor core takes, tails, exactly a tile, more than one
+
+
+class Problem(NamedTuple):
+    """A convolution; tensors of the same ``offset`` are the same."""
+
+    n: int
+    hw: tuple[int, int]
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    pad: Pad
+    dtype: torch.dtype
+    seed: int
+    rank: int
+
+    def x(self, offset: int = 0) -> Tensor:
+        """Like the input: [N, H, W, inputs]."""
+        return randn(self.n, *self.hw, self.inputs, seed=self.seed + offset, dtype=self.dtype)
+
+    def y(self, offset: int) -> Tensor:
+        """Like the output: [N, OH, OW, outputs]."""
+        hw = output_hw(self.hw, (self.kernel, self.kernel), self.stride, self.pad)
+        return randn(self.n, *hw, self.outputs, seed=self.seed + offset, dtype=self.dtype)
+
+    def w(self) -> Tensor:
+        """Weight [outputs, kernel, kernel, inputs] of variance 2 / fan-in."""
+        shape = (self.outputs, self.kernel, self.kernel, self.inputs)
+        return (randn(*shape, seed=self.seed + 1) * (2 / (self.inputs * self.kernel**2)) ** 0.5).to(self.dtype)
+
+    def coef(self) -> Tensor:
+        """Coefficients [5, inputs] of a BatchNorm."""
+        return random_coef(self.inputs, self.seed + 2)
+
+    def abc(self) -> Tensor:
+        """BatchNorm's backward [3, outputs]."""
+        return randn(3, self.outputs, seed=self.seed + 3)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """1x1, 3x3, 5x5 and 7x7 kernels, strides 1 to 3, even and uneven padding, odd sizes, batch 1, all configurations."""
+    kernel = draw(st.sampled_from([1, 1, 3, 3, 3, 5, 7]))
+    pads = [(kernel // 2,) * 4, (0, (kernel - 1) // 2, kernel // 2, kernel - 1)]
+    pad = draw(st.sampled_from(pads)) if kernel > 1 else (0, 0, 0, 0)
+    heights, widths = (st.integers(max(1, kernel - a - b), 11) for a, b in ((pad[0], pad[2]), (pad[1], pad[3])))
+    n, *hw = draw(st.tuples(st.integers(1, 3), heights, widths).filter(lambda s: s[0] * s[1] * s[2] <= 150))
+    inputs, outputs = draw(st.sampled_from(CHANNELS)), draw(st.sampled_from(CHANNELS))
+    stride, rank = draw(st.sampled_from([1, 1, 2, 2, 3])), draw(st.integers(0, 2))
+    return Problem(n, tuple(hw), inputs, outputs, kernel, stride, pad, draw(dtypes()), draw(seeds()), rank)
+
+
+def exact(value: Any) -> Any:
+    """fp64 of the tensors in a nest of tuples."""
+    if isinstance(value, Tensor):
+        return value.double()
+    return tuple(map(exact, value)) if isinstance(value, tuple) else value

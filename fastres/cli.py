@@ -74,6 +74,8 @@ def train(args: argparse.Namespace) -> int:
         config, path = saved_config(args.resume).replace(**given), Path(args.resume)
     device = machine.pick_device(config.device)
     accepted_options(config.model)  # an unknown model should not wait for the data
+    if device.type == "cpu":
+        machine.keep_freed_memory()
     folder = RunFolder(path, resume=args.resume is not None)
     try:
         dataset = load_data(config.data, config.data_root, config.limit_train, config.limit_test)

@@ -42,8 +42,8 @@ class TrainConfig:
     data: str = option("auto", "auto, cifar10, synthetic, or a folder", kind=str)
     data_root: str = option("data", "folder that CIFAR-10 is looked for in and downloaded to", kind=str)
     image_size: int | None = option(None, "resize every image to this many pixels", kind=int, low=8, high=1024)
-    limit_train: int | None = option(None, "use only the first images of the training set", kind=int, low=1)
-    limit_test: int | None = option(None, "use only the first images of the test set", kind=int, low=1)
+    limit_train: int | None = option(None, "use only so many images of the training set, drawn once", kind=int, low=1)
+    limit_test: int | None = option(None, "use only so many images of the test set, drawn once", kind=int, low=1)
     crop_pad: int = option(4, "random crop: pixels of reflect padding", kind=int, low=0)
     flip: str = option(
         "alternating", "horizontal flips", kind=str, choices=("none", "random", "alternating")

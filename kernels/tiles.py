@@ -53,3 +53,25 @@ def bn_backward(dz, y, abc_ptr, channel, channel_ok, C):
     b = tl.load(abc_ptr + C + channel, mask=channel_ok, other=0.0)
     c = tl.load(abc_ptr + 2 * C + channel, mask=channel_ok, other=0.0)
     return a[None, :] * dz.to(tl.float32) + b[None, :] * y.to(tl.float32) + c[None, :]
+
+
+@triton.jit
+def bn(y, coef_ptr, channel, channel_ok, C):
+    """BatchNorm ``y*scale + shift`` of a tile [BM, BC] in the columns ``channel``, fp32."""
+    scale = tl.load(coef_ptr + SCALE * C + channel, mask=channel_ok, other=0.0)
+    shift = tl.load(coef_ptr + SHIFT * C + channel, mask=channel_ok, other=0.0)
+    return y.to(tl.float32) * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def store_sums(dz, dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C):
+    """Row ``part`` of the sums [T, 2, C] of BatchNorm's backward: of dz and dz*xhat.
+
+    Args:
+        dz, dz_y: tiles [BM, BC] of terms dz and dz*(y - mean).
+        coef_ptr: [5, C]; its rstd is the factor that xhat has more.
+    """
+    rstd = tl.load(coef_ptr + RSTD * C + channel, mask=channel_ok, other=0.0)
+    row = sums_ptr + part.to(tl.int64) * (2 * C) + channel
+    tl.store(row, tl.sum(dz, 0), mask=channel_ok)
+    tl.store(row + C, tl.sum(dz_y, 0) * rstd, mask=channel_ok)

@@ -1,0 +1,387 @@
+"""BatchNorm's per-channel arithmetic: statistics of a tensor, coefficients of both directions, running statistics.
+
+Partial results of row tiles [T, C] are merged in fp64 and in a fixed order, so the same input gives the same bits. Many
+tiles are merged in two launches: the first, of many programs, leaves one partial result for every 128 tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastres.kernels import buffers
+from fastres.kernels.geometry import cdiv
+from fastres.kernels.row_tiles import reduction
+from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR
+from fastres.kernels.types import Moments
+
+# Merging reads [tiles, channels] blocks: 16 fp32 channels are 64 bytes, two sectors of a row.
+BLOCK_T, BLOCK_C, WARPS = 128, 16, 4
+# More tiles than a single program a channel block should go through, one block after the other.
+_MANY_TILES = 512
+# Channels a program of the kernels that only have [C] vectors.
+_VECTOR = 256
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def moments_kernel(
+    y_ptr, count_ptr, mean_ptr, m2_ptr, M, tiles, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Count, mean and M2 (sum of squared deviations) of each channel over this program's rows.
+
+    Welford's recurrence down the tiles for each of the BLOCK_M rows, ``mean += (y - mean)/k; m2 += (y - mean')*(y -
+    mean)``, then Chan's merge of the rows. Moves y once.
+
+    Args:
+        y_ptr: [M, C]. count_ptr, mean_ptr, m2_ptr: [T], [T, C], [T, C] fp32, a row a program.
+        tiles: tiles of BLOCK_M rows that a program goes through.
+    """
+    part = tl.program_id(0)
+    first = part.to(tl.int64) * (tiles * BLOCK_M)
+    rows = tl.minimum(M - part * (tiles * BLOCK_M), tiles * BLOCK_M)
+    row = tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    offset = (row * C)[:, None] + channel[None, :]
+    mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    y_ptr += first * C
+    for tile in range(tiles):
+        ok = (tile * BLOCK_M + row < rows)[:, None] & channel_ok[None, :]
+        y = tl.load(y_ptr + tile * (BLOCK_M * C) + offset, mask=ok, other=0.0).to(tl.float32)
+        deviation = tl.where(ok, y - mean, 0.0)
+        mean += deviation * (1.0 / (tile + 1))
+        m2 += deviation * (y - mean)
+    count = tl.maximum((rows - row + BLOCK_M - 1) // BLOCK_M, 0).to(tl.float32)[:, None]
+    merged = tl.sum(count * mean, 0) / rows.to(tl.float32)
+    deviation = mean - merged[None, :]
+    tl.store(mean_ptr + part.to(tl.int64) * C + channel, merged, mask=channel_ok)
+    tl.store(m2_ptr + part.to(tl.int64) * C + channel, tl.sum(m2 + count * deviation * deviation, 0), mask=channel_ok)
+    if tl.program_id(1) == 0:
+        tl.store(count_ptr + part, rows.to(tl.float32))
+
+
+def moments(y: Tensor) -> Moments:
+    """Statistics of y [N, H, W, C] by tiles of its pixels: count [T], mean and M2 [T, C], fp32."""
+    rows, channels = y.numel() // y.shape[3], y.shape[3]
+    split = reduction(rows, channels, least_rows=256)
+    parts = split.grid[0]
+    count = buffers.empty(y, parts, dtype=torch.float32)
+    mean, m2 = (buffers.empty(y, parts, channels, dtype=torch.float32) for _ in range(2))
+    moments_kernel[split.grid](y, count, mean, m2, rows, split.tiles, C=channels, **split.launch)
+    return Moments(count, mean, m2)
+
+
+@triton.jit
+def chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Count, mean and M2 of T tiles together, fp64: ``mean = sum(n_t*mean_t)/n, M2 = sum(M2_t + n_t*(mean_t-mean)^2)``.
+
+    Two passes, the second mostly from cache. count [T]; mean, M2 [T, C].
+    """
+    tile = tl.arange(0, BLOCK_T)
+    offset = (tile * C)[:, None] + channel[None, :]
+    counts = tl.zeros((BLOCK_T,), tl.float64)
+    weighted = tl.zeros((BLOCK_T, channel.shape[0]), tl.float64)
+    for start in range(0, T, BLOCK_T):
+        ok = start + tile < T
+        count = tl.load(count_ptr + start + tile, mask=ok, other=0.0).to(tl.float64)
+        mean = tl.load(mean_ptr + start * C + offset, mask=ok[:, None] & channel_ok[None, :], other=0.0)
+        counts += count
+        weighted += count[:, None] * mean.to(tl.float64)
+    total = tl.sum(counts, 0)
+    merged = tl.sum(weighted, 0) / total
+    squares = tl.zeros((BLOCK_T, channel.shape[0]), tl.float64)
+    for start in range(0, T, BLOCK_T):
+        ok = start + tile < T
+        count = tl.load(count_ptr + start + tile, mask=ok, other=0.0).to(tl.float64)
+        mean = tl.load(mean_ptr + start * C + offset, mask=ok[:, None] & channel_ok[None, :], other=0.0)
+        m2 = tl.load(m2_ptr + start * C + offset, mask=ok[:, None] & channel_ok[None, :], other=0.0)
+        deviation = mean.to(tl.float64) - merged[None, :]
+        squares += m2.to(tl.float64) + count[:, None] * deviation * deviation
+    return total, merged, tl.sum(squares, 0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def merge_kernel(
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    merged_count_ptr,
+    merged_mean_ptr,
+    merged_m2_ptr,
+    T,
+    C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """`chan_merge` of every BLOCK_T tiles: [T], [T, C], [T, C] to fp64 [S], [S, C], [S, C]. Moves all of them once."""
+    part = tl.program_id(0)
+    first = part.to(tl.int64) * BLOCK_T
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    tiles = tl.minimum(T - part * BLOCK_T, BLOCK_T)
+    total, mean, m2 = chan_merge(
+        count_ptr + first, mean_ptr + first * C, m2_ptr + first * C, tiles, channel, channel_ok, C, BLOCK_T
+    )
+    tl.store(merged_mean_ptr + part * C + channel, mean, mask=channel_ok)
+    tl.store(merged_m2_ptr + part * C + channel, m2, mask=channel_ok)
+    if tl.program_id(1) == 0:
+        tl.store(merged_count_ptr + part, total)
+
+
+@triton.jit
+def store_coef(mean, var, gamma_ptr, beta_ptr, eps, coef_ptr, channel, channel_ok, C: tl.constexpr):
+    """``rstd = 1/sqrt(var + eps), scale = rstd*gamma, shift = beta - mean*scale`` of fp64 mean and variance, to coef."""
+    rstd = 1.0 / tl.sqrt(var + eps)
+    scale = rstd
+    if gamma_ptr is not None:
+        scale = rstd * tl.load(gamma_ptr + channel, mask=channel_ok, other=0.0).to(tl.float64)
+    shift = -mean * scale
+    if beta_ptr is not None:
+        shift += tl.load(beta_ptr + channel, mask=channel_ok, other=0.0).to(tl.float64)
+    tl.store(coef_ptr + MEAN * C + channel, mean.to(tl.float32), mask=channel_ok)
+    tl.store(coef_ptr + VAR * C + channel, var.to(tl.float32), mask=channel_ok)
+    tl.store(coef_ptr + RSTD * C + channel, rstd.to(tl.float32), mask=channel_ok)
+    tl.store(coef_ptr + SCALE * C + channel, scale.to(tl.float32), mask=channel_ok)
+    tl.store(coef_ptr + SHIFT * C + channel, shift.to(tl.float32), mask=channel_ok)
+
+
+@triton.jit(do_not_specialize=["T"])
+def finalize_kernel(
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    gamma_ptr,
+    beta_ptr,
+    coef_ptr,
+    T,
+    eps,
+    C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Coefficients of the T tiles' common mean and biased variance, `chan_merge` and `store_coef`.
+
+    Args:
+        count_ptr, mean_ptr, m2_ptr: [T], [T, C], [T, C], fp32 or fp64. gamma_ptr, beta_ptr: [C] or None: 1 and 0.
+        coef_ptr: [5, C] fp32.
+    """
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    total, mean, m2 = chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C, BLOCK_T)
+    store_coef(mean, m2 / total, gamma_ptr, beta_ptr, eps, coef_ptr, channel, channel_ok, C)
+
+
+def finalize(moments: Moments, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    """Merge the tiles (Chan et al. 1979) in fp64; coefficients [5, C] fp32: mean, biased variance, rstd, scale, shift.
+
+    Args:
+        moments: count [T], mean and M2 [T, C], fp32.
+        gamma, beta: [C], any floating dtype; None: 1 and 0.
+    """
+    tiles, channels = moments.mean.shape
+    blocks = dict(C=channels, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=WARPS)
+    if tiles > _MANY_TILES:
+        parts = cdiv(tiles, BLOCK_T)
+        merged = Moments(
+            buffers.empty(moments.count, parts, dtype=torch.float64),
+            *(buffers.empty(moments.mean, parts, channels, dtype=torch.float64) for _ in range(2)),
+        )
+        merge_kernel[(parts, cdiv(channels, BLOCK_C))](*moments, *merged, tiles, **blocks)
+        moments, tiles = merged, parts
+    coef = buffers.empty(moments.mean, 5, channels, dtype=torch.float32)
+    finalize_kernel[(cdiv(channels, BLOCK_C),)](*moments, gamma, beta, coef, tiles, eps, **blocks)
+    return coef
+
+
+@triton.jit
+def running_coef_kernel(
+    running_mean_ptr,
+    running_var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    coef_ptr,
+    eps,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """`store_coef` of running_mean and running_var [C]; see `finalize_kernel`."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    mean = tl.load(running_mean_ptr + channel, mask=channel_ok, other=0.0).to(tl.float64)
+    var = tl.load(running_var_ptr + channel, mask=channel_ok, other=1.0).to(tl.float64)
+    store_coef(mean, var, gamma_ptr, beta_ptr, eps, coef_ptr, channel, channel_ok, C)
+
+
+def running_coef(
+    running_mean: Tensor, running_var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """Coefficients [5, C] fp32 of a BatchNorm that normalises by its running statistics [C]."""
+    channels = running_mean.shape[0]
+    coef = buffers.empty(running_mean, 5, channels, dtype=torch.float32)
+    running_coef_kernel[(cdiv(channels, _VECTOR),)](
+        running_mean, running_var, gamma, beta, coef, eps, C=channels, BLOCK_C=_VECTOR, num_warps=WARPS
+    )
+    return coef
+
+
+@triton.jit
+def update_running_kernel(
+    running_mean_ptr,
+    running_var_ptr,
+    coef_ptr,
+    momentum_ptr,
+    momentum,
+    unbias,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``running += momentum*(batch - running)`` for the mean and for the variance times ``unbias``, in place, fp32.
+
+    Args:
+        running_mean_ptr, running_var_ptr: [C]. coef_ptr: [5, C].
+        momentum_ptr: 0-d tensor that replaces ``momentum``, or None.
+    """
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    if momentum_ptr is not None:
+        momentum = tl.load(momentum_ptr).to(tl.float32)
+    mean = tl.load(coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0)
+    var = tl.load(coef_ptr + VAR * C + channel, mask=channel_ok, other=0.0) * unbias
+    running_mean = tl.load(running_mean_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    running_var = tl.load(running_var_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    running_mean = lerp(running_mean, mean, momentum).to(running_mean_ptr.dtype.element_ty)
+    running_var = lerp(running_var, var, momentum).to(running_var_ptr.dtype.element_ty)
+    tl.store(running_mean_ptr + channel, running_mean, mask=channel_ok)
+    tl.store(running_var_ptr + channel, running_var, mask=channel_ok)
+
+
+@triton.jit
+def lerp(start, end, weight):
+    """``start + weight*(end - start)``, exact at both ends."""
+    return tl.where(weight < 0.5, start + weight * (end - start), end - (1.0 - weight) * (end - start))
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, coef: Tensor, count: int, momentum: float | Tensor
+) -> None:
+    """In place: move the running mean, and the unbiased variance, towards the batch's by ``momentum``.
+
+    Args:
+        running_mean, running_var: [C], any floating dtype.
+        count: values a channel, at least 2.
+        momentum: number or 0-d tensor on the same device.
+    """
+    channels = running_mean.shape[0]
+    on_device = isinstance(momentum, Tensor)
+    update_running_kernel[(cdiv(channels, _VECTOR),)](
+        running_mean,
+        running_var,
+        coef,
+        momentum if on_device else None,
+        0.0 if on_device else float(momentum),
+        count / (count - 1),
+        C=channels,
+        BLOCK_C=_VECTOR,
+        num_warps=WARPS,
+    )
+
+
+@triton.jit
+def sum_rows(x_ptr, T, column, column_ok, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Sums of x [T, COLUMNS] over its rows in the given columns, fp64."""
+    row = tl.arange(0, BLOCK_T)
+    offset = (row * COLUMNS)[:, None] + column[None, :]
+    total = tl.zeros((BLOCK_T, column.shape[0]), tl.float64)
+    for start in range(0, T, BLOCK_T):
+        ok = (start + row < T)[:, None] & column_ok[None, :]
+        total += tl.load(x_ptr + start * COLUMNS + offset, mask=ok, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def partial_sums_kernel(
+    x_ptr, out_ptr, T, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Sums of every BLOCK_T rows: x [T, COLUMNS] fp32 to out [S, COLUMNS] fp64. Moves both once."""
+    part = tl.program_id(0)
+    first = part.to(tl.int64) * BLOCK_T
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_ok = column < COLUMNS
+    rows = tl.minimum(T - part * BLOCK_T, BLOCK_T)
+    total = sum_rows(x_ptr + first * COLUMNS, rows, column, column_ok, COLUMNS, BLOCK_T)
+    tl.store(out_ptr + part * COLUMNS + column, total, mask=column_ok)
+
+
+@triton.jit(do_not_specialize=["T", "count"])
+def bn_backward_coef_kernel(
+    sums_ptr,
+    coef_ptr,
+    abc_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    T,
+    count,
+    TRAINING: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``dbeta = sum(dz), dgamma = sum(dz*xhat)``; A = scale, B = -scale*rstd*dgamma/n, C = -scale*dbeta/n - B*mean.
+
+    From ``dy = scale * (dz - mean(dz) - xhat*mean(dz*xhat))``; with statistics that are constants B and C are 0.
+
+    Args:
+        sums_ptr: [T, 2, C], fp32 or fp64: sums of dz and of dz*xhat. coef_ptr: [5, C].
+        abc_ptr: [3, C]. dgamma_ptr, dbeta_ptr: [C].
+        count: n, pixels.
+    """
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    dbeta = sum_rows(sums_ptr, T, channel, channel_ok, 2 * C, BLOCK_T)
+    dgamma = sum_rows(sums_ptr + C, T, channel, channel_ok, 2 * C, BLOCK_T)
+    scale = tl.load(coef_ptr + SCALE * C + channel, mask=channel_ok, other=0.0)
+    if TRAINING:
+        mean = tl.load(coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0).to(tl.float64)
+        rstd = tl.load(coef_ptr + RSTD * C + channel, mask=channel_ok, other=0.0).to(tl.float64)
+        share = -scale.to(tl.float64) / count
+        b = share * rstd * dgamma
+        c = share * dbeta - b * mean
+    else:
+        b = tl.zeros_like(dgamma)
+        c = tl.zeros_like(dbeta)
+    tl.store(abc_ptr + channel, scale, mask=channel_ok)
+    tl.store(abc_ptr + C + channel, b.to(tl.float32), mask=channel_ok)
+    tl.store(abc_ptr + 2 * C + channel, c.to(tl.float32), mask=channel_ok)
+    tl.store(dgamma_ptr + channel, dgamma.to(tl.float32), mask=channel_ok)
+    tl.store(dbeta_ptr + channel, dbeta.to(tl.float32), mask=channel_ok)
+
+
+def bn_backward_coef(
+    sums: Tensor, coef: Tensor, gamma: Tensor | None, count: int, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm's backward as ``dy = A*dz + B*y + C``: abc [3, C]; and the gradients of gamma and beta [C]; fp32.
+
+    Args:
+        sums: [T, 2, C] fp32, partial sums of dz and of dz * xhat.
+        coef: [5, C] fp32.
+        gamma: unused, as coef's scale has it.
+        count: pixels, over which the statistics were taken.
+        training: whether they are of this batch and so depend on y.
+    """
+    tiles, _, channels = sums.shape
+    blocks = dict(BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=WARPS)
+    if tiles > _MANY_TILES:
+        parts = cdiv(tiles, BLOCK_T)
+        partial = buffers.empty(sums, parts, 2, channels, dtype=torch.float64)
+        grid = parts, cdiv(2 * channels, BLOCK_C)
+        partial_sums_kernel[grid](sums, partial, tiles, COLUMNS=2 * channels, **blocks)
+        sums, tiles = partial, parts
+    abc = buffers.empty(coef, 3, channels)
+    dgamma, dbeta = (buffers.empty(coef, channels) for _ in range(2))
+    bn_backward_coef_kernel[(cdiv(channels, BLOCK_C),)](
+        sums, coef, abc, dgamma, dbeta, tiles, count, TRAINING=training, C=channels, **blocks
+    )
+    return abc, dgamma, dbeta

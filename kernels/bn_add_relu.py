@@ -1,0 +1,221 @@
+"""The end of a residual block, ``relu(bn(y) + shortcut)``, and its backward: one pass over memory each."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastres.kernels import buffers
+from fastres.kernels.row_tiles import elementwise, reduction
+from fastres.kernels.tiles import MEAN, bn, bn_backward, relu, relu_backward, store_sums
+
+
+@triton.jit(do_not_specialize=["M"])
+def bn_add_relu_kernel(
+    y_ptr,
+    coef_ptr,
+    shortcut_ptr,
+    shortcut_coef_ptr,
+    out_ptr,
+    M,
+    RELU: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``out = relu(y*scale + shift + shortcut)``, the shortcut normalised by its own coefficients where it has some.
+
+    Moves y, the shortcut and out once.
+
+    Args:
+        y_ptr, shortcut_ptr, out_ptr: [M, C]. coef_ptr, shortcut_coef_ptr: [5, C]. The shortcut's may be None.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    rows = tl.minimum(M - tl.program_id(0) * BLOCK_M, BLOCK_M)
+    ok = (row < rows)[:, None] & channel_ok[None, :]
+    offset = (row * C)[:, None] + channel[None, :]
+    z = bn(tl.load(y_ptr + first * C + offset, mask=ok, other=0.0), coef_ptr, channel, channel_ok, C)
+    if shortcut_ptr is not None:
+        shortcut = tl.load(shortcut_ptr + first * C + offset, mask=ok, other=0.0)
+        if shortcut_coef_ptr is not None:
+            z += bn(shortcut, shortcut_coef_ptr, channel, channel_ok, C)
+        else:
+            z += shortcut.to(tl.float32)
+    if RELU:
+        z = relu(z)
+    tl.store(out_ptr + first * C + offset, z.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def bn_add_relu(
+    y: Tensor, coef: Tensor, shortcut: Tensor | None = None, shortcut_coef: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """``relu(y*scale + shift + shortcut)`` [N, H, W, C] in y's dtype.
+
+    Args:
+        y: [N, H, W, C].
+        coef: [5, C] fp32, see `fastres.kernels.tiles`.
+        shortcut: like y.
+        shortcut_coef: [5, C] fp32: the shortcut is normalised too.
+    """
+    channels = y.shape[3]
+    rows = y.numel() // channels
+    out = buffers.empty(y, *y.shape)
+    split = elementwise(rows, channels)
+    bn_add_relu_kernel[split.grid](
+        y, coef, shortcut, shortcut_coef, out, rows, RELU=relu, C=channels, **split.launch
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def bn_add_relu_backward_kernel(
+    dout_ptr,
+    out_ptr,
+    y_ptr,
+    coef_ptr,
+    shortcut_ptr,
+    shortcut_coef_ptr,
+    dz_ptr,
+    sums_ptr,
+    shortcut_sums_ptr,
+    M,
+    tiles,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``dz = dout * (out > 0)`` and, over this program's rows, sum(dz) and sum(dz * xhat), xhat = (y - mean)*rstd.
+
+    The same for the shortcut's BatchNorm. Moves dout, out, y, the shortcut and dz once.
+
+    Args:
+        dout_ptr, y_ptr, dz_ptr: [M, C]. out_ptr: [M, C] or None: no ReLU.
+        coef_ptr, sums_ptr: [5, C], [T, 2, C], a row of sums a program.
+        shortcut_ptr, shortcut_coef_ptr, shortcut_sums_ptr: [M, C], [5, C], [T, 2, C], or None all three.
+        tiles: tiles of BLOCK_M rows that a program goes through.
+    """
+    part = tl.program_id(0)
+    first = part.to(tl.int64) * (tiles * BLOCK_M)
+    rows = M - part * (tiles * BLOCK_M)
+    row = tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    mean = tl.load(coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0)[None, :]
+    sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_dz_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    if shortcut_ptr is not None:
+        shortcut_mean = tl.load(shortcut_coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0)[None, :]
+        sum_dz_shortcut = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for tile in range(tiles):
+        base = (first + tile * BLOCK_M) * C
+        ok = (row < rows - tile * BLOCK_M)[:, None] & channel_ok[None, :]
+        offset = (row * C)[:, None] + channel[None, :]
+        dz = tl.load(dout_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
+        if out_ptr is not None:
+            dz = relu_backward(dz, tl.load(out_ptr + base + offset, mask=ok, other=0.0).to(tl.float32))
+        tl.store(dz_ptr + base + offset, dz.to(dz_ptr.dtype.element_ty), mask=ok)
+        sum_dz += dz
+        sum_dz_y += dz * (y - mean)
+        if shortcut_ptr is not None:
+            shortcut = tl.load(shortcut_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
+            sum_dz_shortcut += dz * (shortcut - shortcut_mean)
+    store_sums(sum_dz, sum_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C)
+    if shortcut_ptr is not None:
+        store_sums(
+            sum_dz, sum_dz_shortcut, shortcut_coef_ptr, shortcut_sums_ptr, part, channel, channel_ok, C
+        )
+
+
+def bn_add_relu_backward(
+    dout: Tensor,
+    out: Tensor | None,
+    y: Tensor,
+    coef: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_coef: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``dz = dout * (out > 0)`` with the sums of y's and of the shortcut's BatchNorm.
+
+    Args:
+        dout, y: [N, H, W, C].
+        out: the result of `bn_add_relu`; None: it had no ReLU, dz is a copy of dout.
+        coef: [5, C] fp32.
+        shortcut, shortcut_coef: those of `bn_add_relu`; a shortcut that is not normalised has no sums.
+
+    Returns:
+        dz [N, H, W, C], the partial sums [T, 2, C] fp32 of dz and dz * xhat, and the shortcut's or None.
+    """
+    channels = y.shape[3]
+    rows = y.numel() // channels
+    split = reduction(rows, channels)
+    dz = buffers.empty(dout, *dout.shape)
+    sums = buffers.empty(coef, split.grid[0], 2, channels)
+    shortcut_sums = None if shortcut_coef is None else buffers.empty(coef, split.grid[0], 2, channels)
+    bn_add_relu_backward_kernel[split.grid](
+        dout,
+        out,
+        y,
+        coef,
+        None if shortcut_coef is None else shortcut,
+        shortcut_coef,
+        dz,
+        sums,
+        shortcut_sums,
+        rows,
+        split.tiles,
+        C=channels,
+        **split.launch,
+    )
+    return dz, sums, shortcut_sums
+
+
+@triton.jit(do_not_specialize=["M"])
+def bn_backward_apply_kernel(
+    dz_ptr,
+    y_ptr,
+    abc_ptr,
+    residual_ptr,
+    dy_ptr,
+    M,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``dy = A*dz + B*y + C (+ residual)``. Moves dz, y, the residual and dy once.
+
+    Args:
+        dz_ptr, y_ptr, dy_ptr: [M, C]. abc_ptr: [3, C]. residual_ptr: [M, C] or None.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    rows = tl.minimum(M - tl.program_id(0) * BLOCK_M, BLOCK_M)
+    ok = (row < rows)[:, None] & channel_ok[None, :]
+    offset = (row * C)[:, None] + channel[None, :]
+    dz = tl.load(dz_ptr + first * C + offset, mask=ok, other=0.0)
+    y = tl.load(y_ptr + first * C + offset, mask=ok, other=0.0)
+    dy = bn_backward(dz, y, abc_ptr, channel, channel_ok, C)
+    if residual_ptr is not None:
+        dy += tl.load(residual_ptr + first * C + offset, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dy_ptr + first * C + offset, dy.to(dy_ptr.dtype.element_ty), mask=ok)
+
+
+def bn_backward_apply(dz: Tensor, y: Tensor, abc: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``A*dz + B*y + C (+ residual)`` in y's dtype.
+
+    Args:
+        dz, y, residual: [N, H, W, C].
+        abc: [3, C] fp32, from `bn_backward_coef`.
+    """
+    channels = y.shape[3]
+    rows = y.numel() // channels
+    dy = buffers.empty(y, *y.shape)
+    split = elementwise(rows, channels)
+    bn_backward_apply_kernel[split.grid](dz, y, abc, residual, dy, rows, C=channels, **split.launch)
+    return dy

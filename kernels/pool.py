@@ -1,0 +1,285 @@
+"""Pools: max-pool of ``relu(bn(y))`` for the stem, and the global average pool of the head, with their backwards."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastres.kernels import buffers
+from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.row_tiles import elementwise, reduction
+from fastres.kernels.tiles import MEAN, bn, relu, relu_backward, store_sums
+
+_MOST_TAPS = 256  # a winning tap is a byte
+
+
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
+def bn_relu_max_pool_kernel(
+    y_ptr,
+    coef_ptr,
+    out_ptr,
+    index_ptr,
+    M,
+    H,
+    W,
+    OH,
+    OW,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``out = max over taps of relu(y*scale + shift)``, rounded to out's dtype before it is compared, as eager does.
+
+    index: the winning tap ``kh*KERNEL + kw``, the first among equals; a NaN wins over all. Padding never wins. Moves y
+    about once (windows overlap in cache), out and index once.
+
+    Args:
+        y_ptr: [N, H, W, C]. coef_ptr: [5, C]. out_ptr, index_ptr: [M, C] = [N, OH, OW, C], y's dtype and uint8.
+    """
+    first = tl.program_id(0) * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    row_ok = row < M - first
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    # offsets inside a tile fit 32 bits, the offset of its first image may not
+    image = first // (OH * OW)
+    y_ptr += image.to(tl.int64) * H * W * C
+    m = first - image * (OH * OW) + row
+    top = m // OW % OH * STRIDE - TOP
+    left = m % OW * STRIDE - LEFT
+    pixel = (m // OW // OH * H + top) * W + left
+    best = tl.full((BLOCK_M, BLOCK_C), -float("inf"), tl.float32)
+    index = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
+    for kh in tl.static_range(KERNEL):
+        for kw in tl.static_range(KERNEL):
+            inside = row_ok & (top + kh >= 0) & (top + kh < H) & (left + kw >= 0) & (left + kw < W)
+            ok = inside[:, None] & channel_ok[None, :]
+            offset = ((pixel + kh * W + kw) * C)[:, None] + channel[None, :]
+            y = tl.load(y_ptr + offset, mask=ok, other=0.0)
+            a = relu(bn(y, coef_ptr, channel, channel_ok, C)).to(out_ptr.dtype.element_ty).to(tl.float32)
+            wins = ok & ((a > best) | (a != a))
+            best = tl.where(wins, a, best)
+            index = tl.where(wins, kh * KERNEL + kw, index)
+    offset = (row * C)[:, None] + channel[None, :]
+    ok = row_ok[:, None] & channel_ok[None, :]
+    tl.store(out_ptr + first.to(tl.int64) * C + offset, best.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(index_ptr + first.to(tl.int64) * C + offset, index.to(tl.uint8), mask=ok)
+
+
+def bn_relu_max_pool(y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad) -> tuple[Tensor, Tensor]:
+    """Max-pool of ``relu(y*scale + shift)`` [N, OH, OW, C] in y's dtype, and the winning tap of each, uint8.
+
+    Args:
+        y: [N, H, W, C].
+        coef: [5, C] fp32, see `fastres.kernels.tiles`.
+        kernel: at most 16, as taps are counted in a byte.
+        pad: top, left, bottom, right; padded pixels never win.
+
+    Raises:
+        ValueError: for a larger kernel.
+    """
+    if kernel * kernel > _MOST_TAPS:
+        raise ValueError(f"kernel of the max-pool is {kernel}: at most 16")
+    n, height, width, channels = y.shape
+    out_hw = output_hw((height, width), (kernel, kernel), stride, pad)
+    out = buffers.empty(y, n, *out_hw, channels)
+    index = buffers.empty(y, n, *out_hw, channels, dtype=torch.uint8)
+    rows = n * out_hw[0] * out_hw[1]
+    split = elementwise(rows, channels)
+    bn_relu_max_pool_kernel[split.grid](
+        y,
+        coef,
+        out,
+        index,
+        rows,
+        height,
+        width,
+        *out_hw,
+        KERNEL=kernel,
+        STRIDE=stride,
+        TOP=pad[0],
+        LEFT=pad[1],
+        C=channels,
+        **split.launch,
+    )
+    return out, index
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "H", "W", "OH", "OW"])
+def bn_relu_max_pool_backward_kernel(
+    dout_ptr,
+    index_ptr,
+    y_ptr,
+    coef_ptr,
+    dz_ptr,
+    sums_ptr,
+    M,
+    tiles,
+    H,
+    W,
+    OH,
+    OW,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``dz`` = sum of dout over the windows that the pixel won, where ``relu(y*scale + shift) > 0``; sums as in
+    `fastres.kernels.bn_add_relu`, of dz as it is stored.
+
+    Each pixel gathers from the at most ceil(KERNEL/STRIDE)^2 windows that hold it, in the order of the taps: no
+    atomics. Moves y and dz once, dout and index about once (windows overlap in cache).
+
+    Args:
+        dout_ptr, index_ptr: [N, OH, OW, C]. y_ptr, dz_ptr: [M, C] = [N, H, W, C]. coef_ptr: [5, C].
+        sums_ptr: [T, 2, C]. tiles: tiles of BLOCK_M rows that a program goes through.
+    """
+    SPAN: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
+    part = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    row = tl.arange(0, BLOCK_M)
+    mean = tl.load(coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0)[None, :]
+    sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_dz_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for tile in range(tiles):
+        first = (part * tiles + tile) * BLOCK_M
+        row_ok = row < M - first
+        image = first // (H * W)
+        window_base = image.to(tl.int64) * OH * OW * C
+        m = first - image * (H * W) + row
+        h = m // W % H + TOP
+        w = m % W + LEFT
+        grad = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for back_h in tl.static_range(SPAN):
+            for back_w in tl.static_range(SPAN):
+                oh = h // STRIDE - back_h
+                ow = w // STRIDE - back_w
+                kh = h - oh * STRIDE
+                kw = w - ow * STRIDE
+                inside = row_ok & (oh >= 0) & (oh < OH) & (kh < KERNEL) & (ow >= 0) & (ow < OW) & (kw < KERNEL)
+                ok = inside[:, None] & channel_ok[None, :]
+                offset = (((m // W // H * OH + oh) * OW + ow) * C)[:, None] + channel[None, :]
+                index = tl.load(index_ptr + window_base + offset, mask=ok, other=0).to(tl.int32)
+                dout = tl.load(dout_ptr + window_base + offset, mask=ok, other=0.0).to(tl.float32)
+                grad += tl.where(index == (kh * KERNEL + kw)[:, None], dout, 0.0)
+        ok = row_ok[:, None] & channel_ok[None, :]
+        offset = (row * C)[:, None] + channel[None, :]
+        base = first.to(tl.int64) * C
+        y = tl.load(y_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
+        a = relu(bn(y, coef_ptr, channel, channel_ok, C)).to(y_ptr.dtype.element_ty).to(tl.float32)
+        dz = relu_backward(grad, a).to(dz_ptr.dtype.element_ty)
+        tl.store(dz_ptr + base + offset, dz, mask=ok)
+        sum_dz += dz.to(tl.float32)
+        sum_dz_y += dz.to(tl.float32) * (y - mean)
+    store_sums(sum_dz, sum_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C)
+
+
+def bn_relu_max_pool_backward(
+    dout: Tensor, index: Tensor, y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad
+) -> tuple[Tensor, Tensor]:
+    """Gradient at BatchNorm's output, masked by the ReLU, and BatchNorm's partial sums.
+
+    Args:
+        dout, index: [N, OH, OW, C], the winning taps uint8.
+        y, coef, kernel, stride, pad: as in `bn_relu_max_pool`.
+
+    Returns:
+        dz [N, H, W, C] in y's dtype, and [T, 2, C] fp32: sums of dz and dz * xhat.
+    """
+    n, height, width, channels = y.shape
+    rows = n * height * width
+    split = reduction(rows, channels)
+    dz = buffers.empty(y, *y.shape)
+    sums = buffers.empty(coef, split.grid[0], 2, channels)
+    bn_relu_max_pool_backward_kernel[split.grid](
+        dout,
+        index,
+        y,
+        coef,
+        dz,
+        sums,
+        rows,
+        split.tiles,
+        height,
+        width,
+        dout.shape[1],
+        dout.shape[2],
+        KERNEL=kernel,
+        STRIDE=stride,
+        TOP=pad[0],
+        LEFT=pad[1],
+        C=channels,
+        **split.launch,
+    )
+    return dz, sums
+
+
+@triton.jit(do_not_specialize=["HW"])
+def global_avg_pool_kernel(x_ptr, out_ptr, HW, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``out[n] = mean over pixels of x[n]``, accumulated in fp32; an image a program. Moves x and out once.
+
+    Args:
+        x_ptr: [N, HW, C]. out_ptr: [N, C].
+    """
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for start in range(0, HW, BLOCK_M):
+        ok = (start + row < HW)[:, None] & channel_ok[None, :]
+        x = tl.load(x_ptr + (image * HW + start) * C + (row * C)[:, None] + channel[None, :], mask=ok, other=0.0)
+        total += x.to(tl.float32)
+    mean = tl.sum(total, 0) / HW
+    tl.store(out_ptr + image * C + channel, mean.to(out_ptr.dtype.element_ty), mask=channel_ok)
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """Mean over the pixels of x [N, H, W, C]: [N, C] in x's dtype."""
+    n, height, width, channels = x.shape
+    out = buffers.empty(x, n, channels)
+    split = elementwise(height * width, channels)
+    grid = n, split.grid[1]
+    global_avg_pool_kernel[grid](x, out, height * width, C=channels, **split.launch)
+    return out
+
+
+@triton.jit(do_not_specialize=["HW", "parts"])
+def global_avg_pool_backward_kernel(
+    dout_ptr, dx_ptr, HW, parts, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """``dx[n, pixel] = dout[n] / HW``. Moves dx once, dout not at all to speak of.
+
+    Args:
+        dout_ptr: [N, C]. dx_ptr: [N, HW, C]. parts: programs that share an image's pixels.
+    """
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    first = tl.program_id(0) % parts * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    share = tl.load(dout_ptr + image * C + channel, mask=channel_ok, other=0.0).to(tl.float32) / HW
+    dx = tl.broadcast_to(share.to(dx_ptr.dtype.element_ty)[None, :], (BLOCK_M, BLOCK_C))
+    ok = (first + row < HW)[:, None] & channel_ok[None, :]
+    tl.store(dx_ptr + (image * HW + first) * C + (row * C)[:, None] + channel[None, :], dx, mask=ok)
+
+
+def global_avg_pool_backward(dout: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Each pixel's share of dout [N, C], as [N, H, W, C] in dout's dtype."""
+    n, channels = dout.shape
+    pixels = hw[0] * hw[1]
+    dx = buffers.empty(dout, n, *hw, channels)
+    split = elementwise(pixels, channels)
+    grid = n * split.grid[0], split.grid[1]
+    global_avg_pool_backward_kernel[grid](dout, dx, pixels, split.grid[0], C=channels, **split.launch)
+    return dx

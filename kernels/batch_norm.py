@@ -21,13 +21,21 @@ from fastres.kernels.types import Moments
 BLOCK_T, BLOCK_C, WARPS = 128, 16, 4
 # More tiles than a single program a channel block should go through, one block after the other.
 _MANY_TILES = 512
-# Channels a program of the kernels that only have [C] vectors.
-_VECTOR = 256
+# Channels of a program, and its warps, where there are only [C] vectors: 16 bytes a thread.
+VECTOR, VECTOR_WARPS = 256, 2
 
 
 @triton.jit(do_not_specialize=["M", "tiles"])
 def moments_kernel(
-    y_ptr, count_ptr, mean_ptr, m2_ptr, M, tiles, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+    y_ptr,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    M,
+    tiles,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Count, mean and M2 (sum of squared deviations) of each channel over this program's rows.
 
@@ -58,7 +66,11 @@ def moments_kernel(
     merged = tl.sum(count * mean, 0) / rows.to(tl.float32)
     deviation = mean - merged[None, :]
     tl.store(mean_ptr + part.to(tl.int64) * C + channel, merged, mask=channel_ok)
-    tl.store(m2_ptr + part.to(tl.int64) * C + channel, tl.sum(m2 + count * deviation * deviation, 0), mask=channel_ok)
+    tl.store(
+        m2_ptr + part.to(tl.int64) * C + channel,
+        tl.sum(m2 + count * deviation * deviation, 0),
+        mask=channel_ok,
+    )
     if tl.program_id(1) == 0:
         tl.store(count_ptr + part, rows.to(tl.float32))
 
@@ -134,7 +146,7 @@ def merge_kernel(
 @triton.jit
 def store_coef(mean, var, gamma_ptr, beta_ptr, eps, coef_ptr, channel, channel_ok, C: tl.constexpr):
     """``rstd = 1/sqrt(var + eps), scale = rstd*gamma, shift = beta - mean*scale`` of fp64 mean and variance, to coef."""
-    rstd = 1.0 / tl.sqrt(var + eps)
+    rstd = tl.rsqrt(var + eps)
     scale = rstd
     if gamma_ptr is not None:
         scale = rstd * tl.load(gamma_ptr + channel, mask=channel_ok, other=0.0).to(tl.float64)
@@ -221,8 +233,8 @@ def running_coef(
     """Coefficients [5, C] fp32 of a BatchNorm that normalises by its running statistics [C]."""
     channels = running_mean.shape[0]
     coef = buffers.empty(running_mean, 5, channels, dtype=torch.float32)
-    running_coef_kernel[(cdiv(channels, _VECTOR),)](
-        running_mean, running_var, gamma, beta, coef, eps, C=channels, BLOCK_C=_VECTOR, num_warps=WARPS
+    running_coef_kernel[(cdiv(channels, VECTOR),)](
+        running_mean, running_var, gamma, beta, coef, eps, C=channels, BLOCK_C=VECTOR, num_warps=VECTOR_WARPS
     )
     return coef
 
@@ -276,7 +288,7 @@ def update_running(
     """
     channels = running_mean.shape[0]
     on_device = isinstance(momentum, Tensor)
-    update_running_kernel[(cdiv(channels, _VECTOR),)](
+    update_running_kernel[(cdiv(channels, VECTOR),)](
         running_mean,
         running_var,
         coef,
@@ -284,8 +296,8 @@ def update_running(
         0.0 if on_device else float(momentum),
         count / (count - 1),
         C=channels,
-        BLOCK_C=_VECTOR,
-        num_warps=WARPS,
+        BLOCK_C=VECTOR,
+        num_warps=VECTOR_WARPS,
     )
 
 

@@ -51,7 +51,11 @@ def bn_add_relu_kernel(
 
 
 def bn_add_relu(
-    y: Tensor, coef: Tensor, shortcut: Tensor | None = None, shortcut_coef: Tensor | None = None, relu: bool = True
+    y: Tensor,
+    coef: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_coef: Tensor | None = None,
+    relu: bool = True,
 ) -> Tensor:
     """``relu(y*scale + shift + shortcut)`` [N, H, W, C] in y's dtype.
 

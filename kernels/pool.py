@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.geometry import Pad, output_hw
-from fastres.kernels.row_tiles import elementwise, reduction
+from fastres.kernels.row_tiles import POOL_ELEMENTS, elementwise, reduction
 from fastres.kernels.tiles import MEAN, bn, relu, relu_backward, store_sums
 
 _MOST_TAPS = 256  # a winning tap is a byte
@@ -91,7 +91,7 @@ def bn_relu_max_pool(y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad
     out = buffers.empty(y, n, *out_hw, channels)
     index = buffers.empty(y, n, *out_hw, channels, dtype=torch.uint8)
     rows = n * out_hw[0] * out_hw[1]
-    split = elementwise(rows, channels)
+    split = elementwise(rows, channels, POOL_ELEMENTS)
     bn_relu_max_pool_kernel[split.grid](
         y,
         coef,
@@ -166,7 +166,9 @@ def bn_relu_max_pool_backward_kernel(
                 ow = w // STRIDE - back_w
                 kh = h - oh * STRIDE
                 kw = w - ow * STRIDE
-                inside = row_ok & (oh >= 0) & (oh < OH) & (kh < KERNEL) & (ow >= 0) & (ow < OW) & (kw < KERNEL)
+                inside = (
+                    row_ok & (oh >= 0) & (oh < OH) & (kh < KERNEL) & (ow >= 0) & (ow < OW) & (kw < KERNEL)
+                )
                 ok = inside[:, None] & channel_ok[None, :]
                 offset = (((m // W // H * OH + oh) * OW + ow) * C)[:, None] + channel[None, :]
                 index = tl.load(index_ptr + window_base + offset, mask=ok, other=0).to(tl.int32)
@@ -198,7 +200,7 @@ def bn_relu_max_pool_backward(
     """
     n, height, width, channels = y.shape
     rows = n * height * width
-    split = reduction(rows, channels)
+    split = reduction(rows, channels, POOL_ELEMENTS)
     dz = buffers.empty(y, *y.shape)
     sums = buffers.empty(coef, split.grid[0], 2, channels)
     bn_relu_max_pool_backward_kernel[split.grid](
@@ -238,7 +240,9 @@ def global_avg_pool_kernel(x_ptr, out_ptr, HW, C: tl.constexpr, BLOCK_M: tl.cons
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, HW, BLOCK_M):
         ok = (start + row < HW)[:, None] & channel_ok[None, :]
-        x = tl.load(x_ptr + (image * HW + start) * C + (row * C)[:, None] + channel[None, :], mask=ok, other=0.0)
+        x = tl.load(
+            x_ptr + (image * HW + start) * C + (row * C)[:, None] + channel[None, :], mask=ok, other=0.0
+        )
         total += x.to(tl.float32)
     mean = tl.sum(total, 0) / HW
     tl.store(out_ptr + image * C + channel, mean.to(out_ptr.dtype.element_ty), mask=channel_ok)

@@ -1,0 +1,146 @@
+"""Statistics, coefficients of both directions and running statistics, against fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from support_kernels import (
+    assert_as_good,
+    assert_same_bits,
+    dtypes,
+    few_examples,
+    guarded,
+    nhwc_shapes,
+    randn,
+    random_coef,
+    seeds,
+)
+
+from fastres.kernels import batch_norm
+from fastres.kernels.types import Moments
+from fastres.ops import aten
+
+
+def widened(*values):
+    """fp64 of what is floating, the rest as it is."""
+    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def exact_moments(y):
+    """Mean and biased variance of y [N, H, W, C], fp64."""
+    rows = y.double().flatten(0, 2)
+    return torch.stack([rows.mean(0), rows.var(0, correction=0)])
+
+
+def random_moments(tiles, channels, seed):
+    """Statistics of tiles of 1 to 128 rows."""
+    count = torch.randint(1, 129, (tiles,), generator=torch.Generator().manual_seed(seed)).float()
+    mean, spread = randn(2, tiles, channels, seed=seed + 1)
+    return Moments(count.to(mean.device), mean, spread.square() * count.to(mean.device)[:, None])
+
+
+@few_examples
+@given(nhwc_shapes(), dtypes(), seeds())
+def test_moments(shape, dtype, seed):
+    y = randn(*shape, seed=seed, dtype=dtype)
+    moments = guarded(batch_norm.moments, y)
+    assert moments.count.sum() == y.numel() // shape[3]
+    ours, eager = (aten.finalize(m, None, None, 0.0)[:2] for m in (moments, aten.moments(y)))
+    assert_as_good(ours, eager, exact_moments(y))
+
+
+@pytest.mark.parametrize("shape", [(2, 25, 15, 72), (1, 60, 50, 3)], ids=str)
+def test_moments_of_many_tiles(shape):
+    y = randn(*shape, seed=0) + 3
+    moments = guarded(batch_norm.moments, y)
+    assert len(moments.count) > 1
+    assert_as_good(aten.finalize(moments, None, None, 0.0)[:2], exact_moments(y).float(), exact_moments(y))
+
+
+@pytest.mark.parametrize("shape", [(2, 30, 17, 40), (1, 1, 2, 3)], ids=str)
+def test_a_large_mean_keeps_the_variance(shape):
+    """Mean 1000 standard deviations away: sums of squares would leave nothing of the variance."""
+    y = randn(*shape, seed=0) + 1000
+    coef = guarded(batch_norm.finalize, guarded(batch_norm.moments, y), None, None, 1e-9)
+    mean, var = exact_moments(y)
+    assert (coef[0] - mean).abs().max() < 1e-3
+    assert (coef[1] / var - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 130, 700])
+@pytest.mark.parametrize("affine", [True, False])
+def test_finalize(tiles, affine):
+    moments = random_moments(tiles, 20, seed=tiles)
+    gamma, beta = randn(2, 20, seed=1) if affine else (None, None)
+    arguments = moments, gamma, beta, 1e-3
+    exact = aten.finalize(Moments(*widened(*moments)), *widened(gamma, beta), 1e-3)
+    assert_as_good(guarded(batch_norm.finalize, *arguments), aten.finalize(*arguments), exact)
+
+
+def test_finalize_takes_tiles_whose_means_are_far_apart_from_zero():
+    moments = random_moments(600, 5, seed=0)
+    far = moments._replace(mean=moments.mean + 1000)
+    exact = aten.finalize(Moments(*widened(*far)), None, None, 1e-9)
+    coef = guarded(batch_norm.finalize, far, None, None, 1e-9)
+    assert (coef[1] / exact[1] - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("channels", [3, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_running_coef(channels, dtype):
+    mean, var, gamma, beta = randn(4, channels, seed=0).to(dtype)
+    for arguments in ((mean, var.abs(), gamma, beta, 1e-5), (mean, var.abs(), None, beta, 1e-5)):
+        exact = aten.running_coef(*widened(*arguments))
+        assert_as_good(guarded(batch_norm.running_coef, *arguments), exact.float(), exact)
+
+
+@pytest.mark.parametrize("tiles", [1, 40, 700])
+@pytest.mark.parametrize("training", [True, False])
+def test_bn_backward_coef(tiles, training):
+    sums, coef, gamma = randn(tiles, 2, 20, seed=0), random_coef(20, seed=1), randn(20, seed=2)
+    arguments = sums, coef, gamma, 77 * tiles, training
+    abc, dgamma, dbeta = guarded(batch_norm.bn_backward_coef, *arguments)
+    exact = aten.bn_backward_coef(*widened(*arguments))
+    assert_as_good((abc, dgamma, dbeta), aten.bn_backward_coef(*arguments), exact)
+    assert training or not abc[1:].any()
+
+
+@pytest.mark.parametrize(
+    "momentum", [0.0, 0.1, 0.7, 1.0, torch.tensor(0.25), torch.tensor(0.25).double()], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_update_running(momentum, dtype):
+    y, mean, var = (
+        randn(2, 3, 4, 300, seed=0),
+        randn(300, seed=1).to(dtype),
+        randn(300, seed=2).abs().to(dtype),
+    )
+    coef = aten.finalize(aten.moments(y), None, None, 1e-5)
+    exact, eager = widened(mean, var), [mean.clone(), var.clone()]
+    F.batch_norm(y.double().permute(0, 3, 1, 2), *exact, training=True, momentum=float(momentum))
+    momentum = momentum.to(y.device) if isinstance(momentum, torch.Tensor) else momentum
+    aten.update_running(*eager, coef, 24, momentum if dtype == torch.float32 else float(momentum))
+    guarded(batch_norm.update_running, mean, var, coef, 24, momentum, mutates=(mean, var))
+    assert_as_good((mean, var), eager, exact)
+
+
+def test_momentum_of_one_and_zero_are_exact():
+    mean, var, coef = randn(5, seed=0), randn(5, seed=1).abs(), random_coef(5, seed=2)
+    before = mean.clone()
+    guarded(batch_norm.update_running, mean, var, coef, 24, 0, mutates=(mean, var))
+    assert_same_bits(mean, before)
+    guarded(batch_norm.update_running, mean, var, coef, 24, 1, mutates=(mean, var))
+    assert_same_bits(mean, coef[0])
+
+
+def test_the_same_bits_from_run_to_run():
+    y, gamma, sums = randn(2, 30, 17, 40, seed=0), randn(40, seed=1), randn(700, 2, 40, seed=2)
+    first, second = (
+        (
+            *batch_norm.moments(y),
+            batch_norm.finalize(random_moments(700, 40, seed=3), gamma, None, 1e-5),
+            *batch_norm.bn_backward_coef(sums, random_coef(40, seed=4), gamma, 99, True),
+        )
+        for _ in range(2)
+    )
+    assert_same_bits(first, second)

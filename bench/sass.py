@@ -1,0 +1,96 @@
+"""What a compiled kernel needs and does: registers, spills, shared memory, width of loads and stores, tensor cores."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+# Shared memory a block can have, bytes (CUDA C++ Programming Guide, technical specifications by compute capability).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E\S*")
+_STORE = re.compile(r"\bSTG\.E\S*")
+_BULK = re.compile(r"\bUTMA(?:LDG|STG)\S*")  # tensor memory accelerator: whole tiles
+_WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128|256)(?![0-9B])")
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+_TENSOR_CORES = {
+    "HMMA": re.compile(r"\bHMMA\."),
+    "HGMMA": re.compile(r"\bHGMMA\."),  # wgmma
+    "HGMMA, A in registers": re.compile(r"\bHGMMA\.\S+ R\d+, R\d+, gdesc"),
+    "tcgen05": re.compile(r"\bUTC\w*MMA"),
+}
+
+
+class Resources(NamedTuple):
+    """Of one kernel compiled for one architecture."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread
+    spills: int  # instructions that load or store local memory
+    shared: int  # bytes a block
+    wide_loads: float | None  # share of the bytes loaded by instructions of at least 16 bytes a thread; None: no loads
+    wide_stores: float | None  # likewise
+    tensor_cores: dict[str, int]  # instructions by kind
+    dots: int  # `tl.dot`s that a tensor core can do: all but fp32 ones of full precision
+
+    def faults(self, arch: int) -> list[str]:
+        """Why this kernel must not be shipped; empty: it may."""
+        found = []
+        if self.stack or self.spills:
+            found.append(f"spills ({self.stack} bytes of stack, {self.spills} instructions)")
+        if self.shared > SHARED_LIMIT[arch]:
+            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[arch]} there are")
+        if self.dots and not self.tensor_cores:
+            found.append("tl.dot without a tensor core")
+        return found
+
+
+def resources(kernel: Any) -> Resources:
+    """Read them from a kernel that `triton.compile` made for a CUDA target.
+
+    Raises:
+        RuntimeError: if Triton's ``cuobjdump`` fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        usage, sass = _cuobjdump("-res-usage", path), _cuobjdump("-sass", path)
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        shared=kernel.metadata.shared,
+        wide_loads=_wide_share(_LOAD, sass),
+        wide_stores=_wide_share(_STORE, sass),
+        tensor_cores={name: len(found) for name, kind in _TENSOR_CORES.items() if (found := kind.findall(sass))},
+        dots=_tensor_core_dots(kernel.asm["ttir"]),
+    )
+
+
+def _wide_share(kind: re.Pattern, sass: str) -> float | None:
+    widths = Counter()
+    for instruction in kind.findall(sass):
+        width = _WIDTH.search(instruction)
+        widths[_BYTES[width[1]] if width else 4] += 1
+    widths[16] += len(_BULK.findall(sass)) if kind is _LOAD else 0
+    total = sum(width * count for width, count in widths.items())
+    return sum(width * count for width, count in widths.items() if width >= 16) / total if total else None
+
+
+def _tensor_core_dots(ttir: str) -> int:
+    dots = [line for line in ttir.splitlines() if "tt.dot " in line]
+    return sum(not ("xf32>" in line.split(":", 1)[1].split("*")[0] and "tf32" not in line) for line in dots)
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, option, path], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump {option}: {done.stderr.strip()}")
+    return done.stdout + done.stderr

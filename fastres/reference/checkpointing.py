@@ -40,18 +40,21 @@ def _in_order(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def _contexts(blocks: Sequence[nn.Module]):
-    return nullcontext(), _statistics_untouched(blocks)
+    return nullcontext(), _statistics_kept(blocks)
 
 
 @contextmanager
-def _statistics_untouched(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Training BatchNorm normalises by the batch as before, but leaves running statistics and counters alone."""
-    norms = [m for block in blocks for m in block.modules() if isinstance(m, _BatchNorm)]
-    tracked = [m for m in norms if m.training and m.track_running_stats]
-    for norm in tracked:
-        norm.track_running_stats = False
+def _statistics_kept(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Lend each training BatchNorm copies of its running statistics and counter: what it adds to them is dropped.
+
+    It must have some to update, as in the first forward: autograd expects the same tensors to be saved again.
+    """
+    norms = [m for block in blocks for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
+    own = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, own):
+        norm._buffers.update({name: value.clone() for name, value in buffers.items() if value is not None})
     try:
         yield
     finally:
-        for norm in tracked:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, own):
+            norm._buffers.update(buffers)

@@ -1,1 +1,37 @@
-"""Triton kernels of the fused residual blocks, installed as ``fastres.kernels``."""
+"""Triton kernels of the fused residual blocks, installed as ``fastres.kernels``.
+
+A file holds a family: its mathematics as device code, then thin launchers. Launchers take contiguous NHWC activations in
+fp32, fp16 or bf16, weights [Cout, KH, KW, Cin] and fp32 statistics, and return new tensors; they have the signatures of
+their plain forms in `fastres.ops.aten`.
+"""
+
+from fastres.kernels.batch_norm import bn_backward_coef, finalize, moments, running_coef, update_running
+from fastres.kernels.bn_add_relu import bn_add_relu, bn_add_relu_backward, bn_backward_apply
+from fastres.kernels.conv import conv, conv_bias_act
+from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.pool import (
+    bn_relu_max_pool,
+    bn_relu_max_pool_backward,
+    global_avg_pool,
+    global_avg_pool_backward,
+)
+from fastres.kernels.wgrad import conv_wgrad
+
+__all__ = [
+    "bn_add_relu",
+    "bn_add_relu_backward",
+    "bn_backward_apply",
+    "bn_backward_coef",
+    "bn_relu_max_pool",
+    "bn_relu_max_pool_backward",
+    "conv",
+    "conv_bias_act",
+    "conv_dgrad",
+    "conv_wgrad",
+    "finalize",
+    "global_avg_pool",
+    "global_avg_pool_backward",
+    "moments",
+    "running_coef",
+    "update_running",
+]

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Pad = tuple[int, int, int, int]  # top, left, bottom, right
+from fastres.kernels.geometry import Pad, output_hw
+
 Shape = tuple[int, int, int, int]  # N, H, W, C
 
 
@@ -52,12 +53,6 @@ class Statistics(NamedTuple):
 def symmetric(pad: int) -> Pad:
     """The same padding on all four sides."""
     return (pad, pad, pad, pad)
-
-
-def output_hw(hw: tuple[int, int], kernel: tuple[int, int], stride: int, pad: Pad) -> tuple[int, int]:
-    """Height and width that a convolution or pool makes of ``hw``."""
-    top, left, bottom, right = pad
-    return (hw[0] + top + bottom - kernel[0]) // stride + 1, (hw[1] + left + right - kernel[1]) // stride + 1
 
 
 def in_autocast(x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastres.kernels.geometry import Pad
 from fastres.kernels.types import Moments
 
-Pad = tuple[int, int, int, int]  # top, left, bottom, right
 _aten = torch.ops.aten
 
 

@@ -27,6 +27,7 @@ from fastres.ops.library import LibraryConvolutions
 from fastres.ops.timing import TimedChoices, choices_path, machine_key
 
 MODES = ("auto", "triton", "aten")
+RANKS = 3  # tile configurations of a convolution that are timed, see `fastres.kernels.configs`
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _forced: str | None = None
 _selection: dict[str, str] = {}
@@ -116,19 +117,30 @@ def _primitives(name: str) -> Primitives:
 @cache
 def _timed_primitives(device: torch.device) -> Primitives:
     triton = _triton()
-    library = LibraryConvolutions(aten.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums)
+    library = LibraryConvolutions(triton.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums)
     mixed = SimpleNamespace(conv_backward=partial(_dgrad_and_wgrad, triton.conv_dgrad, library.conv_wgrad))
     candidates = {"triton": triton, "library": library, "triton dgrad, library wgrad": mixed}
+    for rank in range(1, RANKS):
+        candidates[f"triton, tiles {rank + 1}"] = _other_tiles(rank)
     return Primitives(candidates, TimedChoices(choices_path(), machine_key(device)))
 
 
 @cache
 def _triton() -> SimpleNamespace:
-    """The Triton launchers, with the two primitives that they make up of others or leave to ATen."""
+    """The Triton launchers, and the one primitive that they make up of two."""
     from fastres import kernels
 
+    launchers = {name: getattr(kernels, name) for name in kernels.__all__}
     joint = partial(_dgrad_and_wgrad, kernels.conv_dgrad, kernels.conv_wgrad)
-    return SimpleNamespace(**{**vars(kernels), "conv_backward": joint, "moments": aten.moments})
+    return SimpleNamespace(**launchers, conv_backward=joint)
+
+
+def _other_tiles(rank: int) -> SimpleNamespace:
+    """The convolution launchers with another of their tile configurations."""
+    triton = _triton()
+    ranked = {name: partial(getattr(triton, name), rank=rank) for name in ("conv", "conv_bias_act", "conv_dgrad", "conv_wgrad")}
+    joint = partial(_dgrad_and_wgrad, ranked["conv_dgrad"], ranked["conv_wgrad"])
+    return SimpleNamespace(**ranked, conv_backward=joint)
 
 
 def _dgrad_and_wgrad(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastres.ops import Conv, Layer, Norm, Statistics
-from fastres.ops.aten import update_running
+from fastres.ops import Conv, Layer, Norm, Statistics, update_running
 from fastres.reference.notebook import SameConv2d, same_padding
 
 
@@ -58,7 +57,7 @@ def layer_of(conv: nn.Conv2d, bn: nn.BatchNorm2d, hw: tuple[int, int]) -> Layer:
 def track(bn: nn.BatchNorm2d, statistics: Statistics) -> None:
     """Update running statistics and counter as ``nn.BatchNorm2d.forward`` does, in the same modes.
 
-    Plain in-place operations, which torch.compile fuses. A recomputing checkpoint repeats them, as it repeats those of
+    A recomputing checkpoint repeats them, as it repeats those of
     ``nn.BatchNorm2d`` (only the last block's it may leave out: its recomputation can end in the operation), unless it
     clears ``track_running_stats`` meanwhile, as `fastres.reference.checkpointing` does.
     """
@@ -69,7 +68,7 @@ def track(bn: nn.BatchNorm2d, statistics: Statistics) -> None:
         bn.num_batches_tracked.add_(1)
         if momentum is None:  # cumulative average; on the device, so without waiting for it
             momentum = 1.0 / bn.num_batches_tracked.to(bn.running_mean.dtype)
-    update_running(bn.running_mean, bn.running_var, *statistics, momentum or 0.0)
+    update_running(bn.running_mean, bn.running_var, statistics, 0.0 if momentum is None else momentum)
 
 
 def unsupported(conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> str | None:

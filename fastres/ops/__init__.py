@@ -6,6 +6,7 @@ from fastres.ops.global_avg_pool import global_avg_pool
 from fastres.ops.layers import Conv, Layer, Norm, Statistics, symmetric
 from fastres.ops.preact import preact_block
 from fastres.ops.residual import residual_block
+from fastres.ops.running import update_running
 from fastres.ops.select import implementation, selection
 from fastres.ops.stem import stem
 
@@ -23,4 +24,5 @@ __all__ = [
     "selection",
     "stem",
     "symmetric",
+    "update_running",
 ]

@@ -1,0 +1,35 @@
+"""The running statistics of a BatchNorm, moved in place by one launch."""
+
+import torch
+from torch import Tensor
+
+from fastres.ops.layers import Statistics
+from fastres.ops.select import primitives
+
+
+def update_running(running_mean: Tensor, running_var: Tensor, statistics: Statistics, momentum: float | Tensor) -> None:
+    """In place: move the running mean, and the unbiased variance, towards the batch's by ``momentum``.
+
+    Args:
+        running_mean, running_var: [C].
+        momentum: a number, or a 0-d tensor on their device, so that nothing waits for it.
+    """
+    coef, count = statistics
+    on_device = isinstance(momentum, Tensor)
+    update_running_(
+        running_mean, running_var, coef, count, momentum if on_device else None, 0.0 if on_device else momentum
+    )
+
+
+@torch.library.custom_op("fastres::update_running", mutates_args=("running_mean", "running_var"))
+def update_running_(
+    running_mean: Tensor, running_var: Tensor, coef: Tensor, count: int, momentum_tensor: Tensor | None, momentum: float
+) -> None:
+    """See `update_running`; ``momentum_tensor`` replaces ``momentum``."""
+    p = primitives(coef)
+    p.update_running(running_mean, running_var, coef, count, momentum if momentum_tensor is None else momentum_tensor)
+
+
+@update_running_.register_fake
+def _(running_mean, running_var, coef, count, momentum_tensor, momentum):
+    return None

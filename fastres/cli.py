@@ -19,6 +19,7 @@ from fastres.models.registry import accepted_options
 from fastres.train import PRESETS, Interrupted, TrainConfig, Trainer, machine, preset
 from fastres.train.evaluate import evaluate, predict_logits
 from fastres.train.run_folder import RunFolder, saved_config
+from fastres.train.signals import terminate_orderly
 from fastres.train.trained import find_checkpoint, load_trained
 
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -31,6 +32,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, as a type for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
 
 
 def add_options(parser: argparse.ArgumentParser, names) -> None:
@@ -54,10 +62,12 @@ def given_options(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name in OPTIONS}
 
 
-def load_data(source: str, root: str, limit_train: int | None, limit_test: int | None) -> data.Dataset:
+def load_data(config: TrainConfig, image_size: int | None) -> data.Dataset:
     """Load a dataset, say which one it is, and keep a fixed random part of it where that was asked for."""
-    dataset = data.load(source, root=root, say=lambda line: print(line, flush=True))
-    return data.limit(dataset, limit_train, limit_test)
+    dataset = data.load(
+        config.data, root=config.data_root, image_size=image_size, say=lambda line: print(line, flush=True)
+    )
+    return data.limit(dataset, config.limit_train, config.limit_test)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -78,17 +88,18 @@ def train(args: argparse.Namespace) -> int:
         machine.keep_freed_memory()
     folder = RunFolder(path, resume=args.resume is not None)
     try:
-        dataset = load_data(config.data, config.data_root, config.limit_train, config.limit_test)
-        trainer = Trainer(config, dataset, folder)
-        if args.resume is not None:
+        trainer = Trainer(config, load_data(config, config.image_size), folder)
+        if folder.last.exists():
             trainer.resume()
+        elif args.resume is not None:
+            print(f"{path} was stopped before its first checkpoint: starting again", flush=True)
         describe(trainer, device)
         history = trainer.fit()
     finally:
         folder.close()
     best = max(history, key=lambda row: row["val_accuracy"])
     print(
-        f"validation accuracy {history[-1]['val_accuracy']:.2%} on {dataset.label}, best {best['val_accuracy']:.2%} "
+        f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, best {best['val_accuracy']:.2%} "
         f"in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}"
     )
     return 0
@@ -120,7 +131,7 @@ def eval_(args: argparse.Namespace) -> int:
     device = machine.pick_device(given.get("device", "auto"))
     trained = load_trained(find_checkpoint(args.checkpoint), device)
     config = TrainConfig.from_dict(trained.options).replace(**given)
-    dataset = load_data(config.data, config.data_root, None, config.limit_test)
+    dataset = load_data(config.replace(limit_train=None), trained.image_size)
     if list(dataset.classes) != trained.classes:
         raise FastresError(
             f"{trained.path} tells apart {', '.join(trained.classes)}, but the data has {', '.join(dataset.classes)}: "
@@ -193,7 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("predict", predict)
     sub.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
     sub.add_argument("--run", dest="checkpoint", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
-    sub.add_argument("--top", type=int, default=3, help="classes to print [3]")
+    sub.add_argument("--top", type=positive, default=3, help="classes to print [3]", metavar="INT")
     add_options(sub, ("tta", "device"))
 
     command("models", models)
@@ -204,9 +215,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's error, 128 + N after signal N."""
     args = make_parser().parse_args(argv)
     try:
-        return args.run(args)
+        with terminate_orderly():
+            return args.run(args)
     except FastresError as error:
         print(f"fastres: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        print(
+            f"fastres: error: {reason}: lower --batch-size, raise --accumulate or set --checkpoint-every",
+            file=sys.stderr,
+        )
         return 2
     except Interrupted as stop:
         print(f"fastres: {stop}", file=sys.stderr)

@@ -117,6 +117,23 @@ def list_images(root: Path) -> tuple[tuple[str, ...], dict[str, list[list[os.Dir
     return names["train"], files
 
 
+def stored_side(files: dict[str, list[list[os.DirEntry]]], size: int) -> int:
+    """``size``, or what the first training image of every class has if that is less: decoding enlarges nothing.
+
+    Raises:
+        DataError: when one of them cannot be read.
+    """
+    sides = []
+    for members in files["train"]:
+        path = members[0].path
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except Exception as error:  # Pillow's decoders raise many types on damaged files
+            raise DataError(f"image {path} cannot be read ({first_line(error)}): replace or remove it") from error
+    return min(size, max(sides))
+
+
 def read_image_folder(root: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
     """Training split, test split and class names of an image folder, at ``size`` x ``size``.
 

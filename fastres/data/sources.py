@@ -21,7 +21,7 @@ GENUINE = "CIFAR-10"
 class Loader:
     """Reads any source, through one cache folder and with one way to speak."""
 
-    def __init__(self, image_size: int, cache_folder: Path | None, say: Callable[[str], None]):
+    def __init__(self, image_size: int | None, cache_folder: Path | None, say: Callable[[str], None]):
         self.image_size, self.cache_folder, self.say = image_size, cache_folder, say
 
     def cifar10(self, root: Path) -> Dataset:
@@ -58,13 +58,14 @@ class Loader:
         """An image folder ``PATH/{train,test}/CLASS/*``."""
 
         def build() -> Dataset:
-            train, test, classes = folder.read_image_folder(path, self.image_size)
+            train, test, classes = folder.read_image_folder(path, side)
             name = path.resolve().name
             return make_dataset(train, test, classes, f"image folder {name} ({len(train)} images)")
 
         _, files = folder.list_images(path)
+        side = IMAGE_SIZE if self.image_size is None else folder.stored_side(files, self.image_size)
         state = fingerprint(entry for split in files.values() for members in split for entry in members)
-        return cached(self.cache_folder, f"folder {path.resolve()} {self.image_size}", state, build, self.say)
+        return cached(self.cache_folder, f"folder {path.resolve()} {side}", state, build, self.say)
 
     def synthetic(self) -> Dataset:
         """The built-in drawn set."""
@@ -137,8 +138,8 @@ def load(
             image folder ``root``, ``root/cifar-10-batches-py`` and the synthetic set; ``say`` hears which one
             and why not those before it.
         root: where ``auto`` and ``cifar10`` look.
-        image_size: side in pixels that an image folder's images are brought to (32 if None); CIFAR-10 and the
-            synthetic set always have 32, see `Augment.resize`.
+        image_size: side in pixels that an image folder's images are brought to (32 if None), or what they have
+            where that is less; CIFAR-10 and the synthetic set always have 32, see `Augment.resize`.
         cache: keep decoded images in `cache.default_folder`, or in this folder, or not at all.
         say: takes one line: what was chosen, downloads, warnings.
 
@@ -148,7 +149,7 @@ def load(
     if image_size is not None and image_size < 1:
         raise DataError(f"image size {image_size} must be at least 1 pixel")
     cache_folder = default_folder() if cache is True else None if cache is False else Path(cache)
-    loader = Loader(image_size or IMAGE_SIZE, cache_folder, say)
+    loader = Loader(image_size, cache_folder, say)
     if source == "auto":
         return loader.auto(Path(root))
     if source == "cifar10":

@@ -48,7 +48,7 @@ class TrainConfig:
     flip: str = option(
         "alternating", "horizontal flips", kind=str, choices=("none", "random", "alternating")
     )
-    cutout: int = option(0, "side of the square that is cut out, in pixels", kind=int, low=0)
+    cutout: int = option(0, "side of the square that is cut out, in pixels", kind=int, low=0, high=1024)
     # length
     epochs: int | None = option(10, "passes over the training set", kind=int, low=1)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", kind=int, low=1)
@@ -82,7 +82,7 @@ class TrainConfig:
     )
     channels_last: bool = option(True, "NHWC activations and weights", kind=bool)
     compile: bool = option(False, "run the network through torch.compile", kind=bool)
-    seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0)
+    seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0, high=2**63 - 1)
     deterministic: bool = option(False, "only deterministic algorithms", kind=bool)
 
     def check(self) -> TrainConfig:
@@ -97,6 +97,11 @@ class TrainConfig:
             raise FastresError(
                 f"--batch-size {self.batch_size} does not split into --accumulate {self.accumulate} equal parts: "
                 "make it a multiple"
+            )
+        if self.batch_size == self.accumulate:
+            raise FastresError(
+                f"--batch-size {self.batch_size} in --accumulate {self.accumulate} parts leaves one image a part, "
+                "of which BatchNorm has no statistics: make it at least 2"
             )
         if self.nesterov and self.momentum == 0:
             raise FastresError("--nesterov needs a --momentum above 0: add --no-nesterov")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,19 @@ def predict_logits(model: nn.Module, images: Tensor, tta: bool) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype, tta: bool) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy) with running statistics, in evaluation mode; the model's mode is restored."""
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    dtype: torch.dtype,
+    tta: bool,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[float, float] | None:
+    """(mean cross-entropy, accuracy) with running statistics, in evaluation mode; the model's mode is restored.
+
+    Args:
+        tta: see `predict_logits`.
+        stopped: asked after each batch whether to give up; the result is then None.
+    """
     device = next(model.parameters()).device
     tally, training = Tally.zero(device), model.training
     model.eval()
@@ -52,5 +64,7 @@ def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype, tta: bool) 
         for images, labels in batches.epoch(0):
             logits = predict_logits(model, images, tta)
             tally.add(F.cross_entropy(logits, labels), logits, labels)
+            if stopped():
+                break
     model.train(training)
-    return tally.means()
+    return None if stopped() else tally.means()

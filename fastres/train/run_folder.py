@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastres.atomic import atomic_write
 from fastres.errors import FastresError
@@ -15,21 +17,23 @@ from fastres.train.curves import plot_curves
 
 
 class RunFolder:
-    """One run's folder, held by one process at a time.
+    """One run's folder, held by one process at a time; one that was made and stays empty is removed by `close`.
 
     Files: ``config.json``, ``metrics.jsonl`` (a row an epoch), ``curves.png``, ``events.out.tfevents.*``,
     ``last.pt`` (everything a resumed run needs) and ``best.pt`` (the weights with the best validation accuracy).
 
     Raises:
-        FastresError: when the folder cannot be written, is in use, or already holds a run that is not resumed.
+        FastresError: when the folder cannot be written, is in use, or already holds a run that is not resumed; from
+            the writing methods, when the disk takes no more.
     """
 
     def __init__(self, path: str | os.PathLike, resume: bool = False):
         self.path = Path(path)
         self.last, self.best = self.path / "last.pt", self.path / "best.pt"
+        self._lock_file = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self._lock_file, "w")
         except OSError as error:
             raise FastresError(
                 f"cannot write to run folder {self.path}: {error.strerror}; choose another with --out"
@@ -43,6 +47,8 @@ class RunFolder:
             raise FastresError(
                 f"run folder {self.path} already holds a run: go on with `--resume {self.path}` or choose another --out"
             )
+        for left in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
         self._tensorboard = None
 
     def write_config(self, config: TrainConfig, facts: dict[str, Any]) -> None:
@@ -55,30 +61,48 @@ class RunFolder:
 
     def write_events(self, row: dict[str, Any]) -> None:
         """Add one epoch's row to the TensorBoard events."""
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # a slow import, needed only after the first epoch
+        with self._disk("TensorBoard events"):
+            if self._tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter  # a slow import, needed only after the first epoch
 
-            self._tensorboard = SummaryWriter(self.path, purge_step=row["step"])
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                self._tensorboard.add_scalar(name, value, row["step"])
-        self._tensorboard.flush()
+                self._tensorboard = SummaryWriter(self.path, purge_step=row["step"])
+            for name, value in row.items():
+                if name not in ("step", "epoch"):
+                    self._tensorboard.add_scalar(name, value, row["step"])
+            self._tensorboard.flush()
 
     def write_curves(self, history: list[dict[str, Any]], label: str) -> None:
         """Draw the learning curves."""
         if history:
-            with atomic_write(self.path / "curves.png") as file:
+            with self._written("curves.png") as file:
                 plot_curves(history, label, file)
 
     def close(self) -> None:
         """Release the folder."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if os.listdir(self.path) == [self._lock_file.name]:
+            self._lock_file.unlink()
+            self.path.rmdir()
         self._lock.close()
 
     def _write(self, name: str, text: str) -> None:
-        with atomic_write(self.path / name) as file:
+        with self._written(name) as file:
             file.write(text.encode())
+
+    @contextmanager
+    def _written(self, name: str) -> Iterator[BinaryIO]:
+        with self._disk(name), atomic_write(self.path / name) as file:
+            yield file
+
+    @contextmanager
+    def _disk(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FastresError(
+                f"cannot write {name} in {self.path}: {error.strerror or error}; free space or choose another --out"
+            ) from error
 
 
 def saved_config(path: str | os.PathLike) -> TrainConfig:

@@ -18,7 +18,7 @@ from fastres.data import Augment, Batches, Dataset
 from fastres.errors import FastresError
 from fastres.models.registry import accepted_options, create_model
 from fastres.train import machine, report
-from fastres.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from fastres.train.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from fastres.train.config import TrainConfig
 from fastres.train.evaluate import Tally, evaluate
 from fastres.train.optimizer import make_optimizer, set_lr
@@ -128,12 +128,12 @@ class Trainer:
         for row in self.history:
             self.say(report.line(row))
         with StopRequest() as stop:
-            while self.step < self.total_steps:
-                self._train_epoch(stop)
-                if stop.signum is not None and not self._epoch_is_over():
-                    self._stop(stop.signum)
-                self._end_epoch()
-                if stop.signum is not None and self.step < self.total_steps:
+            while self.step < self.total_steps or self.batch:  # a run may have been stopped before its last validation
+                if not self._epoch_is_over():
+                    self._train_epoch(stop)
+                if stop.signum is None:
+                    self._end_epoch(stop)
+                if stop.signum is not None and (self.step < self.total_steps or self.batch):
                     self._stop(stop.signum)
         self.folder.write_curves(self.history, self.dataset.label)
         return self.history
@@ -161,8 +161,7 @@ class Trainer:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         config = self.config
-        self.lr = config.lr * lr_factor(config.schedule, self.step, self.total_steps, config.warmup)
-        set_lr(self.optimizer, self.lr)
+        set_lr(self.optimizer, self._lr(self.step))
         for part, part_labels in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)):
             with machine.autocast(self.device, self.dtype):
                 logits = self.network(part)
@@ -182,6 +181,10 @@ class Trainer:
         self.step += 1
         self.batch += 1
 
+    def _lr(self, step: int) -> float:
+        config = self.config
+        return config.lr * lr_factor(config.schedule, step, self.total_steps, config.warmup)
+
     def _check_finite(self) -> None:
         if not math.isfinite(self.tally.loss.item()):
             self._raise_non_finite("training")
@@ -193,9 +196,15 @@ class Trainer:
             f"(now {self.config.lr}) or set --clip; {kept}"
         )
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, stop: StopRequest) -> None:
+        """Validate, save and report; a stop request in the validation leaves it to the resumed run."""
         start = time.perf_counter()
-        val_loss, val_accuracy = evaluate(self.evaluated, self.val_batches, self.dtype, self.config.tta)
+        result = evaluate(
+            self.evaluated, self.val_batches, self.dtype, self.config.tta, lambda: stop.signum is not None
+        )
+        if result is None:
+            return
+        val_loss, val_accuracy = result
         val_seconds = time.perf_counter() - start
         if not math.isfinite(val_loss):
             self._raise_non_finite("validation")
@@ -204,7 +213,7 @@ class Trainer:
         row = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "lr": self.lr,
+            "lr": self._lr(self.step - 1),
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
             "val_loss": val_loss,
@@ -227,6 +236,8 @@ class Trainer:
         self.say(report.line(row))
 
     def _stop(self, signum: int) -> None:
+        if not all(p.isfinite().all() for p in self.model.parameters()):  # the last step's loss did not show it yet
+            self._raise_non_finite("next training")
         self.save()
         self.folder.write_curves(self.history, self.dataset.label)
         raise Interrupted(
@@ -252,21 +263,21 @@ class Trainer:
 
     def save(self) -> None:
         """Write everything that a resumed run needs to ``last.pt``, atomically."""
-        save_checkpoint(
-            self.folder.last,
-            {
-                **self._identity(),
-                "weights": self.model.state_dict(),
-                "average": self.average.state_dict() if self.average is not None else None,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "batch": self.batch,
-                "seconds": self.seconds,
-                "epoch_seconds": self.epoch_seconds,
-                "tally": [self.tally.loss, self.tally.correct, self.tally.images],
-                "history": self.history,
-            },
-        )
+        save_checkpoint(self.folder.last, {**self._identity(), **self._progress()})
+
+    def _progress(self) -> dict[str, Any]:
+        """What a resumed run needs beside `_identity`."""
+        return {
+            "weights": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "epoch_seconds": self.epoch_seconds,
+            "tally": [self.tally.loss, self.tally.correct, self.tally.images],
+            "history": self.history,
+        }
 
     def resume(self) -> None:
         """Take up the state of ``last.pt``.
@@ -276,6 +287,11 @@ class Trainer:
             FastresError: when it was trained on other data.
         """
         saved = load_checkpoint(self.folder.last, self.device)
+        if lacking := {*self._identity(), *self._progress()} - saved.keys():
+            raise CheckpointError(
+                f"checkpoint {self.folder.last} lacks {sorted(lacking)[0]!r}, so no run can go on from it: "
+                "take another one or train again"
+            )
         if saved["data"] != self.dataset.label or saved["classes"] != list(self.dataset.classes):
             raise FastresError(
                 f"{self.folder.last} was trained on {saved['data']!r}, not on {self.dataset.label!r}: "
@@ -284,7 +300,10 @@ class Trainer:
         load_weights(self.model, saved["weights"], self.folder.last)
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {self.folder.last} has another optimizer's state: {error}") from error
         self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.batch = saved["epoch"], saved["step"], saved["batch"]
         self.seconds, self.epoch_seconds = saved["seconds"], saved["epoch_seconds"]

@@ -41,7 +41,7 @@ def test_resume_after_every_epoch_is_bit_for_bit(tmp_path, changes):
     whole.fit()
     part = tiny_trainer(tmp_path / "part", **changes)
     part._train_epoch(trainer.StopRequest())
-    part._end_epoch()
+    part._end_epoch(trainer.StopRequest())
     part.folder.close()
     torch.manual_seed(1234)  # whatever the process did before must not matter
     rest = tiny_trainer(tmp_path / "part", **changes)

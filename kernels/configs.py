@@ -43,30 +43,41 @@ def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype) -> lis
     """Configurations of a convolution's product, the one to take first.
 
     Args:
-        rows: pixels of the result. columns: its channels. depth: channels summed over a tap.
-        dtype: of the operands; fp32 takes half the depth, as its elements take twice the shared memory.
+        rows: pixels of the result.
+        columns: its channels.
+        depth: channels summed over, of one tap.
+        dtype: of the operands.
     """
-    block_k = power_of_2(depth, LEAST, 64 if dtype.itemsize == 2 else 32)
     block_n = power_of_2(columns, LEAST, 128)
-    tiles = [(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))]
-    tiles = list(dict.fromkeys(tiles))
+    tiles = list(dict.fromkeys([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))]))
     full = [tile for tile in tiles if cdiv(rows, tile[0]) * cdiv(columns, tile[1]) >= PROGRAMS]
     first = full[0] if full else tiles[-1]
-    tiles.sort(key=lambda tile: tile != first)
-    return [Config(m, n, block_k, warps(m, n), 3) for m, n in tiles]
+    return [_config(*tile, depth, dtype) for tile in sorted(tiles, key=lambda tile: tile != first)]
 
 
 def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype) -> list[Config]:
     """Configurations of a weight gradient, the one to take first.
 
     Args:
-        rows: channels of the convolution's result. columns: channels of a tap, or taps times channels.
+        rows: channels of the convolution's result.
+        columns: channels of a tap, or taps times channels.
         pixels: summed over.
+        dtype: of the operands.
     """
-    block_k = power_of_2(pixels, LEAST, 64 if dtype.itemsize == 2 else 32)
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
-    tiles = list(dict.fromkeys([(block_m, block_n), (min(block_m, 64), min(block_n, 64))]))
-    return [Config(m, n, block_k, warps(m, n), 3) for m, n in tiles]
+    tiles = dict.fromkeys([(block_m, block_n), (min(block_m, 64), min(block_n, 64))])
+    return [_config(*tile, pixels, dtype) for tile in tiles]
+
+
+def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Config:
+    """The tile with the step, warps and stages at which it neither spills nor outgrows an A100's shared memory."""
+    size = block_m * block_n
+    block_k, num_warps, num_stages = (64, 8, 3) if size in (128 * 128, 64 * 64) else (32, 8, 4)
+    if size < 64 * 64:
+        num_warps, num_stages = 4, 3
+    if dtype.itemsize == 4:  # twice the shared memory for an element
+        block_k, num_stages = 32, 3
+    return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages)
 
 
 def at_rank(configs: list, rank: int):
@@ -77,11 +88,6 @@ def at_rank(configs: list, rank: int):
 def splits(programs: int, pixels: int, block_k: int) -> int:
     """Parts of a sum over pixels: enough to fill a GPU twice, none with fewer than 8 steps of the loop."""
     return max(1, min(cdiv(2 * PROGRAMS, programs), pixels // (8 * block_k)))
-
-
-def warps(block_m: int, block_n: int) -> int:
-    """8 for the tiles whose accumulators would spill with 4."""
-    return 8 if block_m * block_n > 64 * 64 else 4
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -74,10 +74,10 @@ def train(args: argparse.Namespace) -> int:
     """Train a network and leave a run folder."""
     given = given_options(args)
     if args.resume is None:
-        config = preset(args.preset or "fast").replace(**given)
+        config = preset("fast" if args.preset is None else args.preset).replace(**given)
         path = Path(args.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
     else:
-        if fixed := sorted(set(given) - CHANGED_BY_RESUME) or [n for n in ("preset", "out") if getattr(args, n)]:
+        if fixed := sorted(set(given) - CHANGED_BY_RESUME) or [n for n in ("preset", "out") if getattr(args, n) is not None]:
             raise FastresError(
                 f"--{fixed[0].replace('_', '-')} cannot change in a resumed run: leave it out, or start a new run"
             )

@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastres import data
 from fastres.cli import main
 from fastres.data import DataError
 from fastres.train.checkpoint import load_checkpoint
+from support_data import write_image_folder
 
 QUICK = "--data synthetic --limit-train 64 --limit-test 40 --batch-size 16 --device cpu --precision fp32".split()
 QUICK += ["--model", "resnet20", "--image-size", "16"]
@@ -72,6 +74,8 @@ def test_models_lists_published_sizes(capsys):
         (quick("--out", "/dev/null/run"), "cannot write to run folder /dev/null/run"),
         (["train", "--resume", "/no/such/run"], "no run in /no/such/run"),
         (["eval", "/no/such/run"], "no checkpoint at /no/such/run"),
+        (["train", "--preset", ""], "unknown preset ''"),
+        (quick("--seed", "9" * 30), "is too large"),
         (["predict", "/no/such/image.png"], "no finished run under runs/"),
     ],
 )
@@ -88,7 +92,7 @@ def test_cuda_asked_for_and_absent(capsys):
     assert "use --device cpu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["train", "--lr", "fast"], ["train", "--schedule", "up"], ["train", "--colour", "1"], ["tarin"]])
+@pytest.mark.parametrize("argv", [["train", "--lr", "fast"], ["train", "--schedule", "up"], ["train", "--colour", "1"], ["tarin"], ["predict", "a.png", "--top", "0"]])
 def test_bad_usage_is_one_line(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
@@ -101,6 +105,27 @@ def test_unreadable_image(run, tmp_path, capsys):
     assert main(["predict", str(tmp_path / "broken.png"), "--run", str(run)]) == 2
     err = capsys.readouterr().err
     assert "broken.png" in err and err.count("\n") == 1
+
+
+def test_a_damaged_training_image_is_named_and_leaves_no_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_image_folder(tmp_path / "insects", train=10)
+    (tmp_path / "insects" / "train" / "bee" / "0007.png").write_bytes(b"\x89PNG and no more")
+    assert main(quick("--data", str(tmp_path / "insects"), "--out", str(tmp_path / "run"))) == 2
+    err = capsys.readouterr().err
+    assert "insects/train/bee/0007.png cannot be read" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_photos_are_decoded_at_the_size_that_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_image_folder(tmp_path / "insects", train=10, size=(70, 60))
+    folder = str(tmp_path / "run")
+    assert main(quick("--data", str(tmp_path / "insects"), "--image-size", "48", "--steps", "1", "--out", folder)) == 0
+    (cache,) = (tmp_path / "cache" / "fastres").iterdir()
+    assert np.load(cache)["train_images"].shape == (20, 48, 48, 3)
+    assert main(["eval", folder]) == 0
+    assert len(list(cache.parent.iterdir())) == 1
 
 
 def test_a_resumed_run_keeps_its_options(run, capsys):
@@ -124,6 +149,27 @@ def test_auto_data_is_announced(tmp_path, capsys, monkeypatch):
     auto = [word if word != "synthetic" else "auto" for word in quick("--epochs", "1", "--out", str(tmp_path / "run"))]
     assert main(auto) == 0
     assert "synthetic" in capsys.readouterr().out
+
+
+def test_a_run_without_a_checkpoint_yet_starts_again(run, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((run / "config.json").read_bytes())
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "was stopped before its first checkpoint: starting again" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == load_checkpoint(run / "last.pt")["step"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_training_leaves_no_run(number, status, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(data, "load", interrupted)
+    try:
+        ended = main(quick("--out", str(tmp_path / "run")))
+    except SystemExit as leaving:
+        ended = leaving.code
+    assert ended == status and not (tmp_path / "run").exists()
 
 
 def start(*argv: str) -> subprocess.Popen:

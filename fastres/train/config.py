@@ -6,6 +6,7 @@ The command line, the presets, the saved ``config.json`` and the checks below al
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +118,8 @@ class TrainConfig:
         accepted = (int, float) if meta["kind"] is float else meta["kind"]
         if not isinstance(value, accepted) or (isinstance(value, bool) and meta["kind"] is not bool):
             raise FastresError(f"{flag} {value!r} is not of type {meta['kind'].__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FastresError(f"{flag} {value} is not a finite number")
         if meta["choices"] and value not in meta["choices"]:
             raise FastresError(f"{flag} {value!r} is unknown: choose from {', '.join(meta['choices'])}")
         if meta["low"] is not None and not value >= meta["low"]:

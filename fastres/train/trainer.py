@@ -127,6 +127,8 @@ class Trainer:
         self.say(report.heading())
         for row in self.history:
             self.say(report.line(row))
+        if self.history:
+            self.folder.write_metrics(self.history)  # a process that was killed may have saved a row only in last.pt
         with StopRequest() as stop:
             while self.step < self.total_steps or self.batch:  # a run may have been stopped before its last validation
                 if not self._epoch_is_over():

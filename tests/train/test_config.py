@@ -23,6 +23,10 @@ def test_the_notebook_preset_is_the_notebook():
     [
         (dict(lr=-1.0), "--lr -1.0 is too small"),
         (dict(lr=float("nan")), "--lr nan"),
+        (dict(lr=float("inf")), "--lr inf is not a finite number"),
+        (dict(seed=10**30), "--seed 1000000000000000000000000000000 is too large"),
+        (dict(batch_size=1), "leaves one image a part"),
+        (dict(batch_size=8, accumulate=8), "leaves one image a part"),
         (dict(momentum=1.5), "--momentum 1.5 is too large"),
         (dict(schedule="exponential"), "choose from constant, cosine, step, triangular"),
         (dict(batch_size=0), "--batch-size 0 is too small"),

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastres.errors import FastresError
 from fastres.train import Interrupted, NonFiniteLoss, Trainer, trainer
-from fastres.train.checkpoint import load_checkpoint
+from fastres.train.checkpoint import CheckpointError, load_checkpoint
 from fastres.train.evaluate import evaluate
 from fastres.train.run_folder import RunFolder
 from support_train import same_weights, tiny_config, tiny_dataset, tiny_trainer
@@ -35,7 +35,7 @@ def test_learns_and_leaves_a_run_folder(tmp_path):
     assert best["epoch"] == first_best["epoch"] and best["data"] == "tiny"
 
 
-@pytest.mark.parametrize("changes", [dict(ema=0.9, flip="alternating", cutout=3), dict(precision="fp16", batch_size=48), dict(steps=9)])
+@pytest.mark.parametrize("changes", [dict(ema=0.9, flip="alternating", cutout=3), dict(steps=9)])
 def test_resume_after_every_epoch_is_bit_for_bit(tmp_path, changes):
     whole = tiny_trainer(tmp_path / "whole", **changes)
     whole.fit()
@@ -51,28 +51,112 @@ def test_resume_after_every_epoch_is_bit_for_bit(tmp_path, changes):
     assert facts(rest.history) == facts(whole.history)
 
 
-def test_a_signal_in_mid_epoch_saves_and_resumes_bit_for_bit(tmp_path, monkeypatch):
-    whole = tiny_trainer(tmp_path / "whole")
+@pytest.mark.parametrize(
+    "changes, step, place",
+    [
+        (dict(ema=0.9, accumulate=2, clip=1.0, flip="random", cutout=3), 8, (1, 2)),
+        (dict(precision="fp16", batch_size=48, ema=0.5, accumulate=2), 3, (1, 1)),
+        (dict(precision="bf16", batch_size=32), 3, (0, 3)),  # the epoch's last step, before its validation
+        (dict(), 12, (1, 6)),  # the run's last step
+        (dict(steps=9), 9, (1, 3)),  # the same, with an epoch that is not whole
+    ],
+)
+def test_a_signal_in_mid_epoch_saves_and_resumes_bit_for_bit(changes, step, place, tmp_path, monkeypatch):
+    whole = tiny_trainer(tmp_path / "whole", **changes)
     whole.fit()
-    part = tiny_trainer(tmp_path / "part")
-    step = part._train_step
+    part = tiny_trainer(tmp_path / "part", **changes)
+    take_step = part._train_step
 
     def step_then_signal(images, labels):
-        step(images, labels)
-        if part.step == 8:
+        take_step(images, labels)
+        if part.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(part, "_train_step", step_then_signal)
-    with pytest.raises(Interrupted, match="SIGTERM after step 8 of 12") as stopped:
+    with pytest.raises(Interrupted, match=f"SIGTERM after step {step} of {whole.total_steps}") as stopped:
         part.fit()
     assert stopped.value.signum == signal.SIGTERM
     part.folder.close()
-    rest = tiny_trainer(tmp_path / "part")
+    torch.manual_seed(1234)
+    rest = tiny_trainer(tmp_path / "part", **changes)
     rest.resume()
-    assert (rest.epoch, rest.batch) == (1, 2)
+    assert (rest.epoch, rest.batch) == place
     rest.fit()
     assert same_weights(rest.model.state_dict(), whole.model.state_dict())
+    assert same_weights(rest.evaluated.state_dict(), whole.evaluated.state_dict())
     assert facts(rest.history) == facts(whole.history)
+
+
+def test_a_signal_in_the_validation_does_not_wait_for_its_end(tmp_path, monkeypatch):
+    whole = tiny_trainer(tmp_path / "whole", eval_batch_size=10)
+    whole.fit()
+    part = tiny_trainer(tmp_path / "part", eval_batch_size=10)
+    epoch, served = part.val_batches.epoch, []
+
+    def signal_after_the_second(number):
+        for batch in epoch(number):
+            served.append(batch)
+            if len(served) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(part.val_batches, "epoch", signal_after_the_second)
+    with pytest.raises(Interrupted, match="SIGINT after step 6 of 12"):
+        part.fit()
+    assert len(served) == 2 and part.history == [] and not part.folder.best.exists()
+    part.folder.close()
+    rest = tiny_trainer(tmp_path / "part", eval_batch_size=10)
+    rest.resume()
+    rest.fit()
+    assert facts(rest.history) == facts(whole.history)
+
+
+WRITES = ["best.pt", "last.pt", "metrics.jsonl"]  # of an epoch whose accuracy is the best so far, in this order
+
+
+@pytest.mark.parametrize("number, name", list(enumerate(2 * WRITES, 1)))
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_kill_9_around_every_write_loses_at_most_one_epoch(number, name, moment, tmp_path):
+    folder, process = tmp_path / "run", os.fork()
+    if process == 0:  # pragma: no cover
+        replace, calls = os.replace, []
+
+        def deadly(source, target):
+            calls.append(str(target))
+            if len(calls) == number and moment == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = deadly
+        try:
+            tiny_trainer(folder, model="resnet8", lr=1e-3).fit()  # so slow that the second epoch is the better one
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert (len(list(folder.glob(f".{name}.*.tmp"))) == 1) == (moment == "before")
+    rest = tiny_trainer(folder, model="resnet8", lr=1e-3)
+    assert not list(folder.glob(".*.tmp"))
+    done = (number - 1) // 3 + (number % 3 != 1 and (number, moment) not in ((2, "before"), (5, "before")))
+    if rest.folder.last.exists():
+        rest.resume()
+    assert rest.epoch == done
+    rest.fit()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert facts(rows) == facts(kill_9_reference(tmp_path))
+
+
+def kill_9_reference(tmp_path):
+    """The rows of the same run without a fault."""
+    if not REFERENCE:
+        REFERENCE.extend(tiny_trainer(tmp_path / "whole", model="resnet8", lr=1e-3).fit())
+    return REFERENCE
+
+
+REFERENCE = []
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -148,6 +232,30 @@ def test_seed_decides_the_run(tmp_path):
     assert same_weights(a, b) and not same_weights(a, c)
 
 
+def test_a_checkpoint_that_no_run_can_go_on_from(tmp_path):
+    run = tiny_trainer(tmp_path, epochs=1)
+    run.fit()
+    run.folder.best.rename(run.folder.last)
+    with pytest.raises(CheckpointError, match="last.pt lacks 'average', so no run can go on from it"):
+        run.resume()
+
+
+def test_weights_that_are_not_finite_are_not_saved_by_a_signal(tmp_path, monkeypatch):
+    run = tiny_trainer(tmp_path)
+    take_step = run._train_step
+
+    def spoil(images, labels):
+        take_step(images, labels)
+        if run.step == 8:  # its loss was finite, its gradient was not
+            next(run.model.parameters()).data[0] = float("nan")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "_train_step", spoil)
+    with pytest.raises(NonFiniteLoss, match="last.pt is the last good checkpoint"):
+        run.fit()
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 6
+
+
 def test_other_data_on_resume(tmp_path):
     run = tiny_trainer(tmp_path)
     run.save()
@@ -166,3 +274,25 @@ def test_folder_faults(tmp_path):
         RunFolder(tmp_path / "run")
     with pytest.raises(FastresError, match="cannot write to run folder"):
         RunFolder(tmp_path / "run" / "last.pt" / "below-a-file")
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    run = tiny_trainer(tmp_path)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(FastresError, match="cannot write metrics.jsonl in .*: No space left on device; free space"):
+        run.folder.write_metrics([{"epoch": 1}])
+    with pytest.raises(FastresError, match="cannot write curves.png"):
+        run.folder.write_curves([dict.fromkeys(["epoch", *(f"{p}_{v}" for p in ("train", "val") for v in ("loss", "accuracy"))], 0)], "")
+
+
+def test_a_folder_that_stays_empty_is_removed(tmp_path):
+    RunFolder(tmp_path / "run").close()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes").touch()
+    RunFolder(tmp_path / "kept").close()
+    assert (tmp_path / "kept" / "notes").exists()

@@ -15,11 +15,12 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from support_fused import FLOOR, relative_error
 from torch import Tensor
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
 
 from fastres.kernels import buffers
 
@@ -204,14 +205,18 @@ def guarded(launch: Callable, *args: Any, mutates: tuple[Tensor, ...] = (), **op
 # -- addresses ----------------------------------------------------------------------------------------------------------
 
 
+_checking = False
+
+
 @contextmanager
 def checked_addresses() -> Iterator[None]:
     """In the interpreter: fail a launch that touches memory outside its tensor arguments, or that would be a race.
 
     A race is an address that one program stores to and another program of the launch loads or stores. Compiled
-    kernels are not looked at.
+    kernels are not looked at. Inside itself it does nothing.
     """
-    if not INTERPRETED:
+    global _checking
+    if not INTERPRETED or _checking:
         yield
         return
     launches: list[_Launch] = []
@@ -238,7 +243,55 @@ def checked_addresses() -> Iterator[None]:
         mock.patch.object(InterpreterBuilder, "create_masked_store", checked_store),
         mock.patch.object(GridExecutor, "__call__", checked_call),
     ):
-        yield
+        _checking = True
+        try:
+            yield
+        finally:
+            _checking = False
+
+
+@contextmanager
+def last_program_only() -> Iterator[list[tuple[int, int]]]:
+    """In the interpreter: of each launch run the last program, touching no memory; loads give 0 or their default.
+
+    Addresses are checked nevertheless, so that offsets beyond 32 bits can be tested with memory that is reserved only.
+
+    Yields:
+        The byte ranges of tensors whose last element was loaded or stored.
+    """
+    reached: list[tuple[int, int]] = []
+    launches: list[tuple[_Launch, tuple[int, ...]]] = []
+    load, call = InterpreterBuilder.create_masked_load, GridExecutor.__call__
+
+    def no_load(self, pointers, mask, *rest, **options):
+        reached.extend(launches[-1][0].ends_reached("load", pointers, mask))
+        return load(self, pointers, TensorHandle(np.zeros_like(mask.data), mask.dtype), *rest, **options)
+
+    def no_store(self, pointers, value, mask, *rest, **options):
+        reached.extend(launches[-1][0].ends_reached("store", pointers, mask))
+
+    def program_id(self, axis):
+        grid = launches[-1][1]
+        return TensorHandle(np.array([grid[axis] - 1 if axis < len(grid) else 0], dtype=np.int32), tl.int32)
+
+    def call_once(self, *args, **options):
+        launches.append((_Launch([*args, *options.values()]), self.grid))
+        self.grid = (1,)
+        try:
+            return call(self, *args, **options)
+        finally:
+            launches.pop()
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_masked_load", no_load),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", no_store),
+        mock.patch.object(InterpreterBuilder, "create_get_program_id", program_id),
+        mock.patch.object(GridExecutor, "__call__", call_once),
+        mock.patch.object(
+            GridExecutor, "_restore_args_dev", lambda *_: None
+        ),  # copies each tensor onto itself
+    ):
+        yield reached
 
 
 class _Launch:
@@ -248,28 +301,41 @@ class _Launch:
         tensors = [
             getattr(argument, "base", argument) for argument in arguments
         ]  # of a tensor descriptor: its base
-        spans = sorted({_span(t) for t in tensors if isinstance(t, Tensor) and t.numel()})
-        self._starts = np.array([start for start, _ in spans], dtype=np.uint64)
-        self._ends = np.array([end for _, end in spans], dtype=np.uint64)
-        self._writers = [np.zeros(end - start, dtype=np.int64) for start, end in spans]
+        self._spans: list[tuple[int, int]] = []
+        for start, end in sorted(span_of(t) for t in tensors if isinstance(t, Tensor) and t.numel()):
+            if self._spans and start < self._spans[-1][1]:  # views of the same memory
+                start, end = self._spans[-1][0], max(end, self._spans.pop()[1])
+            self._spans.append((start, end))
+        self._starts, self._ends = np.array(self._spans, dtype=np.uint64).reshape(-1, 2).T
+        self._writers: dict[int, np.ndarray] = {}  # by span, once it is stored to
 
     def load(self, pointers: Any, mask: Any) -> None:
         for span, offsets in self._located("load", pointers, mask):
-            writers = self._writers[span][offsets]
-            self._no_race("loads", pointers, (writers != 0) & (writers != self._program()))
+            if span in self._writers:
+                self._no_race("loads", self._writers[span][offsets])
 
     def store(self, pointers: Any, mask: Any) -> None:
         for span, offsets in self._located("store", pointers, mask):
-            writers, program = self._writers[span], self._program()
-            self._no_race("stores to", pointers, (writers[offsets] != 0) & (writers[offsets] != program))
-            writers[offsets] = program
+            if span not in self._writers:
+                start, end = self._spans[span]
+                self._writers[span] = np.zeros(end - start, dtype=np.int64)
+            self._no_race("stores to", self._writers[span][offsets])
+            self._writers[span][offsets] = self._program()
+
+    def ends_reached(self, what: str, pointers: Any, mask: Any) -> list[tuple[int, int]]:
+        """Byte ranges of the tensors whose last element is among the addresses; all of them must be in some tensor."""
+        width = _width(pointers)
+        return [
+            self._spans[span]
+            for span, offsets in self._located(what, pointers, mask)
+            if self._spans[span][0] + int(offsets.max()) + width == self._spans[span][1]
+        ]
 
     def _located(self, what: str, pointers: Any, mask: Any) -> Iterator[tuple[int, np.ndarray]]:
         addresses, mask = np.broadcast_arrays(pointers.data, getattr(mask, "data", mask))
         addresses = addresses[mask.astype(bool)].astype(np.uint64)
-        width = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
         spans = np.searchsorted(self._starts, addresses, side="right") - 1
-        inside = (spans >= 0) & (addresses + width <= self._ends[np.maximum(spans, 0)])
+        inside = (spans >= 0) & (addresses + np.uint64(_width(pointers)) <= self._ends[np.maximum(spans, 0)])
         outside = addresses[~inside]
         assert not len(outside), (
             f"{len(outside)} of {len(addresses)} addresses of a {what} are outside all tensors"
@@ -277,7 +343,8 @@ class _Launch:
         for span in np.unique(spans):
             yield span, (addresses[spans == span] - self._starts[span]).astype(np.int64)
 
-    def _no_race(self, what: str, pointers: Any, conflicts: np.ndarray) -> None:
+    def _no_race(self, what: str, writers: np.ndarray) -> None:
+        conflicts = (writers != 0) & (writers != self._program())
         assert not conflicts.any(), (
             f"a program {what} {conflicts.sum()} addresses that another one of the launch stored"
         )
@@ -287,7 +354,12 @@ class _Launch:
         return 1 + x + (y << 20) + (z << 40)
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def _width(pointers: Any) -> int:
+    """Bytes of an element."""
+    return max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
+
+def span_of(tensor: Tensor) -> tuple[int, int]:
     """First byte and the one behind the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -1,9 +1,6 @@
 """Negative controls: what the guards and the interpreter's repair are there to catch, they catch."""
 
-from contextlib import nullcontext
-
 import pytest
-import support_kernels
 import torch
 import triton
 import triton.language as tl
@@ -42,8 +39,7 @@ def test_an_unwritten_element_is_seen(dtype):
 
 
 @pytest.mark.parametrize("wrong", [{"count": 21}, {"first": -1}], ids=str)
-def test_a_write_outside_is_seen(wrong, monkeypatch):
-    monkeypatch.setattr(support_kernels, "checked_addresses", nullcontext)
+def test_a_write_outside_is_seen(wrong):
     with pytest.raises(AssertionError, match="write b(efore|ehind) a tensor of 80 bytes"):
         guarded(double, randn(20, seed=0), **wrong)
 
@@ -56,15 +52,19 @@ def test_a_read_outside_is_seen_in_the_interpreter(wrong):
 
 
 @triton.jit
-def _double_kernel(x_ptr, out_ptr, first, count, SIZE: tl.constexpr):
-    """``out[first:count] = 2*x[first:count]``: arithmetic, which changes the bits of a guard band that it reads."""
+def _double_kernel(x_ptr, out_ptr, whole_x_ptr, whole_out_ptr, first, count, SIZE: tl.constexpr):
+    """``out[first:count] = 2*x[first:count]``: arithmetic, which changes the bits of a guard band that it reads.
+
+    The storages with the bands are arguments too, so the checker of addresses has nothing to say.
+    """
     offset = first + tl.arange(0, SIZE)
     tl.store(out_ptr + offset, 2 * tl.load(x_ptr + offset, mask=offset < count), mask=offset < count)
 
 
 def double(x, first=0, count=None, programs=1):
     out = buffers.empty(x, *x.shape)
-    _double_kernel[(programs,)](x, out, first, x.numel() if count is None else count, SIZE=32)
+    whole = (torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage()) for t in (x, out))
+    _double_kernel[(programs,)](x, out, *whole, first, x.numel() if count is None else count, SIZE=32)
     return out
 
 

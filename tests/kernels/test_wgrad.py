@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support_conv import exact, problems
 from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn
@@ -21,6 +21,7 @@ def test_conv_wgrad(problem, prologue_dy, prologue_x):
     y, abc = (p.y(8), p.abc()) if prologue_dy else (None, None)
     args = (p.y(9), y, abc, p.x(), p.coef() if prologue_x else None, p.stride, p.pad, (p.kernel, p.kernel))
     ours, eager = guarded(conv_wgrad, *args, rank=p.rank), aten.conv_wgrad(*args)
+    assume(eager.isfinite().all())  # oneDNN's in bf16 has NaN at random where a 5x5 kernel at stride 3 meets 2 columns
     assert ours.dtype == torch.float32 and ours.is_contiguous()
     assert_as_good(ours, eager, aten.conv_wgrad(*exact(args)))
 

@@ -75,6 +75,8 @@ class Trainer:
         self.dtype = machine.pick_dtype(config.precision, self.device)
         if config.deterministic:
             machine.make_deterministic()
+        if config.compile:
+            machine.check_compile(self.device)
 
         augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size)
         common = dict(mean=dataset.mean, std=dataset.std, seed=config.seed, device=self.device)

@@ -19,12 +19,13 @@ from fastres.ops.layers import (
     Layer,
     Shape,
     Statistics,
-    check_activations,
     check_input,
+    check_shortcut,
+    check_shortcut_shape,
     in_autocast,
     layer_shape,
-    nchw_size,
     nhwc_weight,
+    norm_vectors,
     output_hw,
     pixels,
     weight_grad,
@@ -56,7 +57,7 @@ def residual_block(
         The result [N, H', W', C'] and the `Statistics` of each layer, the projection's last.
 
     Raises:
-        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them.
+        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for no layer.
     """
     if keep not in KEEP:
         raise ValueError(f"keep is {keep!r}: choose {' or '.join(KEEP)}")
@@ -65,7 +66,7 @@ def residual_block(
     shapes = _check(x, layers, shortcut)
     x = in_autocast(x).contiguous()
     added = None if identity or projection or shortcut is None else in_autocast(shortcut).contiguous()
-    parameters = [tensor for layer in every_layer for tensor in (layer.weight, *layer.norm[:4])]
+    parameters = [tensor for layer in every_layer for tensor in (layer.weight, *norm_vectors(layer.norm))]
     recording = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, added, *parameters)
     )
@@ -87,24 +88,19 @@ def residual_block(
 
 def _check(x: Tensor, layers: Sequence[Layer], shortcut: Tensor | Layer | None) -> list[Shape]:
     """Check the input; shape of each layer's output, the projection's last."""
+    if not layers:
+        raise ValueError("a residual block has at least one layer")
     projection = isinstance(shortcut, Layer)
     check_input(x, [layer.weight for layer in ([*layers, shortcut] if projection else layers)])
     shape, shapes = tuple(x.shape), []
     for layer in layers:
         shape = layer_shape(shape, layer)
         shapes.append(shape)
-    if shortcut is None:
-        return shapes
     if projection:
-        added = layer_shape(tuple(x.shape), shortcut)
-        shapes.append(added)
-    else:
-        check_activations(shortcut)
-        added = tuple(shortcut.shape)
-    if added != shape:
-        raise RuntimeError(
-            f"The size of the shortcut {nchw_size(added)} must match the size of the block's result {nchw_size(shape)}"
-        )
+        shapes.append(layer_shape(tuple(x.shape), shortcut))
+        check_shortcut_shape(shapes[-1], shape)
+    elif shortcut is not None:
+        check_shortcut(shortcut, shape, x)
     return shapes
 
 

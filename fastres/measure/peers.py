@@ -21,6 +21,7 @@ class Peer:
     summary: str
     fused: bool = False
     implementation: str = "auto"  # of the fused operations: see `forced`
+    keep: str = "all"  # what fused blocks keep for backward: see `fastres.nn.fuse`
     channels_last: bool = True
     compile: str | None = None  # mode of torch.compile
     cuda_graph: bool = False  # the whole step captured once and replayed
@@ -45,6 +46,7 @@ PEERS: dict[str, Peer] = {
         "fused schedule on Triton kernels alone, untimed choice", fused=True, implementation="triton", gpu_only=True
     ),
     "fused": Peer("fused, implementation chosen by timing on a GPU, ATen on a CPU", fused=True),
+    "fused fewer": Peer("fused, the last convolution of each block recomputed in backward", fused=True, keep="fewer"),
     "fused compile": Peer("fused, under torch.compile", fused=True, compile="default"),
     "fused graph": Peer("fused, the step replayed as one CUDA graph", fused=True, cuda_graph=True, gpu_only=True),
 }

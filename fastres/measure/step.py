@@ -94,7 +94,7 @@ class Step:
         self.model = workload.build()
         if self.peer.fused:
             try:
-                fuse(self.model)
+                fuse(self.model, self.peer.keep)
             except ValueError as error:
                 raise FastresError(str(error)) from error
         self.model.to(device, memory_format=layout)
@@ -143,7 +143,9 @@ class Step:
         return first
 
 
-def peak_memory(workload: Workload, peer: str, device: torch.device, dtype: torch.dtype, steps: int = 3) -> dict[str, float]:
+def peak_memory(
+    workload: Workload, peer: str, device: torch.device, dtype: torch.dtype, backend: str = "inductor", steps: int = 3
+) -> dict[str, float]:
     """Memory of some training steps in MiB, before and at the highest: allocated on a GPU, resident on a CPU.
 
     On a CPU call it in a process of its own, as the highest figure there is that of the process.
@@ -152,7 +154,7 @@ def peak_memory(workload: Workload, peer: str, device: torch.device, dtype: torc
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    step = Step(workload, peer, device, dtype)
+    step = Step(workload, peer, device, dtype, backend)
     synchronize(device)
     idle = _memory(device)
     for _ in range(steps):

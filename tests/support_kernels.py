@@ -46,7 +46,7 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
-# -- shapes and dtypes --------------------------------------------------------------------------------------------------
+# -- shapes and dtypes --
 
 
 def nhwc_shapes(
@@ -82,7 +82,7 @@ def random_coef(channels: int, seed: int) -> Tensor:
     return torch.stack([mean, var, rstd, scale, beta - mean * scale])
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors --
 
 
 def assert_as_good(
@@ -129,7 +129,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
-# -- guarded memory -----------------------------------------------------------------------------------------------------
+# -- guarded memory --
 
 
 class Guards:
@@ -202,7 +202,7 @@ def guarded(launch: Callable, *args: Any, mutates: tuple[Tensor, ...] = (), **op
     return result
 
 
-# -- addresses ----------------------------------------------------------------------------------------------------------
+# -- addresses --
 
 
 _checking = False

@@ -36,9 +36,8 @@ few_examples = settings(
 )
 
 _GUARD_BYTES = 64 * 1024  # a row tile of the largest kernel
-_GUARD_PATTERN = (
-    0x7FA5  # a NaN as fp32, fp16 and bf16, and not one that arithmetic makes: it would set the quiet bit
-)
+# a NaN as fp32, fp16 and bf16, and not one that arithmetic makes: it would set the quiet bit
+_GUARD_PATTERN = 0x7FA5
 
 
 def device() -> torch.device:

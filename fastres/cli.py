@@ -1,4 +1,4 @@
-"""The command line: ``fastres train``, ``eval``, ``predict`` and ``models``."""
+"""The command line: ``fastres train``, ``eval``, ``predict``, ``models`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 import fastres
 from fastres import data
 from fastres.errors import FastresError
+from fastres.measure import command as measure_command
 from fastres.models import describe_models
 from fastres.models.registry import accepted_options
 from fastres.train import PRESETS, Interrupted, TrainConfig, Trainer, machine, preset
@@ -208,6 +209,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_options(sub, ("tta", "device"))
 
     command("models", models)
+
+    measure_command.add_arguments(command("bench", measure_command.bench), positive)
     return parser
 
 

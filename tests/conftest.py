@@ -1,4 +1,7 @@
-"""Test-wide set-up: interpreted kernels where there is no GPU, GPU tests skipped there, one thread a worker."""
+"""Test-wide set-up: interpreted kernels where there is no GPU, GPU tests skipped there, one thread a worker.
+
+In the interpreter kernels compute bfloat16 as a GPU does.
+"""
 
 import os
 
@@ -8,7 +11,10 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before a kernel module is imported
 
+import interpreter_bf16  # noqa: E402
 import pytest  # noqa: E402
+
+interpreter_bf16.install()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,9 @@
-"""Repair of bfloat16 in Triton's interpreter, where it is broken; kernels on a GPU need and get none.
+"""Repair of Triton's interpreter, of its bfloat16 above all, where it is broken; kernels on a GPU need and get none.
 
 The interpreter keeps bfloat16 as its 16 bits in an integer array. As of Triton 3.8 it multiplies those integers in
 ``tl.dot`` and truncates when it rounds fp32 to bfloat16. Both are probed, so a release that computes them correctly is
-left alone. Arithmetic on bfloat16 outside ``tl.dot`` stays wrong: kernels widen to fp32 right after a load.
+left alone. Arithmetic on bfloat16 outside ``tl.dot`` stays wrong: kernels widen to fp32 right after a load. Triton 3.6
+with a NumPy of 2.4 or later has one more defect: no loop takes its bound from an argument.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -18,10 +21,22 @@ def install() -> None:
     """Repair what the probes find wrong; nothing in a process whose kernels are compiled."""
     if not triton.knobs.runtime.interpret:
         return
+    if not loops():
+        _repair_loops()
     if not rounds_to_nearest():
         _repair_rounding()
     if not multiplies():
         _repair_dot()
+
+
+def loops() -> bool:
+    """Whether a loop can take its bound from an argument."""
+    total = torch.zeros(1)
+    try:
+        _count[(1,)](total, 3)
+    except InterpreterError:
+        return False
+    return total.item() == 3
 
 
 def rounds_to_nearest() -> bool:
@@ -41,6 +56,14 @@ def multiplies() -> bool:
 
 
 @triton.jit
+def _count(out_ptr, bound):
+    total = 0.0
+    for _ in range(bound):
+        total += 1.0
+    tl.store(out_ptr, total)
+
+
+@triton.jit
 def _round(x_ptr, out_ptr, COUNT: tl.constexpr):
     offset = tl.arange(0, COUNT)
     tl.store(out_ptr + offset, tl.load(x_ptr + offset).to(tl.bfloat16))
@@ -52,6 +75,16 @@ def _multiply(a_ptr, out_ptr):
     offset = index[:, None] * 16 + index[None, :]
     a = tl.load(a_ptr + offset)
     tl.store(out_ptr + offset, tl.dot(a, a))
+
+
+def _repair_loops() -> None:
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, *rest):
+        patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _repair_rounding() -> None:

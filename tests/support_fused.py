@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.ops import Conv, Layer, Norm
+from fastres.ops.layers import Pad
 
 # relative error that rounding alone explains, whatever eager's happens to be
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -41,37 +42,84 @@ def eager_conv(x: Tensor, conv: Conv | Layer) -> Tensor:
     return F.conv2d(F.pad(x, (left, right, top, bottom)), conv.weight, stride=conv.stride)
 
 
-def eager_norm(x: Tensor, norm: Norm) -> Tensor:
-    """The BatchNorm of x [N, C, H, W]."""
+def eager_norm(x: Tensor, norm: Norm, tracked: list[Tensor] | None = None) -> Tensor:
+    """The BatchNorm of x [N, C, H, W]; a ``tracked`` list receives the batch's mean and unbiased variance."""
     training = norm.running_mean is None
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.gamma, norm.beta, training, 0.0, norm.eps)
+    running = norm.running_mean, norm.running_var
+    if training and tracked is not None:
+        running = new_statistics(x.shape[1], x)
+        tracked += running
+    return F.batch_norm(x, *running, norm.gamma, norm.beta, training, 1.0, norm.eps)
 
 
-def eager_residual(x: Tensor, layers: Sequence[Layer], shortcut, relu: bool = True) -> Tensor:
+def new_statistics(channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of a BatchNorm that has seen nothing, for activations like those given."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return tuple(torch.zeros(2, channels, dtype=dtype, device=like.device).unbind())
+
+
+def relu(z: Tensor, norm: Norm) -> Tensor:
+    """ReLU of z, which ``norm`` shifts: how the eager twins rectify unless told otherwise."""
+    return F.relu(z)
+
+
+def relu_apart(z: Tensor, norm: Norm) -> Tensor:
+    """ReLU of z [N, C, H, W] after a shift, of ``norm``'s beta in place too, that leaves no value near zero.
+
+    Zero goes to the middle of each channel's widest gap between neighbouring values, the outer fifths left out. So no
+    rounding changes a mask, which would be an error of the size of the gradient itself, in some results by luck.
+    """
+    values = z.transpose(0, 1).flatten(1).sort().values
+    outer = values.shape[1] // 5
+    values = values[:, outer : values.shape[1] - outer]
+    low = values.diff().argmax(1, keepdim=True)
+    shift = -(values.gather(1, low) + values.gather(1, low + 1))[:, 0] / 2
+    norm.beta.add_(shift)
+    return F.relu(z + shift[:, None, None])
+
+
+def eager_residual(
+    x: Tensor, layers: Sequence[Layer], shortcut, relu_last: bool = True, tracked=None, relu: Callable = relu
+) -> Tensor:
     """`fastres.ops.residual_block` in plain PyTorch, NHWC in and out."""
     x = y = x.permute(0, 3, 1, 2)
     for layer in layers[:-1]:
-        y = F.relu(eager_norm(eager_conv(y, layer), layer.norm))
-    y = eager_norm(eager_conv(y, layers[-1]), layers[-1].norm)
+        y = relu(eager_norm(eager_conv(y, layer), layer.norm, tracked), layer.norm)
+    y = eager_norm(eager_conv(y, layers[-1]), layers[-1].norm, tracked)
     if isinstance(shortcut, Layer):
-        y = y + eager_norm(eager_conv(x, shortcut), shortcut.norm)
+        y = y + eager_norm(eager_conv(x, shortcut), shortcut.norm, tracked)
     elif shortcut is not None:
         y = y + shortcut.permute(0, 3, 1, 2)
-    return (F.relu(y) if relu else y).permute(0, 2, 3, 1)
+    return (relu(y, layers[-1].norm) if relu_last else y).permute(0, 2, 3, 1)
 
 
-def eager_preact(x: Tensor, layers: Sequence[Layer], shortcut) -> Tensor:
+def eager_preact(x: Tensor, layers: Sequence[Layer], shortcut, tracked=None, relu: Callable = relu) -> Tensor:
     """`fastres.ops.preact_block` in plain PyTorch, NHWC in and out."""
     nchw = x.permute(0, 3, 1, 2)
-    first = y = F.relu(eager_norm(nchw, layers[0].norm))
+    first = y = relu(eager_norm(nchw, layers[0].norm, tracked), layers[0].norm)
     for layer, after in zip(layers, layers[1:]):
-        y = F.relu(eager_norm(eager_conv(y, layer), after.norm))
+        y = relu(eager_norm(eager_conv(y, layer), after.norm, tracked), after.norm)
     y = eager_conv(y, layers[-1])
     if isinstance(shortcut, Conv):
         y = y + eager_conv(first, shortcut)
     elif shortcut is not None:
         y = y + nchw
     return y.permute(0, 2, 3, 1)
+
+
+def eager_stem(
+    x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad, tracked=None, relu: Callable = relu
+) -> Tensor:
+    """`fastres.ops.stem` in plain PyTorch, NHWC in and out."""
+    top, left, bottom, right = pad
+    a = relu(eager_norm(eager_conv(x.permute(0, 3, 1, 2), layer), layer.norm, tracked), layer.norm)
+    a = F.pad(a, (left, right, top, bottom), value=-float("inf"))
+    return F.max_pool2d(a, kernel, stride).permute(0, 2, 3, 1)
+
+
+def eager_bn_relu(x: Tensor, norm: Norm, tracked=None, relu: Callable = relu) -> Tensor:
+    """`fastres.ops.bn_relu` in plain PyTorch, NHWC in and out."""
+    return relu(eager_norm(x.permute(0, 3, 1, 2), norm, tracked), norm).permute(0, 2, 3, 1)
 
 
 def cast(value, dtype: torch.dtype):
@@ -101,12 +149,17 @@ def leaves(*values) -> list[Tensor]:
     return found
 
 
-def with_grads(function: Callable[..., Tensor], arguments: tuple, dtype: torch.dtype, dout: Tensor) -> list[Tensor]:
-    """The result and the gradients of all its leaves, fp64, of ``function`` computed in ``dtype``."""
+def with_grads(function: Callable, arguments: tuple, dtype: torch.dtype, dout: Tensor) -> list[Tensor]:
+    """The result, the gradients of all its leaves and further results, fp64, of ``function`` computed in ``dtype``.
+
+    Args:
+        function: returns the differentiable result, or a pair of it and a list of others.
+    """
     arguments = tuple(cast(argument, dtype) for argument in arguments)
     out = function(*arguments)
+    out, others = out if isinstance(out, tuple) else (out, [])
     grads = torch.autograd.grad(out, leaves(*arguments), dout.to(dtype))
-    return [t.detach().double() for t in (out, *grads)]
+    return [t.detach().double() for t in (out, *grads, *others)]
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -115,21 +168,39 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_good_as_eager(
-    fused: Callable[..., Tensor], eager: Callable[..., Tensor], arguments: tuple, dtype: torch.dtype
+    fused: Callable,
+    eager: Callable,
+    arguments: tuple,
+    dtype: torch.dtype,
+    prepare: Callable | None = None,
+    rounding: torch.dtype | None = None,
 ) -> None:
-    """Result and gradients of ``fused`` in ``dtype`` err at most twice as much as eager's, both against fp64.
+    """Results and gradients of ``fused`` in ``dtype`` err at most twice as much as eager's, both against fp64.
 
     Both are given the same values: the arguments rounded to ``dtype``.
+
+    Args:
+        fused, eager: see `with_grads`.
+        prepare: called first, with the arguments in fp64, which it may change in place.
+        rounding: dtype whose rounding is always granted; None: ``dtype``.
     """
-    arguments = tuple(cast(cast(argument, dtype), torch.float64) for argument in arguments)
+    arguments = rounded(arguments, dtype)
     with torch.no_grad():
+        if prepare is not None:
+            prepare(*arguments)
+            arguments = rounded(arguments, dtype)
         out = eager(*arguments)
-    dout = torch.randn_like(out).to(dtype).double()
+    dout = torch.randn_like(out[0] if isinstance(out, tuple) else out).to(dtype).double()
     exact = with_grads(eager, arguments, torch.float64, dout)
     ours = with_grads(fused, arguments, dtype, dout)
     theirs = with_grads(eager, arguments, dtype, dout)
     assert len(ours) == len(exact)
     for index, (a, b, e) in enumerate(zip(ours, theirs, exact)):
         assert a.shape == e.shape
-        error, bound = relative_error(a, e), max(2 * relative_error(b, e), FLOOR[dtype])
+        error, bound = relative_error(a, e), max(2 * relative_error(b, e), FLOOR[rounding or dtype])
         assert error <= bound, f"tensor {index} of shape {tuple(e.shape)}: error {error:.2e} over {bound:.2e}"
+
+
+def rounded(arguments: tuple, dtype: torch.dtype) -> tuple:
+    """fp64 leaves with the values that `cast` to ``dtype`` gives."""
+    return tuple(cast(cast(argument, dtype), torch.float64) for argument in arguments)

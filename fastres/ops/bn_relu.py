@@ -7,7 +7,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastres.ops.aten import MEAN, VAR, statistics_dtype
-from fastres.ops.layers import Norm, Statistics, check_activations, check_norm, in_autocast, pixels
+from fastres.ops.layers import (
+    Norm,
+    Statistics,
+    check_activations,
+    check_coef,
+    check_norm,
+    in_autocast,
+    norm_vectors,
+    pixels,
+)
 from fastres.ops.select import primitives
 
 
@@ -21,9 +30,12 @@ def bn_relu(x: Tensor, norm: Norm, coef: Tensor | None = None) -> tuple[Tensor, 
         RuntimeError, ValueError: as `torch.nn.functional.batch_norm` raises them.
     """
     check_activations(x)
-    check_norm(norm, tuple(x.shape))
+    check_norm(norm, tuple(x.shape), x.device)
+    if coef is not None:
+        check_coef(coef, x.shape[3], x.device)
+        coef = coef.contiguous()
     x = in_autocast(x).contiguous()
-    out, used = _BNReLU.apply(x, coef, norm.eps, *norm[:4])
+    out, used = _BNReLU.apply(x, coef, norm.eps, *norm_vectors(norm))
     return out, Statistics(used, pixels(x.shape))
 
 

@@ -3,7 +3,17 @@
 import torch
 from torch import Tensor
 
-from fastres.ops.layers import Conv, Pad, check_input, conv_shape, in_autocast, nhwc_weight, output_hw
+from fastres.ops.layers import (
+    Conv,
+    Pad,
+    check_device,
+    check_input,
+    check_shortcut,
+    conv_shape,
+    in_autocast,
+    nhwc_weight,
+    output_hw,
+)
 from fastres.ops.select import primitives
 
 
@@ -14,18 +24,26 @@ def conv_bias_act(
 
     Args:
         x: [N, H, W, C].
-        bias: [C'].
+        bias: [C'], of any floating-point dtype.
         residual: [N, H', W', C'].
 
     Raises:
         RuntimeError: as `torch.nn.functional.conv2d` raises it.
     """
     check_input(x, [conv.weight])
-    conv_shape(tuple(x.shape), conv)
+    shape = conv_shape(tuple(x.shape), conv)
+    if bias.shape != shape[3:]:
+        raise RuntimeError(
+            f"Given weight of size {list(conv.weight.shape)}, expected bias to be 1-dimensional with {shape[3]} "
+            f"elements, but got bias of size {list(bias.shape)} instead"
+        )
+    check_device(bias, "bias", x.device)
+    if residual is not None:
+        check_shortcut(residual, shape, x)
     x = in_autocast(x).contiguous()
     residual = None if residual is None else in_autocast(residual).contiguous()
     weight = nhwc_weight(conv.weight, x.dtype)
-    return conv_bias_act_forward(x, weight, bias, conv.stride, list(conv.pad), residual, relu)
+    return conv_bias_act_forward(x, weight, bias.contiguous(), conv.stride, list(conv.pad), residual, relu)
 
 
 @torch.library.custom_op("fastres::conv_bias_act", mutates_args=())

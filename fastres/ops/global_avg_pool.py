@@ -6,13 +6,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastres.ops.layers import check_activations
+from fastres.ops.layers import check_activations, nchw_size
 from fastres.ops.select import primitives
 
 
 def global_avg_pool(x: Tensor) -> Tensor:
-    """Mean over the pixels of x [N, H, W, C]: [N, C] in x's dtype, accumulated in fp32; differentiable once."""
+    """Mean over the pixels of x [N, H, W, C]: [N, C] in x's dtype, accumulated in fp32; differentiable once.
+
+    Raises:
+        RuntimeError: as `torch.nn.functional.adaptive_avg_pool2d` raises it.
+    """
     check_activations(x)
+    if 0 in x.shape[1:3]:
+        raise RuntimeError(
+            "global_avg_pool(): Expected input to have non-zero size for non-batch dimensions, but input has sizes "
+            f"{nchw_size(tuple(x.shape))}"
+        )
     return _GlobalAvgPool.apply(x.contiguous())
 
 

@@ -67,13 +67,10 @@ def check_input(x: Tensor, weights: Sequence[Tensor]) -> None:
     """Raises RuntimeError where x is not a 4-D floating-point tensor of the weights' device and dtype."""
     check_activations(x)
     for weight in weights:
-        if x.device != weight.device:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{x.device} (input) and {weight.device} (weight)!"
-            )
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
+        if weight.dim() != 4:
+            raise RuntimeError(f"expected 4D weight (got {weight.dim()}D weight)")
+        check_strided(weight, "weight")
+        check_like(weight, "weight", x)
 
 
 def check_activations(x: Tensor) -> None:
@@ -82,22 +79,70 @@ def check_activations(x: Tensor) -> None:
         raise RuntimeError(f"expected 4D input (got {x.dim()}D input)")
     if not x.is_floating_point():
         raise RuntimeError(f"Input type ({x.dtype}) should be floating point")
+    check_strided(x, "input")
     if x.shape[3] == 0:
         raise RuntimeError("expected input to have at least 1 channel, but got 0 channels instead")
+
+
+def check_strided(tensor: Tensor, name: str) -> None:
+    """Raises RuntimeError for a sparse tensor and the like."""
+    if tensor.layout != torch.strided:
+        raise RuntimeError(f"expected {name} to be a dense tensor (layout torch.strided), but got {tensor.layout}")
+
+
+def check_like(tensor: Tensor, name: str, x: Tensor) -> None:
+    """Raises RuntimeError for another device than x's, or outside autocast another dtype."""
+    check_device(tensor, name, x.device)
+    if x.dtype != tensor.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(f"Input type ({x.dtype}) and {name} type ({tensor.dtype}) should be the same")
+
+
+def check_device(tensor: Tensor, name: str, device: torch.device) -> None:
+    """Raises RuntimeError for another device than the input's."""
+    if tensor.device != device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{device} (input) and {tensor.device} ({name})!"
+        )
+
+
+def check_shortcut(shortcut: Tensor, shape: Shape, x: Tensor) -> None:
+    """Raises RuntimeError where it cannot be added to a result of that shape which is made of x."""
+    check_activations(shortcut)
+    check_like(shortcut, "shortcut", x)
+    check_shortcut_shape(tuple(shortcut.shape), shape)
+
+
+def check_shortcut_shape(added: Shape, shape: Shape) -> None:
+    """Raises RuntimeError where the shapes differ: nothing is broadcast."""
+    if added != shape:
+        raise RuntimeError(
+            f"The size of the shortcut {nchw_size(added)} must match the size of the block's result {nchw_size(shape)}"
+        )
 
 
 def conv_shape(shape: Shape, conv: Conv | Layer) -> Shape:
     """Shape of the convolution of an input of ``shape``.
 
     Raises:
-        RuntimeError: for another number of channels, or a kernel that is larger than the padded input.
+        RuntimeError: for another number of channels, a kernel that is larger than the padded input, or a stride or
+            padding that means nothing.
     """
     n, height, width, channels = shape
     weight, pad = conv.weight, conv.pad
+    if conv.stride < 1:
+        raise RuntimeError("non-positive stride is not supported")
+    if min(pad) < 0:
+        raise RuntimeError("negative padding is not supported")
     if channels != weight.shape[1]:
         raise RuntimeError(
             f"Given groups=1, weight of size {list(weight.shape)}, expected input{nchw_size(shape)} "
             f"to have {weight.shape[1]} channels, but got {channels} channels instead"
+        )
+    if 0 in weight.shape:
+        raise RuntimeError(
+            f"Given groups=1, expected weight to be at least 1 at dimension {weight.shape.index(0)}, but got weight of "
+            f"size {list(weight.shape)} instead"
         )
     padded, kernel = (height + pad[0] + pad[2], width + pad[1] + pad[3]), tuple(weight.shape[2:])
     if padded[0] < kernel[0] or padded[1] < kernel[1]:
@@ -116,26 +161,50 @@ def layer_shape(shape: Shape, layer: Layer) -> Shape:
         ValueError: see `check_norm`.
     """
     shape = conv_shape(shape, layer)
-    check_norm(layer.norm, shape)
+    check_norm(layer.norm, shape, layer.weight.device)
     return shape
 
 
-def check_norm(norm: Norm, shape: Shape) -> None:
-    """Check a BatchNorm against the shape of what it normalises.
+def check_norm(norm: Norm, shape: Shape, device: torch.device) -> None:
+    """Check a BatchNorm against the shape and the device of what it normalises.
 
     Raises:
-        RuntimeError: where a parameter or a running statistic has not as many elements as there are channels.
+        RuntimeError: where a parameter or a running statistic has not as many elements as there are channels, or is on
+            another device, or one of the running statistics is missing.
         ValueError: where batch statistics would have fewer than two values a channel.
     """
-    names = {"weight": norm.gamma, "bias": norm.beta, "running_mean": norm.running_mean}
-    for name, tensor in {**names, "running_var": norm.running_var}.items():
-        if tensor is not None and tensor.numel() != shape[3]:
+    names = ("weight", "bias", "running_mean", "running_var")
+    for name, tensor in zip(names, norm[:4]):
+        if tensor is None:
+            continue
+        if tensor.numel() != shape[3]:
             raise RuntimeError(f"{name} should contain {shape[3]} elements not {tensor.numel()}")
+        check_device(tensor, name, device)
+    if (norm.running_mean is None) != (norm.running_var is None):
+        missing = "running_mean" if norm.running_mean is None else "running_var"
+        raise RuntimeError(f"{missing} must be defined in evaluation mode")
     if norm.running_mean is None and pixels(shape) < 2:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{torch.Size(nchw_size(shape))}"
         )
+
+
+def check_coef(coef: Tensor, channels: int, device: torch.device) -> None:
+    """Raises RuntimeError where coef is not [5, channels] on ``device``."""
+    if coef.shape != (5, channels):
+        raise RuntimeError(f"coef should be of size {[5, channels]}, but got size {list(coef.shape)} instead")
+    check_device(coef, "coef", device)
+
+
+def norm_vectors(norm: Norm) -> list[Tensor | None]:
+    """gamma, beta, running mean and running variance as contiguous vectors, themselves where they are that."""
+    return [None if t is None else contiguous_vector(t) for t in norm[:4]]
+
+
+def contiguous_vector(tensor: Tensor) -> Tensor:
+    """[C] without gaps, the tensor itself where it is that."""
+    return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.reshape(-1).contiguous()
 
 
 def pixels(shape: Shape) -> int:

@@ -17,12 +17,14 @@ from fastres.ops.layers import (
     Conv,
     Layer,
     Statistics,
+    check_coef,
     check_input,
     check_norm,
+    check_shortcut_shape,
     conv_shape,
     in_autocast,
-    nchw_size,
     nhwc_weight,
+    norm_vectors,
     output_hw,
     pixels,
     weight_grad,
@@ -51,17 +53,18 @@ def preact_block(
         The result [N, H', W', C'], its mean and biased variance in a [5, C'] or None, and each layer's `Statistics`.
 
     Raises:
-        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them.
+        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for no layer
+            and for a shortcut that is another tensor than x.
     """
     identity, projection = shortcut is x, isinstance(shortcut, Conv)
     convs = [*layers, shortcut] if projection else list(layers)
-    counts = _check(x, layers, shortcut)
+    counts = _check(x, layers, shortcut, coef)
     x = in_autocast(x).contiguous()
-    parameters = [t for norm in (layer.norm for layer in layers) for t in norm[:4]] + [c.weight for c in convs]
+    parameters = [t for layer in layers for t in norm_vectors(layer.norm)] + [c.weight for c in convs]
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     out, *coefs = _PreactBlock.apply(
         x,
-        coef,
+        None if coef is None else coef.contiguous(),
         tuple(conv.stride for conv in convs),
         tuple(side for conv in convs for side in conv.pad),
         tuple(layer.norm.eps for layer in layers),
@@ -75,22 +78,25 @@ def preact_block(
     return out, out_coef, [Statistics(coef, count) for coef, count in zip(coefs, counts)]
 
 
-def _check(x: Tensor, layers: Sequence[Layer], shortcut: Tensor | Conv | None) -> list[int]:
+def _check(
+    x: Tensor, layers: Sequence[Layer], shortcut: Tensor | Conv | None, coef: Tensor | None
+) -> list[int]:
     """Check the input; pixels that each layer's BatchNorm sees."""
     projection = isinstance(shortcut, Conv)
+    if not layers:
+        raise ValueError("a pre-activation block has at least one layer")
+    if not (projection or shortcut is None or shortcut is x):
+        raise ValueError("the shortcut of a pre-activation block is x itself, a Conv or None")
     check_input(x, [conv.weight for conv in ([*layers, shortcut] if projection else layers)])
     shape, counts = tuple(x.shape), []
     for layer in layers:
-        check_norm(layer.norm, shape)
+        check_norm(layer.norm, shape, x.device)
         counts.append(pixels(shape))
         shape = conv_shape(shape, layer)
     if shortcut is not None:
-        added = conv_shape(tuple(x.shape), shortcut) if projection else tuple(shortcut.shape)
-        if added != shape:
-            raise RuntimeError(
-                f"The size of the shortcut {nchw_size(added)} must match the size of the block's result "
-                f"{nchw_size(shape)}"
-            )
+        check_shortcut_shape(conv_shape(tuple(x.shape), shortcut) if projection else tuple(x.shape), shape)
+    if coef is not None:
+        check_coef(coef, x.shape[3], x.device)
     return counts
 
 

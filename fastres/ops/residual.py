@@ -24,12 +24,13 @@ from fastres.ops.layers import (
     Layer,
     Shape,
     Statistics,
-    check_activations,
     check_input,
+    check_shortcut,
+    check_shortcut_shape,
     in_autocast,
     layer_shape,
-    nchw_size,
     nhwc_weight,
+    norm_vectors,
     output_hw,
     pixels,
     weight_grad,
@@ -74,7 +75,8 @@ def residual_chain(
         The result [N, H', W', C'] and the `Statistics` of each layer in order, the projection's last.
 
     Raises:
-        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them.
+        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for a block
+            without layers.
     """
     if keep not in KEEP:
         raise ValueError(f"keep is {keep!r}: choose {' or '.join(KEEP)}")
@@ -83,7 +85,7 @@ def residual_chain(
     shapes = _check(x, blocks, shortcut)
     x = in_autocast(x).contiguous()
     added = None if identity or projection or shortcut is None else in_autocast(shortcut).contiguous()
-    parameters = [tensor for layer in every_layer for tensor in (layer.weight, *layer.norm[:4])]
+    parameters = [tensor for layer in every_layer for tensor in (layer.weight, *norm_vectors(layer.norm))]
     recording = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, added, *parameters)
     )
@@ -106,28 +108,24 @@ def residual_chain(
 
 def _check(x: Tensor, blocks: Sequence[Sequence[Layer]], shortcut: Tensor | Layer | None) -> list[Shape]:
     """Check the input; shape of each layer's output, the projection's last."""
+    if not all([blocks, *blocks]):
+        raise ValueError("a residual block has at least one layer")
     projection = [shortcut] if isinstance(shortcut, Layer) else []
     check_input(x, [layer.weight for layers in (*blocks, projection) for layer in layers])
     shape, shapes = tuple(x.shape), []
+    projected = [layer_shape(shape, layer) for layer in projection]
     for index, layers in enumerate(blocks):
         before = shape
         for layer in layers:
             shape = layer_shape(shape, layer)
             shapes.append(shape)
-        if index == 0 and shortcut is None:
-            continue
         if index > 0:
-            added = before
+            check_shortcut_shape(before, shape)
         elif projection:
-            added = layer_shape(before, shortcut)
-        else:
-            check_activations(shortcut)
-            added = tuple(shortcut.shape)
-        if added != shape:
-            raise RuntimeError(
-                f"The size of the shortcut {nchw_size(added)} must match the size of the block's result {nchw_size(shape)}"
-            )
-    return shapes + [layer_shape(tuple(x.shape), layer) for layer in projection]
+            check_shortcut_shape(projected[0], shape)
+        elif shortcut is not None:
+            check_shortcut(shortcut, shape, x)
+    return shapes + projected
 
 
 class _ResidualChain(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastres.ops.layers import Statistics
+from fastres.ops.layers import Statistics, check_device, contiguous_vector
 from fastres.ops.select import primitives
 
 
@@ -13,12 +13,22 @@ def update_running(running_mean: Tensor, running_var: Tensor, statistics: Statis
     Args:
         running_mean, running_var: [C].
         momentum: a number, or a 0-d tensor on their device, so that nothing waits for it.
+
+    Raises:
+        RuntimeError: as `torch.nn.functional.batch_norm` raises it.
     """
     coef, count = statistics
+    running = {"running_mean": running_mean, "running_var": running_var}
+    for name, tensor in running.items():
+        if tensor.numel() != coef.shape[1]:
+            raise RuntimeError(f"{name} should contain {coef.shape[1]} elements not {tensor.numel()}")
+        check_device(tensor, name, coef.device)
+    vectors = [contiguous_vector(tensor) for tensor in running.values()]
     on_device = isinstance(momentum, Tensor)
-    update_running_(
-        running_mean, running_var, coef, count, momentum if on_device else None, 0.0 if on_device else momentum
-    )
+    update_running_(*vectors, coef, count, momentum if on_device else None, 0.0 if on_device else momentum)
+    for tensor, vector in zip(running.values(), vectors):
+        if tensor is not vector:
+            tensor.copy_(vector.view_as(tensor))
 
 
 @torch.library.custom_op("fastres::update_running", mutates_args=("running_mean", "running_var"))

@@ -19,6 +19,7 @@ from fastres.ops.layers import (
     in_autocast,
     layer_shape,
     nhwc_weight,
+    norm_vectors,
     output_hw,
     pixels,
     weight_grad,
@@ -34,11 +35,14 @@ def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[T
         kernel, stride, pad: of the pool; padded pixels never win.
 
     Raises:
-        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; for a pool whose kernel
-            is larger than its padded input.
+        RuntimeError, ValueError: as `torch.nn.functional.conv2d`, `batch_norm` and `max_pool2d` raise them.
     """
     check_input(x, [layer.weight])
     shape = layer_shape(tuple(x.shape), layer)
+    if stride < 1:
+        raise RuntimeError("stride should not be zero")
+    if min(pad) < 0 or 2 * max(pad) > kernel:
+        raise RuntimeError(f"pad should be at most half of effective kernel size, but got pad={pad}, kernel_size={kernel}")
     if min(output_hw(shape[1:3], (kernel, kernel), stride, pad)) < 1:
         raise RuntimeError(f"Given input size: ({shape[3]}x{shape[1]}x{shape[2]}). Output size is too small")
     out, coef = _Stem.apply(
@@ -50,7 +54,7 @@ def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[T
         stride,
         pad,
         layer.weight,
-        *layer.norm[:4],
+        *norm_vectors(layer.norm),
     )
     return out, Statistics(coef, pixels(shape))
 

@@ -8,6 +8,7 @@ import resource
 
 import torch
 
+from fastres.data.dataset import first_line
 from fastres.errors import FastresError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,6 +58,21 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Autocast to ``dtype``; float32 means off."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def check_compile(device: torch.device) -> None:
+    """Compile and run something tiny, so that a missing compiler is known before the work starts.
+
+    Raises:
+        FastresError: when torch.compile cannot compile for the device.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(4, device=device))
+    except Exception as error:  # Dynamo, Inductor, Triton and the compilers each have their own types
+        raise FastresError(
+            f"torch.compile does not work on {device} here ({first_line(error)}): leave out --compile, or install "
+            f"{'a C++ compiler' if device.type == 'cpu' else 'Triton and a C compiler'}"
+        ) from error
 
 
 def make_deterministic() -> None:

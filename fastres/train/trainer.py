@@ -75,6 +75,8 @@ class Trainer:
         self.dtype = machine.pick_dtype(config.precision, self.device)
         if config.deterministic:
             machine.make_deterministic()
+        if config.compile:
+            machine.check_compile(self.device)
 
         augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size)
         common = dict(mean=dataset.mean, std=dataset.std, seed=config.seed, device=self.device)
@@ -152,16 +154,17 @@ class Trainer:
         start = time.perf_counter()
         with bar:
             for images, labels in self.train_batches.epoch(self.epoch, start_step=self.batch):
-                self._train_step(images, labels)
+                self.train_step(images, labels)
                 bar.update()
                 if stop.signum is not None or self._epoch_is_over():
                     break
-        self._check_finite()  # waits for the device, so that the time below is the work's
+        self.check_finite()  # waits for the device, so that the time below is the work's
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         self.epoch_seconds += elapsed
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One optimizer step on images [B, 3, H, W] and labels int64 [B]; on a CPU it raises `NonFiniteLoss`."""
         config = self.config
         set_lr(self.optimizer, self._lr(self.step))
         for part, part_labels in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)):
@@ -171,7 +174,7 @@ class Trainer:
             self.scaler.scale(loss / config.accumulate).backward()
             self.tally.add(loss, logits, part_labels)
         if self.device.type == "cpu":
-            self._check_finite()  # free here; on a GPU it would stall every step, so there it waits for the epoch
+            self.check_finite()  # free here; on a GPU it would stall every step, so there it waits for the epoch
         if config.clip is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -187,7 +190,8 @@ class Trainer:
         config = self.config
         return config.lr * lr_factor(config.schedule, step, self.total_steps, config.warmup)
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """Wait for the device and raise `NonFiniteLoss` if the epoch's loss so far is not finite."""
         if not math.isfinite(self.tally.loss.item()):
             self._raise_non_finite("training")
 

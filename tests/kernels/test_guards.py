@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter_bf16 import multiplies, rounds_to_nearest
+from interpreter_bf16 import loops, multiplies, rounds_to_nearest
 from support_kernels import INTERPRETED, assert_as_good, device, guarded, randn
 from triton.runtime.errors import InterpreterError
 
@@ -95,5 +95,5 @@ def test_the_bar_for_errors():
 
 
 @interpreted
-def test_the_interpreter_computes_bfloat16():
-    assert rounds_to_nearest() and multiplies()
+def test_the_interpreter_is_repaired():
+    assert loops() and rounds_to_nearest() and multiplies()

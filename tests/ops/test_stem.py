@@ -1,9 +1,10 @@
 """The stem with its max-pool."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
-from support_fused import assert_as_good_as_eager, cast, eager_conv, eager_norm, leaves, random_layer
+from support_fused import assert_as_good_as_eager, cast, eager_stem, leaves, random_layer
 
 from fastres.ops import Layer, stem
 from fastres.ops.stem import stem_backward, stem_forward
@@ -14,14 +15,7 @@ APART = dict(kernel=2, stride=3, pad=(0, 0, 0, 0))  # windows that leave pixels 
 
 
 def both(pool):
-    top, left, bottom, right = pool["pad"]
-
-    def eager(x, layer):
-        a = F.relu(eager_norm(eager_conv(x.permute(0, 3, 1, 2), layer), layer.norm))
-        a = F.pad(a, (left, right, top, bottom), value=-float("inf"))
-        return F.max_pool2d(a, pool["kernel"], pool["stride"]).permute(0, 2, 3, 1)
-
-    return lambda x, layer: stem(x, layer, **pool)[0], eager
+    return lambda x, layer: stem(x, layer, **pool)[0], partial(eager_stem, **pool)
 
 
 @pytest.mark.parametrize("pool", [IMAGENET, NOTEBOOK, APART], ids=["imagenet", "notebook", "apart"])

@@ -1,7 +1,10 @@
 """What the machine offers: bf16 by its processor's flags, freed memory kept."""
 
 import io
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +33,20 @@ def test_a_system_without_cpuinfo_computes_in_fp32(monkeypatch):
 
     monkeypatch.setattr("builtins.open", absent)
     assert machine.pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_a_compiler_that_is_missing_is_known_before_the_work_starts(tmp_path):
+    script = (
+        "import torch\nfrom fastres.errors import FastresError\nfrom fastres.train import machine\n"
+        "try:\n    machine.check_compile(torch.device('cpu'))\n"
+        "except FastresError as error:\n    print(error)"
+    )
+    absent = {"CXX": str(tmp_path / "none"), "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **absent}, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.startswith("torch.compile does not work on cpu here ("), done.stderr
+    assert "leave out --compile, or install a C++ compiler" in done.stdout and done.stdout.count("\n") == 1
 
 
 def test_freed_memory_is_kept_where_the_c_library_can():

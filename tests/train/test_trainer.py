@@ -65,14 +65,14 @@ def test_a_signal_in_mid_epoch_saves_and_resumes_bit_for_bit(changes, step, plac
     whole = tiny_trainer(tmp_path / "whole", **changes)
     whole.fit()
     part = tiny_trainer(tmp_path / "part", **changes)
-    take_step = part._train_step
+    take_step = part.train_step
 
     def step_then_signal(images, labels):
         take_step(images, labels)
         if part.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(part, "_train_step", step_then_signal)
+    monkeypatch.setattr(part, "train_step", step_then_signal)
     with pytest.raises(Interrupted, match=f"SIGTERM after step {step} of {whole.total_steps}") as stopped:
         part.fit()
     assert stopped.value.signum == signal.SIGTERM
@@ -161,12 +161,12 @@ REFERENCE = []
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     run = tiny_trainer(tmp_path)
-    step = run._train_step
+    step = run.train_step
 
     def poisoned(images, labels):
         step(images * float("nan") if run.step == 8 else images, labels)
 
-    monkeypatch.setattr(run, "_train_step", poisoned)
+    monkeypatch.setattr(run, "train_step", poisoned)
     with pytest.raises(NonFiniteLoss, match=r"epoch 2, step 9: lower --lr .*last.pt is the last good checkpoint"):
         run.fit()
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 6
@@ -242,7 +242,7 @@ def test_a_checkpoint_that_no_run_can_go_on_from(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved_by_a_signal(tmp_path, monkeypatch):
     run = tiny_trainer(tmp_path)
-    take_step = run._train_step
+    take_step = run.train_step
 
     def spoil(images, labels):
         take_step(images, labels)
@@ -250,7 +250,7 @@ def test_weights_that_are_not_finite_are_not_saved_by_a_signal(tmp_path, monkeyp
             next(run.model.parameters()).data[0] = float("nan")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(run, "_train_step", spoil)
+    monkeypatch.setattr(run, "train_step", spoil)
     with pytest.raises(NonFiniteLoss, match="last.pt is the last good checkpoint"):
         run.fit()
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 6

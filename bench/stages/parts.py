@@ -1,0 +1,133 @@
+"""The parts of a step: residual blocks against eager and compiled ones, then single operations by implementation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.blocks import Block, blocks_of, fused
+from bench.layer_calls import Call, bottleneck_calls
+from bench.workloads import CIFAR, IMAGENET, Setting
+from fastres.measure import Timing, interleaved
+from fastres.measure.peers import PEERS, forced, supported
+from fastres.train import machine
+
+# network, image size, options, batch on a GPU and on a CPU
+NETWORKS: dict[str, tuple[str, int, dict[str, Any], int, int]] = {
+    "resnet50 224": ("resnet50", 224, IMAGENET, 256, 2),
+    "notebook": ("notebook", 96, {}, 64, 16),
+    "resnet18 CIFAR": ("resnet18", 32, CIFAR, 512, 16),
+    "resnet20": ("resnet20", 32, {}, 512, 16),
+    "preact_resnet164": ("preact_resnet164", 32, {}, 128, 16),
+}
+BLOCK_PEERS = ("eager NCHW", "eager", "compile", "compile max-autotune", "library", "fused Triton", "fused")
+SLOW = ("compile max-autotune",)  # compiles for minutes: for the first network only
+# image sides and widths of the identity bottlenecks of ResNet-50
+BOTTLENECKS = ((56, 64), (28, 128), (14, 256), (7, 512))
+
+
+def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
+    """See `bench.stages`."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for size, width in setting.pick(BOTTLENECKS, BOTTLENECKS[1:3], ((4, 16),)):
+        found[f"operations, bottleneck {size}x{size}x{4 * width}"] = partial(measure_calls, setting, size, width)
+    networks = setting.pick(tuple(NETWORKS), ("resnet50 224", "notebook"), ("resnet20",))
+    for name in networks:
+        model, image, options, gpu_batch, cpu_batch = NETWORKS[name]
+        image, batch = setting.pick((image, gpu_batch), (image, cpu_batch), (8, 2))
+        blocks = blocks_of(model, image, **options)
+        for block in blocks[:2] if setting.dry else blocks:
+            slow = name == networks[0]
+            found[f"{name}, {block.name}"] = partial(measure_block, setting, name, block, batch, slow)
+    return found
+
+
+def measure_block(setting: Setting, network: str, block: Block, batch: int, slow: bool) -> dict[str, Any]:
+    """Forward and backward of a block as each peer, in turn."""
+    torch._dynamo.reset()
+    peers = [p for p in BLOCK_PEERS if p in supported(setting.device) and (slow or p not in SLOW)]
+    steps = {peer: BlockStep(block, peer, batch, setting) for peer in peers}
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        times = interleaved(steps, setting.device, setting.warmup, setting.rounds)
+    return {
+        "network": network,
+        "block": block.name,
+        "count": block.count,
+        "input": list(block.shape),
+        "batch": batch,
+        "flops": block_flops(block, batch),
+        "peers": {peer: as_figures(time) for peer, time in times.items()},
+    }
+
+
+class BlockStep:
+    """Forward and backward of a block; random input and gradient."""
+
+    def __init__(self, block: Block, peer: str, batch: int, setting: Setting):
+        how, device = PEERS[peer], setting.device
+        layout = torch.channels_last if how.channels_last else torch.contiguous_format
+        module = fused(block) if how.fused else copy.deepcopy(block.module)
+        module = module.to(device).to(memory_format=layout)
+        self.parameters = list(module.parameters())
+        self.run: Callable[[Tensor], Tensor] | nn.Module = module
+        if how.compile is not None:
+            self.run = torch.compile(module, mode=how.compile, backend=setting.backend, dynamic=False)
+        dtype = torch.float32 if not block.images(1, torch.float32).requires_grad else setting.dtype
+        x = torch.randn(batch, *block.shape, device=device, dtype=dtype).to(memory_format=layout)
+        self.x = x.requires_grad_(dtype == setting.dtype)
+        self.implementation, self.setting, self.gradient = how.implementation, setting, None
+
+    def __call__(self) -> None:
+        """One forward and backward."""
+        with forced(self.implementation):
+            with machine.autocast(self.setting.device, self.setting.dtype):
+                out = self.run(self.x)
+            if self.gradient is None:
+                self.gradient = torch.randn_like(out)
+            out.backward(self.gradient)
+        self.x.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def block_flops(block: Block, batch: int) -> int:
+    """Floating-point operations of the convolutions, forward and backward."""
+    module = copy.deepcopy(block.module).to("meta")
+    x = torch.empty(2, *block.shape, device="meta", requires_grad=block.images(1, torch.float32).requires_grad)
+    with FlopCounterMode(display=False) as counter:
+        module(x).sum().backward()
+    return counter.get_total_flops() * batch // 2
+
+
+def measure_calls(setting: Setting, size: int, width: int) -> dict[str, Any]:
+    """Every operation of an identity bottleneck's step by each implementation, in turn."""
+    batch = setting.pick(256, 8, 2)
+    found = {}
+    for call in bottleneck_calls(batch, size, width, setting.device, setting.dtype):
+        times = interleaved(call.candidates, setting.device, setting.warmup, setting.rounds)
+        found[call.name] = {
+            "flops": call.flops,
+            "bytes": call.bytes,
+            "candidates": {name: _with_rates(time, call) for name, time in times.items()},
+        }
+    return {"batch": batch, "size": size, "width": width, "calls": found}
+
+
+def _with_rates(time: Timing | Exception, call: Call) -> dict[str, Any]:
+    figures = as_figures(time)
+    if "seconds" in figures:
+        figures |= {"gb_per_second": call.bytes / time.median / 1e9, "tflops": call.flops / time.median / 1e12}
+    return figures
+
+
+def as_figures(time: Timing | Exception) -> dict[str, Any]:
+    """The timing, or the error, as plain values."""
+    if isinstance(time, Timing):
+        return {"seconds": time._asdict()}
+    return {"error": f"{type(time).__name__}: {time}"[:300]}

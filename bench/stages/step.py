@@ -1,0 +1,58 @@
+"""One training step looked into: kernels by name, their sum beside the step's time, the host's share, a CUDA graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.trace import kernels
+from bench.workloads import Setting
+from fastres.measure import Step, Workload, interleaved, synchronize
+
+NAMES = ("resnet50 224", "notebook", "resnet50 CIFAR", "resnet110")
+PEERS = ("eager", "compile", "fused", "fused graph")
+
+
+def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
+    """See `bench.stages`."""
+    workloads = setting.workloads()
+    names = setting.pick(NAMES, ("notebook", "resnet50 CIFAR"), tuple(workloads))
+    peers = setting.pick(PEERS, PEERS, ("eager", "fused"))
+    return {
+        f"{name} | {peer}": partial(look_into, setting, workloads[name], peer)
+        for name in names
+        for peer in peers
+        if peer in setting.peers(name)
+    }
+
+
+def look_into(setting: Setting, workload: Workload, peer: str) -> dict[str, Any]:
+    """Step time, the time that the host needs to give a step out, and `kernels`."""
+    torch._dynamo.reset()
+    step = Step(workload, peer, setting.device, setting.dtype, setting.backend)
+    timing = interleaved({peer: step}, setting.device, setting.warmup, setting.rounds)[peer]
+    if isinstance(timing, Exception):
+        raise timing
+    return {
+        "workload": workload.model,
+        "batch": workload.batch,
+        "image_size": workload.image_size,
+        "peer": peer,
+        "step": timing._asdict(),
+        "host_seconds": host_seconds(step, setting.device),
+        "kernels": kernels(step, setting.device),
+    }
+
+
+def host_seconds(step: Step, device: torch.device) -> float:
+    """Seconds until the call returns, with the device idle before: on a GPU what giving out the launches costs."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    elapsed = time.perf_counter() - start
+    synchronize(device)
+    return elapsed

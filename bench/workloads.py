@@ -1,0 +1,89 @@
+"""What the campaign trains: networks and batches for a GPU, for a CPU and for a dry run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from fastres.measure import PEERS, Workload, supported
+
+T = TypeVar("T")
+IMAGENET = {"num_classes": 1000, "stem": "imagenet"}
+CIFAR = {"stem": "cifar"}
+GPU = {
+    "resnet50 224": Workload("resnet50", 256, 224, IMAGENET),
+    "resnet50 CIFAR": Workload("resnet50", 512, 32, CIFAR),
+    "notebook": Workload("notebook", 64, 96),
+    "resnet18 CIFAR": Workload("resnet18", 512, 32, CIFAR),
+    "resnet110": Workload("resnet110", 128, 32),
+    "preact_resnet1001": Workload("preact_resnet1001", 64, 32),
+}
+CPU = {
+    "resnet50 224": Workload("resnet50", 4, 224, IMAGENET),
+    "resnet50 CIFAR": Workload("resnet50", 16, 32, CIFAR),
+    "notebook": Workload("notebook", 64, 96),
+    "resnet18 CIFAR": Workload("resnet18", 16, 32, CIFAR),
+    "resnet110": Workload("resnet110", 32, 32),
+    "preact_resnet1001": Workload("preact_resnet1001", 2, 32),
+}
+DRY = {"resnet8": Workload("resnet8", 4, 8)}
+# torch.compile unrolls a network, so that the deepest takes it longer than a stage has.
+TOO_DEEP_TO_COMPILE = {"preact_resnet1001"}
+TOO_DEEP_TO_AUTOTUNE = {"resnet110", *TOO_DEEP_TO_COMPILE}
+SWEEP_PEERS = ("eager", "compile", "fused", "fused graph")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a stage of the campaign runs, and how much it may do."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dry: bool
+    data: str
+    out: Path
+    seconds: float  # that the stage has
+
+    def pick(self, gpu: T, cpu: T, dry: T) -> T:
+        """One of the three, by the machine."""
+        return dry if self.dry else gpu if self.device.type == "cuda" else cpu
+
+    @property
+    def backend(self) -> str:
+        """Of torch.compile: a dry run leaves the compiling out."""
+        return "eager" if self.dry else "inductor"
+
+    @property
+    def rounds(self) -> int:
+        """Timed samples of a call."""
+        return self.pick(20, 5, 2)
+
+    @property
+    def warmup(self) -> int:
+        """Calls that are not timed."""
+        return self.pick(5, 2, 1)
+
+    def workloads(self) -> dict[str, Workload]:
+        """All networks."""
+        return self.pick(GPU, CPU, DRY)
+
+    def sweeps(self) -> dict[str, Workload]:
+        """Networks at several batches."""
+        batches = self.pick((128, 256, 1024, 2048), (8, 32), (2,))
+        names = self.pick(("resnet18 CIFAR", "resnet50 CIFAR"), ("resnet18 CIFAR",), tuple(DRY))
+        base = self.workloads()
+        return {
+            f"{name}, batch {batch}": replace(base[name], batch=batch) for name in names for batch in batches
+        }
+
+    def peers(self, name: str) -> list[str]:
+        """The peers that a workload is run as."""
+        skipped = set()
+        if name in TOO_DEEP_TO_COMPILE:
+            skipped |= {peer for peer, how in PEERS.items() if how.compile}
+        if name in TOO_DEEP_TO_AUTOTUNE:
+            skipped.add("compile max-autotune")
+        return [peer for peer in supported(self.device) if peer not in skipped]

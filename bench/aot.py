@@ -1,10 +1,11 @@
 """Every kernel of the fused networks compiled ahead of time for the GPUs that there are not: ``python -m bench.aot``.
 
-The launches of training steps and of inference are recorded (`bench.launches`), their specialisations compiled for each
-architecture by Triton, and registers, spills, shared memory, tensor-core instructions and the width of loads and stores
-read from the machine code (`bench.sass`). One table row stands for all specialisations that differ in nothing but their
-numbers of channels, the largest is compiled; ``--every-shape`` compiles them all. Exits with 1 when a configuration does
-not compile, spills, takes more shared memory than there is, or has a `tl.dot` but no tensor-core instruction.
+The launches of training steps and of inference are recorded (`bench.launches`), their specialisations compiled for
+each architecture by Triton, and registers, spills, shared memory, tensor-core instructions and the width of loads and
+stores read from the machine code (`bench.sass`). One table row stands for all specialisations that differ in nothing
+but their numbers of channels, and is that of the largest; ``--every-shape`` compiles them all. Exits with 1 when a
+configuration does not compile, spills, takes more shared memory than there is, or has a `tl.dot` but no tensor-core
+instruction.
 """
 
 from __future__ import annotations
@@ -182,8 +183,8 @@ def _measured_by() -> str:
     return hashlib.sha256(Path(resources.__code__.co_filename).read_bytes()).hexdigest()
 
 
-COLUMNS = ("kernel", "dtype", "channels", "variant", "tile", "warps", "stages", "sm", "registers", "spills", "shared KB",
-           "wide loads", "wide stores", "tensor cores", "verdict")  # fmt: skip
+COLUMNS = ("kernel", "dtype", "channels", "variant", "tile", "warps", "stages", "sm", "registers", "spills",
+           "shared KB", "wide loads", "wide stores", "tensor cores", "verdict")  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
@@ -253,7 +254,8 @@ def table(rows: list[list[str]], markdown: bool) -> str:
         lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [COLUMNS, *rows])
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in [COLUMNS, *rows])
+    return "\n".join(map(str.rstrip, lines))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -2,15 +2,15 @@
 
 Each ATen call is a kernel that reads each of its input tensors once and writes each of its outputs once, but for these:
 
-=============================  =========================================================================================
-``convolution_backward``       two kernels of the vendor's library: the data gradient reads the result's gradient and the
-                               weight, the weight gradient reads the result's gradient, once more, and the input.
-``native_batch_norm``          in training reads its input twice: the statistics must be known before the first element
-                               can be normalised, and no layer of these networks fits on chip.
-``native_batch_norm_backward`` in training reads the gradient and the input twice each, for the same reason: two sums per
-                               channel, then the gradient.
+=============================  ==================================================================================
+``convolution_backward``       two kernels of the vendor's library: the data gradient reads the result's gradient
+                               and the weight, the weight gradient the result's gradient, once more, and the input.
+``native_batch_norm``          in training reads its input twice: the statistics must be known before the first
+                               element can be normalised, and no layer of these networks fits on chip.
+``native_batch_norm_backward`` in training reads the gradient and the input twice each, for the same reason: two
+                               sums per channel, then the gradient.
 views, `empty`, `detach`       nothing.
-=============================  =========================================================================================
+=============================  ==================================================================================
 
 That each kernel reads everything once and no more is the best that a kernel can do, so the count is a lower bound.
 """

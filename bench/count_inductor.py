@@ -62,7 +62,7 @@ def traffic(module: nn.Module, x: Tensor, dtype: torch.dtype) -> list[CallTraffi
             try:
                 compile_fx.compile_fx_inner(_on_cuda(graph), _inputs(graph), **options)
             except Exception as error:
-                if not isinstance(error, _Scheduled) and not isinstance(error.__cause__ or error.__context__, _Scheduled):
+                if not any(isinstance(e, _Scheduled) for e in (error, error.__cause__, error.__context__)):
                     raise
         return _stop
 

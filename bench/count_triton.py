@@ -1,10 +1,10 @@
 """Bytes that each Triton launch of a step loads and stores, counted in Triton's interpreter.
 
 Which addresses a kernel touches does not depend on the values there, so the products themselves are left out. An
-interpreted batch is small; the launchers then tell, without running anything, how large every tensor of the same launches
-is at the batch in question. Of each argument the same share is touched there: an activation, a weight or a coefficient is
-read whole whatever the batch, a strided 1x1 convolution reads every fourth pixel of all. Launches that only the larger
-batch needs, such as the merging of many partial sums, are small and interpreted at their true size.
+interpreted batch is small; the launchers then tell, without running anything, how large every tensor of the same
+launches is at the batch in question. Of each argument the same share is touched there: an activation, a weight or a
+coefficient is read whole whatever the batch, a strided 1x1 convolution reads every fourth pixel of all. Launches that
+only the larger batch needs, such as the merging of many partial sums, are small and interpreted at their true size.
 
 Needs ``TRITON_INTERPRET=1``.
 """
@@ -21,14 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import fastres.kernels  # noqa: F401  (loads the launchers)
 import numpy as np
+from fastres.kernels import configs
+from fastres.kernels.configs import Config
 from torch import Tensor
 from triton import knobs
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from fastres import kernels  # noqa: F401  (loads the launchers)
-from fastres.kernels import configs
-from fastres.kernels.configs import Config
 from fastres.ops import select
 
 
@@ -79,7 +79,7 @@ def traffic(step: Callable[[int], Any], batch: int, samples: tuple[int, int] = (
         samples: batches to interpret.
 
     Raises:
-        RuntimeError: without ``TRITON_INTERPRET=1``; or where the launches at the batch are others than at the samples.
+        RuntimeError: without ``TRITON_INTERPRET=1``, or where a launch at the batch has no like at the samples.
     """
     with _tiles_noted() as tiles:
         counts = Counter(launch.kernel for launch in _launches(step, batch))
@@ -87,11 +87,8 @@ def traffic(step: Callable[[int], Any], batch: int, samples: tuple[int, int] = (
         small = _launches(step, samples[0], everything=True)
     with _tiles_given(tiles):
         larger = _launches(step, samples[1], everything=True)
-    comparable = {
-        kernel
-        for kernel, count in counts.items()
-        if count == sum(launch.kernel == kernel for launch in small) == sum(launch.kernel == kernel for launch in larger)
-    }
+    sampled = [Counter(launch.kernel for launch in launches) for launches in (small, larger)]
+    comparable = {kernel for kernel, count in counts.items() if all(count == other[kernel] for other in sampled)}
     found = _launches(step, batch, kernels=counts.keys() - comparable)
     samples_of = defaultdict(list)
     for pair in zip(*([launch for launch in one if launch.kernel in comparable] for one in (small, larger))):
@@ -197,13 +194,14 @@ def _counting(kernels: Collection[str], everything: bool) -> Iterator[list[Launc
         raise RuntimeError("traffic is counted in Triton's interpreter: set TRITON_INTERPRET=1")
     found: list[LaunchTraffic] = []
     memory = _Memory()
-    run, load, store = GridExecutor.__call__, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    atomic = InterpreterBuilder.create_atomic_rmw
+    run, atomic = GridExecutor.__call__, InterpreterBuilder.create_atomic_rmw
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         nonlocal memory
         memory = _Memory()
-        bound = inspect.signature(self.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in self.arg_names}).arguments
+        own = {name: value for name, value in kwargs.items() if name in self.arg_names}
+        bound = inspect.signature(self.fn).bind(*args, **own).arguments
         tensors = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
         arguments = {name: Argument(tensor.nbytes) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():

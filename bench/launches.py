@@ -1,8 +1,9 @@
 """What a GPU would be asked to run: launches of Triton kernels recorded instead of made, on a machine without a GPU.
 
-The launchers of ``fastres.kernels`` run on CPU tensors whose memory nobody touches, and ``JITFunction.run`` is replaced by
-a recorder. It specialises the arguments with Triton's own binder, so what is recorded is what the JIT would compile: None
-and constexpr arguments, integers that equal 1, and pointers and integers that 16 divides are told apart as in a real run.
+The launchers of ``fastres.kernels`` run on CPU tensors whose memory nobody touches, and ``JITFunction.run`` is replaced
+by a recorder. It specialises the arguments with Triton's own binder, so what is recorded is what the JIT would compile:
+None and constexpr arguments, integers that equal 1, and pointers and integers that 16 divides are told apart as in a
+real run.
 
 The process must not have ``TRITON_INTERPRET`` set when it imports the kernels.
 """
@@ -32,7 +33,7 @@ OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A kernel with all that its compilation depends on but the architecture; hashable, and can be sent to a process."""
+    """A kernel and all that its compilation depends on but the architecture; hashable, can be pickled."""
 
     module: str
     kernel: str

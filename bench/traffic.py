@@ -1,8 +1,8 @@
 """Bytes that a training step of each block moves: eager PyTorch, torch.compile, fused: ``python -m bench.traffic``.
 
 Nothing is timed and no GPU is needed. See `bench.count_triton`, `bench.count_eager` and `bench.count_inductor` for how
-each is counted, `bench.count_saved` for the memory kept. Blocks are counted alone; a network's sum leaves out the average
-pool and the last layer, which are the same in all. bf16 under autocast, fp32 master weights, channels-last.
+each is counted, `bench.count_saved` for the memory kept. Blocks are counted alone; a network's sum leaves out the
+average pool and the last layer, which are the same in all. bf16 under autocast, fp32 master weights, channels-last.
 """
 
 from __future__ import annotations

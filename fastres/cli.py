@@ -78,7 +78,9 @@ def train(args: argparse.Namespace) -> int:
         config = preset("fast" if args.preset is None else args.preset).replace(**given)
         path = Path(args.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
     else:
-        if fixed := sorted(set(given) - CHANGED_BY_RESUME) or [n for n in ("preset", "out") if getattr(args, n) is not None]:
+        fixed = sorted(set(given) - CHANGED_BY_RESUME)
+        fixed += [name for name in ("preset", "out") if getattr(args, name) is not None]
+        if fixed:
             raise FastresError(
                 f"--{fixed[0].replace('_', '-')} cannot change in a resumed run: leave it out, or start a new run"
             )
@@ -100,8 +102,8 @@ def train(args: argparse.Namespace) -> int:
         folder.close()
     best = max(history, key=lambda row: row["val_accuracy"])
     print(
-        f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, best {best['val_accuracy']:.2%} "
-        f"in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}"
+        f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, "
+        f"best {best['val_accuracy']:.2%} in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}"
     )
     return 0
 

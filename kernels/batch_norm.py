@@ -145,7 +145,7 @@ def merge_kernel(
 
 @triton.jit
 def store_coef(mean, var, gamma_ptr, beta_ptr, eps, coef_ptr, channel, channel_ok, C: tl.constexpr):
-    """``rstd = 1/sqrt(var + eps), scale = rstd*gamma, shift = beta - mean*scale`` of fp64 mean and variance, to coef."""
+    """``rstd = 1/sqrt(var + eps), scale = rstd*gamma, shift = beta - mean*scale`` in fp64, to coef [5, C]."""
     rstd = tl.rsqrt(var + eps)
     scale = rstd
     if gamma_ptr is not None:

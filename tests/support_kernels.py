@@ -36,9 +36,8 @@ few_examples = settings(
 )
 
 _GUARD_BYTES = 64 * 1024  # a row tile of the largest kernel
-_GUARD_PATTERN = (
-    0x7FA5  # a NaN as fp32, fp16 and bf16, and not one that arithmetic makes: it would set the quiet bit
-)
+# a NaN as fp32, fp16 and bf16, and not one that arithmetic makes: it would set the quiet bit
+_GUARD_PATTERN = 0x7FA5
 
 
 def device() -> torch.device:
@@ -46,7 +45,7 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
-# -- shapes and dtypes --------------------------------------------------------------------------------------------------
+# -- shapes and dtypes --
 
 
 def nhwc_shapes(
@@ -82,7 +81,7 @@ def random_coef(channels: int, seed: int) -> Tensor:
     return torch.stack([mean, var, rstd, scale, beta - mean * scale])
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors --
 
 
 def assert_as_good(
@@ -129,7 +128,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
-# -- guarded memory -----------------------------------------------------------------------------------------------------
+# -- guarded memory --
 
 
 class Guards:
@@ -202,7 +201,7 @@ def guarded(launch: Callable, *args: Any, mutates: tuple[Tensor, ...] = (), **op
     return result
 
 
-# -- addresses ----------------------------------------------------------------------------------------------------------
+# -- addresses --
 
 
 _checking = False

@@ -59,7 +59,7 @@ def track(bn: nn.BatchNorm2d, statistics: Statistics) -> None:
 
     A recomputing checkpoint repeats them, as it repeats those of
     ``nn.BatchNorm2d`` (only the last block's it may leave out: its recomputation can end in the operation), unless it
-    clears ``track_running_stats`` meanwhile, as `fastres.reference.checkpointing` does.
+    lends the modules copies of their buffers meanwhile, as `fastres.reference.checkpointing` does.
     """
     if not (bn.training and bn.track_running_stats) or bn.running_mean is None:
         return

@@ -24,7 +24,9 @@ class Tally:
     @classmethod
     def zero(cls, device: torch.device) -> Tally:
         """An empty tally."""
-        return cls(torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device))
+        return cls(
+            torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        )
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: ``loss`` is its mean, ``logits`` [B, classes], ``labels`` [B]."""

@@ -1,10 +1,7 @@
-"""Kernels in the interpreter compute bfloat16 as a GPU does and touch no memory but their tensors."""
+"""Kernels in the interpreter touch no memory but their tensors."""
 
-import interpreter_bf16
 import pytest
 from support_kernels import checked_addresses
-
-interpreter_bf16.install()
 
 
 @pytest.fixture(autouse=True)

@@ -78,9 +78,7 @@ def test_many_tiles_of_rows_and_channels(shape):
     compare(kernels.bn_add_relu, aten.bn_add_relu, (y, coef, shortcut, shortcut_coef))
     arguments = dout, aten.bn_add_relu(y, coef, shortcut, shortcut_coef), y, coef, shortcut, shortcut_coef
     compare(kernels.bn_add_relu_backward, aten.bn_add_relu_backward, arguments, with_summed_tiles)
-    compare(
-        kernels.bn_backward_apply, aten.bn_backward_apply, (dout, y, torch.randn(3, shape[3]).to(device()))
-    )
+    compare(kernels.bn_backward_apply, aten.bn_backward_apply, (dout, y, randn(3, shape[3], seed=3)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

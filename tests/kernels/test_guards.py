@@ -15,7 +15,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels' addr
 
 @triton.jit
 def _copy_kernel(x_ptr, out_ptr, first, count, SIZE: tl.constexpr):
-    """``out[first:count] = x[first:count]``, SIZE elements a program from ``first`` on; a wrong count is a wrong mask."""
+    """``out[first:count] = x[first:count]``, SIZE elements a program from ``first`` on."""
     offset = first + tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     tl.store(out_ptr + offset, tl.load(x_ptr + offset, mask=offset < count), mask=offset < count)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
@@ -34,15 +33,14 @@ from support_fused import (
 )
 from support_kernels import (
     DTYPES,
-    Guards,
     assert_as_good,
     assert_same_bits,
-    checked_addresses,
     device,
     dtypes,
     few_examples,
     seeds,
 )
+from support_triton import on_triton
 from torch import Tensor
 
 from fastres import ops
@@ -58,13 +56,8 @@ KINDS = [{}, {}, dict(gamma=False), dict(frozen=True), dict(frozen=True, gamma=F
 
 @pytest.fixture(autouse=True)
 def triton(aten):
-    """Triton for the test, fp32 products in fp32, memory fenced and poisoned, addresses checked."""
-    switch, guards = torch.backends.cudnn.conv, Guards()
-    before, switch.fp32_precision = switch.fp32_precision, "ieee"
-    with ops.implementation("triton"), mock.patch.object(buffers, "empty", guards.empty), checked_addresses():
+    with on_triton():
         yield
-    switch.fp32_precision = before
-    guards.check()
 
 
 # -- drawn blocks -------------------------------------------------------------------------------------------------------

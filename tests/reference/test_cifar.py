@@ -50,7 +50,8 @@ def test_shortcut_keeps_every_second_pixel_and_adds_zero_channels():
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_block_is_its_shortcut_where_the_convolutions_give_nothing(stage):
-    blocks = {residual: getattr(CifarResNet(8, residual=residual), f"layer{stage}")[0].eval() for residual in (True, False)}
+    networks = {residual: CifarResNet(8, residual=residual).eval() for residual in (True, False)}
+    blocks = {residual: getattr(network, f"layer{stage}")[0] for residual, network in networks.items()}
     x = torch.rand(2, blocks[True].conv1.in_channels, 6, 6)
     for block in blocks.values():
         nn.init.zeros_(block.bn2.weight)

@@ -11,7 +11,10 @@ from fastres.reference.preact import preact_resnet
 from support_nets import SMALL, assert_same, perturbed, train_step
 
 
-@pytest.mark.parametrize("name", ["notebook", "resnet8", "resnet18", "resnet50", "resnet20", "resnet110", "preact_resnet164"])
+NAMES = ["notebook", "resnet8", "resnet18", "resnet50", "resnet20", "resnet110", "preact_resnet164"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("residual", [True, False])
 def test_gradients_reach_every_parameter(name, residual):
     torch.manual_seed(0)

@@ -13,7 +13,8 @@ def test_constant_ignores_warmup(step):
 
 
 @pytest.mark.parametrize(
-    "step, expected", [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (55, 0.5), (99, 0.5 * (1 + math.cos(math.pi * 89 / 90)))]
+    "step, expected",
+    [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (55, 0.5), (99, 0.5 * (1 + math.cos(math.pi * 89 / 90)))],
 )
 def test_cosine_with_warmup(step, expected):
     assert lr_factor("cosine", step, 100, 0.1) == pytest.approx(expected)

@@ -193,7 +193,8 @@ def test_accumulation_and_clipping(tmp_path, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-5)
 
-    clipped = tiny_trainer(tmp_path / "c", steps=1, clip=1e-3, momentum=0.0, nesterov=False, weight_decay=0.0, warmup=0.0)
+    plain_sgd = dict(momentum=0.0, nesterov=False, weight_decay=0.0, warmup=0.0)
+    clipped = tiny_trainer(tmp_path / "c", steps=1, clip=1e-3, **plain_sgd)
     before = [p.detach().clone() for p in clipped.model.parameters()]
     clipped.fit()
     moved = torch.cat([(p - q).flatten() for p, q in zip(clipped.model.parameters(), before)]).norm()
@@ -276,6 +277,9 @@ def test_folder_faults(tmp_path):
         RunFolder(tmp_path / "run" / "last.pt" / "below-a-file")
 
 
+CURVES = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     run = tiny_trainer(tmp_path)
 
@@ -286,7 +290,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(FastresError, match="cannot write metrics.jsonl in .*: No space left on device; free space"):
         run.folder.write_metrics([{"epoch": 1}])
     with pytest.raises(FastresError, match="cannot write curves.png"):
-        run.folder.write_curves([dict.fromkeys(["epoch", *(f"{p}_{v}" for p in ("train", "val") for v in ("loss", "accuracy"))], 0)], "")
+        run.folder.write_curves([dict.fromkeys(CURVES, 0.0)], "tiny")
 
 
 def test_a_folder_that_stays_empty_is_removed(tmp_path):

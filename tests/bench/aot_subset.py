@@ -1,0 +1,53 @@
+"""Run by `test_aot` in a process without ``TRITON_INTERPRET``: compiles the largest variant of each kernel.
+
+Prints JSON: rows of `bench.aot.as_record`, and what the recorder made of a probe's arguments.
+"""
+
+import json
+
+import torch
+import triton
+import triton.language as tl
+
+from bench.aot import ARCHITECTURES, as_record, compile_all, specialisations
+from bench.launches import Specialisation, recorded
+
+
+@triton.jit
+def probe_kernel(x_ptr, maybe_ptr, one, sixteen, seventeen, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK), one + sixteen + seventeen)
+
+
+def probe() -> list[dict]:
+    """What the recorder makes of arguments that Triton's JIT specialises."""
+    x = torch.empty(64, dtype=torch.float16)
+    with recorded() as launches:
+        probe_kernel[lambda arguments: (arguments["sixteen"], 2)](x, None, 1, 16, 17, BLOCK=32, num_warps=2)
+        probe_kernel[(1,)](x[1:], x, 2, 8, 32, BLOCK=32)
+    return [
+        {
+            "grid": launch.grid,
+            "signature": dict(launch.specialisation.signature),
+            "constants": launch.specialisation.constants,
+            "divisible": [path[0] for path, hint in launch.specialisation.attributes if "D" in hint],
+            "options": dict(launch.specialisation.options),
+        }
+        for launch in launches
+    ]
+
+
+def main() -> None:
+    """The largest variant of each kernel; of the convolutions, those of the 3x3 one between 256 channels."""
+    found = specialisations("resnet50 ImageNet", "bf16", ranks=[0])
+    chosen = {one.kernel: one for one in sorted(found, key=_demand)}
+    rows = list(compile_all(chosen.values(), ARCHITECTURES))
+    print(json.dumps({"probe": probe(), "rows": [as_record(row) for row in rows]}))
+
+
+def _demand(one: Specialisation) -> tuple:
+    middle = [one.constants.get(name) for name in ("CIN", "COUT", "KH", "STRIDE")] == [256, 256, 3, 1]
+    return middle, len(one.pointers), one.constants.get("C", 0), str(one)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Kernels compile ahead of time for every architecture, without spills and onto the tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.sass import SHARED_LIMIT, Resources
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = Resources(
+    registers=168, stack=0, spills=0, shared=100_000, wide_loads=1.0, wide_stores=1.0, tensor_cores={"HGMMA": 4}, dots=1
+)
+CONVOLUTIONS = ("conv_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel")
+PASSES = ("bn_add_relu_kernel", "bn_add_relu_backward_kernel")
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA, A in registers", 100: "tcgen05"}
+
+
+@pytest.fixture(scope="module")
+def subset(tmp_path_factory):
+    """What `aot_subset` printed: the interpreter's flag must be off before the kernels are imported."""
+    folder = tmp_path_factory.mktemp("aot")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "FASTRES_CACHE": str(folder), "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("aot_subset.py")
+    done = subprocess.run([sys.executable, script], env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_compiles_without_faults(subset):
+    rows = subset["rows"]
+    assert [(row["kernel"], row["arch"], row["faults"]) for row in rows if row["faults"]] == []
+    assert {row["arch"] for row in rows} == set(SHARED_LIMIT)
+    assert {row["kernel"] for row in rows} >= {*CONVOLUTIONS, "finalize_kernel", "bn_add_relu_backward_kernel"}
+
+
+def test_convolutions_use_each_architectures_tensor_cores(subset):
+    rows = [row for row in subset["rows"] if row["kernel"] in CONVOLUTIONS]
+    assert len(rows) == len(CONVOLUTIONS) * len(SHARED_LIMIT)
+    for row in rows:
+        assert row["dots"] >= 1 and TENSOR_CORES[row["arch"]] in row["tensor_cores"], row
+
+
+def test_activations_move_in_sixteen_bytes_a_thread(subset):
+    """By bytes of instructions; the rest are coefficients and a tile's sums. A pool's taps are bytes, eight of them a thread."""
+    rows = [row for row in subset["rows"] if row["kernel"] in (*CONVOLUTIONS, *PASSES)]
+    assert {row["kernel"] for row in rows} >= {*CONVOLUTIONS, *PASSES}
+    for row in rows:
+        assert row["wide_loads"] >= 0.8 and row["wide_stores"] >= 0.6, row
+
+
+def test_the_3x3_convolution_fits_as_often_as_its_prototype(subset):
+    """256 channels, prologue and statistics, 128x128x64, sm_90: 163 registers there, and as few blocks as with 168."""
+    (row,) = [row for row in subset["rows"] if (row["kernel"], row["arch"]) == ("conv_kernel", 90)]
+    assert {"coef_ptr", "mean_ptr"} <= row["tensors"].keys()
+    names = ("CIN", "COUT", "KH", "KW", "STRIDE", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+    assert [row["constants"][name] for name in names] == [256, 256, 3, 3, 1, 128, 128, 64]
+    assert row["registers"] <= 168 and row["spills"] == 0
+
+
+def test_arguments_are_specialised_as_the_jit_does(subset):
+    first, second = subset["probe"]
+    assert first["grid"] == [16, 2] and first["options"] == {"num_warps": 2}
+    assert first["signature"] == {
+        "x_ptr": "*fp16", "maybe_ptr": "constexpr", "one": "constexpr", "sixteen": "i32", "seventeen": "i32",
+        "BLOCK": "constexpr",
+    }  # fmt: skip
+    assert first["constants"] == {"maybe_ptr": None, "one": 1, "BLOCK": 32}
+    assert first["divisible"] == [0, 3]
+    assert second["constants"] == {"BLOCK": 32} and second["divisible"] == [1, 4]  # x[1:] is 2 bytes off
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({}, None),
+        ({"spills": 6, "stack": 16}, "spills (16 bytes of stack, 6 instructions)"),
+        ({"shared": 200_000}, "200000 bytes of shared memory, 166912 there are"),
+        ({"tensor_cores": {}}, "tl.dot without a tensor core"),
+        ({"tensor_cores": {}, "dots": 0}, None),
+    ],
+)
+def test_what_must_not_be_shipped(change, words):
+    assert GOOD._replace(**change).faults(80) == ([] if words is None else [words])

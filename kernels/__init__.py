@@ -7,7 +7,7 @@ their plain forms in `fastres.ops.aten`.
 
 from fastres.kernels.batch_norm import bn_backward_coef, finalize, moments, running_coef, update_running
 from fastres.kernels.bn_add_relu import bn_add_relu, bn_add_relu_backward, bn_backward_apply
-from fastres.kernels.conv import conv, conv_bias_act
+from fastres.kernels.conv import bn_add_relu_conv, conv, conv_bias_act
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.pool import (
     bn_relu_max_pool,
@@ -20,6 +20,7 @@ from fastres.kernels.wgrad import conv_wgrad
 __all__ = [
     "bn_add_relu",
     "bn_add_relu_backward",
+    "bn_add_relu_conv",
     "bn_backward_apply",
     "bn_backward_coef",
     "bn_relu_max_pool",

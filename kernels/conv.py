@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv, output_hw
-from fastres.kernels.tiles import SCALE, SHIFT, relu, store_moments
+from fastres.kernels.tiles import bn, relu, store_moments, within
 from fastres.kernels.types import Moments
 
 
@@ -20,6 +20,9 @@ def conv_kernel(
     w_ptr,
     y_ptr,
     coef_ptr,
+    shortcut_ptr,
+    shortcut_coef_ptr,
+    out_ptr,
     bias_ptr,
     residual_ptr,
     count_ptr,
@@ -52,9 +55,13 @@ def conv_kernel(
     Padding is zero behind the prologue. Statistics are those of the stored, rounded y. Moves x about once (its taps and
     column tiles come from the L2), w, y once.
 
+    With a shortcut, for a pointwise convolution, the prologue is the end of a residual block, ``out = relu(x*scale + shift +
+    shortcut)`` with the shortcut normalised by its own coefficients where it has some, and out is stored as well.
+
     Args:
         x_ptr: [N, H, W, CIN]. w_ptr: [COUT, KH, KW, CIN]. y_ptr, residual_ptr: [N, OH, OW, COUT].
-        coef_ptr: [5, CIN] or None: x as it is. bias_ptr: [COUT] fp32 or None. residual_ptr: or None.
+        coef_ptr: [5, CIN] or None: x as it is. shortcut_ptr, out_ptr: like x, or None both. shortcut_coef_ptr: [5, CIN] or None.
+        bias_ptr: [COUT] fp32 or None. residual_ptr: or None.
         count_ptr, mean_ptr, m2_ptr: [T], [T, COUT], [T, COUT] fp32, T tiles of BLOCK_M rows; or None.
         k_blocks: trips of the loop; an argument, since a loop of known length would be unrolled.
     """
@@ -68,17 +75,17 @@ def conv_kernel(
     rows = tl.minimum(M - first, BLOCK_M)
     row_ok = row < rows
     n = (tl.program_id(0) % N_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_ok = n < COUT
+    n_ok = within(n, COUT, BLOCK_N)
 
     # Pixels and offsets inside a tile fit 32 bits, the offset of the tile itself may not.
     if POINTWISE:
-        x_ptr += first.to(tl.int64) * CIN
+        x_first = first.to(tl.int64) * CIN
         pixel = row
         top = row * 0
         left = row * 0
     else:
         image = first // (OH * OW)
-        x_ptr += image.to(tl.int64) * (H * W * CIN)
+        x_first = image.to(tl.int64) * (H * W * CIN)
         m = first - image * (OH * OW) + row
         top = (m // OW % OH) * STRIDE - TOP
         left = (m % OW) * STRIDE - LEFT
@@ -100,31 +107,29 @@ def conv_kernel(
             c = (block % C_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
             tap = block // C_BLOCKS
             k = tap * CIN + c
-            k_ok = c < CIN
+            k_ok = within(c, CIN, BLOCK_K)
             if POINTWISE:
-                ok = row_ok[:, None]
+                ok = row_ok[:, None] & k_ok[None, :]
                 offset = (pixel * CIN)[:, None] + c[None, :]
             else:
                 kh = tap // KW
                 kw = tap % KW
-                ok = (row_ok & (top + kh >= 0) & (top + kh < H) & (left + kw >= 0) & (left + kw < W))[:, None]
+                ok = row_ok & (top + kh >= 0) & (top + kh < H) & (left + kw >= 0) & (left + kw < W)
+                ok = ok[:, None] & k_ok[None, :]
                 offset = ((pixel + kh * W + kw) * CIN)[:, None] + c[None, :]
-            if CIN % BLOCK_K != 0:
-                ok = ok & k_ok[None, :]
-        a = tl.load(x_ptr + offset, mask=ok, other=0.0)
-        if FLAT or CIN % BLOCK_K != 0:
-            b = tl.load(w_ptr + (n * DEPTH)[None, :] + k[:, None], mask=k_ok[:, None] & n_ok[None, :], other=0.0)
-        else:
-            b = tl.load(w_ptr + (n * DEPTH)[None, :] + k[:, None], mask=n_ok[None, :], other=0.0)
+        a = tl.load(x_ptr + x_first + offset, mask=ok, other=0.0)
+        b = tl.load(w_ptr + (n * DEPTH)[None, :] + k[:, None], mask=k_ok[:, None] & n_ok[None, :], other=0.0)
         if coef_ptr is not None:
-            if FLAT or CIN % BLOCK_K != 0:
-                scale = tl.load(coef_ptr + SCALE * CIN + c, mask=k_ok, other=0.0)
-                shift = tl.load(coef_ptr + SHIFT * CIN + c, mask=k_ok, other=0.0)
-            else:
-                scale = tl.load(coef_ptr + SCALE * CIN + c)
-                shift = tl.load(coef_ptr + SHIFT * CIN + c)
-            z = relu(a.to(tl.float32) * scale[None, :] + shift[None, :])
-            a = tl.where(ok, z, 0.0).to(a.dtype)
+            z = bn(a, coef_ptr, c, k_ok, CIN)
+            if shortcut_ptr is not None:
+                shortcut = tl.load(shortcut_ptr + x_first + offset, mask=ok, other=0.0)
+                if shortcut_coef_ptr is not None:
+                    z += bn(shortcut, shortcut_coef_ptr, c, k_ok, CIN)
+                else:
+                    z += shortcut.to(tl.float32)
+            a = tl.where(ok, relu(z), 0.0).to(a.dtype)
+            if out_ptr is not None:
+                tl.store(out_ptr + x_first + offset, a, mask=ok & (tl.program_id(0) % N_TILES == 0))
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     y_first = first.to(tl.int64) * COUT
@@ -163,7 +168,7 @@ def conv(
         residual: [N, OH, OW, COUT].
         rank: which of `conv_configs`, the first at 0; the last where there are fewer.
     """
-    return _launch(x, w, stride, pad, coef, None, residual, False, moments, rank)
+    return _launch(x, w, stride, pad, rank, coef=coef, residual=residual, moments=moments)
 
 
 def conv_bias_act(
@@ -177,7 +182,32 @@ def conv_bias_act(
     rank: int = 0,
 ) -> Tensor:
     """``relu(conv2d(x, w) + bias (+ residual))`` for inference; bias [COUT] fp32, otherwise as `conv`."""
-    return _launch(x, w, stride, pad, None, bias, residual, relu, False, rank)[0]
+    return _launch(x, w, stride, pad, rank, bias=bias, residual=residual, relu=relu)[0]
+
+
+def bn_add_relu_conv(
+    y: Tensor,
+    coef: Tensor,
+    shortcut: Tensor,
+    shortcut_coef: Tensor | None,
+    w: Tensor,
+    moments: bool = True,
+    rank: int = 0,
+) -> tuple[Tensor, Tensor, Moments | None]:
+    """The end of a block and the pointwise convolution that opens the next: ``out = relu(bn(y) + shortcut)``, conv(out).
+
+    Args:
+        y, shortcut: [N, H, W, CIN]. coef, shortcut_coef: see `fastres.kernels.bn_add_relu.bn_add_relu`.
+        w: [COUT, 1, 1, CIN] in y's dtype.
+        rank: see `conv`.
+
+    Returns:
+        out [N, H, W, CIN], its convolution [N, H, W, COUT] and the statistics of that.
+    """
+    out = buffers.empty(y, *y.shape)
+    pad = (0, 0, 0, 0)
+    joined = dict(shortcut=shortcut, shortcut_coef=shortcut_coef, out=out)
+    return out, *_launch(y, w, 1, pad, rank, coef=coef, moments=moments, **joined)
 
 
 def _launch(
@@ -185,12 +215,15 @@ def _launch(
     w: Tensor,
     stride: int,
     pad: Pad,
-    coef: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    moments: bool,
     rank: int,
+    coef: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    shortcut_coef: Tensor | None = None,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    moments: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     n, height, width, cin = x.shape
     cout, kh, kw, _ = w.shape
@@ -209,6 +242,9 @@ def _launch(
         w,
         y,
         coef,
+        shortcut,
+        shortcut_coef,
+        out,
         bias,
         residual,
         count,

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv
-from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, bn_backward, relu_backward
+from fastres.kernels.tiles import MEAN, bn, bn_backward, relu_backward, store_sums, within
 
 
 @triton.jit
@@ -22,6 +22,7 @@ def conv_dgrad_kernel(
     dx_ptr,
     x_ptr,
     coef_ptr,
+    mask_ptr,
     residual_ptr,
     sums_ptr,
     H,
@@ -55,6 +56,7 @@ def conv_dgrad_kernel(
         w_ptr: [COUT, KH, KW, CIN]. dx_ptr, residual_ptr, x_ptr: [N, H, W, CIN]. residual_ptr: or None.
         x_ptr, coef_ptr, sums_ptr: the BatchNorm below: its input, its [5, CIN], and [T, 2, CIN] fp32 for each tile's sums of dx
             and dx * xhat; or None: no BatchNorm and no ReLU.
+        mask_ptr: [N, H, W, CIN], the rectified tensor where it is not ``relu(x*scale + shift)`` but the end of a block; or None.
         c_blocks: blocks of COUT, an argument so that the loop is not unrolled.
     """
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
@@ -62,7 +64,7 @@ def conv_dgrad_kernel(
     DEPTH: tl.constexpr = KH * KW * CIN
     tile = tl.program_id(0) // N_TILES
     n = (tl.program_id(0) % N_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_ok = n < CIN
+    n_ok = within(n, CIN, BLOCK_N)
     row = tl.arange(0, BLOCK_M)
 
     # Offsets count from the tile's first image (or row), whose own offset may need 64 bits.
@@ -106,25 +108,21 @@ def conv_dgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(trips):
         c = (block % c_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-        c_ok = c < COUT
+        c_ok = within(c, COUT, BLOCK_K)
         if POINTWISE:
-            ok = row_ok[:, None]
+            ok = row_ok[:, None] & c_ok[None, :]
             offset = (dz_pixel * COUT)[:, None] + c[None, :]
             w_tap = 0
         else:
             tap = block // c_blocks
             th = tap // taps_w
             tw = tap % taps_w
-            ok = (row_ok & (oh >= th) & (oh - th < OH) & (ow >= tw) & (ow - tw < OW))[:, None]
+            ok = row_ok & (oh >= th) & (oh - th < OH) & (ow >= tw) & (ow - tw < OW)
+            ok = ok[:, None] & c_ok[None, :]
             offset = ((dz_pixel - th * OW - tw) * COUT)[:, None] + c[None, :]
             w_tap = ((kh0 + th * STRIDE) * KW + kw0 + tw * STRIDE) * CIN
-        if COUT % BLOCK_K != 0:
-            ok = ok & c_ok[None, :]
         a = tl.load(dz_ptr + dz_first + offset, mask=ok, other=0.0)
-        if COUT % BLOCK_K != 0:
-            b = tl.load(w_ptr + w_tap + (c * DEPTH)[:, None] + n[None, :], mask=c_ok[:, None] & n_ok[None, :], other=0.0)
-        else:
-            b = tl.load(w_ptr + w_tap + (c * DEPTH)[:, None] + n[None, :], mask=n_ok[None, :], other=0.0)
+        b = tl.load(w_ptr + w_tap + (c * DEPTH)[:, None] + n[None, :], mask=c_ok[:, None] & n_ok[None, :], other=0.0)
         if abc_ptr is not None:
             y = tl.load(y_ptr + dz_first + offset, mask=ok, other=0.0)
             dy = bn_backward(a, y, abc_ptr, c, c_ok, COUT)
@@ -137,18 +135,17 @@ def conv_dgrad_kernel(
         acc += tl.load(residual_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
     if coef_ptr is not None:
         x = tl.load(x_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
-        scale = tl.load(coef_ptr + SCALE * CIN + n, mask=n_ok, other=0.0)
-        shift = tl.load(coef_ptr + SHIFT * CIN + n, mask=n_ok, other=0.0)
-        acc = relu_backward(acc, x * scale[None, :] + shift[None, :])
+        if mask_ptr is not None:
+            out = tl.load(mask_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
+        else:
+            out = bn(x, coef_ptr, n, n_ok, CIN)
+        acc = relu_backward(acc, out)
     dx = acc.to(dx_ptr.dtype.element_ty)
     tl.store(dx_ptr + x_first + offset, dx, mask=ok)
     if coef_ptr is not None:
         mean = tl.load(coef_ptr + MEAN * CIN + n, mask=n_ok, other=0.0)
-        rstd = tl.load(coef_ptr + RSTD * CIN + n, mask=n_ok, other=0.0)
-        dz = tl.where(ok, dx.to(tl.float32), 0.0)
-        xhat = (x - mean[None, :]) * rstd[None, :]
-        tl.store(sums_ptr + tile * (2 * CIN) + n, tl.sum(dz, 0), mask=n_ok)
-        tl.store(sums_ptr + tile * (2 * CIN) + CIN + n, tl.sum(tl.where(ok, dz * xhat, 0.0), 0), mask=n_ok)
+        dz = dx.to(tl.float32)  # zero outside, as the products are
+        store_sums(dz, dz * (x - mean[None, :]), coef_ptr, sums_ptr, tile, n, n_ok, CIN)
 
 
 def conv_dgrad(
@@ -161,6 +158,7 @@ def conv_dgrad(
     input_hw: tuple[int, int],
     below: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
     rank: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
@@ -170,6 +168,7 @@ def conv_dgrad(
         y, abc: [N, OH, OW, COUT] and [3, COUT] fp32: the convolution's gradient is ``A*dz + B*y + C``; None: it is dz.
         w: [COUT, KH, KW, CIN] in dz's dtype.
         below: the BatchNorm whose rectified result the convolution read: its input [N, H, W, CIN] and its coef [5, CIN].
+        mask: what the convolution read [N, H, W, CIN], where ReLU came after the addition of a shortcut to that BatchNorm.
         residual: [N, H, W, CIN], added to the gradient.
         rank: which of `conv_configs`, the first at 0; the last where there are fewer.
 
@@ -195,6 +194,7 @@ def conv_dgrad(
         dx,
         x,
         coef,
+        mask,
         residual,
         sums,
         height,

@@ -15,6 +15,15 @@ SHIFT = tl.constexpr(4)
 
 
 @triton.jit
+def within(index, size: tl.constexpr, block: tl.constexpr):
+    """``index < size`` for indices in blocks; known to hold where the blocks fill the size."""
+    if size % block == 0:
+        return index >= 0
+    else:
+        return index < size
+
+
+@triton.jit
 def relu(z):
     """``max(z, 0)`` that keeps NaN, as PyTorch's does."""
     return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)

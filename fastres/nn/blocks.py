@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
 from fastres.nn.norm import conv_of, layer_of, norm_of, to_nchw, to_nhwc, track, unsupported
-from fastres.ops import Layer, preact_block, residual_block
+from fastres.ops import Layer, preact_block, residual_chain
 from fastres.ops.layers import output_hw
 from fastres.reference import notebook, preact
 from fastres.reference.resnet import BasicBlock as EagerBasicBlock
 from fastres.reference.resnet import Bottleneck as EagerBottleneck
 
+LONGEST = 8  # blocks in a chain
+
 
 def fused_residual(
     x: Tensor,
-    pairs: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
+    blocks: Sequence[Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]],
     shortcut: nn.Module | None = None,
     residual: bool = True,
     relu: bool = True,
@@ -31,18 +33,21 @@ def fused_residual(
 
     Args:
         x: [N, C, H, W], channels-last unless a copy is wanted.
-        pairs: convolutions with their BatchNorms, in order.
-        shortcut: None: x itself. A convolution and a BatchNorm in an ``nn.Sequential`` join the operation; any other
-            module is called.
+        blocks: convolutions with their BatchNorms, in order, of one block and of others behind it.
+        shortcut: of the first block, None: x itself, as in all others. A convolution and a BatchNorm in an
+            ``nn.Sequential`` join the operation; any other module is called.
         residual: whether there is a shortcut at all.
-        relu, keep: see `residual_block`.
+        relu, keep: see `residual_chain`.
     """
     nhwc = to_nhwc(x)
-    hw, layers = tuple(nhwc.shape[1:3]), []
-    for conv, bn in pairs:
-        layers.append(layer_of(conv, bn, hw))
-        hw = output_hw(hw, conv.kernel_size, layers[-1].stride, layers[-1].pad)
-    norms = [bn for _, bn in pairs]
+    hw, chain = tuple(nhwc.shape[1:3]), []
+    for pairs in blocks:
+        chain.append([])
+        for conv, bn in pairs:
+            layer = layer_of(conv, bn, hw)
+            hw = output_hw(hw, conv.kernel_size, layer.stride, layer.pad)
+            chain[-1].append(layer)
+    norms = [bn for pairs in blocks for _, bn in pairs]
     added: Tensor | Layer | None = None
     if residual and shortcut is None:
         added = nhwc
@@ -51,7 +56,7 @@ def fused_residual(
         norms.append(shortcut[1])
     elif residual:
         added = to_nhwc(shortcut(x))
-    out, statistics = residual_block(nhwc, layers, added, relu, keep)
+    out, statistics = residual_chain(nhwc, chain, added, relu, keep)
     for bn, used in zip(norms, statistics):
         track(bn, used)
     return to_nchw(out)
@@ -62,11 +67,64 @@ def is_projection(shortcut: nn.Module) -> bool:
     return isinstance(shortcut, nn.Sequential) and len(shortcut) == 2 and unsupported(*shortcut) is None
 
 
+def fused_chain(x: Tensor, blocks: Sequence[_FusedResidual]) -> Tensor:
+    """The blocks in order as one operation; all but the first have identity shortcuts, see `chains`."""
+    first = blocks[0]
+    pairs = [block.pairs() for block in blocks]
+    return fused_residual(x, pairs, first.downsample, has_shortcut(first), keep=first.keep)
+
+
+def chains(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """The blocks in order, grouped into what `fused_chain` can do at once.
+
+    A block joins the one before if its shortcut is the identity, both keep the same for backward and no hook waits for
+    either. Chains are at most `LONGEST` blocks, so that gradients come early enough to be exchanged meanwhile.
+    """
+    groups: list[list[nn.Module]] = []
+    for block in blocks:
+        if groups and len(groups[-1]) < LONGEST and _joins(groups[-1][-1], block):
+            groups[-1].append(block)
+        else:
+            groups.append([block])
+    return groups
+
+
+def in_chains(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Apply blocks in order, chains of them at once."""
+    for chain in chains(blocks):
+        x = chain[0](x) if len(chain) == 1 else fused_chain(x, chain)
+    return x
+
+
+def _joins(before: nn.Module, block: nn.Module) -> bool:
+    fused = isinstance(before, _FusedResidual) and isinstance(block, _FusedResidual)
+    return (
+        fused
+        and before.keep == block.keep
+        and block.downsample is None
+        and has_shortcut(block)
+        and not has_hooks(before)
+        and not has_hooks(block)
+    )
+
+
+def has_shortcut(block: nn.Module) -> bool:
+    """Whether a block is residual; torchvision's always are."""
+    return getattr(block, "residual", True)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something waits for the module's own call."""
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    )
+
+
 class _FusedResidual(nn.Module):
     """Forward of a block with ``conv1``, ``bn1``, ..., ``downsample`` and perhaps ``residual``.
 
     Attributes:
-        keep: what stays for backward, ``"all"`` or ``"fewer"``, see `residual_block`.
+        keep: what stays for backward, ``"all"`` or ``"fewer"``, see `residual_chain`.
     """
 
     keep = "all"
@@ -78,8 +136,7 @@ class _FusedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to channels-last [N, C', H', W']."""
-        residual = getattr(self, "residual", True)  # torchvision's blocks always have a shortcut
-        return fused_residual(x, self.pairs(), self.downsample, residual, keep=self.keep)
+        return fused_chain(x, [self])
 
 
 class BasicBlock(_FusedResidual, EagerBasicBlock):
@@ -158,4 +215,4 @@ class ConvBNReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] to channels-last [N, outputs, H', W']."""
-        return fused_residual(x, [(self.conv, self.bn)], residual=False, relu=self.relu)
+        return fused_residual(x, [[(self.conv, self.bn)]], residual=False, relu=self.relu)

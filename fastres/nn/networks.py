@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from fastres.nn.blocks import has_hooks, in_chains
 from fastres.nn.norm import norm_of, to_nhwc, track
 from fastres.nn.stem import fused_stem
 from fastres.ops import bn_relu, global_avg_pool
@@ -25,7 +26,7 @@ class _FusedNetwork(nn.Module):
         return F.relu(logits) if getattr(self, "relu_logits", False) else logits
 
     def _stages(self, x: Tensor) -> Tensor:
-        return run_blocks(blocks_of(self), x, self.checkpoint_every)
+        return run_blocks(blocks_of(self), x, self.checkpoint_every, in_chains)
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -47,10 +48,13 @@ class NotebookResNet(_FusedNetwork, notebook.NotebookResNet):
 
 
 class TorchvisionResNet(_FusedNetwork, torchvision.models.ResNet):
-    """``torchvision.models.ResNet``, fused; the stages are called, so their hooks run."""
+    """``torchvision.models.ResNet``, fused; stages that have hooks are called."""
 
     def _stages(self, x: Tensor) -> Tensor:
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            plain = type(stage) is nn.Sequential and not has_hooks(stage)
+            x = in_chains(stage, x) if plain else stage(x)
+        return x
 
 
 class PreActResNet(preact.PreActResNet):

@@ -17,9 +17,9 @@ def fused_stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module |
     A pool that `pool_is_fusable` does not take is called.
     """
     if pool is None or isinstance(pool, nn.Identity):
-        return fused_residual(x, [(conv, bn)], residual=False)
+        return fused_residual(x, [[(conv, bn)]], residual=False)
     if not pool_is_fusable(pool):
-        return pool(fused_residual(x, [(conv, bn)], residual=False))
+        return pool(fused_residual(x, [[(conv, bn)]], residual=False))
     nhwc = to_nhwc(x)
     layer = layer_of(conv, bn, tuple(nhwc.shape[1:3]))
     hw = output_hw(tuple(nhwc.shape[1:3]), conv.kernel_size, layer.stride, layer.pad)

@@ -5,7 +5,7 @@ from fastres.ops.conv_bias_act import conv_bias_act
 from fastres.ops.global_avg_pool import global_avg_pool
 from fastres.ops.layers import Conv, Layer, Norm, Statistics, symmetric
 from fastres.ops.preact import preact_block
-from fastres.ops.residual import residual_block
+from fastres.ops.residual import residual_block, residual_chain
 from fastres.ops.running import update_running
 from fastres.ops.select import implementation, selection
 from fastres.ops.stem import stem
@@ -21,6 +21,7 @@ __all__ = [
     "implementation",
     "preact_block",
     "residual_block",
+    "residual_chain",
     "selection",
     "stem",
     "symmetric",

@@ -216,6 +216,7 @@ def _tiles(y: Tensor) -> tuple[tuple[Tensor, ...], int]:
 
 _convolutions = LibraryConvolutions(moments, bn_add_relu, bn_backward_apply, bn_sums)
 conv = _convolutions.conv
+bn_add_relu_conv = _convolutions.bn_add_relu_conv
 conv_dgrad = _convolutions.conv_dgrad
 conv_wgrad = _convolutions.conv_wgrad
 conv_backward = _convolutions.conv_backward

@@ -47,6 +47,19 @@ class LibraryConvolutions:
             y += residual
         return y, self._moments(y) if moments else None
 
+    def bn_add_relu_conv(
+        self,
+        y: Tensor,
+        coef: Tensor,
+        shortcut: Tensor,
+        shortcut_coef: Tensor | None,
+        w: Tensor,
+        moments: bool = True,
+    ) -> tuple[Tensor, Tensor, Moments | None]:
+        """``out = relu(bn(y) + shortcut)``, and of out the convolution with w [Cout, 1, 1, Cin] with its statistics."""
+        out = self._normalise(y, coef, shortcut, shortcut_coef)
+        return out, *self.conv(out, w, 1, (0, 0, 0, 0), moments=moments)
+
     def conv_bias_act(
         self,
         x: Tensor,
@@ -76,8 +89,13 @@ class LibraryConvolutions:
         residual: Tensor | None = None,
         need_dx: bool = True,
         need_dw: bool = True,
+        end: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`conv_dgrad` with ``below = (x, coef)`` and `conv_wgrad` together: (dx, sums, dw), dy computed once."""
+        """`conv_dgrad` and `conv_wgrad` together: (dx, sums, dw), dy computed once.
+
+        With ``coef`` dx goes through the ReLU of ``relu(x*scale + shift)``. With ``end = (y, coef)`` x is the end of a
+        block, ``relu(bn(y) + shortcut)``, and dx goes through that ReLU. Either way the sums are of that BatchNorm.
+        """
         dy = dz if abc is None else self._apply(dz, y, abc)
         a = x if coef is None else self._normalise(x, coef)
         dx, dw = _convolve_backward(dy, a, w, stride, pad, need_dx, need_dw)
@@ -85,10 +103,11 @@ class LibraryConvolutions:
             return None, None, dw
         if residual is not None:
             dx += residual
-        if coef is None:
+        below = end if coef is None else (x, coef)
+        if below is None:
             return dx, None, dw
         dx = _aten.threshold_backward(dx, a, 0)
-        return dx, self._sums(dx, x, coef), dw
+        return dx, self._sums(dx, *below), dw
 
     def conv_dgrad(
         self,
@@ -101,10 +120,17 @@ class LibraryConvolutions:
         input_hw: tuple[int, int],
         below: tuple[Tensor, Tensor] | None = None,
         residual: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums."""
+        """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
+
+        ``mask``: what the convolution read, where ReLU came after the addition of a shortcut to that BatchNorm.
+        """
         x, coef = below or (dz.new_empty(1).expand(dz.shape[0], *input_hw, w.shape[3]), None)
-        dx, sums, _ = self.conv_backward(dz, y, abc, x, coef, w, stride, pad, residual, need_dw=False)
+        end = None
+        if mask is not None:
+            x, coef, end = mask, None, below
+        dx, sums, _ = self.conv_backward(dz, y, abc, x, coef, w, stride, pad, residual, need_dw=False, end=end)
         return dx, sums
 
     def conv_wgrad(

@@ -3,11 +3,16 @@
 One layer without a shortcut is Conv-BatchNorm-ReLU, two with one are the basic block, three are the bottleneck (He et
 al. 2015). Normalisation and ReLU happen in the prologue of the next convolution, statistics in the epilogue of the
 last, so only the convolutions' own outputs exist: for backward x, y1 ... yn and the result are kept, never a normalised
-or ReLU'd copy. In units of M*w elements a bottleneck with widths w and 4w and an identity shortcut moves about 22
-forward and 54 backward, where eager PyTorch moves 54 and 84.
+or ReLU'd copy. Blocks with identity shortcuts that follow one another are one operation too, since two passes over
+memory disappear between them: the next block's first 1x1 convolution ends the block before as it reads it, and its data
+gradient yields that block's masked gradient and BatchNorm sums as it writes it.
+
+In units of M*w elements a bottleneck with widths w and 4w and an identity shortcut moves 24 forward and 58 backward, 20
+and 50 inside a chain, where eager PyTorch moves 54 and 84.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,6 +38,8 @@ from fastres.ops.layers import (
 from fastres.ops.select import primitives
 
 KEEP = ("all", "fewer")
+# The channels of a convolution that may end the block before: with more, several programs would each read all of it.
+JOINED_CHANNELS = 128
 
 
 def residual_block(
@@ -42,69 +49,86 @@ def residual_block(
     relu: bool = True,
     keep: str = "all",
 ) -> tuple[Tensor, list[Statistics]]:
-    """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut)``, differentiable once.
+    """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut)``, differentiable once: a `residual_chain` of one block."""
+    return residual_chain(x, [layers], shortcut, relu, keep)
+
+
+def residual_chain(
+    x: Tensor,
+    blocks: Sequence[Sequence[Layer]],
+    shortcut: Tensor | Layer | None = None,
+    relu: bool = True,
+    keep: str = "all",
+) -> tuple[Tensor, list[Statistics]]:
+    """A residual block ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut)`` and more of them, differentiable once.
 
     Args:
         x: [N, H, W, C].
-        layers: the convolutions in order.
-        shortcut: None, a tensor of the result's shape (x itself for the identity: its gradient then joins x's in the
-            last kernel of backward) or a `Layer` that projects x.
-        relu: whether the sum goes through ReLU.
-        keep: what stays for backward: ``"all"`` convolution outputs, or ``"fewer"``: the last one, and the
+        blocks: the convolutions of each block in order; from the second block on the shortcut is the identity.
+        shortcut: of the first block: None, a tensor of its result's shape (x itself for the identity: its gradient then
+            joins x's in the last kernel of backward) or a `Layer` that projects x.
+        relu: whether the last block's sum goes through ReLU, as all others' do.
+        keep: what stays for backward: ``"all"`` convolution outputs, or ``"fewer"``: each block's last one, and the
             projection's, are computed again in backward.
 
     Returns:
-        The result [N, H', W', C'] and the `Statistics` of each layer, the projection's last.
+        The result [N, H', W', C'] and the `Statistics` of each layer in order, the projection's last.
 
     Raises:
-        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for no layer.
+        RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for a block
+            without layers.
     """
     if keep not in KEEP:
         raise ValueError(f"keep is {keep!r}: choose {' or '.join(KEEP)}")
     identity, projection = shortcut is x, isinstance(shortcut, Layer)
-    every_layer = [*layers, shortcut] if projection else list(layers)
-    shapes = _check(x, layers, shortcut)
+    every_layer = [layer for layers in blocks for layer in layers] + ([shortcut] if projection else [])
+    shapes = _check(x, blocks, shortcut)
     x = in_autocast(x).contiguous()
     added = None if identity or projection or shortcut is None else in_autocast(shortcut).contiguous()
     parameters = [tensor for layer in every_layer for tensor in (layer.weight, *norm_vectors(layer.norm))]
     recording = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, added, *parameters)
     )
-    kept = 0 if not recording else len(layers) - 1 if keep == "fewer" else len(every_layer)
-    out, *coefs = _ResidualBlock.apply(
+    out, *coefs = _ResidualChain.apply(
         x,
         added,
+        tuple(map(len, blocks)),
         tuple(layer.stride for layer in every_layer),
         tuple(side for layer in every_layer for side in layer.pad),
         tuple(layer.norm.eps for layer in every_layer),
         identity,
         projection,
         relu,
-        kept,
+        recording,
+        keep == "all",
         *parameters,
     )
     return out, [Statistics(coef, pixels(shape)) for coef, shape in zip(coefs, shapes)]
 
 
-def _check(x: Tensor, layers: Sequence[Layer], shortcut: Tensor | Layer | None) -> list[Shape]:
+def _check(x: Tensor, blocks: Sequence[Sequence[Layer]], shortcut: Tensor | Layer | None) -> list[Shape]:
     """Check the input; shape of each layer's output, the projection's last."""
-    if not layers:
+    if not all([blocks, *blocks]):
         raise ValueError("a residual block has at least one layer")
-    projection = isinstance(shortcut, Layer)
-    check_input(x, [layer.weight for layer in ([*layers, shortcut] if projection else layers)])
+    projection = [shortcut] if isinstance(shortcut, Layer) else []
+    check_input(x, [layer.weight for layers in (*blocks, projection) for layer in layers])
     shape, shapes = tuple(x.shape), []
-    for layer in layers:
-        shape = layer_shape(shape, layer)
-        shapes.append(shape)
-    if projection:
-        shapes.append(layer_shape(tuple(x.shape), shortcut))
-        check_shortcut_shape(shapes[-1], shape)
-    elif shortcut is not None:
-        check_shortcut(shortcut, shape, x)
-    return shapes
+    projected = [layer_shape(shape, layer) for layer in projection]
+    for index, layers in enumerate(blocks):
+        before = shape
+        for layer in layers:
+            shape = layer_shape(shape, layer)
+            shapes.append(shape)
+        if index > 0:
+            check_shortcut_shape(before, shape)
+        elif projection:
+            check_shortcut_shape(projected[0], shape)
+        elif shortcut is not None:
+            check_shortcut(shortcut, shape, x)
+    return shapes + projected
 
 
-class _ResidualBlock(torch.autograd.Function):
+class _ResidualChain(torch.autograd.Function):
     """``parameters``: weight, gamma, beta, running mean and running variance of each layer, the projection last."""
 
     @staticmethod
@@ -112,25 +136,28 @@ class _ResidualBlock(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         added: Tensor | None,
+        depths: tuple[int, ...],
         strides: tuple[int, ...],
         pads: tuple[int, ...],
         eps: tuple[float, ...],
         identity: bool,
         projection: bool,
         relu: bool,
-        kept: int,
+        recording: bool,
+        keep_all: bool,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights = [nhwc_weight(weight, x.dtype) for weight in parameters[::5]]
         norms = [tensor for i in range(0, len(parameters), 5) for tensor in parameters[i + 1 : i + 5]]
+        kinds = identity, projection
         out, *rest = residual_forward(
-            x, added, weights, norms, strides, pads, eps, identity, projection, relu, kept
+            x, added, weights, norms, depths, strides, pads, eps, *kinds, relu, recording, keep_all
         )
-        ys, coefs = rest[:kept], rest[kept:]
-        ctx.save_for_backward(x, out if relu else None, *weights, *parameters[1::5], *coefs, *ys)
+        saved, coefs = rest[: -len(weights)], rest[-len(weights) :]
+        ctx.save_for_backward(x, out if relu else None, *weights, *parameters[1::5], *coefs, *saved)
         ctx.mark_non_differentiable(*coefs)
-        ctx.geometry = strides, pads
-        ctx.shortcut = identity, projection
+        ctx.geometry = depths, strides, pads
+        ctx.kinds = *kinds, keep_all
         ctx.trained = [mean is None for mean in parameters[3::5]]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         return out, *coefs
@@ -138,22 +165,22 @@ class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        n = len(ctx.trained)
+        n, inner = len(ctx.trained), len(ctx.geometry[0]) - 1
         x, out, *rest = ctx.saved_tensors
-        weights, gammas, coefs, ys = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-        need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[9:])
+        weights, gammas, coefs, saved = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
+        need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[11:])
         need_weights = need_parameters[::5]
         norm_grads, *grads = residual_backward(
             dout.contiguous(),
             out,
-            x,
-            ys,
+            [x, *saved[:inner]],
+            saved[inner:],
             coefs,
             weights,
             gammas,
             *ctx.geometry,
             ctx.trained,
-            *ctx.shortcut,
+            *ctx.kinds,
             [need_x, need_added, *need_weights],
         )
         grads.reverse()
@@ -171,7 +198,7 @@ class _ResidualBlock(torch.autograd.Function):
                 None,
                 None,
             ]
-        return dx, dadded, None, None, None, None, None, None, None, *parameters
+        return dx, dadded, *[None] * 9, *parameters
 
 
 @torch.library.custom_op("fastres::residual_forward", mutates_args=())
@@ -180,131 +207,194 @@ def residual_forward(
     added: Tensor | None,
     weights: list[Tensor],
     norms: list[Tensor | None],
+    depths: list[int],
     strides: list[int],
     pads: list[int],
     eps: list[float],
     identity: bool,
     projection: bool,
     relu: bool,
-    kept: int,
+    recording: bool,
+    keep_all: bool,
 ) -> list[Tensor]:
-    """The forward schedule: the result, the first ``kept`` of (y1 ... yn, the projection's y), every layer's coef.
+    """The forward schedule.
 
     Args:
         norms: gamma, beta, running mean and running variance of each layer; no running mean: batch statistics.
+        depths: layers of each block.
         pads: top, left, bottom, right of each layer.
-        identity, projection: the shortcut is x, or the last layer of x; else it is ``added``, or nothing.
+        identity, projection: the first block's shortcut is x, or the last layer of x; else it is ``added``, or nothing.
+        recording, keep_all: what backward will need, see the returned.
+
+    Returns:
+        The result; with ``recording`` the other blocks' results, then the layers' outputs, without ``keep_all`` not those
+        of each block's last layer and of the projection; every layer's coef.
     """
     p = primitives(x)
-    layers = len(weights) - projection
 
-    def conv_norm(i: int, a: Tensor, below: Tensor | None) -> tuple[Tensor, Tensor]:
+    def coef_of(i: int, moments: Any) -> Tensor:
         gamma, beta, mean, var = norms[4 * i : 4 * i + 4]
-        y, moments = p.conv(a, weights[i], strides[i], _pad(pads, i), coef=below, moments=mean is None)
         if mean is None:
-            return y, p.finalize(moments, gamma, beta, eps[i])
-        return y, p.running_coef(mean, var, gamma, beta, eps[i])
+            return p.finalize(moments, gamma, beta, eps[i])
+        return p.running_coef(mean, var, gamma, beta, eps[i])
 
-    y, coef = x, None
-    ys, coefs = [], []
-    for i in range(layers):
-        y, coef = conv_norm(i, y, coef)
-        coefs.append(coef)
-        if i < kept:
-            ys.append(y)
-    shortcut, shortcut_coef = x if identity else added, None
+    def conv(i: int, a: Tensor, below: Tensor | None) -> tuple[Tensor, Any]:
+        return p.conv(a, weights[i], strides[i], _pad(pads, i), coef=below, moments=norms[4 * i + 2] is None)
+
+    outs, ys, coefs = [], [], []
+    shortcut, shortcut_coef, projected = x if identity else added, None, []
     if projection:
-        shortcut, shortcut_coef = conv_norm(layers, x, None)
-        coefs.append(shortcut_coef)
-        if layers < kept:
-            ys.append(shortcut)
-    return [p.bn_add_relu(y, coef, shortcut, shortcut_coef, relu), *ys, *coefs]
+        last = len(weights) - 1
+        shortcut, moments = conv(last, x, None)
+        shortcut_coef = coef_of(last, moments)
+        projected = [shortcut]
+    y, coef, first_coefs, i = x, None, [] if shortcut_coef is None else [shortcut_coef], 0
+    for block, depth in enumerate(depths):
+        for index in range(depth):
+            if block == 0 or index > 0:
+                y, moments = conv(i, y, coef)
+            else:
+                if _joins(weights[i], strides[i], _pad(pads, i)):
+                    by_batch = norms[4 * i + 2] is None
+                    out, y, moments = p.bn_add_relu_conv(y, coef, shortcut, shortcut_coef, weights[i], by_batch)
+                else:
+                    out = p.bn_add_relu(y, coef, shortcut, shortcut_coef)
+                    y, moments = conv(i, out, None)
+                outs.append(out)
+                shortcut, shortcut_coef = out, None
+            coef = coef_of(i, moments)
+            coefs.append(coef)
+            if keep_all or index < depth - 1:
+                ys.append(y)
+            i += 1
+    out = p.bn_add_relu(y, coef, shortcut, shortcut_coef, relu)
+    saved = [*outs, *ys, *(projected if keep_all else [])] if recording else []
+    return [out, *saved, *coefs, *first_coefs]
 
 
 @residual_forward.register_fake
-def _(x, added, weights, norms, strides, pads, eps, identity, projection, relu, kept):
-    layers = len(weights) - projection
-    shape, ys = x.shape, []
-    for i, weight in enumerate(weights):
-        before = x.shape if i == layers else shape
-        hw = output_hw(before[1:3], weight.shape[1:3], strides[i], _pad(pads, i))
-        y = x.new_empty(before[0], *hw, weight.shape[0])
-        ys.append(y)
-        shape = y.shape
+def _(
+    x, added, weights, norms, depths, strides, pads, eps, identity, projection, relu, recording, keep_all
+):
+    def output(a, i):
+        hw = output_hw(a.shape[1:3], weights[i].shape[1:3], strides[i], _pad(pads, i))
+        return x.new_empty(a.shape[0], *hw, weights[i].shape[0])
+
+    a, outs, ys, i = x, [], [], 0
+    for depth in depths:
+        for index in range(depth):
+            a = output(a, i)
+            if keep_all or index < depth - 1:
+                ys.append(a)
+            i += 1
+        outs.append(torch.empty_like(a))
+    if projection and keep_all:
+        ys.append(output(x, i))
     coefs = [x.new_empty(5, w.shape[0], dtype=statistics_dtype(x.dtype)) for w in weights]
-    return [torch.empty_like(ys[layers - 1]), *ys[:kept], *coefs]
+    return [outs[-1], *([*outs[:-1], *ys] if recording else []), *coefs]
 
 
 @torch.library.custom_op("fastres::residual_backward", mutates_args=())
 def residual_backward(
     dout: Tensor,
     out: Tensor | None,
-    x: Tensor,
+    inputs: list[Tensor],
     ys: list[Tensor],
     coefs: list[Tensor],
     weights: list[Tensor],
     gammas: list[Tensor | None],
+    depths: list[int],
     strides: list[int],
     pads: list[int],
     trained: list[bool],
     identity: bool,
     projection: bool,
+    keep_all: bool,
     needs: list[bool],
 ) -> list[Tensor]:
     """The backward schedule, see `residual_forward`; ``out`` None: the result had no ReLU.
 
     Args:
-        ys: all convolution outputs, or all but the last layer's and the projection's.
+        inputs: of each block, x first.
         needs: whether x, the shortcut tensor and each weight need a gradient.
 
     Returns:
         The gradients of gamma and beta of every layer in one vector, then those of ``needs``.
     """
-    p = primitives(x)
-    layers = len(weights) - projection
+    p = primitives(dout)
     need_x, need_added, *need_weights = needs
+    starts = [0, *accumulate(depths)]
+    block_of = [block for block, depth in enumerate(depths) for _ in range(depth)] + [0] * projection
+    ends = {starts[block + 1] - 1: block for block in range(len(depths))} | {starts[-1]: 0}
+    again: dict[int, Tensor] = {}
 
     def y_of(i: int) -> Tensor:
-        if i < len(ys):
+        """Output of layer i, kept or computed again."""
+        if keep_all:
             return ys[i]
-        below, coef = (x, None) if i in (0, layers) else (ys[i - 1], coefs[i - 1])
-        return p.conv(below, weights[i], strides[i], _pad(pads, i), coef=coef, moments=False)[0]
+        if i not in ends:
+            return ys[i - block_of[i]]
+        if i not in again:
+            a, coef = below(i)
+            again[i] = p.conv(a, weights[i], strides[i], _pad(pads, i), coef=coef, moments=False)[0]
+        return again[i]
+
+    def below(i: int) -> tuple[Tensor, Tensor | None]:
+        """What layer i read, and the coefficients that normalised it."""
+        block = block_of[i]
+        return (inputs[block], None) if i in (starts[block], starts[-1]) else (y_of(i - 1), coefs[i - 1])
 
     def conv_norm_backward(
-        i: int, dz: Tensor, y: Tensor, sums: Tensor, residual: Tensor | None, need_dx: bool
+        i: int, dz: Tensor, sums: Tensor, residual: Tensor | None, need_dx: bool, end: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        below, coef = (x, None) if i in (0, layers) else (ys[i - 1], coefs[i - 1])
+        y, (a, coef) = y_of(i), below(i)
         abc, dgamma, dbeta = p.bn_backward_coef(sums, coefs[i], gammas[i], pixels(y.shape), trained[i])
         dx, sums, dws[i] = p.conv_backward(
-            dz, y, abc, below, coef, weights[i], strides[i], _pad(pads, i), residual, need_dx, need_weights[i]
+            dz, y, abc, a, coef, weights[i], strides[i], _pad(pads, i), residual, need_dx, need_weights[i], end
         )
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
         return dx, sums
 
+    def end_backward(block: int, dout: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        i = starts[block + 1] - 1
+        shortcut = (y_of(starts[-1]), coefs[-1]) if projection and block == 0 else ()
+        return p.bn_add_relu_backward(dout, out, y_of(i), coefs[i], *shortcut)
+
     norm_grads, dws = [None] * (2 * len(weights)), [None] * len(weights)
-    y, shortcut, shortcut_coef = y_of(layers - 1), None, None
-    if projection:
-        shortcut, shortcut_coef = y_of(layers), coefs[layers]
-    dz, sums, shortcut_sums = p.bn_add_relu_backward(dout, out, y, coefs[layers - 1], shortcut, shortcut_coef)
-    dshortcut = dz
-    if projection:
-        dshortcut, _ = conv_norm_backward(layers, dz, shortcut, shortcut_sums, None, need_x)
-        del shortcut
-    for i in reversed(range(layers)):
-        residual = dshortcut if i == 0 and (identity or projection) else None
-        dz, sums = conv_norm_backward(i, dz, y, sums, residual, need_x or i > 0)
-        y = ys[i - 1] if i else None
+    dz, sums, shortcut_sums = end_backward(len(depths) - 1, dout, out)
+    for block in reversed(range(len(depths))):
+        dshortcut = dz
+        if projection and block == 0:
+            dshortcut, _ = conv_norm_backward(starts[-1], dz, shortcut_sums, None, need_x, None)
+        for i in reversed(range(*starts[block : block + 2])):
+            residual = end = None
+            if i == starts[block]:
+                residual = dshortcut if block or identity or projection else None
+                # the data gradient goes on through the end of the block below, but for a projection's own sums
+                if block > 1 or (block == 1 and not projection):
+                    end = (y_of(i - 1), coefs[i - 1])
+            dz, sums = conv_norm_backward(i, dz, sums, residual, need_x or i > 0, end)
+        if projection and block == 1:
+            dz, sums, shortcut_sums = end_backward(0, dz, inputs[1])
     grads = [dz] * need_x + [dshortcut] * need_added + [dw for dw in dws if dw is not None]
     return [torch.cat(norm_grads), *grads]
 
 
 @residual_backward.register_fake
-def _(dout, out, x, ys, coefs, weights, gammas, strides, pads, trained, identity, projection, needs):
-    statistics = statistics_dtype(x.dtype)
+def _(
+    dout, out, inputs, ys, coefs, weights, gammas, depths, strides, pads, trained, identity, projection, keep_all, needs
+):
+    statistics = statistics_dtype(dout.dtype)
     need_x, need_added, *need_weights = needs
     dws = [torch.empty_like(w, dtype=statistics) for w, need in zip(weights, need_weights) if need]
-    norm_grads = x.new_empty(2 * sum(w.shape[0] for w in weights), dtype=statistics)
-    return [norm_grads] + [torch.empty_like(x)] * need_x + [torch.empty_like(dout)] * need_added + dws
+    norm_grads = dout.new_empty(2 * sum(w.shape[0] for w in weights), dtype=statistics)
+    first = inputs[1] if len(inputs) > 1 else dout
+    return [norm_grads] + [torch.empty_like(inputs[0])] * need_x + [torch.empty_like(first)] * need_added + dws
+
+
+def _joins(w: Tensor, stride: int, pad: tuple[int, ...]) -> bool:
+    """Whether the convolution can end the block before as it reads it."""
+    return w.shape[1:3] == (1, 1) and stride == 1 and not any(pad) and w.shape[0] <= JOINED_CHANNELS
 
 
 def _pad(pads: Sequence[int], i: int) -> tuple[int, ...]:

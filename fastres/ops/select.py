@@ -29,6 +29,7 @@ from fastres.ops.timing import TimedChoices, choices_path, machine_key
 MODES = ("auto", "triton", "aten")
 RANKS = 3  # tile configurations of a convolution that are timed, see `fastres.kernels.configs`
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_RANKED = ("conv", "conv_bias_act", "bn_add_relu_conv", "conv_dgrad", "conv_wgrad")
 _forced: str | None = None
 _selection: dict[str, str] = {}
 
@@ -138,7 +139,7 @@ def _triton() -> SimpleNamespace:
 def _other_tiles(rank: int) -> SimpleNamespace:
     """The convolution launchers with another of their tile configurations."""
     triton = _triton()
-    ranked = {name: partial(getattr(triton, name), rank=rank) for name in ("conv", "conv_bias_act", "conv_dgrad", "conv_wgrad")}
+    ranked = {name: partial(getattr(triton, name), rank=rank) for name in _RANKED}
     joint = partial(_dgrad_and_wgrad, ranked["conv_dgrad"], ranked["conv_wgrad"])
     return SimpleNamespace(**ranked, conv_backward=joint)
 
@@ -157,12 +158,13 @@ def _dgrad_and_wgrad(
     residual: Tensor | None = None,
     need_dx: bool = True,
     need_dw: bool = True,
+    end: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`conv_backward` of two kernels that each compute dy as they read it."""
     dx = sums = dw = None
     if need_dx:
-        below = None if coef is None else (x, coef)
-        dx, sums = dgrad(dz, y, abc, w, stride, pad, tuple(x.shape[1:3]), below, residual)
+        below, mask = ((x, coef), None) if coef is not None else (end, None if end is None else x)
+        dx, sums = dgrad(dz, y, abc, w, stride, pad, tuple(x.shape[1:3]), below, residual, mask)
     if need_dw:
         dw = wgrad(dz, y, abc, x, coef, stride, pad, tuple(w.shape[1:3]))
     return dx, sums, dw

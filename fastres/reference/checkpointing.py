@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -12,30 +12,39 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def run_blocks(blocks: Sequence[nn.Module], x: Tensor, every: int = 0) -> Tensor:
+def in_order(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Apply blocks one after the other."""
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    x: Tensor,
+    every: int = 0,
+    apply: Callable[[Sequence[nn.Module], Tensor], Tensor] = in_order,
+) -> Tensor:
     """Apply blocks in order; where ``every`` is not 0, keep only each ``every``-th activation for backward.
 
     The rest is computed again in backward (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): one
     more forward of time, and memory for ``len(blocks) / every`` inputs and one group's activations.
+
+    Args:
+        apply: applies a group of blocks.
     """
     if not every or not torch.is_grad_enabled():
-        return _in_order(blocks, x)
+        return apply(blocks, x)
     for first in range(0, len(blocks), every):
         group = blocks[first : first + every]
         x = checkpoint(
-            _in_order,
+            apply,
             group,
             x,
             use_reentrant=False,
             preserve_rng_state=False,  # no block draws random numbers
             context_fn=partial(_contexts, group),
         )
-    return x
-
-
-def _in_order(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
-    for block in blocks:
-        x = block(x)
     return x
 
 

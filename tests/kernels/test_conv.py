@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support_conv import exact, problems
-from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn
+from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn, random_coef
 
-from fastres.kernels.conv import conv, conv_bias_act
+from fastres.kernels.conv import bn_add_relu_conv, conv, conv_bias_act
 from fastres.ops import aten
 
 
@@ -27,6 +27,20 @@ def test_conv(problem, prologue, add):
     reference, _ = aten.conv(*exact(args))
     assert_as_good(y, eager, reference)
     assert moments.count.sum() == y.numel() // p.outputs
+    stored = y.double().flatten(0, 2)
+    pair = torch.stack([stored.mean(0), stored.var(0, correction=0)])
+    assert_as_good(statistics(moments), aten.finalize(aten.moments(y), None, None, 0.0)[:2], pair)
+
+
+@few_examples
+@given(problems(), st.booleans(), st.booleans())
+def test_bn_add_relu_conv(problem, projection, wide):
+    """The end of a block joined to a pointwise convolution, of more channels than a tile has as well."""
+    p = problem._replace(kernel=1, stride=1, pad=(0, 0, 0, 0), outputs=136 if wide else problem.outputs)
+    args = (p.x(), p.coef(), p.x(4), random_coef(p.inputs, p.seed + 5) if projection else None, p.w())
+    out, y, moments = guarded(bn_add_relu_conv, *args, rank=p.rank)
+    eager, reference = aten.bn_add_relu_conv(*args), aten.bn_add_relu_conv(*exact(args))
+    assert_as_good((out, y), eager[:2], reference[:2])
     stored = y.double().flatten(0, 2)
     pair = torch.stack([stored.mean(0), stored.var(0, correction=0)])
     assert_as_good(statistics(moments), aten.finalize(aten.moments(y), None, None, 0.0)[:2], pair)

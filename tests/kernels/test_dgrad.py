@@ -16,16 +16,17 @@ def total(result):
 
 
 @few_examples
-@given(problems(), st.booleans(), st.booleans(), st.booleans())
+@given(problems(), st.booleans(), st.sampled_from(["nothing", "norm", "end of a block"]), st.booleans())
 def test_conv_dgrad(problem, prologue, below, add):
     p = problem
     y, abc = (p.y(8), p.abc()) if prologue else (None, None)
-    rest = ((p.x(), p.coef()) if below else None, p.x(10) if add else None)
+    norm, mask = None if below == "nothing" else (p.x(), p.coef()), p.x(11) if below == "end of a block" else None
+    rest = (norm, p.x(10) if add else None, mask)
     args = (p.y(9), y, abc, p.w(), p.stride, p.pad, p.hw, *rest)
     ours = total(guarded(conv_dgrad, *args, rank=p.rank))
     eager, reference = total(aten.conv_dgrad(*args)), aten.conv_dgrad(*exact(args))
     assert_as_good(ours[0], eager[0], reference[0])
-    if below:  # sums are of the stored gradient, whose roundings they carry: what these may be is granted
+    if norm:  # sums are of the stored gradient, whose roundings they carry: what these may be is granted
         assert_as_good(ours[1], eager[1], reference[1].sum(0), rounding=p.dtype)
 
 

@@ -11,10 +11,11 @@ from support_fused import (
     leaves,
     random_layer,
     random_norm,
+    with_grads,
 )
 
-from fastres.ops import Layer, residual_block
-from fastres.ops.residual import residual_backward, residual_forward
+from fastres.ops import Layer, residual_block, residual_chain
+from fastres.ops.residual import JOINED_CHANNELS, residual_backward, residual_forward
 
 SAME = (0, 0, 1, 1)
 LOW = [torch.float32, torch.float16, torch.bfloat16]
@@ -141,6 +142,107 @@ def test_statistics_are_those_of_each_convolution():
         below = torch.relu(eager_norm(y, layer.norm))
 
 
+def chain(kind: str, shortcut: str, length: int = 3, **norm):
+    """x, the blocks of a chain and the shortcut of its first block."""
+    x, first, added = bottleneck(shortcut, 2 if shortcut in ("projection", "tensor") else 1, **norm)
+    c = 20 if shortcut == "identity" else 36
+    if kind == "bottleneck":
+        more = [[random_layer(c, 6, 1, **norm), random_layer(6, 10, 3, **norm), random_layer(10, c, 1, **norm)]]
+    else:
+        more = [[random_layer(c, 8, 3, **norm), random_layer(8, c, 3, **norm)]]
+    return x, [first, *(more * (length - 1))], added
+
+
+def eager_chain(x, blocks, shortcut, relu=True):
+    for index, layers in enumerate(blocks):
+        last = index == len(blocks) - 1
+        x = eager_residual(x, layers, shortcut if index == 0 else x, relu or not last)
+    return x
+
+
+def both_chains(shortcut: str, **options):
+    """As `both`."""
+    fused = lambda x, blocks, added: residual_chain(x, blocks, added, **options)[0]  # noqa: E731
+    if shortcut == "identity":
+        return lambda x, b, _: residual_chain(x, b, x, **options)[0], lambda x, b, _: eager_chain(x, b, x)
+    return fused, eager_chain
+
+
+@pytest.mark.parametrize("keep", ["all", "fewer"])
+@pytest.mark.parametrize("kind", ["bottleneck", "basic"])
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor", "none"])
+def test_chain_equals_fp64_eager(shortcut, kind, keep):
+    assert_as_good_as_eager(*both_chains(shortcut, keep=keep), chain(kind, shortcut), torch.float64)
+
+
+@pytest.mark.parametrize("norm", [dict(gamma=False), dict(frozen=True)], ids=str)
+def test_norms_of_other_kinds_in_a_chain(norm):
+    assert_as_good_as_eager(*both_chains("projection"), chain("bottleneck", "projection", **norm), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_chain_equals_its_blocks_one_by_one(shortcut, dtype):
+    """To the bit, so what holds of a block's errors holds of a chain's."""
+
+    def one_by_one(x, blocks, added):
+        for index, layers in enumerate(blocks):
+            x = result(x, layers, (added or x) if index == 0 else x)
+        return x
+
+    arguments = chain("bottleneck", shortcut)
+    at_once = both_chains(shortcut)[0]
+    dout = torch.randn_like(at_once(*arguments))
+    for one, other in zip(with_grads(at_once, arguments, dtype, dout), with_grads(one_by_one, arguments, dtype, dout)):
+        assert torch.equal(one, other)
+
+
+def test_wide_bottlenecks_are_not_joined_in_forward():
+    """More channels than one program takes: the end of a block is a pass of its own."""
+    x = image(1, 3, 2, 8)
+    blocks = [[random_layer(8, JOINED_CHANNELS + 1, 1), random_layer(JOINED_CHANNELS + 1, 8, 1)]] * 2
+    assert_as_good_as_eager(*both_chains("identity"), (x, blocks, None), torch.float64)
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_statistics_of_a_chain_are_those_of_its_blocks(shortcut):
+    x, blocks, added = chain("bottleneck", shortcut)
+    added = x if shortcut == "identity" else added
+    out, ours = residual_chain(x, blocks, added)
+    a, theirs, projected = x, [], []
+    for index, layers in enumerate(blocks):
+        a, used = residual_block(a, layers, added if index == 0 else a)
+        theirs += used[: len(layers)]
+        projected += used[len(layers) :]
+    torch.testing.assert_close(out, a)
+    for one, other in zip(ours, theirs + projected, strict=True):
+        assert one.count == other.count
+        torch.testing.assert_close(one.coef, other.coef)
+
+
+def test_a_later_block_must_keep_the_size():
+    x, layers, _ = bottleneck("identity")
+    with pytest.raises(RuntimeError, match=r"size of the shortcut \[2, 20, 7, 9\] must match .* \[2, 20, 4, 5\]"):
+        residual_chain(x, [layers, [layers[0], layers[1]._replace(stride=2), layers[2]]], x)
+
+
+@pytest.mark.parametrize("keep_all", [True, False])
+def test_opcheck_of_a_chain(keep_all):
+    x, blocks, projection = chain("bottleneck", "projection", 2)
+    every = [layer for layers in blocks for layer in layers] + [projection]
+    weights = [la.weight.permute(0, 2, 3, 1).contiguous() for la in every]
+    norms = [t for la in every for t in la.norm[:4]]
+    geometry = [3, 3], [la.stride for la in every], [side for la in every for side in la.pad]
+    eps = [la.norm.eps for la in every]
+    forward = (x, None, weights, norms, *geometry, eps, False, True, True, True, keep_all)
+    torch.library.opcheck(residual_forward, forward)
+    out, *rest = residual_forward(*forward)
+    inner, ys, coefs = rest[0], rest[1:-7], rest[-7:]
+    needs = [True, False] + [True] * 7
+    backward = (out, out, [x, inner], ys, coefs, weights, norms[::4], *geometry, [True] * 7, False, True, keep_all, needs)
+    torch.library.opcheck(residual_backward, backward)
+
+
 def test_gradcheck():
     x = image(2, 3, 4, 3).requires_grad_()
     layers = [cast(la, torch.float64) for la in (random_layer(3, 2, 1), random_layer(2, 2, 3, 2), random_layer(2, 4, 1))]
@@ -187,14 +289,15 @@ def test_opcheck(shortcut):
     eps = [la.norm.eps for la in every]
     tensor = None if projection else added
     kinds = (shortcut == "identity", projection)
-    for kept in (0, 2, len(every)):
-        forward = (x, tensor, weights, norms, *geometry, eps, *kinds, True, kept)
+    depths = [len(layers)]
+    for recording, keep_all in ((False, True), (True, False), (True, True)):
+        forward = (x, tensor, weights, norms, depths, *geometry, eps, *kinds, True, recording, keep_all)
         torch.library.opcheck(residual_forward, forward)
     out, *rest = residual_forward(*forward)
     ys, coefs = rest[: len(every)], rest[len(every) :]
     needs = [True, tensor is not None] + [True] * len(every)
     trained = [True] * len(every)
-    backward = (out, out, x, ys, coefs, weights, norms[::4], *geometry, trained, *kinds, needs)
+    backward = (out, out, [x], ys, coefs, weights, norms[::4], depths, *geometry, trained, *kinds, True, needs)
     torch.library.opcheck(residual_backward, backward)
 
 

@@ -154,6 +154,38 @@ def test_residual_block(kernels, shortcut):
     for_each(f"{kernels} {shortcut}", residuals(kernels, shortcut), partial(check_residual, shortcut == "identity"))
 
 
+@pytest.mark.parametrize("keep", ["all", "fewer"])
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+@pytest.mark.parametrize("kernels", [BOTTLENECK, BASIC], ids=["bottleneck", "basic"])
+def test_chain(kernels, shortcut, keep):
+    """Blocks at once: the next one's first convolution ends the block before, its data gradient begins that backward."""
+    torch.manual_seed(0)
+    widths = [20, *[8] * (len(kernels) - 1), 20]
+
+    def block():
+        return [random_layer(*pair, kernel) for pair, kernel in zip(zip(widths, widths[1:]), kernels)]
+
+    def fused(x, blocks, added):
+        out, statistics = ops.residual_chain(x, blocks, added or x, keep=keep)
+        every = [*(layer for layers in blocks for layer in layers), *([added] if added else [])]
+        return out, moved([layer.norm for layer in every], statistics)
+
+    def eager(x, blocks, added, tracked=None, **extra):
+        per_block = []
+        for index, layers in enumerate(blocks):
+            per_block.append([])
+            x = eager_residual(x, layers, (added or x) if index == 0 else x, tracked=per_block[-1], **extra)
+        if tracked is not None:  # the projection's come last
+            first = 2 * len(blocks[0])
+            tracked += per_block[0][:first] + sum(per_block[1:], []) + per_block[0][first:]
+        return x
+
+    with device():
+        x = torch.randn(2, 5, 7, 20, dtype=torch.float64)
+        arguments = x, [block() for _ in range(3)], random_layer(20, 20, 1) if shortcut == "projection" else None
+    assert_as_good_as_eager(fused, with_statistics(eager), arguments, torch.float32, partial(eager, relu=relu_apart))
+
+
 @pytest.mark.parametrize("kernel, shortcut", [(1, "none"), (3, "none"), (3, "projection"), (5, "none")])
 def test_one_layer(kernel, shortcut):
     for_each(f"{kernel} {shortcut}", residuals((kernel,), shortcut), partial(check_residual, False))
@@ -405,11 +437,12 @@ def test_opcheck(shortcut, monkeypatch):
     x = x.detach()
     geometry = [layer.stride for layer in every], [side for layer in every for side in layer.pad]
     kinds = (shortcut == "identity", projection)
-    forward = (x, None, weights, vectors, *geometry, [1e-5] * len(every), *kinds, True, len(every))
+    depths, recording, keep_all = [len(layers)], True, True
+    forward = (x, None, weights, vectors, depths, *geometry, [1e-5] * len(every), *kinds, True, recording, keep_all)
     torch.library.opcheck(residual_forward, forward)
     out, *rest = residual_forward(*forward)
     ys, coefs = rest[: len(every)], rest[len(every) :]
     needs = [True, False] + [True] * len(every)
     trained = [True] * len(every)
-    backward = (out, out, x, ys, coefs, weights, vectors[::4], *geometry, trained, *kinds, needs)
+    backward = (out, out, [x], ys, coefs, weights, vectors[::4], depths, *geometry, trained, *kinds, keep_all, needs)
     torch.library.opcheck(residual_backward, backward)

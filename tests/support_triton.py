@@ -14,16 +14,28 @@ from fastres.kernels import buffers
 
 
 @contextmanager
+def fp32_products() -> Iterator[None]:
+    """No tf32 in convolutions of fp32, neither eager PyTorch's nor the kernels'."""
+    switch = torch.backends.cudnn.conv
+    before, switch.fp32_precision = switch.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+@contextmanager
 def on_triton() -> Iterator[None]:
-    """Triton kernels, fp32 products in fp32; what kernels make starts as NaN between guard bands, checked at the end.
+    """Triton kernels without tf32; what kernels make starts as NaN between guard bands, which are checked at the end.
 
     In the interpreter all addresses are checked too.
     """
-    switch, guards = torch.backends.cudnn.conv, Guards()
-    before, switch.fp32_precision = switch.fp32_precision, "ieee"
-    try:
-        with ops.implementation("triton"), mock.patch.object(buffers, "empty", guards.empty), checked_addresses():
-            yield
-    finally:
-        switch.fp32_precision = before
+    guards = Guards()
+    with (
+        fp32_products(),
+        ops.implementation("triton"),
+        mock.patch.object(buffers, "empty", guards.empty),
+        checked_addresses(),
+    ):
+        yield
     guards.check()

@@ -1,0 +1,280 @@
+"""Predicted times of training steps on GPUs that are not at hand: ``python -m bench.roofline``.
+
+The bytes of every launch of the eager, the compiled (Inductor) and the fused step are those that `bench.traffic`
+counted, the operations those of the convolutions; a launch takes ``max(bytes / bandwidth, flops / rate) + launch``.
+Bandwidth and rate are the data sheets', times a share that large copies and matrix products are assumed to reach. These
+are predictions of a lower bound, not measurements: no kernel reaches its roof. Stem and blocks are counted; average
+pool, last layer, loss and optimizer, which are the same in all, are not. Where a folder of campaign results exists for
+one of the GPUs, the same model with the ceilings measured there stands beside the times measured there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from bench.blocks import Block, blocks_of
+from bench.record import RESULTS, write_results
+from bench.tables import markdown
+from fastres.atomic import atomic_write
+
+
+class Machine(NamedTuple):
+    """Ceilings of a GPU."""
+
+    bandwidth: float  # bytes a second
+    rate: float  # bf16 operations a second, dense
+    launch: float  # seconds between the end of a kernel and the begin of the next
+
+
+# NVIDIA's data sheets, SXM modules.
+DATA_SHEETS = {"A100": (2.039e12, 312e12), "H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
+BANDWIDTH_SHARE, RATE_SHARE, LAUNCH = 0.9, 0.75, 3e-6  # assumed
+KINDS = {"eager": "eager", "inductor": "compile", "fused": "fused"}  # counted kind: peer that is measured
+
+
+class Launch(NamedTuple):
+    """One kernel."""
+
+    kernel: str
+    bytes: int
+    flops: int
+
+    def seconds(self, machine: Machine) -> float:
+        """Predicted time."""
+        return max(self.bytes / machine.bandwidth, self.flops / machine.rate) + machine.launch
+
+
+def assumed(name: str, bandwidth_share: float, rate_share: float, launch: float) -> Machine:
+    """The ceilings that a data sheet's figures are taken to mean."""
+    bandwidth, rate = DATA_SHEETS[name]
+    return Machine(bandwidth * bandwidth_share, rate * rate_share, launch)
+
+
+def convolution_flops(block: Block, batch: int) -> list[tuple[int, bool]]:
+    """Operations of each convolution's forward, in order, and whether its input needs a gradient."""
+    found: list[tuple[int, bool]] = []
+    module = block.module.to("meta")
+    first = block.images(1, torch.float32).requires_grad
+    x = torch.empty(1, *block.shape, device="meta")
+
+    def note(conv: nn.Conv2d, inputs: tuple, output: torch.Tensor) -> None:
+        taps = conv.weight[0].numel()
+        found.append((2 * taps * output.numel() * batch, first or inputs[0].shape != x.shape))
+
+    hooks = [m.register_forward_hook(note) for m in module.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        module(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def with_flops(kernels: list[dict[str, Any]], convolutions: list[tuple[int, bool]]) -> list[Launch]:
+    """Give each counted kernel the operations of its convolution: forward in order, backward in reverse order.
+
+    Raises:
+        ValueError: where there are other convolutions among the kernels than the block has.
+    """
+    backward = convolutions[::-1]
+    waiting = {
+        "forward": deque(flops for flops, _ in convolutions),
+        "dgrad": deque(flops for flops, needed in backward if needed),
+        "wgrad": deque(flops for flops, _ in backward),
+        "both": deque(flops * (1 + needed) for flops, needed in backward),
+    }
+    launches = []
+    for kernel in kernels:
+        kind, flops = _kind(kernel["kernel"]), 0
+        if kind is not None:
+            if not waiting[kind]:
+                raise ValueError(f"{kernel['kernel']}: more {kind} convolutions than the block has")
+            flops = waiting[kind].popleft()
+        launches.append(Launch(kernel["kernel"], kernel["loaded"] + kernel["stored"], flops))
+    complete = not waiting["forward"] and (not waiting["both"] or not (waiting["dgrad"] or waiting["wgrad"]))
+    if not complete:
+        raise ValueError("fewer convolutions among the kernels than the block has")
+    return launches
+
+
+def _kind(kernel: str) -> str | None:
+    if "dgrad" in kernel:
+        return "dgrad"
+    if "wgrad" in kernel:
+        return "wgrad"
+    if "convolution_backward" in kernel:
+        return "both"
+    return "forward" if "convolution" in kernel or kernel.startswith("conv_kernel") else None
+
+
+def steps_of(network: str, counted: dict[str, Any], batch: int) -> dict[str, list[tuple[int, Launch]]]:
+    """Launches of a network's step by kind, each with the number of equal blocks that it occurs in."""
+    options = {"num_classes": 1000} if counted["image"] == 224 else {}
+    blocks = {block.name: block for block in blocks_of(network, counted["image"], **options)}
+    steps: dict[str, list[tuple[int, Launch]]] = {kind: [] for kind in KINDS}
+    for one in counted["blocks"]:
+        convolutions = convolution_flops(blocks[one["block"]], batch)
+        kernels = {"eager": one["eager"], "inductor": one["inductor"], "fused": one["launches"] + one["other"]}
+        for kind in KINDS:
+            steps[kind] += [(one["count"], launch) for launch in with_flops(kernels[kind], convolutions)]
+    return steps
+
+
+def predict(step: list[tuple[int, Launch]], machine: Machine) -> dict[str, float]:
+    """Seconds of a step, its launches, bytes and operations, and the share of the time that bandwidth decides."""
+    seconds = sum(count * launch.seconds(machine) for count, launch in step)
+    by_bytes = sum(
+        count * launch.bytes / machine.bandwidth
+        for count, launch in step
+        if launch.bytes / machine.bandwidth > launch.flops / machine.rate
+    )
+    return {
+        "seconds": seconds,
+        "launches": sum(count for count, _ in step),
+        "bytes": sum(count * launch.bytes for count, launch in step),
+        "flops": sum(count * launch.flops for count, launch in step),
+        "bandwidth_bound": by_bytes / seconds,
+    }
+
+
+def comparisons(results: Path, traffic: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measured steps of campaigns on a GPU beside the model with the ceilings measured there.
+
+    The counted batch's prediction is taken in proportion to the measured batch.
+    """
+    found = []
+    for file in sorted(results.glob("*/models.json")):
+        models, ceilings = json.loads(file.read_text()), file.with_name("environment.json")
+        if models["device"] == "cpu" or not ceilings.exists():
+            continue
+        cases = json.loads(ceilings.read_text())["cases"]
+        if "gb_per_second" not in cases.get("copy", {}) or "tflops" not in cases.get("matmul bfloat16", {}):
+            continue
+        machine = Machine(cases["copy"]["gb_per_second"] * 1e9, cases["matmul bfloat16"]["tflops"] * 1e12, LAUNCH)
+        for case in models["cases"].values():
+            counted = traffic["networks"].get(case.get("model"))
+            if counted is None or counted["image"] != case["image_size"]:
+                continue
+            steps = steps_of(case["model"], counted, traffic["batch"])
+            for kind, peer in KINDS.items():
+                figures = case["peers"].get(peer, {})
+                if "seconds" in figures:
+                    predicted = predict(steps[kind], machine)["seconds"] * case["batch"] / traffic["batch"]
+                    where = {"device": models["device"], "network": case["model"], "batch": case["batch"], "peer": peer}
+                    found.append({**where, "predicted": predicted, "measured": figures["seconds"]["median"]})
+    return found
+
+
+def read_traffic(files: list[Path]) -> dict[str, Any]:
+    """Results of `bench.traffic`, merged.
+
+    Raises:
+        ValueError: for files of different batches, or none.
+    """
+    found = [json.loads(file.read_text()) for file in files]
+    if len({(one["batch"], one["dtype"]) for one in found}) != 1:
+        raise ValueError("give results of `python -m bench.traffic --json FILE`, all at one batch and dtype")
+    networks = {name: counted for one in found for name, counted in one["networks"].items()}
+    return {"batch": found[0]["batch"], "dtype": found[0]["dtype"], "networks": networks}
+
+
+def rows(predictions: dict[str, dict[str, dict[str, dict[str, float]]]]) -> list[list[str]]:
+    """A row of the table for each network and GPU."""
+    lines = []
+    for network, gpus in predictions.items():
+        for gpu, kinds in gpus.items():
+            seconds = {kind: figures["seconds"] for kind, figures in kinds.items()}
+            lines.append(
+                [network, gpu, *(f"{1e3 * value:.2f}" for value in seconds.values())]
+                + [f"{seconds['eager'] / seconds['fused']:.2f}x", f"{seconds['inductor'] / seconds['fused']:.2f}x"]
+                + [f"{kinds[kind]['bandwidth_bound']:.0%}" for kind in KINDS]
+            )
+    return lines
+
+
+COLUMNS = ("network", "GPU", "eager ms", "compiled ms", "fused ms", "eager / fused", "compiled / fused",
+           "bandwidth-bound: eager", "compiled", "fused")  # fmt: skip
+
+
+def plot(predictions: dict[str, Any], machines: dict[str, Machine], path: Path) -> None:
+    """Roofs of the GPUs; each network's whole step as a point a kind, at its predicted rate on the first GPU."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    intensity = [2.0**power for power in range(2, 11)]
+    for name, machine in machines.items():
+        roof = [min(machine.rate, x * machine.bandwidth) / 1e12 for x in intensity]
+        axes.loglog(intensity, roof, label=f"{name}, roof as assumed", linewidth=1)
+    shown = list(machines)[-2 if len(machines) > 1 else -1]
+    for kind, marker in zip(KINDS, "os^"):
+        points = [gpus[shown][kind] for gpus in predictions.values()]
+        axes.loglog(
+            [one["flops"] / one["bytes"] for one in points],
+            [one["flops"] / one["seconds"] / 1e12 for one in points],
+            marker,
+            label=f"{kind}, whole steps predicted on {shown}",
+        )
+        for network, one in zip(predictions, points):
+            axes.annotate(network, (one["flops"] / one["bytes"], one["flops"] / one["seconds"] / 1e12), fontsize=6)
+    axes.set(xlabel="FLOP a byte, counted", ylabel="TFLOP/s, predicted", title="Predictions, no measurement")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--traffic", nargs="+", type=Path, help="results of bench.traffic [bench/results/traffic*.json]")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that campaigns' folders are in")
+    parser.add_argument("--bandwidth-share", type=float, default=BANDWIDTH_SHARE, help="of the data sheet's [0.9]")
+    parser.add_argument("--rate-share", type=float, default=RATE_SHARE, help="of the data sheet's [0.75]")
+    parser.add_argument("--launch", type=float, default=LAUNCH, help="seconds a launch [3e-6]")
+    parser.add_argument("--out", type=Path, default=RESULTS / "roofline.json", help="result file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Predict, compare, print, write the result and the picture."""
+    args = parse(argv)
+    traffic = read_traffic(args.traffic or sorted(RESULTS.glob("traffic*.json")))
+    machines = {
+        name: assumed(name, args.bandwidth_share, args.rate_share, args.launch) for name in DATA_SHEETS
+    }
+    predictions: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for network, counted in traffic["networks"].items():
+        steps = steps_of(network, counted, traffic["batch"])
+        predictions[network] = {
+            name: {kind: predict(step, machine) for kind, step in steps.items()} for name, machine in machines.items()
+        }
+    compared = comparisons(args.results, traffic)
+    print(f"Predictions, batch {traffic['batch']}, {traffic['dtype']}\n\n{markdown(COLUMNS, rows(predictions))}")
+    for one in compared:
+        print(
+            f"{one['device']}, {one['network']}, batch {one['batch']}, {one['peer']}: measured {1e3 * one['measured']:.2f} "
+            f"ms, {one['measured'] / one['predicted']:.2f} times the prediction"
+        )
+    write_results(
+        args.out,
+        {
+            "kind": "prediction",
+            "batch": traffic["batch"],
+            "dtype": traffic["dtype"],
+            "machines": {name: machine._asdict() for name, machine in machines.items()},
+            "predictions": predictions,
+            "compared": compared,
+        },
+    )
+    plot(predictions, machines, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

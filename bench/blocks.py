@@ -1,9 +1,9 @@
-"""The blocks that networks are made of, each with the input it meets, to be measured one by one."""
+"""The parts that networks are made of, each with the input it meets, to be measured one by one."""
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +11,27 @@ from torch import Tensor, nn
 
 from fastres.models import create_model
 from fastres.nn import fuse
-from fastres.nn.blocks import PreActBottleneck
-from fastres.nn.networks import blocks_of as residual_blocks
+from fastres.nn.blocks import in_chains
 from fastres.nn.stem import fused_stem
+from fastres.reference.preact import PreActBottleneck
 
 
-class Block(NamedTuple):
-    """A part of a network."""
+@dataclass(frozen=True)
+class Part:
+    """Blocks of a network that follow one another, or its stem."""
 
-    name: str  # of the first such part in the network
-    count: int  # parts with the same layers and input
-    module: nn.Module  # eager, channels-last
+    name: str  # of the first block
+    modules: nn.Sequential  # eager, channels-last
     shape: tuple[int, int, int]  # C, H, W of its input
 
     def images(self, batch: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised channels-last input that needs a gradient where the part's input does."""
         x = torch.empty(batch, *self.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        return x.requires_grad_(not isinstance(self.module, EagerStem))
+        return x.requires_grad_(not isinstance(self.modules[0], EagerStem))
+
+    def first(self) -> Part:
+        """Its first block alone."""
+        return Part(self.name, self.modules[:1], self.shape)
 
 
 class EagerStem(nn.Module):
@@ -54,50 +58,50 @@ class FusedStem(EagerStem):
         return self.conv1(x) if self.bn1 is None else fused_stem(x, self.conv1, self.bn1, self.maxpool)
 
 
-class _Chained(nn.Module):
-    """A fused pre-activation block inside its network: it is handed the statistics of its input, and hands on."""
+class FusedChain(nn.Module):
+    """Fused blocks as their network applies them: several at once, or each handing its statistics to the next."""
 
-    def __init__(self, block: PreActBottleneck):
+    def __init__(self, blocks: nn.Sequential):
         super().__init__()
-        self.block = block
-        self.register_buffer("coef", torch.empty(5, block.bn1.num_features))
+        self.blocks = blocks
+        self.preact = isinstance(blocks[0], PreActBottleneck)
+        if self.preact:
+            self.register_buffer("coef", torch.empty(5, blocks[0].bn1.num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block((x, self.coef))[0]
+        """[N, C, H, W] to [N, C', H', W']."""
+        if not self.preact:
+            return in_chains(self.blocks, x)
+        coef = self.coef
+        for block in self.blocks:
+            x, coef = block((x, coef))
+        return x
 
 
-def fused(block: Block, keep: str = "all") -> nn.Module:
-    """The block's fused form, see `fastres.nn.fuse`; the eager one stays as it is."""
-    module = copy.deepcopy(block.module)
-    if isinstance(module, EagerStem):
-        module.__class__ = FusedStem
-        return module
-    module = fuse(module, keep)
-    return _Chained(module) if isinstance(module, PreActBottleneck) else module
+def fused(part: Part, keep: str = "all") -> nn.Module:
+    """The part's fused form, see `fastres.nn.fuse`; the eager one stays as it is."""
+    modules = copy.deepcopy(part.modules)
+    if isinstance(modules[0], EagerStem):
+        modules[0].__class__ = FusedStem
+        return modules
+    return FusedChain(fuse(modules, keep))
 
 
-def blocks_of(network: str, size: int, **options: object) -> list[Block]:
-    """Stem and blocks of a network for images of ``size`` x ``size`` pixels, equal ones counted together."""
-    model = create_model(network, **options)
-    found: dict[tuple, Block] = {}
-    shape = torch.empty(1, 3, size, size, device="meta")
-    parts = [("stem", EagerStem(model))]
-    names = {module: name for name, module in model.named_modules()}
-    parts += [(names[block], block) for block in residual_blocks(model)]
-    for name, module in parts:
-        key = (str(module), tuple(shape.shape))
-        if key in found:
-            found[key] = found[key]._replace(count=found[key].count + 1)
-        else:
-            whole = copy.deepcopy(module).to(memory_format=torch.channels_last)
-            found[key] = Block(name, 1, whole, tuple(shape.shape[1:]))
+def parts_of(network: str, size: int, **options: object) -> list[Part]:
+    """Stem and stages of a network for images of ``size`` x ``size`` pixels."""
+    model = create_model(network, **options).to(memory_format=torch.channels_last)
+    stages = [name for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(model, name)]
+    parts = [("stem", nn.Sequential(EagerStem(model)))] + [(f"{name}.0", getattr(model, name)) for name in stages]
+    x, found = torch.empty(1, 3, size, size, device="meta"), []
+    for name, modules in parts:
+        found.append(Part(name, modules, tuple(x.shape[1:])))
         with torch.no_grad():
-            shape = copy.deepcopy(module).to("meta")(shape)
-    return list(found.values())
+            x = copy.deepcopy(modules).to("meta")(x)
+    return found
 
 
 def train(module: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-    """Forward and backward of a block under autocast, the gradient of its result uninitialised."""
+    """Forward and backward under autocast, the gradient of the result uninitialised."""
     module.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         out = module(x)

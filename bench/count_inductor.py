@@ -161,4 +161,4 @@ def _kernels(node: BaseSchedulerNode) -> list[CallTraffic]:
     if "convolution_backward" in name:
         gradient = node.node.inputs[0]
         loaded += gradient.get_layout().storage_size() * gradient.get_dtype().itemsize
-    return [CallTraffic(name, loaded, stored)]
+    return [CallTraffic(name, int(loaded), int(stored))]

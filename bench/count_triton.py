@@ -1,20 +1,23 @@
 """Bytes that each Triton launch of a step loads and stores, counted in Triton's interpreter.
 
-Which addresses a kernel touches does not depend on the values there, so the products themselves are left out. An
-interpreted batch is small; the launchers then tell, without running anything, how large every tensor of the same
-launches is at the batch in question. Of each argument the same share is touched there: an activation, a weight or a
-coefficient is read whole whatever the batch, a strided 1x1 convolution reads every fourth pixel of all. Launches that
-only the larger batch needs, such as the merging of many partial sums, are small and interpreted at their true size.
+Which addresses a kernel touches does not depend on the values there, so the products themselves are left out, and equal
+launches are interpreted once. One image is interpreted, with the tiles of the whole batch; the launchers then tell,
+without running anything, how large every tensor of the same launches is at the batch in question. Of each argument the
+same share is touched there: an activation, a weight or a coefficient is read whole whatever the batch, a strided 1x1
+convolution reads every fourth pixel of all. Launches that only the larger batch needs, such as the merging of many
+partial sums, are small and interpreted at their true size.
 
 Needs ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import sys
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +52,7 @@ class LaunchTraffic:
     kernel: str
     arguments: dict[str, Argument]
     tile: dict[str, int]
+    programs: int
 
     @property
     def loaded(self) -> int:
@@ -71,31 +75,26 @@ class LaunchTraffic:
         return sum(argument.size for argument in self.arguments.values())
 
 
-def traffic(step: Callable[[int], Any], batch: int, samples: tuple[int, int] = (1, 2)) -> list[LaunchTraffic]:
+def traffic(step: Callable[[int], Any], batch: int, sample: int = 1) -> list[LaunchTraffic]:
     """Traffic of the launches that ``step(batch)`` makes.
 
     Args:
         step: a training step of ``batch`` images; its launches depend on nothing but the batch.
-        samples: batches to interpret.
+        sample: the batch to interpret.
 
     Raises:
-        RuntimeError: without ``TRITON_INTERPRET=1``, or where a launch at the batch has no like at the samples.
+        RuntimeError: without ``TRITON_INTERPRET=1``, or where a launch at the batch has no like at the sample.
     """
     with _tiles_noted() as tiles:
         counts = Counter(launch.kernel for launch in _launches(step, batch))
     with _tiles_given(tiles):
-        small = _launches(step, samples[0], everything=True)
-    with _tiles_given(tiles):
-        larger = _launches(step, samples[1], everything=True)
-    sampled = [Counter(launch.kernel for launch in launches) for launches in (small, larger)]
-    comparable = {kernel for kernel, count in counts.items() if all(count == other[kernel] for other in sampled)}
+        samples = _launches(step, sample, everything=True)
+    sampled = Counter(launch.kernel for launch in samples)
+    comparable = {kernel for kernel, count in counts.items() if count == sampled[kernel]}
     found = _launches(step, batch, kernels=counts.keys() - comparable)
-    samples_of = defaultdict(list)
-    for pair in zip(*([launch for launch in one if launch.kernel in comparable] for one in (small, larger))):
-        samples_of[pair[0].kernel].append(pair)
-    for launch in found:
-        if launch.kernel in comparable:
-            _extrapolate(launch, *samples_of[launch.kernel].pop(0), samples, batch)
+    likes = (launch for launch in samples if launch.kernel in comparable)
+    for launch, like in zip((launch for launch in found if launch.kernel in comparable), likes):
+        _extrapolate(launch, like)
     return found
 
 
@@ -104,20 +103,20 @@ def unlaunched() -> AbstractContextManager[list[LaunchTraffic]]:
     return _counting((), everything=False)
 
 
-def _extrapolate(
-    launch: LaunchTraffic, small: LaunchTraffic, larger: LaunchTraffic, samples: tuple[int, int], batch: int
-) -> None:
-    """Fill in a launch that did not run: shares of a tensor are constant, repeated loads linear in the batch."""
-    if launch.tile != larger.tile or launch.arguments.keys() != larger.arguments.keys():
-        raise RuntimeError(f"{launch.kernel} is not the same launch at batch {batch} as at {samples[1]}")
+def _extrapolate(launch: LaunchTraffic, like: LaunchTraffic) -> None:
+    """Fill in a launch that did not run from one that did.
+
+    Loads that repeat go with the size of what is loaded, or, where that is the same in every batch, with the number of
+    programs.
+    """
+    if (launch.kernel, launch.tile, [*launch.arguments]) != (like.kernel, like.tile, [*like.arguments]):
+        raise RuntimeError(f"{launch.kernel} {launch.tile} has no like at the sample, but {like.kernel} {like.tile}")
     for name, argument in launch.arguments.items():
-        one, two = small.arguments[name], larger.arguments[name]
-        argument.loaded = round(two.loaded / two.size * argument.size)
-        argument.stored = round(two.stored / two.size * argument.size)
-        slope = (two.issued - one.issued) / (samples[1] - samples[0])
-        argument.issued = max(
-            argument.loaded + argument.stored, round(two.issued + slope * (batch - samples[1]))
-        )
+        sampled = like.arguments[name]
+        growth = argument.size / sampled.size
+        argument.loaded, argument.stored = round(sampled.loaded * growth), round(sampled.stored * growth)
+        repeats = growth if growth != 1 else launch.programs / like.programs
+        argument.issued = max(argument.loaded + argument.stored, round(sampled.issued * repeats))
 
 
 @contextmanager
@@ -171,7 +170,7 @@ class _Memory:
 
     def touch(self, kind: str, pointers: Any, mask: Any) -> None:
         addresses, inside = np.broadcast_arrays(pointers.data, mask.data)
-        addresses = addresses[inside]
+        addresses = addresses[inside.astype(bool)]
         if not addresses.size:
             return
         width = pointers.get_element_ty().primitive_bitwidth // 8
@@ -186,6 +185,18 @@ class _Memory:
         for (index, kind), elements in self.touched.items():
             argument = self.arguments[index]
             setattr(argument, kind, int(elements.sum()) * (argument.size // elements.size))
+
+
+# What interpreted launches did, by all that it depends on.
+_interpreted: dict[tuple, dict[str, Argument]] = {}
+
+
+def _identity(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What the traffic of a launch depends on: of a tensor its kind, and which of the arguments has the same memory."""
+    if not isinstance(value, Tensor):
+        return value
+    same = next(name for name, tensor in tensors.items() if tensor.data_ptr() == value.data_ptr())
+    return value.shape, value.stride(), value.dtype, same
 
 
 @contextmanager
@@ -204,13 +215,20 @@ def _counting(kernels: Collection[str], everything: bool) -> Iterator[list[Launc
         bound = inspect.signature(self.fn).bind(*args, **own).arguments
         tensors = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
         arguments = {name: Argument(tensor.nbytes) for name, tensor in tensors.items()}
+        tile = {name: value for name, value in bound.items() if name.startswith("BLOCK")}
+        grid = self.grid(bound) if callable(self.grid) else self.grid
+        found.append(LaunchTraffic(self.fn.__name__, arguments, tile, math.prod(grid)))
+        if not everything and self.fn.__name__ not in kernels:
+            return
+        key = (self.fn, tuple(grid), *((name, _identity(value, tensors)) for name, value in bound.items()))
+        if key in _interpreted:
+            found[-1].arguments = copy.deepcopy(_interpreted[key])
+            return
         for name, tensor in tensors.items():
             memory.add(tensor, arguments[name])
-        tile = {name: value for name, value in bound.items() if name.startswith("BLOCK")}
-        found.append(LaunchTraffic(self.fn.__name__, arguments, tile))
-        if everything or self.fn.__name__ in kernels:
-            run(self, *args, **kwargs)
-            memory.settle()
+        run(self, *args, **kwargs)
+        memory.settle()
+        _interpreted[key] = copy.deepcopy(arguments)
 
     def counted_load(self: InterpreterBuilder, pointers: Any, mask: Any, *rest: Any) -> Any:
         memory.touch("loaded", pointers, mask)

@@ -1,13 +1,15 @@
 """Bytes that a training step of each block moves: eager PyTorch, torch.compile, fused: ``python -m bench.traffic``.
 
 Nothing is timed and no GPU is needed. See `bench.count_triton`, `bench.count_eager` and `bench.count_inductor` for how
-each is counted, `bench.count_saved` for the memory kept. Blocks are counted alone; a network's sum leaves out the
-average pool and the last layer, which are the same in all. bf16 under autocast, fp32 master weights, channels-last.
+each is counted, `bench.count_saved` for the memory kept. A stage is counted as a whole and its first block alone; the
+difference, shared out, is that of each further block. The sum leaves out the average pool and the last layer, which are
+the same in all. bf16 under autocast, fp32 master weights, channels-last.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 from pathlib import Path
@@ -18,10 +20,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before a kernel mo
 import torch  # noqa: E402
 
 from bench import count_eager, count_inductor, count_triton  # noqa: E402
-from bench.blocks import Block, blocks_of, fused, train  # noqa: E402
+from bench.blocks import Part, fused, parts_of, train  # noqa: E402
 from bench.count_saved import saved_bytes  # noqa: E402
 from bench.record import write_results  # noqa: E402
 
+Figures = dict[str, float]
 # network: (its name for `create_model`, size of the images, options)
 NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "resnet50": ("resnet50", 224, {"num_classes": 1000}),
@@ -32,22 +35,22 @@ NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-class BlockTraffic(NamedTuple):
-    """One block's training step; bytes."""
+class StepTraffic(NamedTuple):
+    """The training step of a part of a network; bytes."""
 
-    block: Block
+    part: Part
     eager: list[count_eager.CallTraffic]
-    inductor: list[count_eager.CallTraffic]
-    launches: list[count_triton.LaunchTraffic]
-    other: list[count_eager.CallTraffic]  # of the fused step: casts of weights, running statistics
-    saved: dict[str, int]  # by "eager", "fused" and "fewer", the fused memory mode
+    compiled: list[count_eager.CallTraffic]
+    launches: list[count_triton.LaunchTraffic]  # of the fused step
+    other: list[count_eager.CallTraffic]  # of the fused step: casts of weights, concatenations
+    saved: Figures  # "eager", "fused" and "fewer", the fused memory mode
 
     @property
-    def moved(self) -> dict[str, int]:
-        """Bytes loaded and stored by "eager", "inductor" and "fused"."""
+    def moved(self) -> Figures:
+        """Bytes loaded and stored: "eager", "compiled" and "fused"."""
         return {
             "eager": _sum(self.eager),
-            "inductor": _sum(self.inductor),
+            "compiled": _sum(self.compiled),
             "fused": _sum(self.launches) + _sum(self.other),
         }
 
@@ -56,67 +59,90 @@ def _sum(kernels: list) -> int:
     return sum(kernel.loaded + kernel.stored for kernel in kernels)
 
 
-def measure(block: Block, batch: int, dtype: torch.dtype = torch.bfloat16) -> BlockTraffic:
-    """Count a block's training step.
+def measure(part: Part, batch: int, dtype: torch.dtype = torch.bfloat16) -> StepTraffic:
+    """Count a part's training step.
 
     Raises:
         RuntimeError: without ``TRITON_INTERPRET=1``.
     """
-    module, x = fused(block), block.images(batch, dtype)
-    launches = count_triton.traffic(lambda n: train(module, block.images(n, dtype), dtype), batch)
+    module, x = fused(part), part.images(batch, dtype)
+    launches = count_triton.traffic(lambda n: train(module, part.images(n, dtype), dtype), batch)
     with count_triton.unlaunched(), count_eager.EagerTraffic() as other:
         train(module, x, dtype)
-    saved = {"eager": count_eager.saved(block.module, x, dtype)}
+    saved = {"eager": count_eager.saved(part.modules, x, dtype)}
     with count_triton.unlaunched():
         saved["fused"] = saved_bytes(module, x, dtype)
-        saved["fewer"] = saved_bytes(fused(block, "fewer"), x, dtype)
-    return BlockTraffic(
-        block,
-        count_eager.traffic(block.module, x, dtype),
-        count_inductor.traffic(block.module, x, dtype),
+        saved["fewer"] = saved_bytes(fused(part, "fewer"), x, dtype)
+    return StepTraffic(
+        part,
+        count_eager.traffic(part.modules, x, dtype),
+        count_inductor.traffic(part.modules, x, dtype),
         launches,
         other.calls,
         saved,
     )
 
 
-COLUMNS = ("block", "count", "input", "eager MB", "compiled MB", "fused MB", "/ eager", "/ compiled", "saved MB, eager",
-           "fused /", "memory mode /")  # fmt: skip
+def measure_stage(stage: Part, batch: int) -> tuple[StepTraffic, StepTraffic]:
+    """Its first block, and the whole stage."""
+    whole = measure(stage, batch)
+    return (whole if len(stage.modules) == 1 else measure(stage.first(), batch)), whole
 
 
-def rows(found: list[BlockTraffic]) -> list[list[str]]:
-    """A row of `COLUMNS` a block, and their sum."""
-    total: dict[str, dict[str, int]] = {"moved": {}, "saved": {}}
+COLUMNS = ("block", "blocks", "input", "eager MB", "compiled MB", "fused MB", "/ eager", "/ compiled",
+           "saved MB, eager", "fused /", "memory mode /")  # fmt: skip
+
+
+def rows(stages: list[tuple[StepTraffic, StepTraffic]]) -> list[list[str]]:
+    """Rows of `COLUMNS`: the first block of a stage, each further one, and all."""
     lines = []
-    for one in found:
-        channels, height, width = one.block.shape
-        lines.append(
-            [one.block.name, str(one.block.count), f"{height}x{width}x{channels}", *_figures(one.moved, one.saved)]
-        )
-        for kind, figures in (("moved", one.moved), ("saved", one.saved)):
-            for name, value in figures.items():
-                total[kind][name] = total[kind].get(name, 0) + value * one.block.count
-    return [*lines, ["all", str(sum(one.block.count for one in found)), "", *_figures(**total)]]
+    for first, whole in stages:
+        channels, height, width = first.part.shape
+        lines.append([first.part.name, "1", f"{height}x{width}x{channels}", *_cells(first.moved, first.saved)])
+        further = len(whole.part.modules) - 1
+        if further:
+            kinds = ((first.moved, whole.moved), (first.saved, whole.saved))
+            each = _cells(*(each_further(*kind, further) for kind in kinds))
+            channels, height, width = stage_output(whole.part)
+            lines.append([first.part.name[:-1] + "1", str(further), f"{height}x{width}x{channels}", *each])
+    count = sum(len(whole.part.modules) for _, whole in stages)
+    moved, saved = (_added([getattr(whole, kind) for _, whole in stages]) for kind in ("moved", "saved"))
+    return [*lines, ["all", str(count), "", *_cells(moved, saved)]]
 
 
-def _figures(moved: dict[str, int], saved: dict[str, int]) -> list[str]:
-    eager, compiled, ours = moved.values()
-    kept, fused_kept, fewer_kept = saved.values()
-    megabytes = [f"{value / 1e6:.0f}" for value in (eager, compiled, ours)]
+def each_further(first: Figures, whole: Figures, further: int) -> Figures:
+    """What each of a stage's further blocks adds to the first."""
+    return {name: (whole[name] - first[name]) / further for name in whole}
+
+
+def stage_output(stage: Part) -> tuple[int, int, int]:
+    """C, H, W of a stage's result."""
+    with torch.no_grad():
+        out = copy.deepcopy(stage.modules).to("meta")(torch.empty(1, *stage.shape, device="meta"))
+    return tuple(out.shape[1:])
+
+
+def _added(figures: list[Figures]) -> Figures:
+    return {name: sum(one[name] for one in figures) for name in figures[0]}
+
+
+def _cells(moved: Figures, saved: Figures) -> list[str]:
+    eager, compiled, ours = moved["eager"], moved["compiled"], moved["fused"]
+    kept = saved["eager"]
     return [
-        *megabytes,
+        *(f"{value / 1e6:.0f}" for value in (eager, compiled, ours)),
         f"{ours / eager:.2f}",
         f"{ours / compiled:.2f}",
         f"{kept / 1e6:.0f}",
-        f"{fused_kept / kept:.2f}",
-        f"{fewer_kept / kept:.2f}",
+        f"{saved['fused'] / kept:.2f}",
+        f"{saved['fewer'] / kept:.2f}",
     ]
 
 
 LAUNCH_COLUMNS = ("launch", "loads MB", "stores MB", "each tensor once MB", "issued MB", "tile")
 
 
-def launch_rows(one: BlockTraffic) -> list[list[str]]:
+def launch_rows(one: StepTraffic) -> list[list[str]]:
     """A row of `LAUNCH_COLUMNS` a launch, and one for the rest."""
     lines = []
     for launch in one.launches:
@@ -139,12 +165,12 @@ def table(columns: tuple[str, ...], lines: list[list[str]], markdown: bool) -> s
     )
 
 
-def as_record(one: BlockTraffic) -> dict[str, Any]:
-    """The block as JSON."""
+def as_record(one: StepTraffic) -> dict[str, Any]:
+    """The step as JSON."""
     return {
-        "block": one.block.name,
-        "count": one.block.count,
-        "input": one.block.shape,
+        "part": one.part.name,
+        "blocks": len(one.part.modules),
+        "input": one.part.shape,
         "moved": one.moved,
         "saved": one.saved,
         "launches": [
@@ -154,7 +180,7 @@ def as_record(one: BlockTraffic) -> dict[str, Any]:
         ],
         **{
             name: [call._asdict() for call in calls]
-            for name, calls in (("other", one.other), ("eager", one.eager), ("inductor", one.inductor))
+            for name, calls in (("other", one.other), ("eager", one.eager), ("compiled", one.compiled))
         },
     }
 
@@ -163,7 +189,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.split("\n\n")[0])
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=["resnet50"], help="(resnet50)")
-    parser.add_argument("--block", nargs="+", metavar="NAME", help="only these, as in layer1.1 (all)")
+    parser.add_argument("--part", nargs="+", metavar="NAME", help="only stages that begin so, as in layer1.0 (all)")
     parser.add_argument("--batch", type=int, default=256, help="images (256)")
     parser.add_argument("--launches", action="store_true", help="also a table of each block's launches")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
@@ -179,15 +205,16 @@ def main(argv: list[str] | None = None) -> None:
     for network in options.network:
         name, size, constructor = NETWORKS[network]
         found = []
-        for block in blocks_of(name, size, **constructor):
-            if not options.block or block.name in options.block:
-                print(f"{network} {block.name}", file=sys.stderr, flush=True)
-                found.append(measure(block, options.batch))
+        for stage in parts_of(name, size, **constructor):
+            if not options.part or stage.name in options.part:
+                print(f"{network} {stage.name}", file=sys.stderr, flush=True)
+                found.append(measure_stage(stage, options.batch))
         print(f"\n{network}, {options.batch} images of {size}x{size}\n")
         print(table(COLUMNS, rows(found), options.markdown))
-        for one in found if options.launches else ():
-            print(f"\n{one.block.name}\n\n{table(LAUNCH_COLUMNS, launch_rows(one), options.markdown)}")
-        results[network] = {"image": size, "blocks": [as_record(one) for one in found]}
+        for _, whole in found if options.launches else ():
+            print(f"\n{whole.part.name} and the rest of its stage\n")
+            print(table(LAUNCH_COLUMNS, launch_rows(whole), options.markdown))
+        results[network] = {"image": size, "stages": [[*map(as_record, pair)] for pair in found]}
     if options.json:
         write_results(options.json, {"batch": options.batch, "dtype": "bfloat16", "networks": results})
 

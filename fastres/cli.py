@@ -25,7 +25,7 @@ from fastres.train.trained import find_checkpoint, load_trained
 
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 # A resumed run keeps its options, but it may move to another machine.
-CHANGED_BY_RESUME = {"device", "data", "data_root", "compile"}
+CHANGED_BY_RESUME = {"device", "data", "data_root", "compile", "backend"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,12 +117,13 @@ def describe(trainer: Trainer, device: torch.device) -> None:
         "data": dataset.label,
         "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
         "dtype": str(trainer.dtype).removeprefix("torch."),
+        "backend": trainer.backend,
         "versions": {"fastres": fastres.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     trainer.folder.write_config(config, facts)
     print(
         f"{config.model}, {facts['parameters']:,} parameters | {dataset.label}, {len(dataset.train)} + "
-        f"{len(dataset.test)} images | {facts['device']}, {facts['dtype']} | {trainer.total_steps} steps | "
+        f"{len(dataset.test)} images | {facts['device']}, {facts['dtype']}, {facts['backend']} | {trainer.total_steps} steps | "
         f"{trainer.folder.path}",
         flush=True,
     )

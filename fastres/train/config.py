@@ -81,6 +81,12 @@ class TrainConfig:
         kind=str,
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    backend: str = option(
+        "auto",
+        "blocks: fused operations, or plain eager PyTorch; auto takes fused on a GPU",
+        kind=str,
+        choices=("auto", "fused", "eager"),
+    )
     channels_last: bool = option(True, "NHWC activations and weights", kind=bool)
     compile: bool = option(False, "run the network through torch.compile", kind=bool)
     seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0, high=2**63 - 1)

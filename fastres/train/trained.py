@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from fastres.models import create_model
+from fastres.nn import fold
 from fastres.train.checkpoint import CheckpointError, load_checkpoint, load_weights
+from fastres.train.machine import pick_backend
 
 
 @dataclass(frozen=True)
@@ -61,4 +63,7 @@ def load_trained(path: Path, device: torch.device) -> Trained:
     except KeyError as error:
         raise CheckpointError(f"checkpoint {path} lacks {error}: take another one or train again") from error
     load_weights(model, weights, path)
-    return Trained(model.to(device, memory_format=torch.channels_last).eval(), path, **facts)
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    if pick_backend("auto", device) == "fused":
+        model = fold(model)
+    return Trained(model, path, **facts)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fastres.data import Augment, Batches, Dataset
 from fastres.errors import FastresError
+from fastres.models.fused import create_fused_model
 from fastres.models.registry import accepted_options, create_model
 from fastres.train import machine, report
 from fastres.train.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
@@ -89,7 +90,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         size = config.image_size or dataset.train.images.shape[-1]
         self.model_options = model_options(config, size)
-        model = create_model(config.model, num_classes=len(dataset.classes), **self.model_options)
+        self.backend = machine.pick_backend(config.backend, self.device)
+        create = {"fused": create_fused_model, "eager": create_model}[self.backend]
+        model = create(config.model, num_classes=len(dataset.classes), **self.model_options)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=layout)
         self.network = torch.compile(self.model) if config.compile else self.model

@@ -86,8 +86,8 @@ def at_rank(configs: list, rank: int):
 
 
 def splits(programs: int, pixels: int, block_k: int) -> int:
-    """Parts of a sum over pixels: enough to fill a GPU twice, none with fewer than 8 steps of the loop."""
-    return max(1, min(cdiv(2 * PROGRAMS, programs), pixels // (8 * block_k)))
+    """Parts of a sum over pixels: what fits a GPU at once, as each costs a copy of the result, none below 8 steps."""
+    return max(1, min(PROGRAMS // programs, pixels // (8 * block_k)))
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -26,6 +26,7 @@ PRESETS: dict[str, dict] = {
         model="notebook",
         image_size=96,
         batch_size=64,
+        eval_batch_size=100,  # images of 96x96 take memory
         steps=20_000,
         epochs=None,
         lr=0.01,

@@ -25,7 +25,7 @@ def test_conv(problem, prologue, add):
     y, moments = guarded(conv, *args, rank=p.rank)
     eager, _ = aten.conv(*args)
     reference, _ = aten.conv(*exact(args))
-    assert_as_good(y, eager, reference)
+    assert_as_good(y, eager, reference, terms=p.kernel**2 * p.inputs)
     assert moments.count.sum() == y.numel() // p.outputs
     stored = y.double().flatten(0, 2)
     pair = torch.stack([stored.mean(0), stored.var(0, correction=0)])
@@ -40,7 +40,7 @@ def test_bn_add_relu_conv(problem, projection, wide):
     args = (p.x(), p.coef(), p.x(4), random_coef(p.inputs, p.seed + 5) if projection else None, p.w())
     out, y, moments = guarded(bn_add_relu_conv, *args, rank=p.rank)
     eager, reference = aten.bn_add_relu_conv(*args), aten.bn_add_relu_conv(*exact(args))
-    assert_as_good((out, y), eager[:2], reference[:2])
+    assert_as_good((out, y), eager[:2], reference[:2], terms=p.inputs)
     stored = y.double().flatten(0, 2)
     pair = torch.stack([stored.mean(0), stored.var(0, correction=0)])
     assert_as_good(statistics(moments), aten.finalize(aten.moments(y), None, None, 0.0)[:2], pair)
@@ -53,7 +53,10 @@ def test_conv_bias_act(problem, add, relu):
     bias = randn(p.outputs, seed=p.seed + 7)
     args = (p.x(), p.w(), bias, p.stride, p.pad, p.y(4) if add else None, relu)
     assert_as_good(
-        guarded(conv_bias_act, *args, rank=p.rank), aten.conv_bias_act(*args), aten.conv_bias_act(*exact(args))
+        guarded(conv_bias_act, *args, rank=p.rank),
+        aten.conv_bias_act(*args),
+        aten.conv_bias_act(*exact(args)),
+        terms=p.kernel**2 * p.inputs,
     )
 
 

@@ -11,6 +11,7 @@ one of the GPUs, the same model with the ceilings measured there stands beside t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections import deque
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bench.blocks import Block, blocks_of
+from bench.blocks import Part, parts_of
 from bench.record import RESULTS, write_results
 from bench.tables import markdown
 from fastres.atomic import atomic_write
@@ -36,7 +37,7 @@ class Machine(NamedTuple):
 # NVIDIA's data sheets, SXM modules.
 DATA_SHEETS = {"A100": (2.039e12, 312e12), "H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
 BANDWIDTH_SHARE, RATE_SHARE, LAUNCH = 0.9, 0.75, 3e-6  # assumed
-KINDS = {"eager": "eager", "inductor": "compile", "fused": "fused"}  # counted kind: peer that is measured
+KINDS = {"eager": "eager", "compiled": "compile", "fused": "fused"}  # counted kind: peer that is measured
 
 
 class Launch(NamedTuple):
@@ -57,22 +58,21 @@ def assumed(name: str, bandwidth_share: float, rate_share: float, launch: float)
     return Machine(bandwidth * bandwidth_share, rate * rate_share, launch)
 
 
-def convolution_flops(block: Block, batch: int) -> list[tuple[int, bool]]:
+def convolution_flops(part: Part, batch: int) -> list[tuple[int, bool]]:
     """Operations of each convolution's forward, in order, and whether its input needs a gradient."""
     found: list[tuple[int, bool]] = []
-    module = block.module.to("meta")
-    first = block.images(1, torch.float32).requires_grad
-    x = torch.empty(1, *block.shape, device="meta")
+    modules = copy.deepcopy(part.modules).to("meta")
+    x = torch.empty(1, *part.shape, device="meta")
+    needed = part.images(1, torch.float32).requires_grad
 
     def note(conv: nn.Conv2d, inputs: tuple, output: torch.Tensor) -> None:
-        taps = conv.weight[0].numel()
-        found.append((2 * taps * output.numel() * batch, first or inputs[0].shape != x.shape))
+        found.append((2 * conv.weight[0].numel() * output.numel() * batch, needed or inputs[0] is not x))
 
-    hooks = [m.register_forward_hook(note) for m in module.modules() if isinstance(m, nn.Conv2d)]
+    for module in modules.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
     with torch.no_grad():
-        module(x)
-    for hook in hooks:
-        hook.remove()
+        modules(x)
     return found
 
 
@@ -80,7 +80,7 @@ def with_flops(kernels: list[dict[str, Any]], convolutions: list[tuple[int, bool
     """Give each counted kernel the operations of its convolution: forward in order, backward in reverse order.
 
     Raises:
-        ValueError: where there are other convolutions among the kernels than the block has.
+        ValueError: where there are other convolutions among the kernels than the part has.
     """
     backward = convolutions[::-1]
     waiting = {
@@ -94,12 +94,12 @@ def with_flops(kernels: list[dict[str, Any]], convolutions: list[tuple[int, bool
         kind, flops = _kind(kernel["kernel"]), 0
         if kind is not None:
             if not waiting[kind]:
-                raise ValueError(f"{kernel['kernel']}: more {kind} convolutions than the block has")
+                raise ValueError(f"{kernel['kernel']}: more {kind} convolutions than the part has")
             flops = waiting[kind].popleft()
         launches.append(Launch(kernel["kernel"], kernel["loaded"] + kernel["stored"], flops))
     complete = not waiting["forward"] and (not waiting["both"] or not (waiting["dgrad"] or waiting["wgrad"]))
     if not complete:
-        raise ValueError("fewer convolutions among the kernels than the block has")
+        raise ValueError("fewer convolutions among the kernels than the part has")
     return launches
 
 
@@ -113,33 +113,29 @@ def _kind(kernel: str) -> str | None:
     return "forward" if "convolution" in kernel or kernel.startswith("conv_kernel") else None
 
 
-def steps_of(network: str, counted: dict[str, Any], batch: int) -> dict[str, list[tuple[int, Launch]]]:
-    """Launches of a network's step by kind, each with the number of equal blocks that it occurs in."""
+def steps_of(network: str, counted: dict[str, Any], batch: int) -> dict[str, list[Launch]]:
+    """Launches of a network's step by kind: of its stem and whole stages."""
     options = {"num_classes": 1000} if counted["image"] == 224 else {}
-    blocks = {block.name: block for block in blocks_of(network, counted["image"], **options)}
-    steps: dict[str, list[tuple[int, Launch]]] = {kind: [] for kind in KINDS}
-    for one in counted["blocks"]:
-        convolutions = convolution_flops(blocks[one["block"]], batch)
-        kernels = {"eager": one["eager"], "inductor": one["inductor"], "fused": one["launches"] + one["other"]}
+    parts = {part.name: part for part in parts_of(network, counted["image"], **options)}
+    steps: dict[str, list[Launch]] = {kind: [] for kind in KINDS}
+    for _, whole in counted["stages"]:
+        convolutions = convolution_flops(parts[whole["part"]], batch)
+        kernels = {"eager": whole["eager"], "compiled": whole["compiled"], "fused": whole["launches"] + whole["other"]}
         for kind in KINDS:
-            steps[kind] += [(one["count"], launch) for launch in with_flops(kernels[kind], convolutions)]
+            steps[kind] += with_flops(kernels[kind], convolutions)
     return steps
 
 
-def predict(step: list[tuple[int, Launch]], machine: Machine) -> dict[str, float]:
+def predict(step: list[Launch], machine: Machine) -> dict[str, float]:
     """Seconds of a step, its launches, bytes and operations, and the share of the time that bandwidth decides."""
-    seconds = sum(count * launch.seconds(machine) for count, launch in step)
-    by_bytes = sum(
-        count * launch.bytes / machine.bandwidth
-        for count, launch in step
-        if launch.bytes / machine.bandwidth > launch.flops / machine.rate
-    )
+    seconds = sum(launch.seconds(machine) for launch in step)
+    transfers = [(launch.bytes / machine.bandwidth, launch.flops / machine.rate) for launch in step]
     return {
         "seconds": seconds,
-        "launches": sum(count for count, _ in step),
-        "bytes": sum(count * launch.bytes for count, launch in step),
-        "flops": sum(count * launch.flops for count, launch in step),
-        "bandwidth_bound": by_bytes / seconds,
+        "launches": len(step),
+        "bytes": sum(launch.bytes for launch in step),
+        "flops": sum(launch.flops for launch in step),
+        "bandwidth_bound": sum(moving for moving, computing in transfers if moving > computing) / seconds,
     }
 
 
@@ -192,7 +188,7 @@ def rows(predictions: dict[str, dict[str, dict[str, dict[str, float]]]]) -> list
             seconds = {kind: figures["seconds"] for kind, figures in kinds.items()}
             lines.append(
                 [network, gpu, *(f"{1e3 * value:.2f}" for value in seconds.values())]
-                + [f"{seconds['eager'] / seconds['fused']:.2f}x", f"{seconds['inductor'] / seconds['fused']:.2f}x"]
+                + [f"{seconds['eager'] / seconds['fused']:.2f}x", f"{seconds['compiled'] / seconds['fused']:.2f}x"]
                 + [f"{kinds[kind]['bandwidth_bound']:.0%}" for kind in KINDS]
             )
     return lines

@@ -1,4 +1,4 @@
-"""The parts of a step: residual blocks against eager and compiled ones, then single operations by implementation."""
+"""The parts of a step: stages of residual blocks as each peer, and single operations by implementation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.blocks import Block, blocks_of, fused
+from bench.blocks import Part, fused, parts_of
 from bench.layer_calls import Call, bottleneck_calls
 from bench.workloads import CIFAR, IMAGENET, Setting
 from fastres.measure import Timing, interleaved
@@ -41,46 +41,49 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     for name in networks:
         model, image, options, gpu_batch, cpu_batch = NETWORKS[name]
         image, batch = setting.pick((image, gpu_batch), (image, cpu_batch), (8, 2))
-        blocks = blocks_of(model, image, **options)
-        for block in blocks[:2] if setting.dry else blocks:
+        parts = parts_of(model, image, **options)
+        for part in parts[:2] if setting.dry else parts:
             slow = name == networks[0]
-            found[f"{name}, {block.name}"] = partial(measure_block, setting, name, block, batch, slow)
+            found[f"{name}, block {part.name}"] = partial(measure_part, setting, name, part.first(), batch, slow)
+            if len(part.modules) > 1 and not setting.dry:
+                found[f"{name}, stage {part.name}"] = partial(measure_part, setting, name, part, batch, False)
     return found
 
 
-def measure_block(setting: Setting, network: str, block: Block, batch: int, slow: bool) -> dict[str, Any]:
-    """Forward and backward of a block as each peer, in turn."""
+def measure_part(setting: Setting, network: str, part: Part, batch: int, slow: bool) -> dict[str, Any]:
+    """Forward and backward of blocks as each peer, in turn; with those that compile for minutes if ``slow``."""
     torch._dynamo.reset()
     peers = [p for p in BLOCK_PEERS if p in supported(setting.device) and (slow or p not in SLOW)]
-    steps = {peer: BlockStep(block, peer, batch, setting) for peer in peers}
+    steps = {peer: PartStep(part, peer, batch, setting) for peer in peers}
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         times = interleaved(steps, setting.device, setting.warmup, setting.rounds)
     return {
         "network": network,
-        "block": block.name,
-        "count": block.count,
-        "input": list(block.shape),
+        "part": part.name,
+        "blocks": len(part.modules),
+        "input": list(part.shape),
         "batch": batch,
-        "flops": block_flops(block, batch),
+        "flops": part_flops(part, batch),
         "peers": {peer: as_figures(time) for peer, time in times.items()},
     }
 
 
-class BlockStep:
-    """Forward and backward of a block; random input and gradient."""
+class PartStep:
+    """Forward and backward of blocks; random input and gradient."""
 
-    def __init__(self, block: Block, peer: str, batch: int, setting: Setting):
+    def __init__(self, part: Part, peer: str, batch: int, setting: Setting):
         how, device = PEERS[peer], setting.device
         layout = torch.channels_last if how.channels_last else torch.contiguous_format
-        module = fused(block) if how.fused else copy.deepcopy(block.module)
+        module = fused(part) if how.fused else copy.deepcopy(part.modules)
         module = module.to(device).to(memory_format=layout)
         self.parameters = list(module.parameters())
         self.run: Callable[[Tensor], Tensor] | nn.Module = module
         if how.compile is not None:
             self.run = torch.compile(module, mode=how.compile, backend=setting.backend, dynamic=False)
-        dtype = torch.float32 if not block.images(1, torch.float32).requires_grad else setting.dtype
-        x = torch.randn(batch, *block.shape, device=device, dtype=dtype).to(memory_format=layout)
-        self.x = x.requires_grad_(dtype == setting.dtype)
+        needed = part.images(1, torch.float32).requires_grad
+        dtype = setting.dtype if needed else torch.float32  # of an activation, or of the images
+        x = torch.randn(batch, *part.shape, device=device, dtype=dtype).to(memory_format=layout)
+        self.x = x.requires_grad_(needed)
         self.implementation, self.setting, self.gradient = how.implementation, setting, None
 
     def __call__(self) -> None:
@@ -96,12 +99,13 @@ class BlockStep:
             parameter.grad = None
 
 
-def block_flops(block: Block, batch: int) -> int:
+def part_flops(part: Part, batch: int) -> int:
     """Floating-point operations of the convolutions, forward and backward."""
-    module = copy.deepcopy(block.module).to("meta")
-    x = torch.empty(2, *block.shape, device="meta", requires_grad=block.images(1, torch.float32).requires_grad)
+    modules = copy.deepcopy(part.modules).to("meta")
+    needed = part.images(1, torch.float32).requires_grad
+    x = torch.empty(2, *part.shape, device="meta", requires_grad=needed)
     with FlopCounterMode(display=False) as counter:
-        module(x).sum().backward()
+        modules(x).sum().backward()
     return counter.get_total_flops() * batch // 2
 
 

@@ -1,0 +1,119 @@
+"""Predictions follow from bytes, operations and launches; results become tables."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bench import growth, report, roofline
+from bench.blocks import Part, parts_of
+from bench.roofline import Launch, Machine, convolution_flops, predict, with_flops
+from fastres.measure import Workload
+from fastres.reference.resnet import Bottleneck, conv1x1
+
+MACHINE = Machine(bandwidth=1e12, rate=1e14, launch=1e-6)
+
+
+def test_a_launch_takes_the_longer_of_bytes_and_operations():
+    assert Launch("copy", 10**9, 0).seconds(MACHINE) == pytest.approx(1e-3 + 1e-6)
+    assert Launch("conv", 10**6, 10**12).seconds(MACHINE) == pytest.approx(1e-2 + 1e-6)
+    found = predict([Launch("copy", 10**9, 0)] * 3 + [Launch("conv", 10**6, 10**11)], MACHINE)
+    assert found["seconds"] == pytest.approx(4e-3 + 4e-6) and found["launches"] == 4
+    assert found["bandwidth_bound"] == pytest.approx(3 / 4, rel=0.01)
+
+
+def bottleneck():
+    shortcut = nn.Sequential(conv1x1(8, 16, 2), nn.BatchNorm2d(16))
+    return Part("layer1.0", nn.Sequential(Bottleneck(8, 4, 2, shortcut)), (8, 6, 6))
+
+
+def test_convolutions_find_their_operations():
+    flops = [one for one, _ in convolution_flops(bottleneck(), 5)]
+    expected = [6 * 6 * 8 * 4, 3 * 3 * 9 * 4 * 4, 3 * 3 * 4 * 16, 3 * 3 * 8 * 16]  # in order of execution
+    assert flops == [2 * 5 * products for products in expected]
+
+    names = ["convolution"] * 4 + ["native_batch_norm"] + ["convolution_backward dgrad", "convolution_backward wgrad"] * 4
+    launches = with_flops([{"kernel": n, "loaded": 2, "stored": 1} for n in names], convolution_flops(bottleneck(), 5))
+    assert [one.flops for one in launches if one.kernel == "convolution"] == flops
+    assert [one.flops for one in launches if "dgrad" in one.kernel] == flops[::-1]
+    assert sum(one.flops for one in launches) == 3 * sum(flops) and launches[4].flops == 0 and launches[0].bytes == 3
+
+    joint = ["torch.ops.aten.convolution"] * 4 + ["torch.ops.aten.convolution_backward.default"] * 4
+    launches = with_flops([{"kernel": n, "loaded": 2, "stored": 1} for n in joint], convolution_flops(bottleneck(), 5))
+    assert sum(one.flops for one in launches) == 3 * sum(flops)
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_another_number_of_convolutions_is_an_error(count):
+    kernels = [{"kernel": "conv_kernel", "loaded": 1, "stored": 1}] * count
+    with pytest.raises(ValueError):
+        with_flops(kernels, convolution_flops(bottleneck(), 1))
+
+
+def counted_resnet20(tmp_path):
+    def kernels(forward, backward, convolutions, factor):
+        halves = [f"{backward} {half}" for _ in range(convolutions) for half in ("dgrad", "wgrad")]
+        return [{"kernel": k, "loaded": factor * 10**6, "stored": 0} for k in [forward] * convolutions + halves]
+
+    stages = []
+    for part in parts_of("resnet20", 32):
+        n = len([m for m in part.modules.modules() if isinstance(m, nn.Conv2d)])
+        eager, fused = kernels("convolution", "convolution_backward", n, 3), kernels("conv_kernel", "conv", n, 1)
+        if part.name == "stem":
+            eager, fused = ([k for k in line if "dgrad" not in k["kernel"]] for line in (eager, fused))
+        moved = {"eager": 3, "compiled": 3, "fused": 1}
+        whole = {"part": part.name, "moved": moved, "eager": eager, "compiled": eager, "launches": fused, "other": []}
+        stages.append([whole, whole])
+    path = tmp_path / "traffic.json"
+    networks = {"resnet20": {"image": 32, "stages": stages}}
+    path.write_text(json.dumps({"batch": 8, "dtype": "bfloat16", "networks": networks}))
+    return path
+
+
+def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys):
+    campaign = tmp_path / "h100"
+    campaign.mkdir()
+    cases = {"copy": {"gb_per_second": 1000.0}, "matmul bfloat16": {"tflops": 100.0}}
+    (campaign / "environment.json").write_text(json.dumps({"device": "NVIDIA H100", "cases": cases}))
+    case = {"model": "resnet20", "image_size": 32, "batch": 16, "peers": {"fused": {"seconds": {"median": 1.0}}}}
+    (campaign / "models.json").write_text(json.dumps({"device": "NVIDIA H100", "cases": {"resnet20": case}}))
+    out = tmp_path / "roofline.json"
+    roofline.main(["--traffic", str(counted_resnet20(tmp_path)), "--results", str(tmp_path), "--out", str(out)])
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert printed.startswith("Predictions") and found["kind"] == "prediction"
+    for gpu in ("A100", "H100", "H200"):
+        kinds = found["predictions"]["resnet20"][gpu]
+        assert kinds["eager"]["seconds"] > kinds["fused"]["seconds"] > 0
+    (one,) = found["compared"]
+    assert (one["peer"], one["batch"], one["measured"]) == ("fused", 16, 1.0)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    text = report.predictions(out)
+    assert text.startswith("**Predictions, not measurements**") and text.count("resnet20") == 3
+
+
+def test_growth_measures_its_points(tmp_path):
+    out = tmp_path / "growth.json"
+    options = "--batches --depths 20 --depth-batch 2 --resolutions --rounds 1 --precision fp32".split()
+    growth.main([*options, "--out", str(out)])
+    (point,) = json.loads(out.read_text())["points"]
+    assert (point["axis"], point["value"]) == ("depth", 20) and point["peers"].keys() == {"eager", "fused"}
+    for figures in point["peers"].values():
+        assert figures["images_per_second"] == pytest.approx(2 / figures["seconds"]["median"])
+        assert figures["peak_mib"] >= figures["idle_mib"] > 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "resnet20, batch 2, 32 pixels" in report.growth_table(out)
+
+
+def test_sections_of_the_readme_are_filled_and_others_left():
+    text = "a\n<!-- bench:models -->\nold\n<!-- /bench:models -->\nb <!-- bench:memory -->kept<!-- /bench:memory -->"
+    filled = report.fill(text, {"models": "new"})
+    assert filled == text.replace("old", "new")
+    assert report.fill(filled, {"models": "new"}) == filled
+
+
+def test_the_operations_of_a_step_are_counted_from_shapes():
+    one = Workload("resnet20", 4, 32)
+    forward = one.batch * 2 * 40.55e6  # published: 41 M multiply-adds an image
+    assert one.flops() == pytest.approx(3 * forward, rel=0.02)
+    assert torch.equal(one.build().conv1.weight, one.build().conv1.weight)

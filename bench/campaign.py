@@ -42,7 +42,10 @@ CACHES = {"FASTRES_CACHE": "choices", "TRITON_CACHE_DIR": "triton", "TORCHINDUCT
 
 
 def run_stage(
-    path: Path, cases: Callable[[], dict[str, Callable[[], dict[str, Any]]]], seconds: float, alive: Callable[[], bool]
+    path: Path,
+    cases: Callable[[], dict[str, Callable[[], dict[str, Any]]]],
+    seconds: float,
+    alive: Callable[[], bool],
 ) -> int:
     """Measure the cases that the file has not yet.
 
@@ -114,7 +117,10 @@ def drive(args: argparse.Namespace) -> int:
             _supervise(stage, path, args, environment)
         record = read(path)
         errors = sum("error" in case for case in record["cases"].values())
-        print(f"{stage}: {len(record['cases'])} cases, {errors} errors; {record['stopped'] or 'complete'}", flush=True)
+        print(
+            f"{stage}: {len(record['cases'])} cases, {errors} errors; {record['stopped'] or 'complete'}",
+            flush=True,
+        )
         clean = clean and record["complete"] and not errors
     print(f"results: {args.out}", flush=True)
     return 0 if clean else 1
@@ -128,7 +134,17 @@ def _supervise(stage: str, path: Path, args: argparse.Namespace, environment: di
         if left < 1:
             _note(path, f"{args.seconds:.0f} s were over")
             return
-        command = [sys.executable, "-m", "bench.campaign", "--run", stage, "--out", str(args.out), "--data", args.data]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.campaign",
+            "--run",
+            stage,
+            "--out",
+            str(args.out),
+            "--data",
+            args.data,
+        ]
         command += ["--seconds", f"{left:.0f}"] + ["--dry-run"] * args.dry_run
         status, tail, killed = _stream(command, environment, left)
         if killed:
@@ -184,7 +200,9 @@ def run_one(args: argparse.Namespace) -> int:
     importlib.import_module("bench.stages.autotune").restore(setting, args.out / "autotune.json")
     stage = importlib.import_module(f"bench.stages.{args.run}")
     # A case takes a while: the last one must not be killed for having begun too late.
-    return run_stage(args.out / f"{args.run}.json", lambda: stage.cases(setting), 0.8 * args.seconds, _answers)
+    return run_stage(
+        args.out / f"{args.run}.json", lambda: stage.cases(setting), 0.8 * args.seconds, _answers
+    )
 
 
 def _answers() -> bool:
@@ -208,10 +226,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench/campaign.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=None, metavar="FOLDER", help="[$OUT, or bench/results/<device>-<date>]")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="FOLDER", help="[$OUT, or bench/results/<device>-<date>]"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
-    parser.add_argument("--data", default="synthetic", help="of `fastres train`, for the time to accuracy [synthetic]")
+    parser.add_argument(
+        "--data", default="synthetic", help="of `fastres train`, for the time to accuracy [synthetic]"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"limit of a stage [{SECONDS}]")
     parser.add_argument("--run", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

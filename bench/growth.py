@@ -31,7 +31,10 @@ def points(args: argparse.Namespace) -> list[tuple[str, int, Workload]]:
     return [
         *(("batch", batch, Workload("resnet20", batch, 32)) for batch in args.batches),
         *(("depth", depth, Workload(f"resnet{depth}", args.depth_batch, 32)) for depth in args.depths),
-        *(("resolution", size, Workload("resnet20", args.resolution_batch, size)) for size in args.resolutions),
+        *(
+            ("resolution", size, Workload("resnet20", args.resolution_batch, size))
+            for size in args.resolutions
+        ),
     ]
 
 
@@ -114,7 +117,15 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
         added = [figures["peak_mib"] - figures["idle_mib"] for figures in (eager, fused)]
         name = f"{one['workload']['model']}, batch {one['workload']['batch']}, {one['workload']['image_size']} pixels"
         ratio = f"{added[1] / added[0]:.2f}" if added[0] else ""
-        lines.append([name, *(f"{r:.3g}" for r in rates), f"{rates[1] / rates[0]:.2f}", *(f"{a:.0f}" for a in added), ratio])
+        lines.append(
+            [
+                name,
+                *(f"{r:.3g}" for r in rates),
+                f"{rates[1] / rates[0]:.2f}",
+                *(f"{a:.0f}" for a in added),
+                ratio,
+            ]
+        )
     return lines
 
 

@@ -31,7 +31,9 @@ def implementations(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"aten": aten}
     if device.type == "cuda":
         triton = select._triton()
-        library = LibraryConvolutions(triton.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums)
+        library = LibraryConvolutions(
+            triton.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums
+        )
         found = {"triton": triton, "library": library, **found}
     return found
 
@@ -75,7 +77,12 @@ def bottleneck_calls(
 
 
 def _call(
-    name: str, device: torch.device, op: str, arguments: tuple, flops: int = 0, bare: Callable[[], Any] | None = None
+    name: str,
+    device: torch.device,
+    op: str,
+    arguments: tuple,
+    flops: int = 0,
+    bare: Callable[[], Any] | None = None,
 ) -> Call:
     candidates = {
         which: partial(getattr(space, op), *arguments)

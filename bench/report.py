@@ -51,7 +51,11 @@ def environment(folder: Path) -> str | None:
     if not found:
         return None
     rows = [["large copy, bytes read and written", f"{found['copy']:.4g} GB/s"]] if "copy" in found else []
-    rows += [[f"large matrix product, {name}", f"{rate:.3g} TFLOP/s"] for name, rate in found.items() if name != "copy"]
+    rows += [
+        [f"large matrix product, {name}", f"{rate:.3g} TFLOP/s"]
+        for name, rate in found.items()
+        if name != "copy"
+    ]
     return f"Measured ceilings: {machine_line(record)}.\n\n{markdown(('ceiling', 'measured'), rows)}"
 
 
@@ -66,7 +70,16 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
         return None
     limits, parts = ceilings(folder), []
     for name, case in measured_cases(record).items():
-        columns = ["peer", "ms a step", "quartiles", "images/s", "TFLOP/s", "of the measured ceiling", "GB/s", "speed"]
+        columns = [
+            "peer",
+            "ms a step",
+            "quartiles",
+            "images/s",
+            "TFLOP/s",
+            "of the measured ceiling",
+            "GB/s",
+            "speed",
+        ]
         key = f"{case['model']} {case['image_size']}"
         known = (counted or {}).get(key, {})
         if not known:
@@ -74,7 +87,13 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
         rows, base = [], case["peers"].get("eager", {}).get("seconds", {}).get("median")
         for peer, figures in case["peers"].items():
             if "error" in figures:
-                rows.append([peer, figures["error"][:60].replace("|", "/").replace("\n", " "), *[""] * (len(columns) - 2)])
+                rows.append(
+                    [
+                        peer,
+                        figures["error"][:60].replace("|", "/").replace("\n", " "),
+                        *[""] * (len(columns) - 2),
+                    ]
+                )
                 continue
             seconds = figures["seconds"]
             limit = limits.get(case["dtype"])
@@ -87,10 +106,14 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
                 f"{figures['tflops'] / limit:.0%}" if limit else "",
             ]
             if known:
-                row.append(f"{known[peer] * case['batch'] / seconds['median'] / 1e9:.4g}" if peer in known else "")
+                row.append(
+                    f"{known[peer] * case['batch'] / seconds['median'] / 1e9:.4g}" if peer in known else ""
+                )
             rows.append([*row, f"{base / seconds['median']:.2f}x" if base else ""])
         title = f"{case['model']}, batch {case['batch']}, {case['image_size']}x{case['image_size']}, {case['dtype']}"
-        note = "" if not known else " GB/s: bytes counted for the step (a static count) over the measured time."
+        note = (
+            "" if not known else " GB/s: bytes counted for the step (a static count) over the measured time."
+        )
         parts.append(f"**{title}**, one training step.{note}\n\n{markdown(columns, rows)}")
     if not parts:
         return None
@@ -108,7 +131,12 @@ def memory(folder: Path) -> str | None:
     peers = list(dict.fromkeys(peer for found in networks.values() for peer in found))
     rows = []
     for name, found in networks.items():
-        rows.append([name, *(f"{found[p]['peak_mib'] - found[p]['idle_mib']:.0f}" if p in found else "" for p in peers)])
+        rows.append(
+            [
+                name,
+                *(f"{found[p]['peak_mib'] - found[p]['idle_mib']:.0f}" if p in found else "" for p in peers),
+            ]
+        )
     return (
         f"Memory that a training step adds, MiB, measured on {machine_line(record)}.\n\n"
         f"{markdown(['network', *peers], rows)}"
@@ -126,10 +154,15 @@ def parts(folder: Path) -> str | None:
     if blocks:
         peers = list(dict.fromkeys(peer for case in blocks for peer in case["peers"]))
         rows = [
-            [f"{case['network']} {case['part']}, {case['blocks']} blocks, batch {case['batch']}", *(_ms(case["peers"].get(p)) for p in peers)]
+            [
+                f"{case['network']} {case['part']}, {case['blocks']} blocks, batch {case['batch']}",
+                *(_ms(case["peers"].get(p)) for p in peers),
+            ]
             for case in blocks
         ]
-        text.append(f"Forward and backward of a stage or its first block, ms.\n\n{markdown(['part', *peers], rows)}")
+        text.append(
+            f"Forward and backward of a stage or its first block, ms.\n\n{markdown(['part', *peers], rows)}"
+        )
     calls = {name: case for name, case in cases.items() if "calls" in case}
     for name, case in calls.items():
         which = list(dict.fromkeys(c for call in case["calls"].values() for c in call["candidates"]))
@@ -157,11 +190,22 @@ def step(folder: Path) -> str | None:
             f"{1e3 * case['step']['median']:.4g}",
             f"{1e3 * case['kernels']['seconds']:.4g}",
             f"{1e3 * case['host_seconds']:.4g}",
-            ", ".join(f"{top['name'][:40].replace('|', '/')} {1e3 * top['seconds']:.3g}" for top in case["kernels"]["top"][:3]),
+            ", ".join(
+                f"{top['name'][:40].replace('|', '/')} {1e3 * top['seconds']:.3g}"
+                for top in case["kernels"]["top"][:3]
+            ),
         ]
         for case in cases
     ]
-    columns = ("network", "peer", f"{what} a step", "ms a step", f"ms of all {what}", "ms of the host", "first three, ms")
+    columns = (
+        "network",
+        "peer",
+        f"{what} a step",
+        "ms a step",
+        f"ms of all {what}",
+        "ms of the host",
+        "first three, ms",
+    )
     return f"Profiler's trace of a step on {machine_line(record)}.\n\n{markdown(columns, rows)}"
 
 
@@ -187,7 +231,13 @@ def accuracy(folder: Path) -> str | None:
     for case in measured_cases(record).values():
         last, best = case["epochs"][-1], max(case["epochs"], key=lambda row: row["val_accuracy"])
         rows.append(
-            [case["backend"], str(case["seed"]), case["data"], str(last["epoch"]), f"{best['val_accuracy']:.2%}"]
+            [
+                case["backend"],
+                str(case["seed"]),
+                case["data"],
+                str(last["epoch"]),
+                f"{best['val_accuracy']:.2%}",
+            ]
             + [f"{last['seconds']:.1f}", f"{last['images_per_second']:.0f}"]
         )
     columns = ("backend", "seed", "data", "epochs", "best accuracy", "seconds", "images/s")
@@ -258,12 +308,18 @@ def plots(folder: Path) -> list[Path]:
     record = read(folder / "models.json")
     cases = measured_cases(record) if record else {}
     written = []
-    single = {name: case for name, case in cases.items() if ", batch " not in name and "eager" in case["peers"]}
+    single = {
+        name: case for name, case in cases.items() if ", batch " not in name and "eager" in case["peers"]
+    }
     if single:
-        written.append(_draw(folder / "models.png", lambda figure: _bars(figure, single, machine_line(record))))
+        written.append(
+            _draw(folder / "models.png", lambda figure: _bars(figure, single, machine_line(record)))
+        )
     sweeps = {name: case for name, case in cases.items() if ", batch " in name}
     if sweeps:
-        written.append(_draw(folder / "batches.png", lambda figure: _sweep(figure, sweeps, machine_line(record))))
+        written.append(
+            _draw(folder / "batches.png", lambda figure: _sweep(figure, sweeps, machine_line(record)))
+        )
     limits = ceilings(folder)
     operations = read(folder / "parts.json")
     if operations and "copy" in limits:
@@ -310,7 +366,9 @@ def _sweep(figure: Any, cases: dict[str, Record], title: str) -> None:
     for case in cases.values():
         for peer, figures in case["peers"].items():
             if "seconds" in figures:
-                lines.setdefault((case["model"], peer), []).append((case["batch"], figures["images_per_second"]))
+                lines.setdefault((case["model"], peer), []).append(
+                    (case["batch"], figures["images_per_second"])
+                )
     for (model, peer), points in lines.items():
         axes.loglog(*zip(*sorted(points)), "o-", label=f"{model}, {peer}")
     axes.set(xlabel="batch", ylabel="images/s")
@@ -330,14 +388,20 @@ def _points(cases: dict[str, Record]) -> dict[str, list[tuple[float, float]]]:
     return points
 
 
-def _roof(figure: Any, points: dict[str, list[tuple[float, float]]], limits: dict[str, float], title: str) -> None:
+def _roof(
+    figure: Any, points: dict[str, list[tuple[float, float]]], limits: dict[str, float], title: str
+) -> None:
     axes = figure.subplots()
     every = [x for line in points.values() for x, _ in line]
     intensity = [min(every) / 2, max(every) * 2]
     intensity = [intensity[0] * (intensity[1] / intensity[0]) ** (step / 50) for step in range(51)]
     for dtype, rate in limits.items():
         if dtype != "copy":
-            axes.loglog(intensity, [min(rate, x * limits["copy"] / 1e3) for x in intensity], label=f"measured roof, {dtype}")
+            axes.loglog(
+                intensity,
+                [min(rate, x * limits["copy"] / 1e3) for x in intensity],
+                label=f"measured roof, {dtype}",
+            )
     for (which, line), marker in zip(points.items(), "os^vD"):
         axes.loglog(*zip(*line), marker, label=which)
     axes.set(xlabel="FLOP a byte, each tensor once", ylabel="TFLOP/s")
@@ -360,12 +424,19 @@ CAMPAIGN: dict[str, Callable[[Path], str | None]] = {
 def newest_campaign(results: Path) -> Path | None:
     """The folder of the last campaign: one on a GPU before any on a CPU."""
     folders = sorted(file.parent for file in results.glob("*/environment.json"))
-    return max(folders, key=lambda folder: (read(folder / "environment.json")["device"] != "cpu", folder.name[-8:]), default=None)
+    return max(
+        folders,
+        key=lambda folder: (read(folder / "environment.json")["device"] != "cpu", folder.name[-8:]),
+        default=None,
+    )
 
 
 def sections(results: Path, folder: Path | None) -> dict[str, str]:
     """Markdown by section, those that there are results for."""
-    found = {"roofline": predictions(results / "roofline.json"), "growth": growth_table(results / "growth-cpu.json")}
+    found = {
+        "roofline": predictions(results / "roofline.json"),
+        "growth": growth_table(results / "growth-cpu.json"),
+    }
     if folder is not None:
         found |= {name: make(folder) for name, make in CAMPAIGN.items()}
         found["models"] = models(folder, bytes_an_image(results))

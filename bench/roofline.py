@@ -120,7 +120,11 @@ def steps_of(network: str, counted: dict[str, Any], batch: int) -> dict[str, lis
     steps: dict[str, list[Launch]] = {kind: [] for kind in KINDS}
     for _, whole in counted["stages"]:
         convolutions = convolution_flops(parts[whole["part"]], batch)
-        kernels = {"eager": whole["eager"], "compiled": whole["compiled"], "fused": whole["launches"] + whole["other"]}
+        kernels = {
+            "eager": whole["eager"],
+            "compiled": whole["compiled"],
+            "fused": whole["launches"] + whole["other"],
+        }
         for kind in KINDS:
             steps[kind] += with_flops(kernels[kind], convolutions)
     return steps
@@ -152,7 +156,9 @@ def comparisons(results: Path, traffic: dict[str, Any]) -> list[dict[str, Any]]:
         cases = json.loads(ceilings.read_text())["cases"]
         if "gb_per_second" not in cases.get("copy", {}) or "tflops" not in cases.get("matmul bfloat16", {}):
             continue
-        machine = Machine(cases["copy"]["gb_per_second"] * 1e9, cases["matmul bfloat16"]["tflops"] * 1e12, LAUNCH)
+        machine = Machine(
+            cases["copy"]["gb_per_second"] * 1e9, cases["matmul bfloat16"]["tflops"] * 1e12, LAUNCH
+        )
         for case in models["cases"].values():
             counted = traffic["networks"].get(case.get("model"))
             if counted is None or counted["image"] != case["image_size"]:
@@ -162,7 +168,12 @@ def comparisons(results: Path, traffic: dict[str, Any]) -> list[dict[str, Any]]:
                 figures = case["peers"].get(peer, {})
                 if "seconds" in figures:
                     predicted = predict(steps[kind], machine)["seconds"] * case["batch"] / traffic["batch"]
-                    where = {"device": models["device"], "network": case["model"], "batch": case["batch"], "peer": peer}
+                    where = {
+                        "device": models["device"],
+                        "network": case["model"],
+                        "batch": case["batch"],
+                        "peer": peer,
+                    }
                     found.append({**where, "predicted": predicted, "measured": figures["seconds"]["median"]})
     return found
 
@@ -188,7 +199,10 @@ def rows(predictions: dict[str, dict[str, dict[str, dict[str, float]]]]) -> list
             seconds = {kind: figures["seconds"] for kind, figures in kinds.items()}
             lines.append(
                 [network, gpu, *(f"{1e3 * value:.2f}" for value in seconds.values())]
-                + [f"{seconds['eager'] / seconds['fused']:.2f}x", f"{seconds['compiled'] / seconds['fused']:.2f}x"]
+                + [
+                    f"{seconds['eager'] / seconds['fused']:.2f}x",
+                    f"{seconds['compiled'] / seconds['fused']:.2f}x",
+                ]
                 + [f"{kinds[kind]['bandwidth_bound']:.0%}" for kind in KINDS]
             )
     return lines
@@ -218,7 +232,9 @@ def plot(predictions: dict[str, Any], machines: dict[str, Machine], path: Path) 
             label=f"{kind}, whole steps predicted on {shown}",
         )
         for network, one in zip(predictions, points):
-            axes.annotate(network, (one["flops"] / one["bytes"], one["flops"] / one["seconds"] / 1e12), fontsize=6)
+            axes.annotate(
+                network, (one["flops"] / one["bytes"], one["flops"] / one["seconds"] / 1e12), fontsize=6
+            )
     axes.set(xlabel="FLOP a byte, counted", ylabel="TFLOP/s, predicted", title="Predictions, no measurement")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
@@ -229,9 +245,13 @@ def plot(predictions: dict[str, Any], machines: dict[str, Machine], path: Path) 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--traffic", nargs="+", type=Path, help="results of bench.traffic [bench/results/traffic*.json]")
+    parser.add_argument(
+        "--traffic", nargs="+", type=Path, help="results of bench.traffic [bench/results/traffic*.json]"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that campaigns' folders are in")
-    parser.add_argument("--bandwidth-share", type=float, default=BANDWIDTH_SHARE, help="of the data sheet's [0.9]")
+    parser.add_argument(
+        "--bandwidth-share", type=float, default=BANDWIDTH_SHARE, help="of the data sheet's [0.9]"
+    )
     parser.add_argument("--rate-share", type=float, default=RATE_SHARE, help="of the data sheet's [0.75]")
     parser.add_argument("--launch", type=float, default=LAUNCH, help="seconds a launch [3e-6]")
     parser.add_argument("--out", type=Path, default=RESULTS / "roofline.json", help="result file")
@@ -249,10 +269,13 @@ def main(argv: list[str] | None = None) -> None:
     for network, counted in traffic["networks"].items():
         steps = steps_of(network, counted, traffic["batch"])
         predictions[network] = {
-            name: {kind: predict(step, machine) for kind, step in steps.items()} for name, machine in machines.items()
+            name: {kind: predict(step, machine) for kind, step in steps.items()}
+            for name, machine in machines.items()
         }
     compared = comparisons(args.results, traffic)
-    print(f"Predictions, batch {traffic['batch']}, {traffic['dtype']}\n\n{markdown(COLUMNS, rows(predictions))}")
+    print(
+        f"Predictions, batch {traffic['batch']}, {traffic['dtype']}\n\n{markdown(COLUMNS, rows(predictions))}"
+    )
     for one in compared:
         print(
             f"{one['device']}, {one['network']}, batch {one['batch']}, {one['peer']}: measured {1e3 * one['measured']:.2f} "

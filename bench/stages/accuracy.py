@@ -37,9 +37,16 @@ def train(setting: Setting, backend: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "fastres.cli", "train", *options, "--out", str(run)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, setting.seconds - 10))
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, setting.seconds - 10)
+        )
         if done.returncode:
             raise RuntimeError(f"fastres train ended with {done.returncode}: {done.stderr[-300:]}")
         label = json.loads((run / "config.json").read_text())["data"]
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {"backend": backend, "seed": seed, "data": label, "epochs": [{key: row[key] for key in KEPT} for row in rows]}
+    return {
+        "backend": backend,
+        "seed": seed,
+        "data": label,
+        "epochs": [{key: row[key] for key in KEPT} for row in rows],
+    }

@@ -18,7 +18,9 @@ from fastres.ops.timing import choices_path, machine_key
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
-    return {name: partial(tune, setting, one) for name, one in {**setting.workloads(), **setting.sweeps()}.items()}
+    return {
+        name: partial(tune, setting, one) for name, one in {**setting.workloads(), **setting.sweeps()}.items()
+    }
 
 
 def tune(setting: Setting, workload: Workload) -> dict[str, Any]:

@@ -29,7 +29,12 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def measure(setting: Setting, workload: Workload, peer: str) -> dict[str, Any]:
     """`peak_memory`; on a CPU in a process of its own."""
-    where = {"workload": workload.model, "batch": workload.batch, "image_size": workload.image_size, "peer": peer}
+    where = {
+        "workload": workload.model,
+        "batch": workload.batch,
+        "image_size": workload.image_size,
+        "peer": peer,
+    }
     arguments = (workload, peer, setting.device, setting.dtype, setting.backend)
     if setting.device.type == "cpu" and not setting.dry:
         return {**where, **in_own_process(_with_threads, torch.get_num_threads(), *arguments)}

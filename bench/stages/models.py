@@ -16,7 +16,9 @@ from fastres.measure.command import measure_steps
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
-    found = {name: partial(measure, setting, one, setting.peers(name)) for name, one in setting.workloads().items()}
+    found = {
+        name: partial(measure, setting, one, setting.peers(name)) for name, one in setting.workloads().items()
+    }
     for name, one in setting.sweeps().items():
         peers = [peer for peer in SWEEP_PEERS if peer in setting.peers(name)]
         found[name] = partial(measure, setting, one, peers)

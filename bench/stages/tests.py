@@ -40,7 +40,14 @@ def run(arguments: list[str], seconds: float) -> dict[str, Any]:
         options = ["--import-mode=importlib", "-q", "-p", "no:cacheprovider"]
         if importlib.util.find_spec("pytest_benchmark"):
             options.append("--benchmark-disable")
-        command = [sys.executable, "-m", "pytest", "-o", f"addopts={' '.join(options)}", f"--junitxml={report}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-o",
+            f"addopts={' '.join(options)}",
+            f"--junitxml={report}",
+        ]
         try:
             done = subprocess.run(
                 [*command, *arguments], cwd=ROOT, timeout=max(1, seconds - 10), capture_output=True, text=True
@@ -48,16 +55,24 @@ def run(arguments: list[str], seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"pytest {' '.join(arguments)} took more than {seconds - 10:.0f} s") from None
         if not report.exists():
-            raise RuntimeError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-MESSAGE_KEPT:]}")
+            raise RuntimeError(
+                f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-MESSAGE_KEPT:]}"
+            )
         return {"exit_status": done.returncode, **read(report)}
 
 
 def read(report: Path) -> dict[str, Any]:
     """Counts and failures of a JUnit report."""
     suites = list(ElementTree.parse(report).iter("testsuite"))
-    counts = {kind: sum(int(suite.get(kind, 0)) for suite in suites) for kind in ("tests", "failures", "errors", "skipped")}
+    counts = {
+        kind: sum(int(suite.get(kind, 0)) for suite in suites)
+        for kind in ("tests", "failures", "errors", "skipped")
+    }
     failures = [
-        {"test": f"{case.get('classname')}::{case.get('name')}", "message": (bad.get("message") or "")[:MESSAGE_KEPT]}
+        {
+            "test": f"{case.get('classname')}::{case.get('name')}",
+            "message": (bad.get("message") or "")[:MESSAGE_KEPT],
+        }
         for suite in suites
         for case in suite.iter("testcase")
         for bad in (*case.findall("failure"), *case.findall("error"))

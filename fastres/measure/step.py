@@ -87,7 +87,12 @@ class Step:
     """
 
     def __init__(
-        self, workload: Workload, peer: str, device: torch.device, dtype: torch.dtype, backend: str = "inductor"
+        self,
+        workload: Workload,
+        peer: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str = "inductor",
     ):
         self.peer, self.device, self.dtype = PEERS[peer], device, dtype
         layout = torch.channels_last if self.peer.channels_last else torch.contiguous_format
@@ -144,7 +149,12 @@ class Step:
 
 
 def peak_memory(
-    workload: Workload, peer: str, device: torch.device, dtype: torch.dtype, backend: str = "inductor", steps: int = 3
+    workload: Workload,
+    peer: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "inductor",
+    steps: int = 3,
 ) -> dict[str, float]:
     """Memory of some training steps in MiB, before and at the highest: allocated on a GPU, resident on a CPU.
 

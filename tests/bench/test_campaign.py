@@ -18,7 +18,12 @@ from bench.workloads import GPU, Setting
 
 
 def test_dry_run_of_every_stage(tmp_path):
-    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "OUT": str(tmp_path / "out"),
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("TRITON_INTERPRET", None)
     command = [str(ROOT / "bench" / "campaign.sh"), "--dry-run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
@@ -70,7 +75,9 @@ def test_a_case_that_raises_leaves_its_error_and_the_rest_is_measured(tmp_path):
 
     assert run_stage(tmp_path / "s.json", lambda: {"a": broken, "b": dict}, 60, lambda: True) == 0
     record = json.loads((tmp_path / "s.json").read_text())
-    assert record["cases"]["a"]["error"] == "ValueError: no such layout" and "error" not in record["cases"]["b"]
+    assert (
+        record["cases"]["a"]["error"] == "ValueError: no such layout" and "error" not in record["cases"]["b"]
+    )
     assert record["complete"]
 
 
@@ -98,7 +105,9 @@ def test_a_case_that_takes_its_process_down_is_left_out_in_the_end(tmp_path):
 def test_a_process_that_hangs_or_dies_is_noted(tmp_path, monkeypatch):
     args = campaign.parse(["--out", str(tmp_path), "--seconds", "2"])
     monkeypatch.setattr(campaign, "RESTARTS", 2)
-    status, tail, killed = campaign._stream([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), 1)
+    status, tail, killed = campaign._stream(
+        [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), 1
+    )
     assert killed and status != 0
     monkeypatch.setattr(campaign, "_stream", lambda *_: (7, "out of luck", False))
     campaign._supervise("models", tmp_path / "models.json", args, {})
@@ -136,6 +145,8 @@ def test_trace_counts_kernels_and_their_own_time():
 def test_a_gpu_campaign_names_every_network_and_peer():
     setting = Setting(torch.device("cuda"), torch.bfloat16, False, "synthetic", ROOT, 1.0)
     assert setting.workloads().keys() == GPU.keys()
-    assert {"compile graphs", "compile max-autotune", "library", "fused graph"} <= set(setting.peers("resnet50 224"))
+    assert {"compile graphs", "compile max-autotune", "library", "fused graph"} <= set(
+        setting.peers("resnet50 224")
+    )
     assert not [peer for peer in setting.peers("preact_resnet1001") if "compile" in peer]
     assert {one.batch for one in setting.sweeps().values()} == {128, 256, 1024, 2048}

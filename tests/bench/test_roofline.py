@@ -33,14 +33,26 @@ def test_convolutions_find_their_operations():
     expected = [6 * 6 * 8 * 4, 3 * 3 * 9 * 4 * 4, 3 * 3 * 4 * 16, 3 * 3 * 8 * 16]  # in order of execution
     assert flops == [2 * 5 * products for products in expected]
 
-    names = ["convolution"] * 4 + ["native_batch_norm"] + ["convolution_backward dgrad", "convolution_backward wgrad"] * 4
-    launches = with_flops([{"kernel": n, "loaded": 2, "stored": 1} for n in names], convolution_flops(bottleneck(), 5))
+    names = (
+        ["convolution"] * 4
+        + ["native_batch_norm"]
+        + ["convolution_backward dgrad", "convolution_backward wgrad"] * 4
+    )
+    launches = with_flops(
+        [{"kernel": n, "loaded": 2, "stored": 1} for n in names], convolution_flops(bottleneck(), 5)
+    )
     assert [one.flops for one in launches if one.kernel == "convolution"] == flops
     assert [one.flops for one in launches if "dgrad" in one.kernel] == flops[::-1]
-    assert sum(one.flops for one in launches) == 3 * sum(flops) and launches[4].flops == 0 and launches[0].bytes == 3
+    assert (
+        sum(one.flops for one in launches) == 3 * sum(flops)
+        and launches[4].flops == 0
+        and launches[0].bytes == 3
+    )
 
     joint = ["torch.ops.aten.convolution"] * 4 + ["torch.ops.aten.convolution_backward.default"] * 4
-    launches = with_flops([{"kernel": n, "loaded": 2, "stored": 1} for n in joint], convolution_flops(bottleneck(), 5))
+    launches = with_flops(
+        [{"kernel": n, "loaded": 2, "stored": 1} for n in joint], convolution_flops(bottleneck(), 5)
+    )
     assert sum(one.flops for one in launches) == 3 * sum(flops)
 
 
@@ -54,16 +66,28 @@ def test_another_number_of_convolutions_is_an_error(count):
 def counted_resnet20(tmp_path):
     def kernels(forward, backward, convolutions, factor):
         halves = [f"{backward} {half}" for _ in range(convolutions) for half in ("dgrad", "wgrad")]
-        return [{"kernel": k, "loaded": factor * 10**6, "stored": 0} for k in [forward] * convolutions + halves]
+        return [
+            {"kernel": k, "loaded": factor * 10**6, "stored": 0} for k in [forward] * convolutions + halves
+        ]
 
     stages = []
     for part in parts_of("resnet20", 32):
         n = len([m for m in part.modules.modules() if isinstance(m, nn.Conv2d)])
-        eager, fused = kernels("convolution", "convolution_backward", n, 3), kernels("conv_kernel", "conv", n, 1)
+        eager, fused = (
+            kernels("convolution", "convolution_backward", n, 3),
+            kernels("conv_kernel", "conv", n, 1),
+        )
         if part.name == "stem":
             eager, fused = ([k for k in line if "dgrad" not in k["kernel"]] for line in (eager, fused))
         moved = {"eager": 3, "compiled": 3, "fused": 1}
-        whole = {"part": part.name, "moved": moved, "eager": eager, "compiled": eager, "launches": fused, "other": []}
+        whole = {
+            "part": part.name,
+            "moved": moved,
+            "eager": eager,
+            "compiled": eager,
+            "launches": fused,
+            "other": [],
+        }
         stages.append([whole, whole])
     path = tmp_path / "traffic.json"
     networks = {"resnet20": {"image": 32, "stages": stages}}
@@ -76,10 +100,17 @@ def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys
     campaign.mkdir()
     cases = {"copy": {"gb_per_second": 1000.0}, "matmul bfloat16": {"tflops": 100.0}}
     (campaign / "environment.json").write_text(json.dumps({"device": "NVIDIA H100", "cases": cases}))
-    case = {"model": "resnet20", "image_size": 32, "batch": 16, "peers": {"fused": {"seconds": {"median": 1.0}}}}
+    case = {
+        "model": "resnet20",
+        "image_size": 32,
+        "batch": 16,
+        "peers": {"fused": {"seconds": {"median": 1.0}}},
+    }
     (campaign / "models.json").write_text(json.dumps({"device": "NVIDIA H100", "cases": {"resnet20": case}}))
     out = tmp_path / "roofline.json"
-    roofline.main(["--traffic", str(counted_resnet20(tmp_path)), "--results", str(tmp_path), "--out", str(out)])
+    roofline.main(
+        ["--traffic", str(counted_resnet20(tmp_path)), "--results", str(tmp_path), "--out", str(out)]
+    )
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
     assert printed.startswith("Predictions") and found["kind"] == "prediction"
     for gpu in ("A100", "H100", "H200"):

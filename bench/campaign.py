@@ -1,12 +1,12 @@
-"""The whole measurement of a machine in stages that can be interrupted: ``bench/campaign.sh``, or ``-m bench.campaign``.
+"""The whole measurement of a machine, in stages that can be interrupted: ``bench/campaign.sh``.
 
     bench/campaign.sh                                    every stage, JSON under bench/results/<device>-<date>/
     bench/campaign.sh --stages environment models       only these
     bench/campaign.sh --dry-run --out /tmp/dry          every stage at tiny sizes, on a CPU too
 
-Each stage is a process of its own with a limit of time, and one file ``<stage>.json`` in the folder, written anew after
-every case. A stage whose file says that it is complete is skipped; one that was cut off goes on where it stopped; a case
-that ended its process twice is left out. What fails leaves its error in the file and stops nothing else.
+Each stage is a process of its own with a limit of time, and one file ``<stage>.json`` in the folder, written anew
+after every case. A stage whose file says that it is complete is skipped; one that was cut off goes on where it
+stopped; a case that ended its process twice is left out. What fails leaves its error in the file and stops nothing else.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def drive(args: argparse.Namespace) -> int:
-    """Run the stages that are not complete, each in its own process; 1 if any is not complete afterwards or has errors."""
+    """Run the stages that are not complete; 1 if any is not complete afterwards or has errors."""
     args.out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     for variable, folder in CACHES.items():
@@ -164,8 +164,14 @@ def _note(path: Path, reason: str) -> None:
 def _stream(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str, bool]:
     """Run a command and print what it prints; its status, last lines, and whether its time ran out."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     killed = threading.Event()
 
     def kill() -> None:

@@ -1,4 +1,4 @@
-"""How cost grows: images/s and memory of a training step against batch, depth and resolution: ``python -m bench.growth``.
+"""Images/s and memory of a training step against batch, depth and resolution: ``python -m bench.growth``.
 
 Eager and fused networks alike, each point in a process of its own, so that its peak memory is its own; the two are
 timed side by side in a further process, in turn. The picture has the result file's name with the suffix ``.png``.

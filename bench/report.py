@@ -1,7 +1,7 @@
-"""Results as Markdown tables and pictures: ``python -m bench.report [FOLDER ...]``, ``python -m bench.report --readme``.
+"""Results as Markdown tables and pictures: ``python -m bench.report [FOLDER ...]``, or ``--readme``.
 
-Reads campaign folders (see `bench.campaign`) and the single results beside them. Every table says the device that it was
-measured on, or that its figures are counted or predicted. ``--readme`` fills in the sections of README.md between
+Reads campaign folders (see `bench.campaign`) and the single results beside them. Every table says the device that it
+was measured on, or that its figures are counted or predicted. ``--readme`` fills in the sections of README.md between
 ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; a section with no result to show stays as it is.
 """
 
@@ -255,8 +255,8 @@ def predictions(path: Path) -> str | None:
     )
     launch = next(iter(record["machines"].values()))["launch"]
     return (
-        f"**Predictions, not measurements**: no GPU was used. Batch {record['batch']}, {record['dtype']}; counted bytes and "
-        f"operations of every launch under a roof of {assumed}, {1e6 * launch:.0f} us a launch.\n\n"
+        f"**Predictions, not measurements**: no GPU was used. Batch {record['batch']}, {record['dtype']}; counted "
+        f"bytes and operations of every launch under a roof of {assumed}, {1e6 * launch:.0f} us a launch.\n\n"
         f"{markdown(roofline.COLUMNS, roofline.rows(record['predictions']))}"
     )
 

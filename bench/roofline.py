@@ -278,7 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     for one in compared:
         print(
-            f"{one['device']}, {one['network']}, batch {one['batch']}, {one['peer']}: measured {1e3 * one['measured']:.2f} "
+            f"{one['device']}, {one['network']}, batch {one['batch']}, {one['peer']}: "
+            f"measured {1e3 * one['measured']:.2f} "
             f"ms, {one['measured'] / one['predicted']:.2f} times the prediction"
         )
     write_results(

@@ -1,4 +1,4 @@
-"""The timed choice of every fused operation's implementation, made by a step of each network and kept for later runs."""
+"""The timed choice of every fused operation's implementation, made by a step of each network and kept."""
 
 from __future__ import annotations
 

@@ -123,7 +123,8 @@ def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys
     assert text.startswith("**Predictions, not measurements**") and text.count("resnet20") == 3
 
 
-def test_growth_measures_its_points(tmp_path):
+def test_growth_measures_its_points(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the measuring processes are to run ATen, not interpreted kernels
     out = tmp_path / "growth.json"
     options = "--batches --depths 20 --depth-batch 2 --resolutions --rounds 1 --precision fp32".split()
     growth.main([*options, "--out", str(out)])

@@ -1,0 +1,101 @@
+"""Every peer trains the same network, and `fastres bench` says what went wrong in one line."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastres import cli
+from fastres.measure import PEERS, Step, Workload, peers, supported
+from fastres.measure.command import measure_steps
+from fastres.ops import aten, implementation, select
+from fastres.ops.layers import symmetric
+
+CPU = torch.device("cpu")
+SMALL = Workload("resnet8", 4, 8)
+
+
+@pytest.fixture(autouse=True)
+def aten_only(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("peer", supported(CPU))
+def test_peers_train_alike(peer):
+    reference, step = (Step(SMALL, name, CPU, torch.float32, backend="eager") for name in ("eager NCHW", peer))
+    expected, found = ([one().item() for _ in range(3)] for one in (reference, step))
+    assert found == pytest.approx(expected, rel=1e-3) and expected[0] != expected[2]
+    for ours, theirs in zip(step.model.parameters(), reference.model.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+
+
+def test_a_peer_that_fails_leaves_its_error(monkeypatch):
+    found = measure_steps(SMALL, ["fused graph", "eager"], CPU, torch.float32, rounds=1, warmup=1)
+    assert "error" in found["peers"]["fused graph"]
+    eager = found["peers"]["eager"]
+    assert eager["images_per_second"] == pytest.approx(4 / eager["seconds"]["median"])
+    assert eager["tflops"] == pytest.approx(found["flops"] / eager["seconds"]["median"] / 1e12)
+
+
+def test_the_library_peer_takes_the_library_wherever_it_can(monkeypatch):
+    """The Triton launchers and the device are stand-ins here: what counts is which implementation is picked."""
+    names = ("moments", "bn_add_relu", "bn_backward_apply", "finalize")
+    triton = SimpleNamespace(**{name: getattr(aten, name) for name in names}, conv=None)
+    monkeypatch.setattr(select, "_triton", lambda: triton)
+    peers._library_primitives.cache_clear()
+    monkeypatch.setattr(select, "_primitives", lambda _: pytest.fail("not the timed path"))
+    with peers.forced("library"):
+        on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, numel=lambda: 1)
+        primitives = select.primitives(on_gpu)
+        y, moments = primitives.conv(torch.randn(2, 4, 4, 3), torch.randn(5, 3, 3, 3), 1, symmetric(1))
+        primitives.finalize(moments, None, None, 1e-5)
+    peers._library_primitives.cache_clear()
+    chosen = {key.split("(")[0]: name for key, name in select.selection().items() if "2x4x4x3" in key or "finalize" in key}
+    assert y.shape == (2, 4, 4, 5) and chosen["conv"] == "library" and chosen["finalize"] == "triton"
+
+
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.implementation in select.MODES])
+def test_other_peers_force_what_they_name(name):
+    with peers.forced(PEERS[name].implementation):
+        assert select._forced == PEERS[name].implementation
+    with implementation("aten"), peers.forced("auto"):
+        assert select._forced == "auto"
+
+
+def test_bench_prints_and_writes(tmp_path, capsys):
+    options = "bench --model resnet8 --batch-size 4 --image-size 8 --device cpu --precision fp32 --rounds 2".split()
+    assert cli.main([*options, "--peers", "eager", "fused", "--json", str(tmp_path / "b.json")]) == 0
+    printed, found = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
+    assert "resnet8, training, batch 4, 8x8, float32, CPU" in printed and "1.00x" in printed
+    assert list(found["peers"]) == ["eager", "fused"] and found["flops"] == SMALL.flops()
+
+
+def test_bench_takes_a_network_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_network.py").write_text(
+        "from torch import nn\n\ndef network():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = "bench --model own_network:network --batch-size 4 --image-size 8 --device cpu --rounds 1 --peers".split()
+    assert cli.main([*options, "eager"]) == 0
+    assert cli.main([*options, "fused"]) == 2
+    assert "no block to fuse" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "resnet9"], "unknown model 'resnet9'"),
+        (["--model", "torch.nn:Nothing"], "cannot be made"),
+        (["--model", "torch.nn:Linear"], "cannot be made"),
+        (["--model", "builtins:dict"], "makes a dict, not a torch.nn.Module"),
+        (["--peers", "fastest"], "unknown peer 'fastest'"),
+        (["--peers", "fused graph", "--device", "cpu"], "needs a GPU"),
+        (["--batch-size", "1"], "make it at least 2"),
+    ],
+)
+def test_bad_options_end_in_one_line(options, message, capsys):
+    assert cli.main(["bench", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,42 @@
+"""Times are taken in turn, and what one call does leaves the others alone."""
+
+import time
+
+import pytest
+import torch
+
+from fastres.measure import Timing, interleaved
+
+CPU = torch.device("cpu")
+
+
+def test_calls_take_turns_after_the_warm_up():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    found = interleaved(calls, CPU, warmup=2, rounds=3)
+    assert order == list("aabbcc") + list("abc" "cba" "abc")
+    assert list(found) == list("abc") and all(time.samples == 3 and time.calls == 1 for time in found.values())
+
+
+def test_samples_are_as_long_as_asked_for():
+    found = interleaved({"": lambda: time.sleep(0.002)}, CPU, warmup=1, rounds=2, sample_seconds=0.02)[""]
+    assert 3 <= found.calls <= 10 and 0.002 <= found.low <= found.median <= found.high
+
+
+@pytest.mark.parametrize("survived", [0, 2])
+def test_a_call_that_raises_is_dropped(survived):
+    calls = []
+
+    def broken():
+        calls.append(1)
+        if len(calls) > survived:
+            raise ValueError("no")
+
+    found = interleaved({"broken": broken, "sound": lambda: None}, CPU, warmup=1, rounds=4)
+    assert isinstance(found["broken"], ValueError) and found["sound"].samples == 4
+    assert list(found) == ["broken", "sound"] and len(calls) == survived + 1
+
+
+def test_median_and_quartiles():
+    assert Timing.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Timing(3.0, 2.0, 4.0, 5, 1)
+    assert Timing.of([7.0], calls=2) == Timing(7.0, 7.0, 7.0, 1, 2)

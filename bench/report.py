@@ -261,6 +261,66 @@ def predictions(path: Path) -> str | None:
     )
 
 
+def traffic(results: Path) -> str | None:
+    """Counted bytes of a step by stage, and of whole networks."""
+    text = []
+    for file in sorted(results.glob("traffic*.json")):
+        record = read(file)
+        for network, counted in record["networks"].items():
+            wholes = [whole for _, whole in counted["stages"]]
+            total = {
+                kind: {name: sum(whole[kind][name] for whole in wholes) for name in wholes[0][kind]}
+                for kind in ("moved", "saved")
+            }
+            rows = [
+                [whole["part"], str(whole["blocks"]), "x".join(map(str, whole["input"])), *_bytes(whole)]
+                for whole in wholes
+            ]
+            rows.append(["all", str(sum(whole["blocks"] for whole in wholes)), "", *_bytes(total)])
+            title = f"{network}, {record['batch']} images of {counted['image']}x{counted['image']}, {record['dtype']}"
+            where = f"**{title}**, static count, commit {record['commit']}."
+            text.append(f"{where}\n\n{markdown(TRAFFIC_COLUMNS, rows)}")
+    return "\n\n".join(text) or None
+
+
+TRAFFIC_COLUMNS = ("first block", "blocks", "input CxHxW", "eager MB", "compiled MB", "fused MB", "fused / eager",
+                   "fused / compiled", "kept: fused / eager", "memory mode / eager")  # fmt: skip
+
+
+def _bytes(counted: Record) -> list[str]:
+    moved, saved = counted["moved"], counted["saved"]
+    return [
+        *(f"{moved[kind] / 1e6:.0f}" for kind in roofline.KINDS),
+        f"{moved['fused'] / moved['eager']:.2f}",
+        f"{moved['fused'] / moved['compiled']:.2f}",
+        f"{saved['fused'] / saved['eager']:.2f}",
+        f"{saved['fewer'] / saved['eager']:.2f}",
+    ]
+
+
+def ahead_of_time(results: Path) -> str | None:
+    """What the compiled kernels need, by kernel and architecture; read from machine code, nothing ran."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for file in sorted(results.glob("aot*.json")):
+        for row in read(file)["rows"]:
+            if "registers" in row:
+                groups.setdefault((row["kernel"].removesuffix("_kernel"), row["arch"]), []).append(row)
+    rows = []
+    for (kernel, arch), found in sorted(groups.items()):
+        registers = [row["registers"] for row in found]
+        cores = sorted({core for row in found for core, count in row["tensor_cores"].items() if count})
+        rows.append(
+            [kernel, f"sm_{arch}", str(len(found)), f"{min(registers)} to {max(registers)}"]
+            + [str(sum(row["spills"] for row in found)), f"{max(row['shared'] for row in found) / 1000:.0f}"]
+            + [", ".join(cores), str(sum(bool(row["faults"]) for row in found))]
+        )
+    return markdown(AOT_COLUMNS, rows) if rows else None
+
+
+AOT_COLUMNS = ("kernel", "architecture", "specialisations", "registers", "spills", "shared memory, KB at most",
+               "tensor cores", "not to be shipped")  # fmt: skip
+
+
 def growth_table(path: Path) -> str | None:
     """Growth with batch, depth and resolution."""
     record = read(path)
@@ -434,6 +494,8 @@ def newest_campaign(results: Path) -> Path | None:
 def sections(results: Path, folder: Path | None) -> dict[str, str]:
     """Markdown by section, those that there are results for."""
     found = {
+        "aot": ahead_of_time(results),
+        "traffic": traffic(results),
         "roofline": predictions(results / "roofline.json"),
         "growth": growth_table(results / "growth-cpu.json"),
     }

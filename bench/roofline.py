@@ -218,7 +218,7 @@ def plot(predictions: dict[str, Any], machines: dict[str, Machine], path: Path) 
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    intensity = [2.0**power for power in range(2, 11)]
+    intensity = [2 ** (power / 8) for power in range(16, 81)]
     for name, machine in machines.items():
         roof = [min(machine.rate, x * machine.bandwidth) / 1e12 for x in intensity]
         axes.loglog(intensity, roof, label=f"{name}, roof as assumed", linewidth=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ def describe(setting: Setting) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "dtype": str(setting.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "fast_bf16": machine.has_fast_bf16(setting.device),
         "convolutions_in_tf32": torch.backends.cudnn.conv.fp32_precision,
     }

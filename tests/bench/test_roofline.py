@@ -79,9 +79,12 @@ def counted_resnet20(tmp_path):
         )
         if part.name == "stem":
             eager, fused = ([k for k in line if "dgrad" not in k["kernel"]] for line in (eager, fused))
-        moved = {"eager": 3, "compiled": 3, "fused": 1}
+        moved = {"eager": 4e6, "compiled": 2e6, "fused": 1e6}
         whole = {
             "part": part.name,
+            "blocks": len(part.modules),
+            "input": part.shape,
+            "saved": {"eager": 4, "fused": 3, "fewer": 2},
             "moved": moved,
             "eager": eager,
             "compiled": eager,
@@ -91,7 +94,8 @@ def counted_resnet20(tmp_path):
         stages.append([whole, whole])
     path = tmp_path / "traffic.json"
     networks = {"resnet20": {"image": 32, "stages": stages}}
-    path.write_text(json.dumps({"batch": 8, "dtype": "bfloat16", "networks": networks}))
+    record = {"batch": 8, "dtype": "bfloat16", "commit": "abc", "networks": networks}
+    path.write_text(json.dumps(record))
     return path
 
 
@@ -123,8 +127,24 @@ def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys
     assert text.startswith("**Predictions, not measurements**") and text.count("resnet20") == 3
 
 
+def test_counts_become_tables(tmp_path):
+    counted_resnet20(tmp_path)
+    lines = report.traffic(tmp_path).splitlines()
+    assert "static count, commit abc" in lines[0]
+    assert lines[-1] == "| all | 10 |  | 16 | 8 | 4 | 0.25 | 0.50 | 0.75 | 0.50 |"
+    assert report.bytes_an_image(tmp_path)["resnet20 32"] == {"eager": 2e6, "compile": 1e6, "fused": 5e5}
+
+    row = {"kernel": "conv_kernel", "arch": 90, "spills": 0, "faults": []}
+    rows = [{**row, "registers": n, "shared": 1000 * n, "tensor_cores": {"HGMMA": n}} for n in (64, 128)]
+    (tmp_path / "aot.json").write_text(json.dumps({"rows": [*rows, {**row, "faults": ["did not compile"]}]}))
+    line = report.ahead_of_time(tmp_path).splitlines()[-1]
+    assert line == "| conv | sm_90 | 2 | 64 to 128 | 0 | 128 | HGMMA | 0 |"
+
+
 def test_growth_measures_its_points(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the measuring processes are to run ATen, not interpreted kernels
+    monkeypatch.delenv(
+        "TRITON_INTERPRET", raising=False
+    )  # the measuring processes are to run ATen, not interpreted kernels
     out = tmp_path / "growth.json"
     options = "--batches --depths 20 --depth-batch 2 --resolutions --rounds 1 --precision fp32".split()
     growth.main([*options, "--out", str(out)])

@@ -23,7 +23,9 @@ def aten_only(monkeypatch):
 
 @pytest.mark.parametrize("peer", supported(CPU))
 def test_peers_train_alike(peer):
-    reference, step = (Step(SMALL, name, CPU, torch.float32, backend="eager") for name in ("eager NCHW", peer))
+    reference, step = (
+        Step(SMALL, name, CPU, torch.float32, backend="eager") for name in ("eager NCHW", peer)
+    )
     expected, found = ([one().item() for _ in range(3)] for one in (reference, step))
     assert found == pytest.approx(expected, rel=1e-3) and expected[0] != expected[2]
     for ours, theirs in zip(step.model.parameters(), reference.model.parameters()):
@@ -51,11 +53,17 @@ def test_the_library_peer_takes_the_library_wherever_it_can(monkeypatch):
         y, moments = primitives.conv(torch.randn(2, 4, 4, 3), torch.randn(5, 3, 3, 3), 1, symmetric(1))
         primitives.finalize(moments, None, None, 1e-5)
     peers._library_primitives.cache_clear()
-    chosen = {key.split("(")[0]: name for key, name in select.selection().items() if "2x4x4x3" in key or "finalize" in key}
+    chosen = {
+        key.split("(")[0]: name
+        for key, name in select.selection().items()
+        if "2x4x4x3" in key or "finalize" in key
+    }
     assert y.shape == (2, 4, 4, 5) and chosen["conv"] == "library" and chosen["finalize"] == "triton"
 
 
-@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.implementation in select.MODES])
+@pytest.mark.parametrize(
+    "name", [name for name, peer in PEERS.items() if peer.implementation in select.MODES]
+)
 def test_other_peers_force_what_they_name(name):
     with peers.forced(PEERS[name].implementation):
         assert select._forced == PEERS[name].implementation
@@ -64,7 +72,9 @@ def test_other_peers_force_what_they_name(name):
 
 
 def test_bench_prints_and_writes(tmp_path, capsys):
-    options = "bench --model resnet8 --batch-size 4 --image-size 8 --device cpu --precision fp32 --rounds 2".split()
+    options = (
+        "bench --model resnet8 --batch-size 4 --image-size 8 --device cpu --precision fp32 --rounds 2".split()
+    )
     assert cli.main([*options, "--peers", "eager", "fused", "--json", str(tmp_path / "b.json")]) == 0
     printed, found = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
     assert "resnet8, training, batch 4, 8x8, float32, CPU" in printed and "1.00x" in printed

@@ -110,9 +110,9 @@ COLUMNS = ("", "images/s, eager", "fused", "fused / eager", "MiB a step, eager",
 
 
 def rows(found: list[dict[str, Any]]) -> list[list[str]]:
-    """A row of `COLUMNS` a point."""
-    lines = []
-    for one in found:
+    """A row of `COLUMNS` a workload."""
+    lines: list[list[str]] = []
+    for one in {str(one["workload"]): one for one in found}.values():
         eager, fused = (one["peers"][peer] for peer in PEERS)
         rates = [figures["images_per_second"] for figures in (eager, fused)]
         added = [figures["peak_mib"] - figures["idle_mib"] for figures in (eager, fused)]

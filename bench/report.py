@@ -31,6 +31,14 @@ def machine_line(record: Record) -> str:
     return f"{where}, PyTorch {versions['torch']}, {record['date'][:10]}, commit {record['commit']}"
 
 
+def picture(path: Path, text: str) -> str:
+    """A Markdown picture for README.md; empty where there is none."""
+    if not path.exists():
+        return ""
+    shown = path.resolve()
+    return f"\n\n![{text}]({shown.relative_to(ROOT) if ROOT in shown.parents else shown})"
+
+
 def measured_cases(record: Record) -> dict[str, Record]:
     """The cases that have figures."""
     return {name: case for name, case in record["cases"].items() if "error" not in case}
@@ -81,7 +89,7 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
             "speed",
         ]
         key = f"{case['model']} {case['image_size']}"
-        known = (counted or {}).get(key, {})
+        known = (counted or {}).get(key, {}) if record["device"] != "cpu" else {}  # a CPU runs other kernels
         if not known:
             columns.remove("GB/s")
         rows, base = [], case["peers"].get("eager", {}).get("seconds", {}).get("median")
@@ -117,7 +125,10 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
         parts.append(f"**{title}**, one training step.{note}\n\n{markdown(columns, rows)}")
     if not parts:
         return None
-    return f"Measured on {machine_line(record)}.\n\n" + "\n\n".join(parts)
+    pictures = picture(folder / "models.png", "Speeds of the peers") + picture(
+        folder / "batches.png", "images/s by batch"
+    )
+    return f"Measured on {machine_line(record)}.\n\n" + "\n\n".join(parts) + pictures
 
 
 def memory(folder: Path) -> str | None:
@@ -172,7 +183,10 @@ def parts(folder: Path) -> str | None:
         ]
         columns = ["operation", "MB, each tensor once", *(f"{c}: ms, GB/s" for c in which)]
         text.append(f"{name}, batch {case['batch']}.\n\n{markdown(columns, rows)}")
-    return f"Measured on {machine_line(record)}.\n\n" + "\n\n".join(text) if text else None
+    if not text:
+        return None
+    roof = picture(folder / "roofline.png", "Operations under the measured roof")
+    return f"Measured on {machine_line(record)}.\n\n" + "\n\n".join(text) + roof
 
 
 def step(folder: Path) -> str | None:
@@ -258,6 +272,7 @@ def predictions(path: Path) -> str | None:
         f"**Predictions, not measurements**: no GPU was used. Batch {record['batch']}, {record['dtype']}; counted "
         f"bytes and operations of every launch under a roof of {assumed}, {1e6 * launch:.0f} us a launch.\n\n"
         f"{markdown(roofline.COLUMNS, roofline.rows(record['predictions']))}"
+        + picture(path.with_suffix(".png"), "Roofline, predictions")
     )
 
 
@@ -329,6 +344,7 @@ def growth_table(path: Path) -> str | None:
     return (
         f"One training step, {record['dtype']}, measured on {machine_line(record)}.\n\n"
         f"{markdown(growth.COLUMNS, growth.rows(record['points']))}"
+        + picture(path.with_suffix(".png"), "images/s and memory against batch, depth and resolution")
     )
 
 

@@ -59,12 +59,12 @@ class Setting:
     @property
     def rounds(self) -> int:
         """Timed samples of a call."""
-        return self.pick(20, 5, 2)
+        return self.pick(20, 3, 2)
 
     @property
     def warmup(self) -> int:
         """Calls that are not timed."""
-        return self.pick(5, 2, 1)
+        return self.pick(5, 1, 1)
 
     def workloads(self) -> dict[str, Workload]:
         """All networks."""

@@ -12,6 +12,7 @@ from bench import campaign
 from bench.campaign import RESTART, STAGES, read, run_stage
 from bench.record import ROOT
 from bench.report import CAMPAIGN, plots, sections
+from bench.stages import autotune
 from bench.stages.tests import read as read_junit
 from bench.trace import summary
 from bench.workloads import GPU, Setting
@@ -150,3 +151,17 @@ def test_a_gpu_campaign_names_every_network_and_peer():
     )
     assert not [peer for peer in setting.peers("preact_resnet1001") if "compile" in peer]
     assert {one.batch for one in setting.sweeps().values()} == {128, 256, 1024, 2048}
+
+
+def test_timed_choices_outlive_their_machine(tmp_path, monkeypatch):
+    setting = Setting(torch.device("cuda"), torch.bfloat16, False, "synthetic", tmp_path, 1.0)
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(autotune, "machine_key", lambda device: "a GPU")
+    result, choice = tmp_path / "autotune.json", {"winner": "library", "milliseconds": {"library": 1.0}}
+    autotune.restore(setting, result)
+    assert not (tmp_path / "cache").exists()
+    result.write_text(json.dumps({"cases": {"net": {"choices": {"conv(8x8)": choice}}, "broken": {"error": "no"}}}))
+    for _ in range(2):
+        autotune.restore(setting, result)
+        assert json.loads((tmp_path / "cache" / "choices.json").read_text()) == {"a GPU": {"conv(8x8)": choice}}
+        result.write_text(json.dumps({"cases": {"net": {"choices": {"other": choice}}}}))

@@ -134,8 +134,7 @@ def _cells(moved: Figures, saved: Figures) -> list[str]:
         f"{ours / eager:.2f}",
         f"{ours / compiled:.2f}",
         f"{kept / 1e6:.0f}",
-        f"{saved['fused'] / kept:.2f}",
-        f"{saved['fewer'] / kept:.2f}",
+        *(f"{saved[kind] / kept:.2f}" if kept else "" for kind in ("fused", "fewer")),
     ]
 
 

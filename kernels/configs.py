@@ -19,13 +19,14 @@ LEAST = 16
 
 
 class Config(NamedTuple):
-    """Tile of a matrix product [M, K] x [K, N], warps a program and depth of the software pipeline."""
+    """Tile of a matrix product [M, K] x [K, N], warps a program, depth of the software pipeline, registers a thread."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    most_registers: int
 
     @property
     def launch(self) -> dict[str, int]:
@@ -36,6 +37,7 @@ class Config(NamedTuple):
             BLOCK_K=self.block_k,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
+            maxnreg=self.most_registers,
         )
 
 
@@ -50,6 +52,8 @@ def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype) -> lis
     """
     block_n = power_of_2(columns, LEAST, 128)
     tiles = list(dict.fromkeys([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))]))
+    if precision(dtype) == "ieee":  # sums in plain registers, no tensor core: larger tiles spill
+        tiles = tiles[-1:]
     full = [tile for tile in tiles if cdiv(rows, tile[0]) * cdiv(columns, tile[1]) >= PROGRAMS]
     first = full[0] if full else tiles[-1]
     return [_config(*tile, depth, dtype) for tile in sorted(tiles, key=lambda tile: tile != first)]
@@ -65,19 +69,26 @@ def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype) -> l
         dtype: of the operands.
     """
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
-    tiles = dict.fromkeys([(block_m, block_n), (min(block_m, 64), min(block_n, 64))])
+    tiles = list(dict.fromkeys([(block_m, block_n), (min(block_m, 64), min(block_n, 64))]))
+    if precision(dtype) == "ieee":
+        tiles = tiles[-1:]
     return [_config(*tile, pixels, dtype) for tile in tiles]
 
 
 def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Config:
-    """The tile with the step, warps and stages at which it neither spills nor outgrows an A100's shared memory."""
+    """The tile with the step, warps and stages at which it neither spills nor outgrows an A100's shared memory.
+
+    Told no number of registers, the assembler aims below 128 and spills a few bytes for it, where 128 suffice; with 128 a
+    multiprocessor runs two programs of 8 warps.
+    """
     size = block_m * block_n
     block_k, num_warps, num_stages = (64, 8, 3) if size in (128 * 128, 64 * 64) else (32, 8, 4)
+    registers = 128 if size < 128 * 128 else 255
     if size < 64 * 64:
-        num_warps, num_stages = 4, 3
-    if dtype.itemsize == 4:  # twice the shared memory for an element
-        block_k, num_stages = 32, 3
-    return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages)
+        num_warps, num_stages, registers = 4, 3, 255
+    if dtype.itemsize == 4:  # twice the shared memory for an element, and its registers
+        block_k, num_stages, registers = 32, 3, 255
+    return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages, registers)
 
 
 def at_rank(configs: list, rank: int):

@@ -31,6 +31,21 @@ def machine_line(record: Record) -> str:
     return f"{where}, PyTorch {versions['torch']}, {record['date'][:10]}, commit {record['commit']}"
 
 
+def busy(load: float | None, threads: int) -> str:
+    """A warning where other processes took the cores that were measured on."""
+    if load is None or load <= threads:
+        return ""
+    return (
+        f" Other processes kept the machine busy (load average {load:.0f} for {threads} threads): the peers took "
+        "turns, so read their ratios, not their rates."
+    )
+
+
+def number(value: float) -> str:
+    """Four significant digits, without an exponent where they are before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def picture(path: Path, text: str) -> str:
     """A Markdown picture for README.md; empty where there is none."""
     if not path.exists():
@@ -64,7 +79,9 @@ def environment(folder: Path) -> str | None:
         for name, rate in found.items()
         if name != "copy"
     ]
-    return f"Measured ceilings: {machine_line(record)}.\n\n{markdown(('ceiling', 'measured'), rows)}"
+    load = measured_cases(record).get("machine", {}).get("load_average")
+    where = f"Measured ceilings: {machine_line(record)}.{busy(load, record['threads'])}"
+    return f"{where}\n\n{markdown(('ceiling', 'measured'), rows)}"
 
 
 def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> str | None:
@@ -107,9 +124,9 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
             limit = limits.get(case["dtype"])
             row = [
                 peer,
-                f"{1e3 * seconds['median']:.4g}",
-                f"{1e3 * seconds['low']:.4g} to {1e3 * seconds['high']:.4g}",
-                f"{figures['images_per_second']:.4g}",
+                number(1e3 * seconds["median"]),
+                f"{number(1e3 * seconds['low'])} to {number(1e3 * seconds['high'])}",
+                number(figures["images_per_second"]),
                 f"{figures['tflops']:.3g}",
                 f"{figures['tflops'] / limit:.0%}" if limit else "",
             ]
@@ -128,7 +145,10 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
     pictures = picture(folder / "models.png", "Speeds of the peers") + picture(
         folder / "batches.png", "images/s by batch"
     )
-    return f"Measured on {machine_line(record)}.\n\n" + "\n\n".join(parts) + pictures
+    environment = read(folder / "environment.json")
+    load = measured_cases(environment).get("machine", {}).get("load_average") if environment else None
+    where = f"Measured on {machine_line(record)}.{busy(load, record['threads'])}"
+    return f"{where}\n\n" + "\n\n".join(parts) + pictures
 
 
 def memory(folder: Path) -> str | None:
@@ -342,7 +362,8 @@ def growth_table(path: Path) -> str | None:
     if not record:
         return None
     return (
-        f"One training step, {record['dtype']}, measured on {machine_line(record)}.\n\n"
+        f"One training step, {record['dtype']}, measured on {machine_line(record)}."
+        f"{busy(record['load_average'], record['threads'])}\n\n"
         f"{markdown(growth.COLUMNS, growth.rows(record['points']))}"
         + picture(path.with_suffix(".png"), "images/s and memory against batch, depth and resolution")
     )

@@ -169,3 +169,8 @@ def test_the_operations_of_a_step_are_counted_from_shapes():
     forward = one.batch * 2 * 40.55e6  # published: 41 M multiply-adds an image
     assert one.flops() == pytest.approx(3 * forward, rel=0.02)
     assert torch.equal(one.build().conv1.weight, one.build().conv1.weight)
+
+
+def test_a_busy_machine_is_told():
+    assert "load average 10 for 2 threads" in report.busy(10.2, 2)
+    assert report.busy(1.5, 2) == report.busy(None, 2) == ""

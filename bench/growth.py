@@ -24,18 +24,18 @@ from fastres.measure.step import Step, peak_memory
 from fastres.train import machine
 
 PEERS = ("eager", "fused")
-AXES = {"batch": "images a step", "depth": "layers", "resolution": "pixels a side"}
+AXES = {"batch": "images a step", "resolution": "pixels a side", "depth": "layers"}
 
 
 def points(args: argparse.Namespace) -> list[tuple[str, int, Workload]]:
     """(axis, its value, workload) of every point: the CIFAR networks of He et al. 2015."""
     return [
         *(("batch", batch, Workload("resnet20", batch, 32)) for batch in args.batches),
-        *(("depth", depth, Workload(f"resnet{depth}", args.depth_batch, 32)) for depth in args.depths),
         *(
             ("resolution", size, Workload("resnet20", args.resolution_batch, size))
             for size in args.resolutions
         ),
+        *(("depth", depth, Workload(f"resnet{depth}", args.depth_batch, 32)) for depth in args.depths),
     ]
 
 
@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         same = next((one for one in found if one["workload"] == asdict(workload)), None)  # two axes may cross
         peers = same["peers"] if same else measure(workload, dtype, args.rounds, torch.get_num_threads())
         found.append({"axis": axis, "value": value, "workload": asdict(workload), "peers": peers})
+        write_results(args.out, {"dtype": name, "load_average": before, "points": found})
     print(markdown(COLUMNS, rows(found)))
-    write_results(args.out, {"dtype": name, "load_average": before, "points": found})
     plot(found, args.out.with_suffix(".png"), f"one training step, {name}, {device_name(device)}")
 
 

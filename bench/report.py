@@ -36,8 +36,8 @@ def busy(load: float | None, threads: int) -> str:
     if load is None or load <= threads:
         return ""
     return (
-        f" Other processes kept the machine busy (load average {load:.0f} for {threads} threads): the peers took "
-        "turns, so read their ratios, not their rates."
+        f" Other processes kept the machine busy (load average {load:.0f} for {threads} threads): rates "
+        "are too low, and differences within the quartiles mean nothing."
     )
 
 
@@ -287,10 +287,12 @@ def predictions(path: Path) -> str | None:
         f"{name} {one['bandwidth'] / 1e12:.2f} TB/s and {one['rate'] / 1e12:.0f} TFLOP/s"
         for name, one in record["machines"].items()
     )
-    launch = next(iter(record["machines"].values()))["launch"]
+    name, machine = next(iter(record["machines"].items()))
+    bandwidth, rate = roofline.DATA_SHEETS[name]
+    shares = f"{machine['bandwidth'] / bandwidth:.0%} and {machine['rate'] / rate:.0%} of the data sheets', assumed"
     return (
         f"**Predictions, not measurements**: no GPU was used. Batch {record['batch']}, {record['dtype']}; counted "
-        f"bytes and operations of every launch under a roof of {assumed}, {1e6 * launch:.0f} us a launch.\n\n"
+        f"bytes and operations of every launch under a roof of {assumed} ({shares}), {1e6 * machine['launch']:.0f} us a launch.\n\n"
         f"{markdown(roofline.COLUMNS, roofline.rows(record['predictions']))}"
         + picture(path.with_suffix(".png"), "Roofline, predictions")
     )

@@ -81,11 +81,14 @@ def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Confi
     Told no number of registers, the assembler aims below 128 and spills a few bytes for it, where 128 suffice; with 128 a
     multiprocessor runs two programs of 8 warps.
     """
-    size = block_m * block_n
-    block_k, num_warps, num_stages = (64, 8, 3) if size in (128 * 128, 64 * 64) else (32, 8, 4)
-    registers = 128 if size < 128 * 128 else 255
-    if size < 64 * 64:
-        num_warps, num_stages, registers = 4, 3, 255
+    if block_m == block_n == 128:
+        block_k, num_warps, num_stages, registers = 64, 8, 3, 255
+    elif block_m == block_n == 64:
+        block_k, num_warps, num_stages, registers = 64, 8, 3, 128
+    elif block_m * block_n > 64 * 64:
+        block_k, num_warps, num_stages, registers = 32, 8, 4, 128
+    else:
+        block_k, num_warps, num_stages, registers = 32, 4, 3, 255
     if dtype.itemsize == 4:  # twice the shared memory for an element, and its registers
         block_k, num_stages, registers = 32, 3, 255
     return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages, registers)

@@ -50,7 +50,7 @@ def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype) -> lis
         depth: channels summed over, of one tap.
         dtype: of the operands.
     """
-    block_n = power_of_2(columns, LEAST, 128)
+    block_n = power_of_2(columns, LEAST, 128 if dtype.itemsize == 2 else 64)
     tiles = list(dict.fromkeys([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))]))
     if precision(dtype) == "ieee":  # sums in plain registers, no tensor core: larger tiles spill
         tiles = tiles[-1:]
@@ -90,7 +90,7 @@ def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Confi
     else:
         block_k, num_warps, num_stages, registers = 32, 4, 3, 255
     if dtype.itemsize == 4:  # twice the shared memory for an element, and its registers
-        block_k, num_stages, registers = 32, 3, 255
+        block_k, num_stages, registers = 16 if precision(dtype) == "ieee" else 32, 3, 255
     return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages, registers)
 
 

@@ -2,8 +2,9 @@
 
 import json
 
-from bench import runs
 from support_train import tiny_trainer
+
+from bench import runs
 
 
 def test_runs_are_collected(tmp_path, capsys):

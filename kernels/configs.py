@@ -78,13 +78,13 @@ def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype) -> l
 def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Config:
     """The tile with the step, warps and stages at which it neither spills nor outgrows an A100's shared memory.
 
-    Told no number of registers, the assembler aims below 128 and spills a few bytes for it, where 128 suffice; with 128 a
-    multiprocessor runs two programs of 8 warps.
+    Told no limit of registers, the assembler aims low and spills a few bytes for it; told one, it does not. With up to 128
+    registers a multiprocessor runs two programs of 8 warps.
     """
     if block_m == block_n == 128:
         block_k, num_warps, num_stages, registers = 64, 8, 3, 255
     elif block_m == block_n == 64:
-        block_k, num_warps, num_stages, registers = 64, 8, 3, 128
+        block_k, num_warps, num_stages, registers = 64, 8, 3, 168
     elif block_m * block_n > 64 * 64:
         block_k, num_warps, num_stages, registers = 32, 8, 4, 128
     else:

@@ -51,9 +51,7 @@ def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype) -> lis
         dtype: of the operands.
     """
     block_n = power_of_2(columns, LEAST, 128 if dtype.itemsize == 2 else 64)
-    tiles = list(dict.fromkeys([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))]))
-    if precision(dtype) == "ieee":  # sums in plain registers, no tensor core: larger tiles spill
-        tiles = tiles[-1:]
+    tiles = _distinct([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))], dtype)
     full = [tile for tile in tiles if cdiv(rows, tile[0]) * cdiv(columns, tile[1]) >= PROGRAMS]
     first = full[0] if full else tiles[-1]
     return [_config(*tile, depth, dtype) for tile in sorted(tiles, key=lambda tile: tile != first)]
@@ -69,10 +67,14 @@ def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype) -> l
         dtype: of the operands.
     """
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
-    tiles = list(dict.fromkeys([(block_m, block_n), (min(block_m, 64), min(block_n, 64))]))
-    if precision(dtype) == "ieee":
-        tiles = tiles[-1:]
+    tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype)
     return [_config(*tile, pixels, dtype) for tile in tiles]
+
+
+def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[int, int]]:
+    """The tiles, largest first, each once; for fp32 without tensor cores, where larger ones spill, the smallest alone."""
+    tiles = list(dict.fromkeys(tiles))
+    return tiles[-1:] if precision(dtype) == "ieee" else tiles
 
 
 def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Config:

@@ -55,6 +55,11 @@ def symmetric(pad: int) -> Pad:
     return (pad, pad, pad, pad)
 
 
+def pad_of(pads: Sequence[int], i: int) -> Pad:
+    """Padding of layer i out of those of all layers in one list, as operations take them."""
+    return tuple(pads[4 * i : 4 * i + 4])
+
+
 def in_autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on for its device; fp64 and what already is stay as they are."""
     device = x.device.type

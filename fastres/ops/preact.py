@@ -26,6 +26,7 @@ from fastres.ops.layers import (
     nhwc_weight,
     norm_vectors,
     output_hw,
+    pad_of,
     pixels,
     weight_grad,
 )
@@ -204,11 +205,11 @@ def preact_forward(
         shortcut = x if identity and last else None
         if projection and last:
             shortcut, _ = p.conv(
-                x, weights[layers], strides[layers], _pad(pads, layers), coef=coefs[0], moments=False
+                x, weights[layers], strides[layers], pad_of(pads, layers), coef=coefs[0], moments=False
             )
         wanted = next_coef if last else norms[4 * (i + 1) + 2] is None
         y, moments = p.conv(
-            y, weights[i], strides[i], _pad(pads, i), coef=coefs[i], residual=shortcut, moments=wanted
+            y, weights[i], strides[i], pad_of(pads, i), coef=coefs[i], residual=shortcut, moments=wanted
         )
         ys.append(y)
     kept = ys[:-1] if recording else []
@@ -219,7 +220,7 @@ def preact_forward(
 def _(x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording):
     y, ys = x, []
     for i in range(len(eps)):
-        hw = output_hw(y.shape[1:3], weights[i].shape[1:3], strides[i], _pad(pads, i))
+        hw = output_hw(y.shape[1:3], weights[i].shape[1:3], strides[i], pad_of(pads, i))
         y = x.new_empty(x.shape[0], *hw, weights[i].shape[0])
         ys.append(y)
     normalised = [x, *ys] if next_coef else [x, *ys[:-1]]
@@ -258,7 +259,7 @@ def preact_backward(
     for i in reversed(range(layers)):
         below = ys[i - 1] if i else x
         dz, sums, dws[i] = p.conv_backward(
-            dz, y, abc, below, coefs[i], weights[i], strides[i], _pad(pads, i), need_dw=need_weights[i]
+            dz, y, abc, below, coefs[i], weights[i], strides[i], pad_of(pads, i), need_dw=need_weights[i]
         )
         if i == 0 and projection:
             dz_projection, sums_projection, dws[layers] = p.conv_backward(
@@ -269,7 +270,7 @@ def preact_backward(
                 coefs[0],
                 weights[layers],
                 strides[layers],
-                _pad(pads, layers),
+                pad_of(pads, layers),
                 need_dw=need_weights[layers],
             )
             dz, sums = dz + dz_projection, torch.cat([sums, sums_projection])
@@ -287,7 +288,3 @@ def _(dout, x, ys, coefs, weights, gammas, strides, pads, trained, identity, pro
     dws = [torch.empty_like(w, dtype=statistics) for w, need in zip(weights, need_weights) if need]
     norm_grads = x.new_empty(2 * sum(c.shape[1] for c in coefs), dtype=statistics)
     return [norm_grads] + [torch.empty_like(x)] * need_x + dws
-
-
-def _pad(pads: Sequence[int], i: int) -> tuple[int, ...]:
-    return tuple(pads[4 * i : 4 * i + 4])

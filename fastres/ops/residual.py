@@ -32,6 +32,7 @@ from fastres.ops.layers import (
     nhwc_weight,
     norm_vectors,
     output_hw,
+    pad_of,
     pixels,
     weight_grad,
 )
@@ -239,7 +240,7 @@ def residual_forward(
         return p.running_coef(mean, var, gamma, beta, eps[i])
 
     def conv(i: int, a: Tensor, below: Tensor | None) -> tuple[Tensor, Any]:
-        return p.conv(a, weights[i], strides[i], _pad(pads, i), coef=below, moments=norms[4 * i + 2] is None)
+        return p.conv(a, weights[i], strides[i], pad_of(pads, i), coef=below, moments=norms[4 * i + 2] is None)
 
     outs, ys, coefs = [], [], []
     shortcut, shortcut_coef, projected = x if identity else added, None, []
@@ -254,7 +255,7 @@ def residual_forward(
             if block == 0 or index > 0:
                 y, moments = conv(i, y, coef)
             else:
-                if _joins(weights[i], strides[i], _pad(pads, i)):
+                if _joins(weights[i], strides[i], pad_of(pads, i)):
                     by_batch = norms[4 * i + 2] is None
                     out, y, moments = p.bn_add_relu_conv(y, coef, shortcut, shortcut_coef, weights[i], by_batch)
                 else:
@@ -277,7 +278,7 @@ def _(
     x, added, weights, norms, depths, strides, pads, eps, identity, projection, relu, recording, keep_all
 ):
     def output(a, i):
-        hw = output_hw(a.shape[1:3], weights[i].shape[1:3], strides[i], _pad(pads, i))
+        hw = output_hw(a.shape[1:3], weights[i].shape[1:3], strides[i], pad_of(pads, i))
         return x.new_empty(a.shape[0], *hw, weights[i].shape[0])
 
     a, outs, ys, i = x, [], [], 0
@@ -336,7 +337,7 @@ def residual_backward(
             return ys[i - block_of[i]]
         if i not in again:
             a, coef = below(i)
-            again[i] = p.conv(a, weights[i], strides[i], _pad(pads, i), coef=coef, moments=False)[0]
+            again[i] = p.conv(a, weights[i], strides[i], pad_of(pads, i), coef=coef, moments=False)[0]
         return again[i]
 
     def below(i: int) -> tuple[Tensor, Tensor | None]:
@@ -350,7 +351,7 @@ def residual_backward(
         y, (a, coef) = y_of(i), below(i)
         abc, dgamma, dbeta = p.bn_backward_coef(sums, coefs[i], gammas[i], pixels(y.shape), trained[i])
         dx, sums, dws[i] = p.conv_backward(
-            dz, y, abc, a, coef, weights[i], strides[i], _pad(pads, i), residual, need_dx, need_weights[i], end
+            dz, y, abc, a, coef, weights[i], strides[i], pad_of(pads, i), residual, need_dx, need_weights[i], end
         )
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
         return dx, sums
@@ -395,7 +396,3 @@ def _(
 def _joins(w: Tensor, stride: int, pad: tuple[int, ...]) -> bool:
     """Whether the convolution can end the block before as it reads it."""
     return w.shape[1:3] == (1, 1) and stride == 1 and not any(pad) and w.shape[0] <= JOINED_CHANNELS
-
-
-def _pad(pads: Sequence[int], i: int) -> tuple[int, ...]:
-    return tuple(pads[4 * i : 4 * i + 4])

@@ -131,17 +131,19 @@ def _triton() -> SimpleNamespace:
     """The Triton launchers, and the one primitive that they make up of two."""
     from fastres import kernels
 
-    launchers = {name: getattr(kernels, name) for name in kernels.__all__}
-    joint = partial(_dgrad_and_wgrad, kernels.conv_dgrad, kernels.conv_wgrad)
-    return SimpleNamespace(**launchers, conv_backward=joint)
+    return _with_joint_backward({name: getattr(kernels, name) for name in kernels.__all__})
 
 
 def _other_tiles(rank: int) -> SimpleNamespace:
     """The convolution launchers with another of their tile configurations."""
     triton = _triton()
-    ranked = {name: partial(getattr(triton, name), rank=rank) for name in _RANKED}
-    joint = partial(_dgrad_and_wgrad, ranked["conv_dgrad"], ranked["conv_wgrad"])
-    return SimpleNamespace(**ranked, conv_backward=joint)
+    return _with_joint_backward({name: partial(getattr(triton, name), rank=rank) for name in _RANKED})
+
+
+def _with_joint_backward(launchers: dict[str, Callable]) -> SimpleNamespace:
+    return SimpleNamespace(
+        **launchers, conv_backward=partial(_dgrad_and_wgrad, launchers["conv_dgrad"], launchers["conv_wgrad"])
+    )
 
 
 def _dgrad_and_wgrad(

@@ -85,7 +85,7 @@ def traffic(step: Callable[[int], Any], batch: int, sample: int = 1) -> list[Lau
     Raises:
         RuntimeError: without ``TRITON_INTERPRET=1``, or where a launch at the batch has no like at the sample.
     """
-    with _tiles_noted() as tiles:
+    with configs.taken() as tiles:
         counts = Counter(launch.kernel for launch in _launches(step, batch))
     with _tiles_given(tiles):
         samples = _launches(step, sample, everything=True)
@@ -120,29 +120,13 @@ def _extrapolate(launch: LaunchTraffic, like: LaunchTraffic) -> None:
 
 
 @contextmanager
-def _tiles_noted() -> Iterator[list[Config]]:
-    """The configurations that launchers take, in order."""
-    noted: list[Config] = []
-
-    def at_rank(found: list[Config], rank: int) -> Config:
-        noted.append(configs.at_rank(found, rank))
-        return noted[-1]
-
-    with _chosen_by(at_rank):
-        yield noted
-
-
-def _tiles_given(tiles: list[Config]) -> AbstractContextManager[None]:
+def _tiles_given(tiles: list[Config]) -> Iterator[None]:
     """Launchers take these configurations, in order: those of a large batch, whatever their own."""
     given = iter(tiles)
-    return _chosen_by(lambda found, rank: next(given))
-
-
-@contextmanager
-def _chosen_by(at_rank: Callable[[list[Config], int], Config]) -> Iterator[None]:
     with ExitStack() as patches:
         for name in ("conv", "dgrad", "wgrad"):
-            patches.enter_context(mock.patch.object(sys.modules[f"fastres.kernels.{name}"], "at_rank", at_rank))
+            module = sys.modules[f"fastres.kernels.{name}"]
+            patches.enter_context(mock.patch.object(module, "at_rank", lambda found, rank: next(given)))
         yield
 
 

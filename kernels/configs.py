@@ -6,6 +6,9 @@ Every entry compiles for sm_80, sm_90 and sm_100 without a spill (``bench/aot.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -96,9 +99,26 @@ def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Confi
     return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages, registers)
 
 
-def at_rank(configs: list, rank: int):
+def at_rank(configs: list[Config], rank: int) -> Config:
     """The configuration of that rank, or the last one."""
-    return configs[min(rank, len(configs) - 1)]
+    config = configs[min(rank, len(configs) - 1)]
+    for listed in _listening.get():
+        listed.append(config)
+    return config
+
+
+_listening: ContextVar[tuple[list[Config], ...]] = ContextVar("listening", default=())
+
+
+@contextmanager
+def taken() -> Iterator[list[Config]]:
+    """The configurations that launchers take inside, in order: what tells a rank from the last one repeated."""
+    listed: list[Config] = []
+    token = _listening.set((*_listening.get(), listed))
+    try:
+        yield listed
+    finally:
+        _listening.reset(token)
 
 
 def splits(programs: int, pixels: int, block_k: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastres.atomic import atomic_write
+from fastres.kernels.configs import taken
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -45,8 +46,8 @@ def choices_path() -> Path:
 class TimedChoices:
     """Winners by key, measured when first asked for.
 
-    A candidate that fails (too little shared memory, say) loses and its error is kept beside the times; when all fail,
-    the first one's error is raised. Processes share the file: each writes what it read together with what it measured,
+    A candidate that takes the very tiles of an earlier one is left out. One that fails (too little shared memory, say)
+    loses and its error is kept beside the times; when all fail, the first one's error is raised. Processes share the file: each writes what it read together with what it measured,
     and of two that write at once one loses some measurements, never the file.
 
     Args:
@@ -68,10 +69,14 @@ class TimedChoices:
         return entry["winner"]
 
     def _measure(self, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-        times, errors = {}, {}
+        times, errors, seen = {}, {}, []
         for name, call in candidates.items():
             try:
-                times[name] = self._timer(call)
+                with taken() as tiles:
+                    call()
+                if not tiles or tiles not in seen:
+                    times[name] = self._timer(call)
+                seen.append(tiles)
             except Exception as error:
                 errors[name] = error
         if not times:

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from fastres.kernels.configs import at_rank, conv_configs, taken
 from fastres.ops.timing import TimedChoices, choices_path
 
 
@@ -51,6 +53,34 @@ def test_a_failing_candidate_loses_and_its_error_is_kept(tmp_path):
     timer, _ = fake_timer({"x": RuntimeError("out of shared memory"), "y": 5.0})
     assert TimedChoices(path, "gpu", timer).choose("op", candidates("x", "y")) == "y"
     assert "out of shared memory" in json.loads(path.read_text())["gpu"]["op"]["errors"]["x"]
+
+
+def test_the_same_tiles_are_timed_once(tmp_path):
+    """A rank beyond the last configuration repeats it; candidates that take none are all timed."""
+    few = conv_configs(4096, 64, 64, torch.bfloat16)
+    assert len(few) == 2
+
+    def launch(name, ranks):
+        for rank in ranks:
+            at_rank(few, rank)
+        return name
+
+    ranks = {"first": [0], "second": [1], "third": [2], "pair": [1, 2], "library": [], "other library": []}
+    timer, calls = fake_timer(dict.fromkeys(ranks, 1.0))
+    TimedChoices(tmp_path / "choices.json", "gpu", timer).choose(
+        "op", {name: (lambda name=name: launch(name, ranks[name])) for name in ranks}
+    )
+    assert calls == ["first", "second", "pair", "library", "other library"]
+
+
+def test_configurations_are_listed_for_all_who_ask():
+    few = conv_configs(4096, 64, 64, torch.bfloat16)
+    with taken() as outer:
+        at_rank(few, 0)
+        with taken() as inner:
+            at_rank(few, 1)
+    at_rank(few, 0)
+    assert (outer, inner) == (few, few[1:])
 
 
 def test_the_error_is_raised_when_all_fail(tmp_path):

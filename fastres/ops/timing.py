@@ -47,8 +47,9 @@ class TimedChoices:
     """Winners by key, measured when first asked for.
 
     A candidate that takes the very tiles of an earlier one is left out. One that fails (too little shared memory, say)
-    loses and its error is kept beside the times; when all fail, the first one's error is raised. Processes share the file: each writes what it read together with what it measured,
-    and of two that write at once one loses some measurements, never the file.
+    loses and its error is kept beside the times; when all fail, the first one's error is raised. Processes share the
+    file: each writes what it read together with what it measured, and of two that write at once one loses some
+    measurements, never the file.
 
     Args:
         path: the JSON file, made with its folder when first written.

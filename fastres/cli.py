@@ -1,4 +1,4 @@
-"""The command line: ``fastres train``, ``eval``, ``predict``, ``models`` and ``bench``."""
+"""The command line: ``fastres train``, ``eval``, ``predict``, ``export``, ``models`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 import fastres
 from fastres import data
 from fastres.errors import FastresError
+from fastres.export import command as export_command
 from fastres.measure import command as measure_command
 from fastres.models import describe_models
 from fastres.models.registry import accepted_options
@@ -210,6 +211,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--run", dest="checkpoint", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
     sub.add_argument("--top", type=positive, default=3, help="classes to print [3]", metavar="INT")
     add_options(sub, ("tta", "device"))
+
+    export_command.add_arguments(command("export", export_command.export))
 
     command("models", models)
 

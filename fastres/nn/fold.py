@@ -61,7 +61,8 @@ class FoldedConv(_Inference):
             bias = -bn.running_mean * scale
             bias = bias if bn.bias is None else bias + bn.bias.detach()
             weight = weight * scale[:, None, None, None]
-        self.geometry = copy.deepcopy(conv).to("meta")
+        self.geometry = copy.deepcopy(conv)
+        self.geometry.register_parameter("weight", None)
         dtype = conv.weight.dtype
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(torch.promote_types(dtype, torch.float32)))
@@ -119,11 +120,15 @@ class FoldedPreActBottleneck(_Inference):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to channels-last [N, C', H', W']."""
-        a = to_nchw(bn_relu(to_nhwc(x), norm_of(self.bn))[0])
+        a = self.enter(x)
         y = _in_order(self.convs[:-1], a)
         if not self.residual:
             return self.convs[-1](y)
         return self.convs[-1](y, x if self.downsample is None else self.downsample(a))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """``relu(bn(x))``, as the operation that is fused."""
+        return to_nchw(bn_relu(to_nhwc(x), norm_of(self.bn))[0])
 
 
 def fold(model: nn.Module) -> nn.Module:

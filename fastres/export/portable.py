@@ -1,0 +1,75 @@
+"""A folded network in PyTorch's own operations, so that its program runs where fastres is not installed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.nn import fold
+from fastres.nn.fold import FoldedConv, FoldedPreActBottleneck
+from fastres.nn.norm import conv_of
+
+
+def portable(model: nn.Module) -> nn.Module:
+    """A copy for inference, folded (see `fastres.nn.fold`) and made of PyTorch's own operations, [N, 3, H, W] to logits.
+
+    Args:
+        model: eager, fused or folded.
+
+    Raises:
+        ValueError: see `fastres.nn.fold`.
+    """
+    folded = any(isinstance(module, FoldedConv) for module in model.modules())
+    model = copy.deepcopy(model) if folded else fold(model)
+    for module in model.modules():
+        module.__class__ = _PLAIN.get(type(module), type(module))
+    return model.to(
+        memory_format=torch.contiguous_format
+    )  # of channels-last weights, torch.export.save warns
+
+
+class FromPixels(nn.Module):
+    """A network that takes images as they are stored: the normalisation of its training is part of it.
+
+    Args:
+        model: takes normalised images [N, 3, H, W].
+        mean, std: per channel, on the scale 0..255.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.model = model
+        device = next(model.parameters()).device
+        for name, values in (("scale", [1 / s for s in std]), ("shift", [-m / s for m, s in zip(mean, std)])):
+            self.register_buffer(name, torch.tensor(values, device=device).view(-1, 1, 1))
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of RGB images [N, 3, H, W] on the scale 0..255, of any dtype."""
+        return self.model(images.float() * self.scale + self.shift)
+
+
+class _PlainConv(FoldedConv):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        _, stride, (top, left, bottom, right) = conv_of(self.geometry, (x.shape[2], x.shape[3]))
+        padding = (top, left)
+        if padding != (bottom, right):  # TensorFlow's 'SAME'
+            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        y = F.conv2d(x, self.weight, self.bias.to(x.dtype), stride, padding)
+        y = y if residual is None else y + residual
+        return torch.relu(y) if self.relu else y
+
+
+class _PlainPreActBottleneck(FoldedPreActBottleneck):
+    def enter(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(x))
+
+
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    FoldedConv: _PlainConv,
+    FoldedPreActBottleneck: _PlainPreActBottleneck,
+}

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.row_tiles import elementwise, reduction
-from fastres.kernels.tiles import MEAN, bn, bn_backward, relu, relu_backward, store_sums
+from fastres.kernels.tiles import MEAN, bn, bn_backward, relu, relu_backward, store_sums, subsampled
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "H", "W"])
 def bn_add_relu_kernel(
     y_ptr,
     coef_ptr,
@@ -19,17 +19,23 @@ def bn_add_relu_kernel(
     shortcut_coef_ptr,
     out_ptr,
     M,
+    H,
+    W,
     RELU: tl.constexpr,
     C: tl.constexpr,
+    SHORTCUT_STRIDE: tl.constexpr,
+    SHORTCUT_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """``out = relu(y*scale + shift + shortcut)``, the shortcut normalised by its own coefficients where it has some.
 
-    Moves y, the shortcut and out once.
+    Moves y, out and what is added once.
 
     Args:
         y_ptr, shortcut_ptr, out_ptr: [M, C]. coef_ptr, shortcut_coef_ptr: [5, C]. The shortcut's may be None.
+        SHORTCUT_STRIDE, SHORTCUT_C: None both, or the shortcut is [N, H, W, SHORTCUT_C], of which every
+            SHORTCUT_STRIDE-th pixel is added to the first channels.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
@@ -40,7 +46,14 @@ def bn_add_relu_kernel(
     offset = (row * C)[:, None] + channel[None, :]
     z = bn(tl.load(y_ptr + first * C + offset, mask=ok, other=0.0), coef_ptr, channel, channel_ok, C)
     if shortcut_ptr is not None:
-        shortcut = tl.load(shortcut_ptr + first * C + offset, mask=ok, other=0.0)
+        if SHORTCUT_STRIDE is None:
+            shortcut = tl.load(shortcut_ptr + first * C + offset, mask=ok, other=0.0)
+        else:
+            pixels = ((H + SHORTCUT_STRIDE - 1) // SHORTCUT_STRIDE) * ((W + SHORTCUT_STRIDE - 1) // SHORTCUT_STRIDE)
+            image = first // pixels
+            pixel = subsampled((first - image * pixels).to(tl.int32) + row, H, W, SHORTCUT_STRIDE)
+            source = shortcut_ptr + image * (H * W * SHORTCUT_C) + (pixel * SHORTCUT_C)[:, None] + channel[None, :]
+            shortcut = tl.load(source, mask=ok & (channel < SHORTCUT_C)[None, :], other=0.0)
         if shortcut_coef_ptr is not None:
             z += bn(shortcut, shortcut_coef_ptr, channel, channel_ok, C)
         else:
@@ -56,21 +69,36 @@ def bn_add_relu(
     shortcut: Tensor | None = None,
     shortcut_coef: Tensor | None = None,
     relu: bool = True,
+    shortcut_stride: int = 1,
 ) -> Tensor:
     """``relu(y*scale + shift + shortcut)`` [N, H, W, C] in y's dtype.
 
     Args:
         y: [N, H, W, C].
         coef: [5, C] fp32, see `fastres.kernels.tiles`.
-        shortcut: like y.
+        shortcut: like y; or [N, H', W', C'], of which every ``shortcut_stride``-th pixel, H x W of them, is added to the
+            first C' of the channels.
         shortcut_coef: [5, C] fp32: the shortcut is normalised too.
     """
     channels = y.shape[3]
     rows = y.numel() // channels
     out = buffers.empty(y, *y.shape)
     split = elementwise(rows, channels)
+    strided = shortcut is not None and shortcut.shape != y.shape
     bn_add_relu_kernel[split.grid](
-        y, coef, shortcut, shortcut_coef, out, rows, RELU=relu, C=channels, **split.launch
+        y,
+        coef,
+        shortcut,
+        shortcut_coef,
+        out,
+        rows,
+        shortcut.shape[1] if strided else 0,
+        shortcut.shape[2] if strided else 0,
+        RELU=relu,
+        C=channels,
+        SHORTCUT_STRIDE=shortcut_stride if strided else None,
+        SHORTCUT_C=shortcut.shape[3] if strided else None,
+        **split.launch,
     )
     return out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv
-from fastres.kernels.tiles import MEAN, bn, bn_backward, relu_backward, store_sums, within
+from fastres.kernels.tiles import MEAN, bn, bn_backward, relu_backward, store_sums, subsample, within
 
 
 @triton.jit
@@ -39,6 +39,8 @@ def conv_dgrad_kernel(
     STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    RESIDUAL_C: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,6 +60,8 @@ def conv_dgrad_kernel(
             and dx * xhat; or None: no BatchNorm and no ReLU.
         mask_ptr: [N, H, W, CIN], the rectified tensor where it is not ``relu(x*scale + shift)`` but the end of a block; or None.
         c_blocks: blocks of COUT, an argument so that the loop is not unrolled.
+        RESIDUAL_STRIDE, RESIDUAL_C: None both, or the residual is [N, ceil(H / RESIDUAL_STRIDE), ceil(W / RESIDUAL_STRIDE),
+            RESIDUAL_C], whose first CIN channels are added to every RESIDUAL_STRIDE-th pixel.
     """
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
     N_TILES: tl.constexpr = (CIN + BLOCK_N - 1) // BLOCK_N
@@ -132,7 +136,17 @@ def conv_dgrad_kernel(
     offset = (x_pixel * CIN)[:, None] + n[None, :]
     ok = row_ok[:, None] & n_ok[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
+        if RESIDUAL_STRIDE is None:
+            acc += tl.load(residual_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
+        else:
+            if POINTWISE:
+                image = first // (H * W)
+                x_pixel += first - image * (H * W)
+            pixel, added = subsample(x_pixel, H, W, RESIDUAL_STRIDE)
+            size = ((H + RESIDUAL_STRIDE - 1) // RESIDUAL_STRIDE) * ((W + RESIDUAL_STRIDE - 1) // RESIDUAL_STRIDE)
+            source = residual_ptr + image.to(tl.int64) * (size * RESIDUAL_C)
+            source += (pixel * RESIDUAL_C)[:, None] + n[None, :]
+            acc += tl.load(source, mask=ok & added[:, None], other=0.0).to(tl.float32)
     if coef_ptr is not None:
         x = tl.load(x_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
         if mask_ptr is not None:
@@ -159,6 +173,7 @@ def conv_dgrad(
     below: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    residual_stride: int = 1,
     rank: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
@@ -169,7 +184,8 @@ def conv_dgrad(
         w: [COUT, KH, KW, CIN] in dz's dtype.
         below: the BatchNorm whose rectified result the convolution read: its input [N, H, W, CIN] and its coef [5, CIN].
         mask: what the convolution read [N, H, W, CIN], where ReLU came after the addition of a shortcut to that BatchNorm.
-        residual: [N, H, W, CIN], added to the gradient.
+        residual: [N, H, W, CIN], added to the gradient; or [N, H', W', C'], whose first CIN channels are added to every
+            ``residual_stride``-th pixel, H' x W' of them.
         rank: which of `conv_configs`, the first at 0; the last where there are fewer.
 
     Returns:
@@ -182,6 +198,7 @@ def conv_dgrad(
     config = at_rank(conv_configs(rows * stride**2, cin, cout, dz.dtype), rank)
     tiles = cdiv(rows, config.block_m)
     dx = buffers.empty(dz, n, height, width, cin)
+    strided = residual is not None and residual.shape != dx.shape
     x = coef = sums = None
     if below is not None:
         x, coef = below
@@ -211,6 +228,8 @@ def conv_dgrad(
         STRIDE=stride,
         TOP=pad[0],
         LEFT=pad[1],
+        RESIDUAL_STRIDE=residual_stride if strided else None,
+        RESIDUAL_C=residual.shape[3] if strided else None,
         PRECISION=precision(dz.dtype),
         **config.launch,
     )

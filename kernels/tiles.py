@@ -24,6 +24,25 @@ def within(index, size: tl.constexpr, block: tl.constexpr):
 
 
 @triton.jit
+def subsampled(m, H, W, STRIDE: tl.constexpr):
+    """The pixel of [N, H, W] that is pixel ``m`` of [N, OH, OW], every STRIDE-th of both axes from the first on."""
+    oh = (H + STRIDE - 1) // STRIDE
+    ow = (W + STRIDE - 1) // STRIDE
+    return (m // (oh * ow) * H + m // ow % oh * STRIDE) * W + m % ow * STRIDE
+
+
+@triton.jit
+def subsample(pixel, H, W, STRIDE: tl.constexpr):
+    """The pixel of [N, OH, OW] that `subsampled` makes ``pixel`` of [N, H, W], and whether there is one."""
+    oh = (H + STRIDE - 1) // STRIDE
+    ow = (W + STRIDE - 1) // STRIDE
+    h = pixel // W % H
+    w = pixel % W
+    m = (pixel // (H * W) * oh + h // STRIDE) * ow + w // STRIDE
+    return m, (h % STRIDE == 0) & (w % STRIDE == 0)
+
+
+@triton.jit
 def relu(z):
     """``max(z, 0)`` that keeps NaN, as PyTorch's does."""
     return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -76,14 +76,22 @@ def update_running(
 
 
 def bn_add_relu(
-    y: Tensor, coef: Tensor, shortcut: Tensor | None = None, shortcut_coef: Tensor | None = None, relu: bool = True
+    y: Tensor,
+    coef: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_coef: Tensor | None = None,
+    relu: bool = True,
+    shortcut_stride: int = 1,
 ) -> Tensor:
-    """``relu(y*scale + shift + shortcut)``, the shortcut normalised by its own coefficients where it has some."""
+    """``relu(y*scale + shift + shortcut)``, the shortcut normalised by its own coefficients where it has some.
+
+    The shortcut is like y, or every ``shortcut_stride``-th pixel of it is added to as many of the first channels as it has.
+    """
     out = _affine(y, coef[SCALE], coef[SHIFT])
     if shortcut is not None:
         if shortcut_coef is not None:
             shortcut = _affine(shortcut, shortcut_coef[SCALE], shortcut_coef[SHIFT])
-        out += shortcut
+        out[..., : shortcut.shape[3]] += shortcut[:, ::shortcut_stride, ::shortcut_stride]
     return out.relu_() if relu else out
 
 

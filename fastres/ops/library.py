@@ -90,11 +90,13 @@ class LibraryConvolutions:
         need_dx: bool = True,
         need_dw: bool = True,
         end: tuple[Tensor, Tensor] | None = None,
+        residual_stride: int = 1,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """`conv_dgrad` and `conv_wgrad` together: (dx, sums, dw), dy computed once.
 
         With ``coef`` dx goes through the ReLU of ``relu(x*scale + shift)``. With ``end = (y, coef)`` x is the end of a
         block, ``relu(bn(y) + shortcut)``, and dx goes through that ReLU. Either way the sums are of that BatchNorm.
+        The residual is like x, or its first channels are added to every ``residual_stride``-th pixel of dx.
         """
         dy = dz if abc is None else self._apply(dz, y, abc)
         a = x if coef is None else self._normalise(x, coef)
@@ -102,7 +104,7 @@ class LibraryConvolutions:
         if dx is None:
             return None, None, dw
         if residual is not None:
-            dx += residual
+            dx[:, ::residual_stride, ::residual_stride] += residual[..., : dx.shape[3]]
         below = end if coef is None else (x, coef)
         if below is None:
             return dx, None, dw
@@ -121,6 +123,7 @@ class LibraryConvolutions:
         below: tuple[Tensor, Tensor] | None = None,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
+        residual_stride: int = 1,
     ) -> tuple[Tensor, Tensor | None]:
         """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
 
@@ -130,7 +133,8 @@ class LibraryConvolutions:
         end = None
         if mask is not None:
             x, coef, end = mask, None, below
-        dx, sums, _ = self.conv_backward(dz, y, abc, x, coef, w, stride, pad, residual, need_dw=False, end=end)
+        arguments = dz, y, abc, x, coef, w, stride, pad, residual
+        dx, sums, _ = self.conv_backward(*arguments, need_dw=False, end=end, residual_stride=residual_stride)
         return dx, sums
 
     def conv_wgrad(

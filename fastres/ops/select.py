@@ -161,12 +161,13 @@ def _dgrad_and_wgrad(
     need_dx: bool = True,
     need_dw: bool = True,
     end: tuple[Tensor, Tensor] | None = None,
+    residual_stride: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`conv_backward` of two kernels that each compute dy as they read it."""
     dx = sums = dw = None
     if need_dx:
         below, mask = ((x, coef), None) if coef is not None else (end, None if end is None else x)
-        dx, sums = dgrad(dz, y, abc, w, stride, pad, tuple(x.shape[1:3]), below, residual, mask)
+        dx, sums = dgrad(dz, y, abc, w, stride, pad, tuple(x.shape[1:3]), below, residual, mask, residual_stride)
     if need_dw:
         dw = wgrad(dz, y, abc, x, coef, stride, pad, tuple(w.shape[1:3]))
     return dx, sums, dw

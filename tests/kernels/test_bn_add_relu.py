@@ -54,6 +54,21 @@ def test_bn_add_relu(shape, dtype, kind, relu, seed):
 
 
 @few_examples
+@given(nhwc_shapes(60), dtypes(), st.integers(1, 3), st.sampled_from([0, 0, 1, 7]), st.booleans(), seeds())
+def test_every_few_pixels_of_a_shortcut_are_added(shape, dtype, stride, added, relu, seed):
+    """Of odd and even sizes; the channels that it has not stay as they are."""
+    n, height, width, channels = shape
+    y = randn(n, -(-height // stride), -(-width // stride), channels + added, seed=seed, dtype=dtype)
+    shortcut = randn(*shape, seed=seed + 1, dtype=dtype)
+    compare(kernels.bn_add_relu, aten.bn_add_relu, (y, random_coef(channels + added, seed), shortcut, None, relu, stride))
+
+
+def test_many_tiles_of_a_strided_shortcut():
+    y, shortcut = randn(3, 25, 15, 136, seed=0), randn(3, 50, 29, 72, seed=1)
+    compare(kernels.bn_add_relu, aten.bn_add_relu, (y, random_coef(136, 2), shortcut, None, True, 2))
+
+
+@few_examples
 @given(nhwc_shapes(), dtypes(), shortcuts, st.booleans(), seeds())
 def test_bn_add_relu_backward(shape, dtype, kind, relu, seed):
     y, dout = randn(2, *shape, seed=seed, dtype=dtype)

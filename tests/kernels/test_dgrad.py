@@ -1,9 +1,10 @@
 """Data gradient with BatchNorm's backward before and the ReLU mask and sums behind, against fp64."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support_conv import exact, problems
-from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn, random_coef
+from support_kernels import DTYPES, assert_as_good, assert_same_bits, few_examples, guarded, randn, random_coef
 
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.ops import aten
@@ -15,14 +16,26 @@ def total(result):
     return dx, None if sums is None else sums.double().sum(0).float()
 
 
+residuals = st.sampled_from(["none", "like x", "strided", "strided, wider"])
+
+
+def residual_of(kind, p):
+    """A residual and its stride."""
+    if not kind.startswith("strided"):
+        return (p.x(10) if kind == "like x" else None), 1
+    stride = 2 + p.seed % 2
+    hw = [-(-size // stride) for size in p.hw]
+    return randn(p.n, *hw, p.inputs + 5 * ("wider" in kind), seed=p.seed + 10, dtype=p.dtype), stride
+
+
 @few_examples
-@given(problems(), st.booleans(), st.sampled_from(["nothing", "norm", "end of a block"]), st.booleans())
+@given(problems(), st.booleans(), st.sampled_from(["nothing", "norm", "end of a block"]), residuals)
 def test_conv_dgrad(problem, prologue, below, add):
     p = problem
     y, abc = (p.y(8), p.abc()) if prologue else (None, None)
     norm, mask = None if below == "nothing" else (p.x(), p.coef()), p.x(11) if below == "end of a block" else None
-    rest = (norm, p.x(10) if add else None, mask)
-    args = (p.y(9), y, abc, p.w(), p.stride, p.pad, p.hw, *rest)
+    residual, stride = residual_of(add, p)
+    args = (p.y(9), y, abc, p.w(), p.stride, p.pad, p.hw, norm, residual, mask, stride)
     ours = total(guarded(conv_dgrad, *args, rank=p.rank))
     eager, reference = total(aten.conv_dgrad(*args)), aten.conv_dgrad(*exact(args))
     terms = p.kernel**2 * p.outputs
@@ -37,6 +50,21 @@ def test_the_same_bits_every_time():
         conv_dgrad(dz, None, None, w, 2, (1, 1, 1, 1), (9, 7), (x, random_coef(24, 3))) for _ in range(2)
     ]
     assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2)])
+def test_a_residual_of_every_second_pixel(kernel, stride, dtype):
+    """Of one odd image over several tiles: each gradient with it is the one without it, and the residual there alone."""
+    hw, pad = (15, 21), (kernel // 2,) * 4
+    dz = randn(1, *(-(-size // stride) for size in hw), 16, seed=0, dtype=dtype)
+    w, residual = randn(16, kernel, kernel, 24, seed=1, dtype=dtype), randn(1, 8, 11, 40, seed=2, dtype=dtype)
+    exact = aten.conv_dgrad(dz.double(), None, None, w.double(), stride, pad, hw)[0]
+    exact[:, ::2, ::2] += residual[..., :24].double()
+    arguments = dz, None, None, w, stride, pad, hw, None, residual, None, 2
+    dx, _ = guarded(conv_dgrad, *arguments)
+    assert_as_good(dx, aten.conv_dgrad(*arguments)[0], exact, terms=16 * kernel**2)
+    assert_same_bits(dx[:, 1::2], guarded(conv_dgrad, *arguments[:7])[0][:, 1::2])
 
 
 def test_pixels_that_no_tap_reaches_get_the_residual_alone():

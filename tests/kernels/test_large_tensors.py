@@ -24,13 +24,17 @@ def large(shape=IMAGES, dtype=torch.float16):
 
 
 def pooled(dtype):
-    """Of the size of the max-pool's result."""
+    """Of half the size, as the max-pool's result."""
     return torch.empty(IMAGES[0], 16385, 259, CHANNELS, dtype=dtype)
 
 
 CASES = {
     "moments": lambda coef: (kernels.moments, [large()]),
     "bn_add_relu": lambda coef: (kernels.bn_add_relu, [large(), coef, large(), coef]),
+    "bn_add_relu of every second pixel": lambda coef: (
+        kernels.bn_add_relu,
+        [pooled(torch.float16), coef, large(), None, True, 2],
+    ),
     "bn_add_relu_backward": lambda coef: (
         kernels.bn_add_relu_backward,
         [large(), large(), large(), coef, large(), coef],

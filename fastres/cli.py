@@ -153,10 +153,12 @@ def eval_(args: argparse.Namespace) -> int:
         device=device,
     )
     start = time.perf_counter()
-    loss, accuracy = evaluate(trained.model, batches, dtype, config.tta)
+    scores = evaluate(trained.model, batches, dtype, config.tta)
+    averaged = "" if scores.tta_accuracy is None else f", with mirror images {scores.tta_accuracy:.2%}"
     rate = len(dataset.test) / (time.perf_counter() - start)
     print(
-        f"loss {loss:.4f}  accuracy {accuracy:.2%}  on {dataset.label}, {len(dataset.test)} test images  "
+        f"loss {scores.loss:.4f}  accuracy {scores.accuracy:.2%}{averaged}  on {dataset.label}, "
+        f"{len(dataset.test)} test images  "
         f"({rate:.0f} images/s, {trained.path}, epoch {trained.epoch})"
     )
     return 0

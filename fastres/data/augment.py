@@ -156,6 +156,18 @@ def resize(images: Tensor, size: int) -> Tensor:
     return out.contiguous(memory_format=torch.channels_last)
 
 
+def shrink(images: Tensor, size: int) -> Tensor:
+    """uint8 [B, 3, H, W] as uint8 [B, 3, size, size], bilinear and antialiased; see `resize`.
+
+    A CPU computes in integers, a GPU in float32: pixels may differ by 1.
+    """
+    if images.shape[-2:] == (size, size):
+        return images
+    exact = images if images.device.type == "cpu" else images.float()
+    out = F.interpolate(exact, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    return out.round().clamp_(0, 255).to(torch.uint8) if out.is_floating_point() else out
+
+
 def cutout(images: Tensor, centre_y: Tensor, centre_x: Tensor, size: int) -> Tensor:
     """Set a ``size`` x ``size`` square of each image to 0, in place.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fastres.data.augment import Augment, crop_and_flip, cutout, draw, first_flips, normalise, resize
+from fastres.data.augment import Augment, crop_and_flip, cutout, draw, first_flips, normalise, resize, shrink
 from fastres.data.dataset import DataError, Split, take_images
 
 ORDER, CHOICES, FIRST_FLIPS = range(3)  # what a stream of random numbers is for
@@ -86,8 +86,14 @@ class Batches:
         whole, rest = divmod(len(self.split), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(
+        self, epoch: int, start_step: int = 0, size_at: Callable[[int], int | None] = lambda step: None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from ``start_step`` on.
+
+        Args:
+            size_at: of a step in the epoch, pixels a side that its images are brought to instead of their own size;
+                the augmentation shrinks with them.
 
         Yields:
             images [B, 3, H, W] of ``dtype`` in channels_last memory format, and labels int64 [B].
@@ -99,9 +105,11 @@ class Batches:
             raise DataError(
                 f"step {start_step} is not in an epoch of {len(self)} batches: resume with the same data"
             )
-        return self._epoch(epoch, start_step)
+        return self._epoch(epoch, start_step, size_at)
 
-    def _epoch(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _epoch(
+        self, epoch: int, start_step: int, size_at: Callable[[int], int | None]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(self.split)
         order = torch.arange(count)
         if self.train:
@@ -109,9 +117,10 @@ class Batches:
         on_device = self._send(order)
         for step in range(start_step, len(self)):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            yield self._images(order[part], on_device[part], epoch, step), self.split.labels[on_device[part]]
+            images = self._images(order[part], on_device[part], epoch, step, size_at(step))
+            yield images, self.split.labels[on_device[part]]
 
-    def _images(self, index: Tensor, index_on_device: Tensor, epoch: int, step: int) -> Tensor:
+    def _images(self, index: Tensor, index_on_device: Tensor, epoch: int, step: int, size: int | None) -> Tensor:
         augment, images = self.augment, self.split.images
         height, width = (augment.resize,) * 2 if augment.resize else images.shape[-2:]
         draws = draw(augment, len(index), height, width, stream(self.seed, CHOICES, epoch, step))
@@ -121,11 +130,15 @@ class Batches:
         else:
             corner = self._send(draws.top), self._send(draws.left)
             images = crop_and_flip(images, index_on_device, augment.crop_pad, *corner, self._send(mirror))
-        if augment.resize:
+        if size is not None:
+            images = shrink(images, size)
+        elif augment.resize:
             images = resize(images, augment.resize)
         images = normalise(images, self.mean, self.std, self.dtype)
         if augment.cutout:
-            cutout(images, self._send(draws.hole_y), self._send(draws.hole_x), augment.cutout)
+            centres = (self._send(draws.hole_y), height), (self._send(draws.hole_x), width)
+            y, x = (centre * side // full for (centre, full), side in zip(centres, images.shape[-2:]))
+            cutout(images, y, x, -(-augment.cutout * images.shape[-1] // width))
         return images
 
     def _send(self, choices: Tensor | None) -> Tensor | None:

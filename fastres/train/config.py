@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastres.errors import FastresError
+from fastres.train.progressive import parse_progressive
+from fastres.train.schedule import parse_milestones
 
 
 def option(default: Any, help: str, *, kind: type, choices: tuple | None = None, low=None, high=None) -> Any:
@@ -36,6 +38,7 @@ class TrainConfig:
         kind=str,
         choices=("auto", "cifar", "imagenet"),
     )
+    whiten: bool = option(False, "fix the first layer to filters that whiten the training images' patches", kind=bool)
     checkpoint_every: int = option(
         0, "recompute activations in groups of this many blocks (0: store all)", kind=int, low=0
     )
@@ -50,6 +53,9 @@ class TrainConfig:
         "alternating", "horizontal flips", kind=str, choices=("none", "random", "alternating")
     )
     cutout: int = option(0, "side of the square that is cut out, in pixels", kind=int, low=0, high=1024)
+    progressive: str | None = option(
+        None, "smaller images first, as SIZE:SHARE-OF-RUN pairs such as 16:0.3,24:0.7", kind=str
+    )
     # length
     epochs: int | None = option(10, "passes over the training set", kind=int, low=1)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", kind=int, low=1)
@@ -57,22 +63,33 @@ class TrainConfig:
     accumulate: int = option(1, "micro-batches that one step's batch is split into", kind=int, low=1)
     eval_batch_size: int = option(500, "images per validation batch", kind=int, low=1)
     # optimisation
+    optimizer: str = option(
+        "sgd", "sgd, or muon for the convolutions behind the first and sgd for the rest", kind=str,
+        choices=("sgd", "muon"),
+    )  # fmt: skip
     lr: float = option(0.1, "peak learning rate", kind=float, low=0.0)
+    bias_lr: float = option(1.0, "factor of the learning rate of biases, BatchNorm's too", kind=float, low=0.0)
     momentum: float = option(0.9, "SGD momentum", kind=float, low=0.0, high=1.0)
     nesterov: bool = option(True, "Nesterov momentum", kind=bool)
-    weight_decay: float = option(
-        5e-4, "decoupled weight decay (none on BatchNorm and biases)", kind=float, low=0.0
+    weight_decay: float = option(5e-4, "weight decay of sgd's parameters", kind=float, low=0.0)
+    decoupled: bool = option(
+        True, "decay apart from the momentum and not of BatchNorm and biases; else L2 of all parameters", kind=bool
     )
+    muon_lr: float = option(0.03, "peak learning rate of muon", kind=float, low=0.0)
+    muon_momentum: float = option(0.9, "momentum of muon", kind=float, low=0.0, high=1.0)
+    muon_decay: float = option(0.0, "decoupled weight decay of muon's parameters", kind=float, low=0.0)
     schedule: str = option(
         "cosine", "learning-rate schedule", kind=str, choices=("constant", "cosine", "step", "triangular")
     )
     warmup: float = option(0.05, "share of the run before the peak learning rate", kind=float, low=0.0, high=1.0)
+    milestones: str = option("0.5,0.75", "shares of the run at which schedule step lowers the rate", kind=str)
+    decay_factor: float = option(0.1, "factor of each step of schedule step", kind=float, low=0.0, high=1.0)
     label_smoothing: float = option(0.0, "label smoothing", kind=float, low=0.0, high=1.0)
     clip: float | None = option(None, "largest norm of the whole gradient", kind=float, low=0.0)
     ema: float | None = option(
         None, "decay of the weight average that is evaluated", kind=float, low=0.0, high=1.0
     )
-    tta: bool = option(False, "evaluate each image and its mirror image", kind=bool)
+    tta: bool = option(False, "report the accuracy over each image and its mirror image too", kind=bool)
     # machine
     device: str = option("auto", "auto, cpu, cuda or cuda:N", kind=str)
     precision: str = option(
@@ -89,6 +106,7 @@ class TrainConfig:
     )
     channels_last: bool = option(True, "NHWC activations and weights", kind=bool)
     compile: bool = option(False, "run the network through torch.compile", kind=bool)
+    cuda_graph: bool = option(False, "launch each training step as one CUDA graph", kind=bool)
     seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0, high=2**63 - 1)
     deterministic: bool = option(False, "only deterministic algorithms", kind=bool)
 
@@ -112,6 +130,13 @@ class TrainConfig:
             )
         if self.nesterov and self.momentum == 0:
             raise FastresError("--nesterov needs a --momentum above 0: add --no-nesterov")
+        if self.optimizer == "muon" and not self.decoupled:
+            raise FastresError("--optimizer muon has decoupled weight decay only: leave out --no-decoupled")
+        if self.optimizer == "muon" and self.cuda_graph:
+            raise FastresError("--cuda-graph cannot hold muon, whose rate is a number on the host: add --optimizer sgd")
+        parse_milestones(self.milestones)
+        if self.progressive is not None:
+            parse_progressive(self.progressive)
         return self
 
     @staticmethod

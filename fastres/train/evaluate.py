@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +34,42 @@ class Tally:
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.images += len(labels)
 
+    def reset(self) -> None:
+        """Back to zero, in the same tensors."""
+        self.loss.zero_()
+        self.correct.zero_()
+        self.images = 0
+
+    def restore(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """Take up saved sums, in the same tensors."""
+        self.loss.copy_(loss)
+        self.correct.copy_(correct)
+        self.images = images
+
     def means(self) -> tuple[float, float]:
         """(mean loss, accuracy in [0, 1]); waits for the device."""
         return self.loss.item() / self.images, self.correct.item() / self.images
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity: one reduction of each, and one wait for the device."""
+    return bool(torch.stack(torch._foreach_norm(list(tensors), float("inf"))).isfinite().all())
 
 
 def predict_logits(model: nn.Module, images: Tensor, tta: bool) -> Tensor:
     """Logits [B, classes] in fp32; with ``tta`` the mean over each image and its mirror image."""
     logits = model(images).float()
     return (logits + model(images.flip(3)).float()) / 2 if tta else logits
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean cross-entropy and accuracy in [0, 1] of single images; ``tta_accuracy`` is that of the mean logits over
+    each image and its mirror image, None where it was not asked for."""
+
+    loss: float
+    accuracy: float
+    tta_accuracy: float | None = None
 
 
 @torch.inference_mode()
@@ -52,21 +79,24 @@ def evaluate(
     dtype: torch.dtype,
     tta: bool,
     stopped: Callable[[], bool] = lambda: False,
-) -> tuple[float, float] | None:
-    """(mean cross-entropy, accuracy) with running statistics, in evaluation mode; the model's mode is restored.
+) -> Scores | None:
+    """Scores with running statistics, in evaluation mode; the model's mode is restored.
 
     Args:
-        tta: see `predict_logits`.
+        tta: whether to score the mean over mirror images too, which takes a second forward.
         stopped: asked after each batch whether to give up; the result is then None.
     """
     device = next(model.parameters()).device
-    tally, training = Tally.zero(device), model.training
+    plain, averaged, training = Tally.zero(device), Tally.zero(device), model.training
     model.eval()
     with autocast(device, dtype):
         for images, labels in batches.epoch(0):
-            logits = predict_logits(model, images, tta)
-            tally.add(F.cross_entropy(logits, labels), logits, labels)
+            logits = model(images).float()
+            loss = F.cross_entropy(logits, labels)
+            plain.add(loss, logits, labels)
+            if tta:
+                averaged.add(loss, logits + model(images.flip(3)).float(), labels)
             if stopped():
                 break
     model.train(training)
-    return None if stopped() else tally.means()
+    return None if stopped() else Scores(*plain.means(), averaged.means()[1] if tta else None)

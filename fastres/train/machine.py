@@ -80,11 +80,24 @@ def check_compile(device: torch.device) -> None:
         ) from error
 
 
-def make_deterministic() -> None:
-    """Only deterministic algorithms, on every device; an operation that has none then raises."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+def check_cuda_graph(wanted: bool, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a CUDA graph where there can be none.
+
+    Raises:
+        FastresError: without a GPU, or in fp16, whose gradient scaler decides on the host whether to skip a step.
+    """
+    if wanted and device.type != "cuda":
+        raise FastresError(f"--cuda-graph needs a CUDA device, not {device}: leave it out")
+    if wanted and dtype == torch.float16:
+        raise FastresError("--cuda-graph cannot hold fp16's loss scaling: add --precision bf16 or fp32")
+
+
+def set_deterministic(only: bool) -> None:
+    """Whether to use only deterministic algorithms, on every device; an operation that has none then raises."""
+    if only:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(only)
 
 
 def keep_freed_memory() -> bool:

@@ -1,16 +1,20 @@
-"""SGD with decoupled weight decay, kept off BatchNorm parameters and biases."""
+"""SGD with decoupled weight decay, kept off BatchNorm parameters and biases, alone or beside Muon."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fastres.train.muon import MuonBesideSGD, hidden_kernels
 
 
 class SGDW(torch.optim.SGD):
-    """SGD whose weight decay shrinks the weights by ``1 - lr * weight_decay`` apart from the momentum.
+    """SGD whose weight decay shrinks the weights by ``1 - lr * decay`` apart from the momentum.
 
     Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 1. A parameter group's
-    ``decay`` is its decoupled coefficient; PyTorch's own coupled ``weight_decay`` stays 0.
+    ``decay`` is its decoupled coefficient, its ``weight_decay`` PyTorch's own coupled one.
     """
 
     @torch.no_grad()
@@ -24,24 +28,60 @@ class SGDW(torch.optim.SGD):
 
 
 def make_optimizer(
-    model: nn.Module, lr: float, momentum: float, nesterov: bool, weight_decay: float, scaled: bool
-) -> SGDW:
-    """The optimizer of a network: decay on matrices and kernels, none on vectors (BatchNorm and biases).
+    model: nn.Module,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    scaled: bool,
+    *,
+    decoupled: bool = True,
+    bias_lr: float = 1.0,
+    muon: dict[str, Any] | None = None,
+    lr_on: torch.device | None = None,
+) -> SGDW | MuonBesideSGD:
+    """The optimizer of a network's trainable parameters, foreach or fused, at learning rate ``lr``.
 
     Args:
+        weight_decay: decoupled: on matrices and kernels, none on vectors (BatchNorm and biases); else L2 on all.
         scaled: gradients come from an fp16 gradient scaler. It must then be able to skip `SGDW.step` whole,
             which PyTorch's fused step would not let it.
+        decoupled: whether the decay is apart from the momentum.
+        bias_lr: factor of the learning rate of every bias, those of BatchNorm too.
+        muon: options of `torch.optim.Muon` for the kernels behind the first layer; None: SGD for all.
+        lr_on: keep learning rates as tensors on this device, for a CUDA graph; None: as numbers.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    kernels = hidden_kernels(model) if muon else []
+    taken = {id(p) for p in kernels}
+    rest = [(name, p) for name, p in named if id(p) not in taken]
+    is_bias = {name for name, p in rest if p.ndim <= 1 and name.rsplit(".", 1)[-1] == "bias"}
+    parts = [
+        ([p for _, p in rest if p.ndim > 1], lr, weight_decay),
+        ([p for name, p in rest if p.ndim <= 1 and name not in is_bias], lr, 0.0),
+        ([p for name, p in rest if name in is_bias], lr * bias_lr, 0.0),
+    ]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "decay": 0.0},
+        {
+            "params": params,
+            "peak": peak,
+            "lr": peak if lr_on is None else torch.tensor(peak, device=lr_on),
+            "decay": decay if decoupled else 0.0,
+            "weight_decay": 0.0 if decoupled else weight_decay,
+        }
+        for params, peak, decay in parts
+        if params
     ]
     kind = {"foreach": True} if scaled else {"fused": True}
-    return SGDW([g for g in groups if g["params"]], lr=lr, momentum=momentum, nesterov=nesterov, **kind)
+    sgd = SGDW(groups, lr=lr, momentum=momentum, nesterov=nesterov, **kind)
+    return MuonBesideSGD(sgd, kernels, **muon) if kernels else sgd
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+def set_lr(optimizer: SGDW | MuonBesideSGD, factor: float) -> None:
+    """Give every parameter group ``factor`` times its peak learning rate, without waiting for its device."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        lr = group["peak"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

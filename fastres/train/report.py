@@ -13,6 +13,7 @@ COLUMNS = (
     ("train acc", "train_accuracy", "{:.2%}"),
     ("val loss", "val_loss", "{:.4f}"),
     ("val acc", "val_accuracy", "{:.2%}"),
+    ("tta acc", "tta_accuracy", "{:.2%}"),
     ("images/s", "images_per_second", "{:.0f}"),
     ("train s/batch", "train_seconds_per_batch", "{:.4f}"),
     ("val s/batch", "val_seconds_per_batch", "{:.4f}"),
@@ -22,13 +23,15 @@ COLUMNS = (
 _WIDTH = 10
 
 
-def heading() -> str:
-    """The table's first line."""
-    return "  ".join(f"{name:>{max(_WIDTH, len(name))}}" for name, _, _ in COLUMNS)
+def heading(tta: bool) -> str:
+    """The table's first line; ``tta``: with the accuracy over mirror images."""
+    return "  ".join(f"{name:>{max(_WIDTH, len(name))}}" for name, _, _ in _columns(tta))
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any], tta: bool) -> str:
     """One epoch as a line of the table."""
-    return "  ".join(
-        f"{form.format(row[key]):>{max(_WIDTH, len(name))}}" for name, key, form in COLUMNS
-    )
+    return "  ".join(f"{form.format(row[key]):>{max(_WIDTH, len(name))}}" for name, key, form in _columns(tta))
+
+
+def _columns(tta: bool) -> list[tuple[str, str, str]]:
+    return [column for column in COLUMNS if tta or column[1] != "tta_accuracy"]

@@ -67,7 +67,7 @@ class RunFolder:
 
                 self._tensorboard = SummaryWriter(self.path, purge_step=row["step"])
             for name, value in row.items():
-                if name not in ("step", "epoch"):
+                if name not in ("step", "epoch") and value is not None:
                     self._tensorboard.add_scalar(name, value, row["step"])
             self._tensorboard.flush()
 

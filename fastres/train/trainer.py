@@ -9,23 +9,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastres.data import Augment, Batches, Dataset
+from fastres.data import Dataset
 from fastres.errors import FastresError
-from fastres.models.fused import create_fused_model
-from fastres.models.registry import accepted_options, create_model
 from fastres.train import machine, report
+from fastres.train.average import WeightAverage
+from fastres.train.build import build_batches, build_model, build_optimizer, image_size, model_options
 from fastres.train.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from fastres.train.config import TrainConfig
-from fastres.train.evaluate import Tally, evaluate
-from fastres.train.optimizer import make_optimizer, set_lr
+from fastres.train.evaluate import Tally, all_finite, evaluate
+from fastres.train.optimizer import set_lr
+from fastres.train.progressive import parse_progressive, size_at
 from fastres.train.run_folder import RunFolder
-from fastres.train.schedule import lr_factor
+from fastres.train.schedule import lr_factor, parse_milestones
 from fastres.train.signals import StopRequest
+from fastres.train.update import GraphedUpdate, Update
 
 
 class NonFiniteLoss(FastresError):
@@ -38,18 +38,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int, message: str):
         super().__init__(message)
         self.signum = signum
-
-
-def model_options(config: TrainConfig, image_size: int) -> dict[str, Any]:
-    """The constructor's options that the configuration asks for, for images of this many pixels."""
-    options: dict[str, Any] = {}
-    if config.stem != "auto":
-        options["stem"] = config.stem
-    elif "stem" in accepted_options(config.model):
-        options["stem"] = "cifar" if image_size <= 64 else "imagenet"
-    if config.checkpoint_every:
-        options["checkpoint_every"] = config.checkpoint_every
-    return options
 
 
 class Trainer:
@@ -74,46 +62,45 @@ class Trainer:
         self.config, self.dataset, self.folder, self.say = config, dataset, folder, say
         self.device = machine.pick_device(config.device)
         self.dtype = machine.pick_dtype(config.precision, self.device)
-        if config.deterministic:
-            machine.make_deterministic()
+        machine.set_deterministic(config.deterministic)
+        machine.check_cuda_graph(config.cuda_graph, self.device, self.dtype)
         if config.compile:
             machine.check_compile(self.device)
 
-        augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size)
-        common = dict(mean=dataset.mean, std=dataset.std, seed=config.seed, device=self.device)
-        self.train_batches = Batches(dataset.train, config.batch_size, augment=augment, train=True, **common)
-        self.val_batches = Batches(
-            dataset.test, min(config.eval_batch_size, len(dataset.test)), augment=augment, train=False, **common
-        )
+        self.train_batches, self.val_batches = build_batches(config, dataset, self.device)
         self.total_steps = config.steps or config.epochs * len(self.train_batches)
+        self.stages = parse_progressive(config.progressive) if config.progressive else ()
+        self.milestones = parse_milestones(config.milestones)
 
-        torch.manual_seed(config.seed)
-        size = config.image_size or dataset.train.images.shape[-1]
-        self.model_options = model_options(config, size)
+        self.image_size = image_size(config, dataset)
+        self.model_options = model_options(config, self.image_size)
         self.backend = machine.pick_backend(config.backend, self.device)
-        create = {"fused": create_fused_model, "eager": create_model}[self.backend]
-        model = create(config.model, num_classes=len(dataset.classes), **self.model_options)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=layout)
-        self.network = torch.compile(self.model) if config.compile else self.model
-        self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            if config.ema is not None
-            else None
-        )
+        self.model = build_model(config, dataset, self.device)
+        self.average = WeightAverage(self.model, config.ema) if config.ema is not None else None
         scaled = self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        self.optimizer = make_optimizer(
-            self.model, config.lr, config.momentum, config.nesterov, config.weight_decay, scaled
+        self.optimizer = build_optimizer(config, self.model, scaled, self.device)
+        self.tally = Tally.zero(self.device)
+        self.update = Update(
+            network=torch.compile(self.model) if config.compile else self.model,
+            parameters=list(self.model.parameters()),
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            tally=self.tally,
+            dtype=self.dtype,
+            label_smoothing=config.label_smoothing,
+            accumulate=config.accumulate,
+            clip=config.clip,
+            average=self.average,
         )
+        self.learn = GraphedUpdate(self.update) if config.cuda_graph else self.update
 
         self.step = self.epoch = self.batch = 0  # batch: steps done in the current epoch
-        self.seconds = self.epoch_seconds = 0.0
-        self.tally = Tally.zero(self.device)
+        self.seconds = self.train_seconds = self.epoch_seconds = 0.0  # train_seconds: without validation
         self.history: list[dict[str, Any]] = []
 
     @property
-    def evaluated(self) -> torch.nn.Module:
+    def evaluated(self) -> nn.Module:
         """The network whose accuracy counts: the weight average if there is one."""
         return self.average.module if self.average is not None else self.model
 
@@ -129,9 +116,9 @@ class Trainer:
             NonFiniteLoss: when the loss is NaN or infinite.
             Interrupted: after a SIGINT or SIGTERM, with the state saved.
         """
-        self.say(report.heading())
+        self.say(report.heading(self.config.tta))
         for row in self.history:
-            self.say(report.line(row))
+            self.say(report.line(row, self.config.tta))
         if self.history:
             self.folder.write_metrics(self.history)  # a process that was killed may have saved a row only in last.pt
         with StopRequest() as stop:
@@ -156,7 +143,7 @@ class Trainer:
         )
         start = time.perf_counter()
         with bar:
-            for images, labels in self.train_batches.epoch(self.epoch, start_step=self.batch):
+            for images, labels in self.train_batches.epoch(self.epoch, self.batch, self._size_at):
                 self.train_step(images, labels)
                 bar.update()
                 if stop.signum is not None or self._epoch_is_over():
@@ -164,34 +151,27 @@ class Trainer:
         self.check_finite()  # waits for the device, so that the time below is the work's
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
+        self.train_seconds += elapsed
         self.epoch_seconds += elapsed
+
+    def _size_at(self, batch: int) -> int | None:
+        """Pixels a side of the present epoch's images at a batch; None: their own size."""
+        return size_at(self.stages, self.step - self.batch + batch, self.total_steps)
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step on images [B, 3, H, W] and labels int64 [B]; on a CPU it raises `NonFiniteLoss`."""
-        config = self.config
-        set_lr(self.optimizer, self._lr(self.step))
-        for part, part_labels in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)):
-            with machine.autocast(self.device, self.dtype):
-                logits = self.network(part)
-            loss = F.cross_entropy(logits.float(), part_labels, label_smoothing=config.label_smoothing)
-            self.scaler.scale(loss / config.accumulate).backward()
-            self.tally.add(loss, logits, part_labels)
+        set_lr(self.optimizer, self._lr_factor(self.step))
+        self.learn(images, labels)
         if self.device.type == "cpu":
             self.check_finite()  # free here; on a GPU it would stall every step, so there it waits for the epoch
-        if config.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
         self.step += 1
         self.batch += 1
 
-    def _lr(self, step: int) -> float:
+    def _lr_factor(self, step: int) -> float:
         config = self.config
-        return config.lr * lr_factor(config.schedule, step, self.total_steps, config.warmup)
+        return lr_factor(
+            config.schedule, step, self.total_steps, config.warmup, self.milestones, config.decay_factor
+        )
 
     def check_finite(self) -> None:
         """Wait for the device and raise `NonFiniteLoss` if the epoch's loss so far is not finite."""
@@ -208,44 +188,46 @@ class Trainer:
     def _end_epoch(self, stop: StopRequest) -> None:
         """Validate, save and report; a stop request in the validation leaves it to the resumed run."""
         start = time.perf_counter()
-        result = evaluate(
+        scores = evaluate(
             self.evaluated, self.val_batches, self.dtype, self.config.tta, lambda: stop.signum is not None
         )
-        if result is None:
+        if scores is None:
             return
-        val_loss, val_accuracy = result
         val_seconds = time.perf_counter() - start
-        if not math.isfinite(val_loss):
+        if not math.isfinite(scores.loss):
             self._raise_non_finite("validation")
         self.seconds += val_seconds
         train_loss, train_accuracy = self.tally.means()
         row = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "lr": self._lr(self.step - 1),
+            "lr": self.config.lr * self._lr_factor(self.step - 1),
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
+            "val_loss": scores.loss,
+            "val_accuracy": scores.accuracy,
+            "tta_accuracy": scores.tta_accuracy,
             "images_per_second": self.tally.images / self.epoch_seconds,
             "train_seconds_per_batch": self.epoch_seconds / self.batch,
             "val_seconds_per_batch": val_seconds / len(self.val_batches),
             "peak_memory_mib": machine.peak_memory_mib(self.device),
+            "train_seconds": self.train_seconds,
             "seconds": self.seconds,
         }
-        improved = not self.history or val_accuracy > self.best_accuracy
+        improved = not self.history or scores.accuracy > self.best_accuracy
         self.history.append(row)
         self.epoch += 1
-        self.batch, self.epoch_seconds, self.tally = 0, 0.0, Tally.zero(self.device)
+        self.batch, self.epoch_seconds = 0, 0.0
+        self.tally.reset()
         if improved:
             save_checkpoint(self.folder.best, {**self._identity(), "weights": self.evaluated.state_dict()})
         self.save()
         self.folder.write_metrics(self.history)
         self.folder.write_events(row)
-        self.say(report.line(row))
+        self.say(report.line(row, self.config.tta))
 
     def _stop(self, signum: int) -> None:
-        if not all(p.isfinite().all() for p in self.model.parameters()):  # the last step's loss did not show it yet
+        if not all_finite(self.model.parameters()):  # the last step's loss did not show it yet
             self._raise_non_finite("next training")
         self.save()
         self.folder.write_curves(self.history, self.dataset.label)
@@ -264,7 +246,7 @@ class Trainer:
             "classes": list(self.dataset.classes),
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
-            "image_size": self.config.image_size or self.dataset.train.images.shape[-1],
+            "image_size": self.image_size,
             "data": self.dataset.label,
             "epoch": self.epoch,
             "step": self.step,
@@ -283,6 +265,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "batch": self.batch,
             "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
             "epoch_seconds": self.epoch_seconds,
             "tally": [self.tally.loss, self.tally.correct, self.tally.images],
             "history": self.history,
@@ -307,14 +290,15 @@ class Trainer:
                 "give the former data with --data"
             )
         load_weights(self.model, saved["weights"], self.folder.last)
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
         try:
+            if self.average is not None:
+                self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
         except ValueError as error:
             raise CheckpointError(f"checkpoint {self.folder.last} has another optimizer's state: {error}") from error
         self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.batch = saved["epoch"], saved["step"], saved["batch"]
-        self.seconds, self.epoch_seconds = saved["seconds"], saved["epoch_seconds"]
-        self.tally = Tally(*saved["tally"])
+        for name in ("seconds", "train_seconds", "epoch_seconds"):
+            setattr(self, name, saved[name])
+        self.tally.restore(*saved["tally"])
         self.history = saved["history"]

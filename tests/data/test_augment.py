@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fastres.data import Augment, DataError, crop_and_flip, cutout, normalise, resize
-from fastres.data.augment import draw, first_flips
+from fastres.data.augment import draw, first_flips, shrink
 
 
 def random_images(count, height, width, seed=0):
@@ -145,3 +145,13 @@ def test_first_flips_are_a_random_half():
 def test_augment_checks_its_values(values, complaint):
     with pytest.raises(DataError, match=complaint):
         Augment(**values)
+
+
+@pytest.mark.parametrize("size", [8, 13, 24])
+def test_shrink_is_resize_in_whole_pixel_values(size):
+    images = random_images(4, 32, 32)
+    out = shrink(images, size)
+    assert out.dtype == torch.uint8 and out.shape == (4, 3, size, size)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert (out.float() - resize(images, size)).abs().max() <= 1.01
+    assert shrink(images, 32) is images

@@ -46,7 +46,7 @@ def test_a_resumed_epoch_goes_on_bit_for_bit(augment):
 
 def test_a_resumed_epoch_does_not_do_the_work_before(monkeypatch):
     steps, images = [], Batches._images
-    monkeypatch.setattr(Batches, "_images", lambda self, *args: steps.append(args[-1]) or images(self, *args))
+    monkeypatch.setattr(Batches, "_images", lambda self, *args: steps.append(args[-2]) or images(self, *args))
     list(make(numbered_split(50), augment=Augment(2)).epoch(0, start_step=4))
     assert steps == [4, 5]
 
@@ -145,6 +145,32 @@ def test_crops_are_those_of_the_padded_image():
         assert len(matches) == 1
         corners.add(matches[0])
     assert len(corners) > 10
+
+
+@pytest.mark.parametrize("augment", [Augment(2, "alternating", 4), Augment(0, resize=12), Augment(1, "random", 2)])
+def test_sizes_by_step(augment):
+    batches = make(numbered_split(24), augment=augment, seed=3)
+    plain = list(batches.epoch(1))
+    sized = list(batches.epoch(1, size_at={0: 4, 1: 6}.get))
+    rest = list(batches.epoch(1, 1, {0: 4, 1: 6}.get))
+    assert [images.shape[-1] for images, _ in sized] == [4, 6, plain[2][0].shape[-1]]
+    for (images, labels), (_, same_labels) in zip(sized, plain):
+        assert torch.equal(labels, same_labels) and images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(sized[2][0], plain[2][0]) and torch.equal(rest[0][0], sized[1][0])
+
+
+def test_a_small_image_is_the_large_one_shrunk():
+    batches = make(numbered_split(20, size=16), 20, augment=Augment(3, "random"))
+    (large, _), (small, _) = (next(batches.epoch(0, size_at=lambda step, s=s: s)) for s in (None, 8))
+    torch.testing.assert_close(small, resize(large, 8), rtol=0, atol=1.1 / 60)
+
+
+def test_the_hole_shrinks_with_the_image():
+    batches = make(numbered_split(20, size=16), 20, augment=Augment(0, cutout=8))
+    for size, hole in ((None, 8), (8, 4)):
+        images, labels = next(batches.epoch(0, size_at=lambda step, s=size: s))
+        black = (images == 0).all(1)
+        assert black.sum((1, 2)).max() == hole**2 and black.sum((1, 2)).min() >= (hole // 2) ** 2
 
 
 def test_cutout_is_zero_after_normalisation():

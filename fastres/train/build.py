@@ -1,0 +1,88 @@
+"""From a configuration to the network, the optimizer and the batches that a run starts with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastres.data import Augment, Batches, DataError, Dataset
+from fastres.models.fused import create_fused_model
+from fastres.models.registry import accepted_options, create_model
+from fastres.train import machine
+from fastres.train.config import TrainConfig
+from fastres.train.muon import MuonBesideSGD
+from fastres.train.optimizer import SGDW, make_optimizer
+from fastres.train.progressive import parse_progressive
+from fastres.train.whiten import whiten
+
+
+def image_size(config: TrainConfig, dataset: Dataset) -> int:
+    """Pixels a side of the images that the network sees in the end."""
+    return config.image_size or dataset.train.images.shape[-1]
+
+
+def model_options(config: TrainConfig, size: int) -> dict[str, Any]:
+    """The constructor's options that the configuration asks for, for images of ``size`` pixels."""
+    options: dict[str, Any] = {}
+    if config.stem != "auto":
+        options["stem"] = config.stem
+    elif "stem" in accepted_options(config.model):
+        options["stem"] = "cifar" if size <= 64 else "imagenet"
+    if config.checkpoint_every:
+        options["checkpoint_every"] = config.checkpoint_every
+    return options
+
+
+def build_model(config: TrainConfig, dataset: Dataset, device: torch.device) -> nn.Module:
+    """The network with the seed's initial weights, on its device and in its memory format.
+
+    Raises:
+        FastresError: for options that the network does not have.
+    """
+    create = {"fused": create_fused_model, "eager": create_model}[machine.pick_backend(config.backend, device)]
+    torch.manual_seed(config.seed)
+    options = model_options(config, image_size(config, dataset))
+    model = create(config.model, num_classes=len(dataset.classes), **options)
+    if config.whiten:
+        whiten(model, dataset)
+    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+
+
+def build_batches(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[Batches, Batches]:
+    """Training and validation batches.
+
+    Raises:
+        DataError: for sizes that do not fit the images.
+    """
+    size = image_size(config, dataset)
+    if config.progressive:
+        for smaller, _ in parse_progressive(config.progressive):
+            if smaller > size:
+                raise DataError(f"--progressive {config.progressive}: {smaller} exceeds the images' {size} pixels")
+    augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size)
+    common = dict(mean=dataset.mean, std=dataset.std, augment=augment, seed=config.seed, device=device)
+    return (
+        Batches(dataset.train, config.batch_size, train=True, **common),
+        Batches(dataset.test, min(config.eval_batch_size, len(dataset.test)), train=False, **common),
+    )
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module, scaled: bool, device: torch.device) -> SGDW | MuonBesideSGD:
+    """The optimizer at its peak learning rates; ``scaled`` as in `make_optimizer`."""
+    muon = None
+    if config.optimizer == "muon":
+        muon = {"lr": config.muon_lr, "momentum": config.muon_momentum, "weight_decay": config.muon_decay}
+    return make_optimizer(
+        model,
+        config.lr,
+        config.momentum,
+        config.nesterov,
+        config.weight_decay,
+        scaled,
+        decoupled=config.decoupled,
+        bias_lr=config.bias_lr,
+        muon=muon,
+        lr_on=device if config.cuda_graph else None,
+    )

@@ -1,0 +1,100 @@
+"""One optimizer update from a batch, also as a CUDA graph: nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.train.average import WeightAverage
+from fastres.train.evaluate import Tally
+from fastres.train.machine import autocast
+
+
+@dataclass
+class Update:
+    """Forward, loss, backward and optimizer step at the optimizer's present learning rates.
+
+    Args:
+        network: called with images; may be a compiled or a distributed wrapper of the network.
+        parameters: those whose gradient ``clip`` limits.
+        tally: what each batch's loss and hits are added to, on the device.
+        accumulate: parts that a batch is split into, one after the other.
+        clip: largest norm of the whole gradient; None: any.
+        average: follows the network, if there is one.
+    """
+
+    network: nn.Module
+    parameters: list[nn.Parameter]
+    optimizer: Any
+    scaler: torch.amp.GradScaler
+    tally: Tally
+    dtype: torch.dtype
+    label_smoothing: float = 0.0
+    accumulate: int = 1
+    clip: float | None = None
+    average: WeightAverage | None = None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Learn from images [B, 3, H, W] and labels int64 [B]."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for part, part_labels in zip(images.chunk(self.accumulate), labels.chunk(self.accumulate)):
+            with autocast(images.device, self.dtype):
+                logits = self.network(part)
+            loss = F.cross_entropy(logits.float(), part_labels, label_smoothing=self.label_smoothing)
+            self.scaler.scale(loss / self.accumulate).backward()
+            self.tally.add(loss, logits, part_labels)
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update()
+
+
+class GraphedUpdate:
+    """An `Update` that is recorded as one CUDA graph for each shape of batch and replayed from then on.
+
+    The first `WARMUP` batches of a shape are learnt from without a graph, as kernels are then chosen and the
+    optimizer makes its state. The learning rates must be tensors on the device. Counting the images is left to the
+    host: a replay is one launch.
+    """
+
+    WARMUP = 3
+
+    def __init__(self, update: Update):
+        self.update = update
+        self._seen: dict[torch.Size, int] = {}
+        self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """See `Update`."""
+        shape = images.shape
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        if self._seen[shape] <= self.WARMUP:
+            stream = torch.cuda.Stream()  # as recording does it, so that no state belongs to the default stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.update(images, labels)
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if shape not in self._recorded:
+            self._recorded[shape] = self._record(images, labels)
+        graph, static_images, static_labels = self._recorded[shape]
+        static_images.copy_(images)
+        static_labels.copy_(labels)
+        graph.replay()
+        self.update.tally.images += len(labels)
+
+    def _record(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        static = images.clone(memory_format=torch.preserve_format), labels.clone()
+        self.update.optimizer.zero_grad(set_to_none=True)  # so that the graph makes gradients in its own memory
+        counted, graph = self.update.tally.images, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.update(*static)
+        self.update.tally.images = counted  # recording learns nothing
+        return graph, *static

@@ -1,0 +1,101 @@
+"""Muon beside SGD: the kernels' update is orthogonal, the rest is SGD's, and both are saved."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastres.train.muon import MuonBesideSGD, as_matrix, hidden_kernels
+from fastres.train.optimizer import make_optimizer, set_lr
+
+MUON = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
+
+
+def network(memory_format=torch.channels_last) -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4 * 4, 2)).to(memory_format=memory_format)
+
+
+def learn(model, optimizer, steps=1):
+    for seed in range(steps):
+        x = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def optimizer_of(model) -> MuonBesideSGD:
+    return make_optimizer(model, 0.1, 0.9, True, 0.01, scaled=False, muon=MUON)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_kernels_move_orthogonally_and_the_rest_as_by_sgd(memory_format):
+    model = network(memory_format)
+    twin, before = copy.deepcopy(model), copy.deepcopy(model)
+    learn(model, optimizer_of(model))
+    learn(twin, make_optimizer(twin, 0.1, 0.9, True, 0.01, scaled=False))
+    for index, rows in ((2, 6), (3, 4)):
+        old, new = before[index].weight.detach(), model[index].weight.detach()
+        moved = (new - old * (1 - 0.1 * 0.5)) / 0.1
+        values = torch.linalg.svdvals(as_matrix(moved, memory_format == torch.channels_last))
+        assert len(values) == rows and (values > 0.3).all() and (values < 1.3).all()
+    kernels = {"2.weight", "3.weight"}
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters()):
+        assert torch.equal(ours, theirs) == (name not in kernels), name
+
+
+def test_first_fixed_and_grouped_kernels_are_left_to_sgd():
+    model = network()
+    assert [k.shape[0] for k in hidden_kernels(model)] == [6, 4]
+    model[2].weight.requires_grad = False
+    model[3] = nn.Conv2d(6, 6, 3, groups=2)
+    assert hidden_kernels(model) == []
+
+
+def test_learning_rate_reaches_every_group():
+    optimizer = optimizer_of(network())
+    set_lr(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.025, 0.025, 0.025])
+    assert len(optimizer.param_groups[-1]["params"]) == 2
+    before = copy.deepcopy(optimizer.kernels)
+    set_lr(optimizer, 0.0)
+    optimizer.step()
+    assert all(map(torch.equal, before, optimizer.kernels))
+
+
+def test_a_saved_state_goes_on_bit_for_bit():
+    whole = network()
+    learn(whole, optimizer_of(whole), steps=3)
+    part = network()
+    optimizer = optimizer_of(part)
+    learn(part, optimizer, steps=2)
+    saved, rest = copy.deepcopy(optimizer.state_dict()), network()
+    rest.load_state_dict(part.state_dict())
+    again = optimizer_of(rest)
+    again.load_state_dict(saved)
+    x = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+    again.zero_grad()
+    rest(x).square().mean().backward()
+    again.step()
+    assert all(map(torch.equal, rest.state_dict().values(), whole.state_dict().values()))
+    with pytest.raises(ValueError, match="no state of Muon"):
+        again.load_state_dict(saved["sgd"])
+
+
+def test_a_kernel_that_is_no_matrix_in_memory_is_refused():
+    kernel = nn.Parameter(torch.randn(4, 6, 3, 3).transpose(0, 1))
+    with pytest.raises(ValueError, match=r"\[6, 4, 3, 3\] with strides"):
+        MuonBesideSGD(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), [kernel], **MUON)
+
+
+def test_an_overflow_in_fp16_skips_muon_too():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer(model, 0.1, 0.9, True, 0.01, scaled=True, muon=MUON)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model.eval()(torch.ones(1, 3, 6, 6)).sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))

@@ -1,0 +1,104 @@
+"""One update: nothing in it waits for the device, and a CUDA graph of it learns the same."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres.errors import FastresError
+from fastres.train.signals import StopRequest
+from fastres.train.evaluate import all_finite
+from fastres.train.update import GraphedUpdate
+from support_train import same_weights, tiny_trainer
+
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
+
+
+class NoWait(TorchDispatchMode):
+    """Counts operations whose result goes to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += [func.overloadpacket.__name__] if func.overloadpacket.__name__ in WAITS else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(ema=0.9, clip=1.0, accumulate=2, cutout=3, progressive="8:0.5", bias_lr=4.0),
+        dict(optimizer="muon", precision="bf16"),
+        dict(flip="random", decoupled=False, label_smoothing=0.1),
+    ],
+)
+def test_no_wait_inside_an_epoch(tmp_path, monkeypatch, changes):
+    run = tiny_trainer(tmp_path, **changes)
+    run._train_epoch(StopRequest())
+    run._end_epoch(StopRequest())
+    checks = []
+    monkeypatch.setattr(run, "check_finite", lambda: checks.append(run.batch))
+    with NoWait() as waits:
+        run._train_epoch(StopRequest())
+    assert waits.seen == [] and checks == [0, 1, 2, 3, 4, 5, 6]  # on a GPU the last one alone
+
+
+def test_the_check_of_all_weights_is_one_wait():
+    tensors = [torch.randn(3, 4), torch.full((2,), 3e38), torch.zeros(5)]
+    with NoWait() as waits:
+        assert all_finite(tensors)
+    assert waits.seen == ["_local_scalar_dense"]
+    for bad in (float("nan"), float("inf")):
+        assert not all_finite([*tensors, torch.tensor([0.0, bad])])
+
+
+def test_learning_rates_as_tensors_are_the_same_numbers(tmp_path):
+    numbers, tensors = tiny_trainer(tmp_path / "a"), tiny_trainer(tmp_path / "b")
+    for group in tensors.optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"])
+    for run in (numbers, tensors):
+        run.fit()
+    assert all(isinstance(group["lr"], torch.Tensor) for group in tensors.optimizer.param_groups)
+    for a, b in zip(numbers.model.parameters(), tensors.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is absent")
+def test_a_graph_needs_a_gpu(tmp_path):
+    with pytest.raises(FastresError, match="--cuda-graph needs a CUDA device, not cpu"):
+        tiny_trainer(tmp_path, cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+@pytest.mark.parametrize("changes", [dict(ema=0.9, clip=1.0), dict(progressive="8:0.5", accumulate=2)], ids=str)
+def test_a_graph_learns_the_same(tmp_path, backend, changes):
+    common = dict(device="cuda", backend=backend, epochs=4, deterministic=True, **changes)
+    plain = tiny_trainer(tmp_path / "plain", **common)
+    graphed = tiny_trainer(tmp_path / "graphed", cuda_graph=True, **common)
+    assert isinstance(graphed.learn, GraphedUpdate)
+    for run in (plain, graphed):
+        run.fit()
+    assert len(graphed.learn._recorded) == 1 + ("progressive" in changes)
+    for a, b in zip(plain.history, graphed.history):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+        assert a["train_accuracy"] == pytest.approx(b["train_accuracy"], abs=0.03)
+    again = tiny_trainer(tmp_path / "graphed", cuda_graph=True, **{**common, "epochs": 5})
+    graphed.folder.close()
+    again.resume()
+    assert same_weights(again.model.state_dict(), graphed.model.state_dict())
+    assert len(again.fit()) == 5
+
+
+@pytest.mark.gpu
+def test_an_epoch_on_a_gpu_never_waits(tmp_path):
+    run = tiny_trainer(tmp_path, device="cuda", ema=0.9, cutout=3, epochs=3)
+    run._train_epoch(StopRequest())
+    run._end_epoch(StopRequest())
+    run.check_finite = lambda: None  # at an epoch's end it waits, once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run._train_epoch(StopRequest())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

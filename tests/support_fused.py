@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.ops import Conv, Layer, Norm
+from fastres.ops import Conv, Identity, Layer, Norm
 from fastres.ops.layers import Pad
 
 # relative error that rounding alone explains, whatever eager's happens to be
@@ -88,6 +88,9 @@ def eager_residual(
     y = eager_norm(eager_conv(y, layers[-1]), layers[-1].norm, tracked)
     if isinstance(shortcut, Layer):
         y = y + eager_norm(eager_conv(x, shortcut), shortcut.norm, tracked)
+    elif isinstance(shortcut, Identity):
+        step = shortcut.stride
+        y = y + F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, 0, shortcut.added))
     elif shortcut is not None:
         y = y + shortcut.permute(0, 3, 1, 2)
     return (relu(y, layers[-1].norm) if relu_last else y).permute(0, 2, 3, 1)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
 from fastres.nn.norm import conv_of, layer_of, norm_of, to_nchw, to_nhwc, track, unsupported
-from fastres.ops import Layer, preact_block, residual_chain
+from fastres.ops import Identity, Layer, preact_block, residual_chain
 from fastres.ops.layers import output_hw
-from fastres.reference import notebook, preact
+from fastres.reference import cifar, notebook, preact
 from fastres.reference.resnet import BasicBlock as EagerBasicBlock
 from fastres.reference.resnet import Bottleneck as EagerBottleneck
 
@@ -28,16 +28,17 @@ def fused_residual(
     residual: bool = True,
     relu: bool = True,
     keep: str = "all",
+    identities: Sequence[Identity] | None = None,
 ) -> Tensor:
     """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))`` and the update of the running statistics.
 
     Args:
         x: [N, C, H, W], channels-last unless a copy is wanted.
         blocks: convolutions with their BatchNorms, in order, of one block and of others behind it.
-        shortcut: of the first block, None: x itself, as in all others. A convolution and a BatchNorm in an
-            ``nn.Sequential`` join the operation; any other module is called.
-        residual: whether there is a shortcut at all.
-        relu, keep: see `residual_chain`.
+        shortcut: of the first block, None: x itself. A convolution and a BatchNorm in an ``nn.Sequential`` join the
+            operation, and so does what `identity_of` knows; any other module is called.
+        residual: whether it has a shortcut at all.
+        relu, keep, identities: see `residual_chain`.
     """
     nhwc = to_nhwc(x)
     hw, chain = tuple(nhwc.shape[1:3]), []
@@ -48,15 +49,15 @@ def fused_residual(
             hw = output_hw(hw, conv.kernel_size, layer.stride, layer.pad)
             chain[-1].append(layer)
     norms = [bn for pairs in blocks for _, bn in pairs]
-    added: Tensor | Layer | None = None
-    if residual and shortcut is None:
-        added = nhwc
+    added: Tensor | Layer | Identity | None = None
+    if residual and identity_of(shortcut) is not None:
+        added = identity_of(shortcut)
     elif residual and is_projection(shortcut):
         added = layer_of(*shortcut, tuple(nhwc.shape[1:3]))
         norms.append(shortcut[1])
     elif residual:
         added = to_nhwc(shortcut(x))
-    out, statistics = residual_chain(nhwc, chain, added, relu, keep)
+    out, statistics = residual_chain(nhwc, chain, added, relu, keep, identities)
     for bn, used in zip(norms, statistics):
         track(bn, used)
     return to_nchw(out)
@@ -67,17 +68,29 @@ def is_projection(shortcut: nn.Module) -> bool:
     return isinstance(shortcut, nn.Sequential) and len(shortcut) == 2 and unsupported(*shortcut) is None
 
 
+def identity_of(shortcut: nn.Module | None) -> Identity | None:
+    """What a shortcut without parameters does, if the fused operation can do it; None as shortcut is x itself."""
+    if shortcut is None:
+        return Identity()
+    if type(shortcut) is notebook.Subsample:
+        return Identity(shortcut.stride)
+    if type(shortcut) is cifar.PaddedShortcut:
+        return Identity(shortcut.stride, shortcut.added)
+    return None
+
+
 def fused_chain(x: Tensor, blocks: Sequence[_FusedResidual]) -> Tensor:
     """The blocks in order as one operation; all but the first have identity shortcuts, see `chains`."""
-    first = blocks[0]
+    first, *others = blocks
     pairs = [block.pairs() for block in blocks]
-    return fused_residual(x, pairs, first.downsample, has_shortcut(first), keep=first.keep)
+    identities = [identity_of(block.downsample) for block in others]
+    return fused_residual(x, pairs, first.downsample, has_shortcut(first), keep=first.keep, identities=identities)
 
 
 def chains(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
     """The blocks in order, grouped into what `fused_chain` can do at once.
 
-    A block joins the one before if its shortcut is the identity, both keep the same for backward and no hook waits for
+    A block joins the one before if its shortcut is an `Identity`, both keep the same for backward and no hook waits for
     either. Chains are at most `LONGEST` blocks, so that gradients come early enough to be exchanged meanwhile.
     """
     groups: list[list[nn.Module]] = []
@@ -101,7 +114,7 @@ def _joins(before: nn.Module, block: nn.Module) -> bool:
     return (
         fused
         and before.keep == block.keep
-        and block.downsample is None
+        and identity_of(block.downsample) is not None
         and has_shortcut(block)
         and not has_hooks(before)
         and not has_hooks(block)

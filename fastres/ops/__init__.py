@@ -3,7 +3,7 @@
 from fastres.ops.bn_relu import bn_relu
 from fastres.ops.conv_bias_act import conv_bias_act
 from fastres.ops.global_avg_pool import global_avg_pool
-from fastres.ops.layers import Conv, Layer, Norm, Statistics, symmetric
+from fastres.ops.layers import Conv, Identity, Layer, Norm, Statistics, symmetric
 from fastres.ops.preact import preact_block
 from fastres.ops.residual import residual_block, residual_chain
 from fastres.ops.running import update_running
@@ -12,6 +12,7 @@ from fastres.ops.stem import stem
 
 __all__ = [
     "Conv",
+    "Identity",
     "Layer",
     "Norm",
     "Statistics",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastres.ops.aten import MEAN, VAR, statistics_dtype
+from fastres.ops.aten import statistics_dtype
+from fastres.ops.coefficients import coefficients
 from fastres.ops.layers import (
     Norm,
     Statistics,
@@ -87,12 +88,7 @@ def bn_relu_forward(
 ) -> tuple[Tensor, Tensor]:
     """The result and the coefficients it was normalised by."""
     p = primitives(x)
-    if running_mean is None and coef is not None:
-        running_mean, running_var = coef[MEAN], coef[VAR]
-    if running_mean is None:
-        coef = p.finalize(p.moments(x), gamma, beta, eps)
-    else:
-        coef = p.running_coef(running_mean, running_var, gamma, beta, eps)
+    coef = coefficients(p, x, gamma, beta, running_mean, running_var, eps, known=coef)
     return p.bn_add_relu(x, coef), coef
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.geometry import Pad, cdiv, output_hw
 
 Shape = tuple[int, int, int, int]  # N, H, W, C
 
@@ -41,6 +41,13 @@ class Layer(NamedTuple):
     norm: Norm
     stride: int = 1
     pad: Pad = (0, 0, 0, 0)
+
+
+class Identity(NamedTuple):
+    """A shortcut without parameters: every ``stride``-th pixel, and ``added`` channels of zeros behind its own."""
+
+    stride: int = 1
+    added: int = 0
 
 
 class Statistics(NamedTuple):
@@ -124,6 +131,16 @@ def check_shortcut_shape(added: Shape, shape: Shape) -> None:
         raise RuntimeError(
             f"The size of the shortcut {nchw_size(added)} must match the size of the block's result {nchw_size(shape)}"
         )
+
+
+def identity_shape(shape: Shape, identity: Identity) -> Shape:
+    """Shape of the shortcut from an input of ``shape``; raises RuntimeError for what means nothing."""
+    n, height, width, channels = shape
+    if identity.stride < 1:
+        raise RuntimeError("non-positive stride is not supported")
+    if identity.added < 0:
+        raise RuntimeError("negative padding is not supported")
+    return n, cdiv(height, identity.stride), cdiv(width, identity.stride), channels + identity.added
 
 
 def conv_shape(shape: Shape, conv: Conv | Layer) -> Shape:

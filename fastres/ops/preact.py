@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastres.ops.aten import MEAN, VAR, statistics_dtype
+from fastres.ops.aten import statistics_dtype
+from fastres.ops.coefficients import coefficients
 from fastres.ops.layers import (
     Conv,
     Layer,
@@ -30,6 +31,7 @@ from fastres.ops.layers import (
     pixels,
     weight_grad,
 )
+from fastres.ops.projection import projection_backward
 from fastres.ops.select import primitives
 
 
@@ -194,13 +196,8 @@ def preact_forward(
     y, moments = x, None
     ys, coefs = [], []
     for i in range(layers):
-        gamma, beta, mean, var = norms[4 * i : 4 * i + 4]
-        if mean is None and i == 0 and coef is not None:
-            mean, var = coef[MEAN], coef[VAR]
-        if mean is None:
-            coefs.append(p.finalize(moments or p.moments(x), gamma, beta, eps[i]))
-        else:
-            coefs.append(p.running_coef(mean, var, gamma, beta, eps[i]))
+        known = None if i else coef
+        coefs.append(coefficients(p, y, *norms[4 * i : 4 * i + 4], eps[i], moments, known))
         last = i == layers - 1
         shortcut = x if identity and last else None
         if projection and last:
@@ -257,23 +254,25 @@ def preact_backward(
     norm_grads, dws = [None] * (2 * layers), [None] * len(weights)
     dz, y, abc = dout, None, None
     for i in reversed(range(layers)):
-        below = ys[i - 1] if i else x
-        dz, sums, dws[i] = p.conv_backward(
-            dz, y, abc, below, coefs[i], weights[i], strides[i], pad_of(pads, i), need_dw=need_weights[i]
-        )
+        below, residual, step = ys[i - 1] if i else x, None, 1
         if i == 0 and projection:
-            dz_projection, sums_projection, dws[layers] = p.conv_backward(
-                dout,
-                None,
-                None,
-                x,
-                coefs[0],
-                weights[layers],
-                strides[layers],
-                pad_of(pads, layers),
-                need_dw=need_weights[layers],
+            geometry = weights[layers], strides[layers], pad_of(pads, layers)
+            residual, dws[layers], step = projection_backward(
+                p, dout, None, None, x, coefs[0], *geometry, True, need_weights[layers]
             )
-            dz, sums = dz + dz_projection, torch.cat([sums, sums_projection])
+        dz, sums, dws[i] = p.conv_backward(
+            dz,
+            y,
+            abc,
+            below,
+            coefs[i],
+            weights[i],
+            strides[i],
+            pad_of(pads, i),
+            residual,
+            need_dw=need_weights[i],
+            residual_stride=step,
+        )
         y = below
         abc, dgamma, dbeta = p.bn_backward_coef(sums, coefs[i], gammas[i], pixels(y.shape), trained[i])
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta

@@ -20,13 +20,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastres.ops.aten import statistics_dtype
+from fastres.ops.coefficients import coefficients
 from fastres.ops.layers import (
+    Identity,
     Layer,
     Shape,
     Statistics,
     check_input,
     check_shortcut,
     check_shortcut_shape,
+    identity_shape,
     in_autocast,
     layer_shape,
     nhwc_weight,
@@ -36,6 +39,7 @@ from fastres.ops.layers import (
     pixels,
     weight_grad,
 )
+from fastres.ops.projection import projection_backward
 from fastres.ops.select import primitives
 
 KEEP = ("all", "fewer")
@@ -46,7 +50,7 @@ JOINED_CHANNELS = 128
 def residual_block(
     x: Tensor,
     layers: Sequence[Layer],
-    shortcut: Tensor | Layer | None = None,
+    shortcut: Tensor | Layer | Identity | None = None,
     relu: bool = True,
     keep: str = "all",
 ) -> tuple[Tensor, list[Statistics]]:
@@ -57,33 +61,38 @@ def residual_block(
 def residual_chain(
     x: Tensor,
     blocks: Sequence[Sequence[Layer]],
-    shortcut: Tensor | Layer | None = None,
+    shortcut: Tensor | Layer | Identity | None = None,
     relu: bool = True,
     keep: str = "all",
+    identities: Sequence[Identity] | None = None,
 ) -> tuple[Tensor, list[Statistics]]:
     """A residual block ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut)`` and more of them, differentiable once.
 
     Args:
         x: [N, H, W, C].
-        blocks: the convolutions of each block in order; from the second block on the shortcut is the identity.
-        shortcut: of the first block: None, a tensor of its result's shape (x itself for the identity: its gradient then
-            joins x's in the last kernel of backward) or a `Layer` that projects x.
+        blocks: the convolutions of each block in order.
+        shortcut: of the first block: None, a tensor of its result's shape, a `Layer` that projects x, or x itself or an
+            `Identity`, whose gradient joins x's in the last kernel of backward.
         relu: whether the last block's sum goes through ReLU, as all others' do.
         keep: what stays for backward: ``"all"`` convolution outputs, or ``"fewer"``: each block's last one, and the
             projection's, are computed again in backward.
+        identities: the shortcuts of the blocks from the second on; None: each one's input itself.
 
     Returns:
         The result [N, H', W', C'] and the `Statistics` of each layer in order, the projection's last.
 
     Raises:
         RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for a block
-            without layers.
+            without layers and for another number of identities than there are further blocks.
     """
     if keep not in KEEP:
         raise ValueError(f"keep is {keep!r}: choose {' or '.join(KEEP)}")
-    identity, projection = shortcut is x, isinstance(shortcut, Layer)
+    shortcut = Identity() if shortcut is x else shortcut
+    identity, projection = isinstance(shortcut, Identity), isinstance(shortcut, Layer)
+    if identities is None:
+        identities = [Identity()] * (len(blocks) - 1)
     every_layer = [layer for layers in blocks for layer in layers] + ([shortcut] if projection else [])
-    shapes = _check(x, blocks, shortcut)
+    shapes = _check(x, blocks, shortcut, identities)
     x = in_autocast(x).contiguous()
     added = None if identity or projection or shortcut is None else in_autocast(shortcut).contiguous()
     parameters = [tensor for layer in every_layer for tensor in (layer.weight, *norm_vectors(layer.norm))]
@@ -97,6 +106,7 @@ def residual_chain(
         tuple(layer.stride for layer in every_layer),
         tuple(side for layer in every_layer for side in layer.pad),
         tuple(layer.norm.eps for layer in every_layer),
+        (shortcut.stride if identity else 1, *(other.stride for other in identities)),
         identity,
         projection,
         relu,
@@ -107,10 +117,17 @@ def residual_chain(
     return out, [Statistics(coef, pixels(shape)) for coef, shape in zip(coefs, shapes)]
 
 
-def _check(x: Tensor, blocks: Sequence[Sequence[Layer]], shortcut: Tensor | Layer | None) -> list[Shape]:
+def _check(
+    x: Tensor,
+    blocks: Sequence[Sequence[Layer]],
+    shortcut: Tensor | Layer | Identity | None,
+    identities: Sequence[Identity],
+) -> list[Shape]:
     """Check the input; shape of each layer's output, the projection's last."""
     if not all([blocks, *blocks]):
         raise ValueError("a residual block has at least one layer")
+    if len(identities) != len(blocks) - 1:
+        raise ValueError(f"{len(identities)} identities for {len(blocks) - 1} blocks behind the first")
     projection = [shortcut] if isinstance(shortcut, Layer) else []
     check_input(x, [layer.weight for layers in (*blocks, projection) for layer in layers])
     shape, shapes = tuple(x.shape), []
@@ -121,7 +138,9 @@ def _check(x: Tensor, blocks: Sequence[Sequence[Layer]], shortcut: Tensor | Laye
             shape = layer_shape(shape, layer)
             shapes.append(shape)
         if index > 0:
-            check_shortcut_shape(before, shape)
+            check_shortcut_shape(identity_shape(before, identities[index - 1]), shape)
+        elif isinstance(shortcut, Identity):
+            check_shortcut_shape(identity_shape(before, shortcut), shape)
         elif projection:
             check_shortcut_shape(projected[0], shape)
         elif shortcut is not None:
@@ -141,6 +160,7 @@ class _ResidualChain(torch.autograd.Function):
         strides: tuple[int, ...],
         pads: tuple[int, ...],
         eps: tuple[float, ...],
+        steps: tuple[int, ...],
         identity: bool,
         projection: bool,
         relu: bool,
@@ -152,12 +172,12 @@ class _ResidualChain(torch.autograd.Function):
         norms = [tensor for i in range(0, len(parameters), 5) for tensor in parameters[i + 1 : i + 5]]
         kinds = identity, projection
         out, *rest = residual_forward(
-            x, added, weights, norms, depths, strides, pads, eps, *kinds, relu, recording, keep_all
+            x, added, weights, norms, depths, strides, pads, eps, steps, *kinds, relu, recording, keep_all
         )
         saved, coefs = rest[: -len(weights)], rest[-len(weights) :]
         ctx.save_for_backward(x, out if relu else None, *weights, *parameters[1::5], *coefs, *saved)
         ctx.mark_non_differentiable(*coefs)
-        ctx.geometry = depths, strides, pads
+        ctx.geometry = depths, strides, pads, steps
         ctx.kinds = *kinds, keep_all
         ctx.trained = [mean is None for mean in parameters[3::5]]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
@@ -169,7 +189,7 @@ class _ResidualChain(torch.autograd.Function):
         n, inner = len(ctx.trained), len(ctx.geometry[0]) - 1
         x, out, *rest = ctx.saved_tensors
         weights, gammas, coefs, saved = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-        need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[11:])
+        need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[12:])
         need_weights = need_parameters[::5]
         norm_grads, *grads = residual_backward(
             dout.contiguous(),
@@ -199,7 +219,7 @@ class _ResidualChain(torch.autograd.Function):
                 None,
                 None,
             ]
-        return dx, dadded, *[None] * 9, *parameters
+        return dx, dadded, *[None] * 10, *parameters
 
 
 @torch.library.custom_op("fastres::residual_forward", mutates_args=())
@@ -212,6 +232,7 @@ def residual_forward(
     strides: list[int],
     pads: list[int],
     eps: list[float],
+    steps: list[int],
     identity: bool,
     projection: bool,
     relu: bool,
@@ -224,6 +245,7 @@ def residual_forward(
         norms: gamma, beta, running mean and running variance of each layer; no running mean: batch statistics.
         depths: layers of each block.
         pads: top, left, bottom, right of each layer.
+        steps: of each block, stride of its shortcut where that is an `Identity`, else 1.
         identity, projection: the first block's shortcut is x, or the last layer of x; else it is ``added``, or nothing.
         recording, keep_all: what backward will need, see the returned.
 
@@ -233,21 +255,21 @@ def residual_forward(
     """
     p = primitives(x)
 
-    def coef_of(i: int, moments: Any) -> Tensor:
-        gamma, beta, mean, var = norms[4 * i : 4 * i + 4]
-        if mean is None:
-            return p.finalize(moments, gamma, beta, eps[i])
-        return p.running_coef(mean, var, gamma, beta, eps[i])
+    def coef_of(i: int, y: Tensor, moments: Any) -> Tensor:
+        return coefficients(p, y, *norms[4 * i : 4 * i + 4], eps[i], moments)
 
     def conv(i: int, a: Tensor, below: Tensor | None) -> tuple[Tensor, Any]:
         return p.conv(a, weights[i], strides[i], pad_of(pads, i), coef=below, moments=norms[4 * i + 2] is None)
+
+    def end(block: int, relu: bool) -> Tensor:
+        return p.bn_add_relu(y, coef, shortcut, shortcut_coef, relu, steps[block])
 
     outs, ys, coefs = [], [], []
     shortcut, shortcut_coef, projected = x if identity else added, None, []
     if projection:
         last = len(weights) - 1
         shortcut, moments = conv(last, x, None)
-        shortcut_coef = coef_of(last, moments)
+        shortcut_coef = coef_of(last, shortcut, moments)
         projected = [shortcut]
     y, coef, first_coefs, i = x, None, [] if shortcut_coef is None else [shortcut_coef], 0
     for block, depth in enumerate(depths):
@@ -255,27 +277,28 @@ def residual_forward(
             if block == 0 or index > 0:
                 y, moments = conv(i, y, coef)
             else:
-                if _joins(weights[i], strides[i], pad_of(pads, i)):
+                dense = shortcut is None or shortcut.shape == y.shape
+                if dense and _joins(weights[i], strides[i], pad_of(pads, i)):
                     by_batch = norms[4 * i + 2] is None
                     out, y, moments = p.bn_add_relu_conv(y, coef, shortcut, shortcut_coef, weights[i], by_batch)
                 else:
-                    out = p.bn_add_relu(y, coef, shortcut, shortcut_coef)
+                    out = end(block - 1, True)
                     y, moments = conv(i, out, None)
                 outs.append(out)
                 shortcut, shortcut_coef = out, None
-            coef = coef_of(i, moments)
+            coef = coef_of(i, y, moments)
             coefs.append(coef)
             if keep_all or index < depth - 1:
                 ys.append(y)
             i += 1
-    out = p.bn_add_relu(y, coef, shortcut, shortcut_coef, relu)
+    out = end(len(depths) - 1, relu)
     saved = [*outs, *ys, *(projected if keep_all else [])] if recording else []
     return [out, *saved, *coefs, *first_coefs]
 
 
 @residual_forward.register_fake
 def _(
-    x, added, weights, norms, depths, strides, pads, eps, identity, projection, relu, recording, keep_all
+    x, added, weights, norms, depths, strides, pads, eps, steps, identity, projection, relu, recording, keep_all
 ):
     def output(a, i):
         hw = output_hw(a.shape[1:3], weights[i].shape[1:3], strides[i], pad_of(pads, i))
@@ -307,6 +330,7 @@ def residual_backward(
     depths: list[int],
     strides: list[int],
     pads: list[int],
+    steps: list[int],
     trained: list[bool],
     identity: bool,
     projection: bool,
@@ -345,16 +369,12 @@ def residual_backward(
         block = block_of[i]
         return (inputs[block], None) if i in (starts[block], starts[-1]) else (y_of(i - 1), coefs[i - 1])
 
-    def conv_norm_backward(
-        i: int, dz: Tensor, sums: Tensor, residual: Tensor | None, need_dx: bool, end: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        y, (a, coef) = y_of(i), below(i)
+    def layer(i: int, dz: Tensor, sums: Tensor) -> tuple:
+        """BatchNorm's backward of layer i; what its convolution's backward takes first."""
+        y = y_of(i)
         abc, dgamma, dbeta = p.bn_backward_coef(sums, coefs[i], gammas[i], pixels(y.shape), trained[i])
-        dx, sums, dws[i] = p.conv_backward(
-            dz, y, abc, a, coef, weights[i], strides[i], pad_of(pads, i), residual, need_dx, need_weights[i], end
-        )
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
-        return dx, sums
+        return dz, y, abc, *below(i), weights[i], strides[i], pad_of(pads, i)
 
     def end_backward(block: int, dout: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         i = starts[block + 1] - 1
@@ -364,9 +384,12 @@ def residual_backward(
     norm_grads, dws = [None] * (2 * len(weights)), [None] * len(weights)
     dz, sums, shortcut_sums = end_backward(len(depths) - 1, dout, out)
     for block in reversed(range(len(depths))):
-        dshortcut = dz
+        dshortcut, step = dz, steps[block]
         if projection and block == 0:
-            dshortcut, _ = conv_norm_backward(starts[-1], dz, shortcut_sums, None, need_x, None)
+            last = starts[-1]
+            dshortcut, dws[last], step = projection_backward(
+                p, *layer(last, dz, shortcut_sums), need_x, need_weights[last]
+            )
         for i in reversed(range(*starts[block : block + 2])):
             residual = end = None
             if i == starts[block]:
@@ -374,7 +397,9 @@ def residual_backward(
                 # the data gradient goes on through the end of the block below, but for a projection's own sums
                 if block > 1 or (block == 1 and not projection):
                     end = (y_of(i - 1), coefs[i - 1])
-            dz, sums = conv_norm_backward(i, dz, sums, residual, need_x or i > 0, end)
+            dz, sums, dws[i] = p.conv_backward(
+                *layer(i, dz, sums), residual, need_x or i > 0, need_weights[i], end, 1 if residual is None else step
+            )
         if projection and block == 1:
             dz, sums, shortcut_sums = end_backward(0, dz, inputs[1])
     grads = [dz] * need_x + [dshortcut] * need_added + [dw for dw in dws if dw is not None]
@@ -383,7 +408,8 @@ def residual_backward(
 
 @residual_backward.register_fake
 def _(
-    dout, out, inputs, ys, coefs, weights, gammas, depths, strides, pads, trained, identity, projection, keep_all, needs
+    dout, out, inputs, ys, coefs, weights, gammas, depths, strides, pads, steps, trained, identity, projection, keep_all,
+    needs,
 ):
     statistics = statistics_dtype(dout.dtype)
     need_x, need_added, *need_weights = needs

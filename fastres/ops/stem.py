@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastres.ops.aten import statistics_dtype
+from fastres.ops.coefficients import coefficients
 from fastres.ops.layers import (
     Layer,
     Pad,
@@ -125,10 +126,7 @@ def stem_forward(
     """The result, each one's winning tap (uint8), the convolution's output and the BatchNorm's coef."""
     p = primitives(x)
     y, moments = p.conv(x, w, stride, tuple(pad), moments=running_mean is None)
-    if running_mean is None:
-        coef = p.finalize(moments, gamma, beta, eps)
-    else:
-        coef = p.running_coef(running_mean, running_var, gamma, beta, eps)
+    coef = coefficients(p, y, gamma, beta, running_mean, running_var, eps, moments)
     return *p.bn_relu_max_pool(y, coef, pool_kernel, pool_stride, tuple(pool_pad)), y, coef
 
 

@@ -10,6 +10,7 @@ from fastres.nn import fuse, unfuse
 from fastres.nn.blocks import LONGEST, chains, has_hooks
 from fastres.nn.networks import blocks_of
 from fastres.reference.cifar import CifarResNet
+from fastres.reference.notebook import NotebookResNet
 
 
 def sizes(network) -> list[int]:
@@ -20,6 +21,11 @@ def test_the_stages_of_a_bottleneck_network_are_chains():
     with torch.device("meta"):
         network = create_fused_model("resnet50")
     assert sizes(network) == [3, 4, 6, 3]
+
+
+def test_strided_identities_join():
+    assert sizes(fuse(NotebookResNet())) == [2, 2]
+    assert sizes(fuse(CifarResNet(14, width=8))) == [6]
 
 
 def test_long_stages_are_cut():
@@ -49,7 +55,7 @@ def test_a_network_computes_the_same_however_its_blocks_are_chained():
     parted, eager = copy.deepcopy(chained), unfuse(copy.deepcopy(chained))
     for block in blocks_of(parted):
         block.register_forward_hook(lambda *_: None)
-    assert sizes(chained) == [3, 3, 3] and sizes(parted) == [1] * 9
+    assert sizes(chained) == [LONGEST, 1] and sizes(parted) == [1] * 9
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     steps = [train_step(network, x) for network in (chained, parted, eager)]
     assert_same(steps[0], steps[1], 1e-12)

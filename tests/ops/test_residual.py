@@ -14,7 +14,7 @@ from support_fused import (
     with_grads,
 )
 
-from fastres.ops import Layer, residual_block, residual_chain
+from fastres.ops import Identity, Layer, residual_block, residual_chain
 from fastres.ops.residual import JOINED_CHANNELS, residual_backward, residual_forward
 
 SAME = (0, 0, 1, 1)
@@ -32,7 +32,7 @@ def image(n, height, width, channels):
 def bottleneck(shortcut: str, stride: int = 1, **norm):
     """x, layers and shortcut of a bottleneck from 20 channels through 6 and 10, odd sizes throughout."""
     x = image(2, 7, 9, 20)
-    outputs = 20 if shortcut == "identity" else 36
+    outputs = 20 if shortcut in ("identity", "subsampled") else 36
     layers = [
         random_layer(20, 6, 1, **norm),
         random_layer(6, 10, 3, stride, **norm),
@@ -42,6 +42,8 @@ def bottleneck(shortcut: str, stride: int = 1, **norm):
     added = {
         "identity": None,
         "none": None,
+        "subsampled": Identity(stride),
+        "padded": Identity(stride, 16),
         "projection": random_layer(20, outputs, 1, stride, **norm),
         "tensor": image(2, *hw, outputs),
     }[shortcut]
@@ -57,7 +59,10 @@ def both(shortcut: str):
 
 @pytest.mark.parametrize(
     "shortcut, stride",
-    [("identity", 1), ("projection", 1), ("projection", 2), ("tensor", 1), ("tensor", 2), ("none", 1), ("none", 2)],
+    [
+        *(("identity", 1), ("projection", 1), ("projection", 2), ("tensor", 1), ("tensor", 2), ("none", 1), ("none", 2)),
+        *(("subsampled", 1), ("subsampled", 2), ("subsampled", 3), ("padded", 1), ("padded", 2)),
+    ],
 )
 def test_bottleneck_equals_fp64_eager(shortcut, stride):
     assert_as_good_as_eager(*both(shortcut), bottleneck(shortcut, stride), torch.float64)
@@ -197,6 +202,56 @@ def test_chain_equals_its_blocks_one_by_one(shortcut, dtype):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("keep", ["all", "fewer"])
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "subsampled"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_chain_that_narrows_on_its_way(kernel, shortcut, keep):
+    """Blocks behind the first that subsample and widen; one that could end the block before in its own convolution."""
+    x, first, added = bottleneck(shortcut, 1 if shortcut == "identity" else 2)
+    c = 20 if shortcut in ("identity", "subsampled") else 36
+    blocks = [
+        first,
+        [random_layer(c, 6, kernel), random_layer(6, c + 5, 3, 2)],
+        [random_layer(c + 5, 6, kernel), random_layer(6, c + 5, 3)],
+        [random_layer(c + 5, 6, kernel, 2), random_layer(6, c + 5, 1)],
+    ]
+    identities = [Identity(2, 5), Identity(), Identity(2)]
+
+    def fused(x, blocks, added):
+        return residual_chain(x, blocks, x if added is None else added, keep=keep, identities=identities)[0]
+
+    def eager(x, blocks, added):
+        for layers, shortcut in zip(blocks, [x if added is None else added, *identities]):
+            x = eager_residual(x, layers, shortcut)
+        return x
+
+    assert_as_good_as_eager(fused, eager, (x, blocks, added), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_a_padded_shortcut_errs_no_more_than_eager(dtype):
+    layers = [random_layer(24, 40, 3, 2), random_layer(40, 40, 3)]
+    assert_as_good_as_eager(*both("padded"), (image(3, 13, 10, 24), layers, Identity(2, 16)), dtype)
+
+
+def test_gradcheck_of_a_padded_shortcut():
+    x = image(1, 5, 4, 2).requires_grad_()
+    layers = [cast(la, torch.float64) for la in (random_layer(2, 3, 3, 2), random_layer(3, 3, 1))]
+    assert torch.autograd.gradcheck(lambda x: residual_block(x, layers, Identity(2, 1))[0], x)
+
+
+def test_identities_that_fit_nothing():
+    x, layers, _ = bottleneck("subsampled", 2)
+    for bad in (Identity(3), Identity(2, 1), Identity()):
+        with pytest.raises(RuntimeError, match="size of the shortcut"):
+            residual_block(x, layers, bad)
+    for bad, message in ((Identity(0), "non-positive stride"), (Identity(2, -1), "negative padding")):
+        with pytest.raises(RuntimeError, match=message):
+            residual_block(x, layers, bad)
+    with pytest.raises(ValueError, match="1 identities for 0 blocks behind the first"):
+        residual_chain(x, [layers], Identity(2), identities=[Identity()])
+
+
 def test_wide_bottlenecks_are_not_joined_in_forward():
     """More channels than one program takes: the end of a block is a pass of its own."""
     x = image(1, 3, 2, 8)
@@ -233,13 +288,14 @@ def test_opcheck_of_a_chain(keep_all):
     weights = [la.weight.permute(0, 2, 3, 1).contiguous() for la in every]
     norms = [t for la in every for t in la.norm[:4]]
     geometry = [3, 3], [la.stride for la in every], [side for la in every for side in la.pad]
-    eps = [la.norm.eps for la in every]
-    forward = (x, None, weights, norms, *geometry, eps, False, True, True, True, keep_all)
+    eps, steps = [la.norm.eps for la in every], [1, 1]
+    forward = (x, None, weights, norms, *geometry, eps, steps, False, True, True, True, keep_all)
     torch.library.opcheck(residual_forward, forward)
     out, *rest = residual_forward(*forward)
     inner, ys, coefs = rest[0], rest[1:-7], rest[-7:]
     needs = [True, False] + [True] * 7
-    backward = (out, out, [x, inner], ys, coefs, weights, norms[::4], *geometry, [True] * 7, False, True, keep_all, needs)
+    kinds = False, True, keep_all
+    backward = (out, out, [x, inner], ys, coefs, weights, norms[::4], *geometry, steps, [True] * 7, *kinds, needs)
     torch.library.opcheck(residual_backward, backward)
 
 
@@ -278,26 +334,26 @@ def test_second_derivatives_are_refused():
         dx.sum().backward()
 
 
-@pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor"])
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor", "padded"])
 def test_opcheck(shortcut):
     x, layers, added = bottleneck(shortcut, 1 if shortcut == "identity" else 2)
-    projection = isinstance(added, Layer)
+    projection, padded = isinstance(added, Layer), isinstance(added, Identity)
     every = [*layers, added] if projection else layers
     weights = [la.weight.permute(0, 2, 3, 1).contiguous() for la in every]
     norms = [t for la in every for t in la.norm[:4]]
     geometry = [la.stride for la in every], [side for la in every for side in la.pad]
     eps = [la.norm.eps for la in every]
-    tensor = None if projection else added
-    kinds = (shortcut == "identity", projection)
-    depths = [len(layers)]
+    tensor = None if projection or padded else added
+    kinds = (shortcut == "identity" or padded, projection)
+    depths, steps = [len(layers)], [2 if padded else 1]
     for recording, keep_all in ((False, True), (True, False), (True, True)):
-        forward = (x, tensor, weights, norms, depths, *geometry, eps, *kinds, True, recording, keep_all)
+        forward = (x, tensor, weights, norms, depths, *geometry, eps, steps, *kinds, True, recording, keep_all)
         torch.library.opcheck(residual_forward, forward)
     out, *rest = residual_forward(*forward)
     ys, coefs = rest[: len(every)], rest[len(every) :]
     needs = [True, tensor is not None] + [True] * len(every)
     trained = [True] * len(every)
-    backward = (out, out, [x], ys, coefs, weights, norms[::4], depths, *geometry, trained, *kinds, True, needs)
+    backward = (out, out, [x], ys, coefs, weights, norms[::4], depths, *geometry, steps, trained, *kinds, True, needs)
     torch.library.opcheck(residual_backward, backward)
 
 

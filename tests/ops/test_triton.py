@@ -45,7 +45,7 @@ from torch import Tensor
 
 from fastres import ops
 from fastres.kernels import buffers
-from fastres.ops import Conv, Layer, Norm, Statistics
+from fastres.ops import Conv, Identity, Layer, Norm, Statistics
 from fastres.ops.residual import residual_backward, residual_forward
 from fastres.reference.notebook import same_padding
 
@@ -98,6 +98,8 @@ def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
     stride, kind = 1 if shortcut == "identity" else draw(st.sampled_from([2, 1])), draw(kinds())
     if shortcut == "identity":
         widths[-1] = widths[0]
+    if shortcut == "subsampled":
+        widths[-1], stride = widths[0] + draw(st.sampled_from([0, 0, 8])), 2
     options = dict(relu=draw(st.sampled_from([True, True, False])), keep=draw(st.sampled_from(["all", "fewer"])))
     dtype, value_seed, tensorflow = draw(dtypes()), draw(seeds()), draw(st.booleans())
     note(f"{n}x{height}x{width} {widths} kernels {kernels} stride {stride} {shortcut} {kind} {options} {dtype}")
@@ -116,6 +118,7 @@ def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
         added = {
             "tensor": lambda: torch.randn(out, dtype=torch.float64),
             "projection": lambda: random_layer(widths[0], widths[-1], 1, stride, **kind),
+            "subsampled": lambda: Identity(stride, widths[-1] - widths[0]),
         }.get(shortcut, lambda: None)()
     return dtype, options, (x, layers, added)
 
@@ -148,7 +151,7 @@ def with_statistics(eager: Callable) -> Callable[..., tuple[Tensor, list[Tensor]
     return call
 
 
-@pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor", "none"])
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor", "none", "subsampled"])
 @pytest.mark.parametrize("kernels", [BOTTLENECK, BASIC], ids=["bottleneck", "basic"])
 def test_residual_block(kernels, shortcut):
     for_each(f"{kernels} {shortcut}", residuals(kernels, shortcut), partial(check_residual, shortcut == "identity"))
@@ -445,12 +448,12 @@ def test_opcheck(shortcut, monkeypatch):
     x = x.detach()
     geometry = [layer.stride for layer in every], [side for layer in every for side in layer.pad]
     kinds = (shortcut == "identity", projection)
-    depths, recording, keep_all = [len(layers)], True, True
-    forward = (x, None, weights, vectors, depths, *geometry, [1e-5] * len(every), *kinds, True, recording, keep_all)
+    depths, steps = [len(layers)], [1]
+    forward = (x, None, weights, vectors, depths, *geometry, [1e-5] * len(every), steps, *kinds, True, True, True)
     torch.library.opcheck(residual_forward, forward)
     out, *rest = residual_forward(*forward)
     ys, coefs = rest[: len(every)], rest[len(every) :]
     needs = [True, False] + [True] * len(every)
     trained = [True] * len(every)
-    backward = (out, out, [x], ys, coefs, weights, vectors[::4], depths, *geometry, trained, *kinds, keep_all, needs)
+    backward = (out, out, [x], ys, coefs, weights, vectors[::4], depths, *geometry, steps, trained, *kinds, True, needs)
     torch.library.opcheck(residual_backward, backward)

@@ -1,0 +1,35 @@
+"""Backward of the convolution in a shortcut, whose gradient joins that of the block's first convolution."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastres.kernels.geometry import Pad
+from fastres.ops.select import Primitives
+
+
+def projection_backward(
+    p: Primitives,
+    dz: Tensor,
+    y: Tensor | None,
+    abc: Tensor | None,
+    x: Tensor,
+    coef: Tensor | None,
+    w: Tensor,
+    stride: int,
+    pad: Pad,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """dx, dw and the stride of dx, arguments as those of `conv_backward` but that dx goes through no ReLU.
+
+    A strided 1x1 convolution reads every stride-th pixel: dx [N, OH, OW, C] is of those, as the others' is zero.
+    """
+    pointwise = w.shape[1:3] == (1, 1) and not any(pad)
+    step = stride if pointwise else 1
+    dx = dw = None
+    if need_dx:
+        dx, _ = p.conv_dgrad(dz, y, abc, w, stride // step, pad, tuple((dz if pointwise else x).shape[1:3]))
+    if need_dw:
+        dw = p.conv_wgrad(dz, y, abc, x, coef, stride, pad, tuple(w.shape[1:3]))
+    return dx, dw, step

@@ -1,10 +1,9 @@
-"""The command line: ``fastres train``, ``eval``, ``predict``, ``export``, ``models`` and ``bench``."""
+"""The command line: ``fastres train``, ``sweep``, ``eval``, ``predict``, ``export``, ``models`` and ``bench``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,9 @@ from fastres.measure import command as measure_command
 from fastres.models import describe_models
 from fastres.models.registry import accepted_options
 from fastres.train import PRESETS, Interrupted, TrainConfig, Trainer, machine, preset
+from fastres.train import sweep as sweeps
 from fastres.train.evaluate import evaluate, predict_logits
+from fastres.train.facts import run_facts
 from fastres.train.run_folder import RunFolder, saved_config
 from fastres.train.signals import terminate_orderly
 from fastres.train.trained import find_checkpoint, load_trained
@@ -97,7 +98,7 @@ def train(args: argparse.Namespace) -> int:
             trainer.resume()
         elif args.resume is not None:
             print(f"{path} was stopped before its first checkpoint: starting again", flush=True)
-        describe(trainer, device)
+        describe(trainer)
         history = trainer.fit()
     finally:
         folder.close()
@@ -109,25 +110,48 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(trainer: Trainer, device: torch.device) -> None:
+def describe(trainer: Trainer) -> None:
     """Print what is about to run and save it beside the options."""
-    config, dataset = trainer.config, trainer.dataset
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    facts = {
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "data": dataset.label,
-        "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
-        "dtype": str(trainer.dtype).removeprefix("torch."),
-        "backend": trainer.backend,
-        "versions": {"fastres": fastres.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
+    config, dataset, facts = trainer.config, trainer.dataset, run_facts(trainer)
     trainer.folder.write_config(config, facts)
     print(
         f"{config.model}, {facts['parameters']:,} parameters | {dataset.label}, {len(dataset.train)} + "
-        f"{len(dataset.test)} images | {facts['device']}, {facts['dtype']}, {facts['backend']} | {trainer.total_steps} steps | "
-        f"{trainer.folder.path}",
+        f"{len(dataset.test)} images | {facts['device']}, {facts['dtype']}, {facts['backend']} | "
+        f"{trainer.total_steps} steps | {trainer.folder.path}",
         flush=True,
     )
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Train a recipe with several seeds and options, and print means and standard errors."""
+    base = preset("fast" if args.preset is None else args.preset).replace(**given_options(args))
+    variants = sweeps.grid(sweeps.parse_setting(text) for text in args.set)
+    if machine.pick_device(base.device).type == "cpu":
+        machine.keep_freed_memory()
+    folder = Path(args.out or f"sweeps/{args.preset or 'fast'}-{time.strftime('%Y%m%d-%H%M%S')}")
+    outcomes = sweeps.sweep(
+        base,
+        variants,
+        range(base.seed, base.seed + args.seeds),
+        folder,
+        DataCache(),
+        lambda line: print(line, flush=True),
+    )
+    print(f"\n{(folder / 'summary.md').read_text()}\n{folder}")
+    return int(any(outcome.failure is not None for outcome in outcomes))
+
+
+class DataCache:
+    """Loads the data of a configuration, the last one but once."""
+
+    def __init__(self):
+        self._key, self._dataset = None, None
+
+    def __call__(self, config: TrainConfig) -> data.Dataset:
+        key = (config.data, config.data_root, config.image_size, config.limit_train, config.limit_test)
+        if key != self._key:
+            self._key, self._dataset = key, load_data(config, config.image_size)
+        return self._dataset
 
 
 def eval_(args: argparse.Namespace) -> int:
@@ -202,6 +226,16 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", help=f"recipe that the options start from: {', '.join(PRESETS)} [fast]")
     sub.add_argument("--out", metavar="FOLDER", help="new run folder [runs/MODEL-TIME]")
     sub.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    add_options(sub, OPTIONS)
+
+    sub = command("sweep", sweep)
+    sub.add_argument("--preset", help=f"recipe that the options start from: {', '.join(PRESETS)} [fast]")
+    sub.add_argument("--seeds", type=positive, default=5, metavar="INT", help="seeds a setting, from --seed on [5]")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE,VALUE",
+        help="values to try, in all combinations where given again; parted by ; where they have commas",
+    )  # fmt: skip
+    sub.add_argument("--out", metavar="FOLDER", help="folder of all runs; the same one goes on [sweeps/PRESET-TIME]")
     add_options(sub, OPTIONS)
 
     sub = command("eval", eval_)

@@ -29,9 +29,9 @@ class Part:
         x = torch.empty(batch, *self.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
         return x.requires_grad_(not isinstance(self.modules[0], EagerStem))
 
-    def first(self) -> Part:
-        """Its first block alone."""
-        return Part(self.name, self.modules[:1], self.shape)
+    def first(self, count: int = 1) -> Part:
+        """Its first block alone, or its first blocks."""
+        return Part(self.name, self.modules[:count], self.shape)
 
 
 class EagerStem(nn.Module):

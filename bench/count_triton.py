@@ -53,6 +53,7 @@ class LaunchTraffic:
     arguments: dict[str, Argument]
     tile: dict[str, int]
     programs: int
+    flops: int = 0  # of a convolution's products
 
     @property
     def loaded(self) -> int:
@@ -183,6 +184,14 @@ def _identity(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value.shape, value.stride(), value.dtype, same
 
 
+def _flops(bound: dict[str, Any]) -> int:
+    """Operations of the convolution that a launch with these arguments is a pass of; 0 where it is none."""
+    if "KH" not in bound or "COUT" not in bound:
+        return 0
+    pixels = bound["M"] if "M" in bound else bound["N"] * bound["OH"] * bound["OW"]
+    return 2 * pixels * math.prod(bound[name] for name in ("CIN", "COUT", "KH", "KW"))
+
+
 @contextmanager
 def _counting(kernels: Collection[str], everything: bool) -> Iterator[list[LaunchTraffic]]:
     if not knobs.runtime.interpret:
@@ -201,7 +210,7 @@ def _counting(kernels: Collection[str], everything: bool) -> Iterator[list[Launc
         arguments = {name: Argument(tensor.nbytes) for name, tensor in tensors.items()}
         tile = {name: value for name, value in bound.items() if name.startswith("BLOCK")}
         grid = self.grid(bound) if callable(self.grid) else self.grid
-        found.append(LaunchTraffic(self.fn.__name__, arguments, tile, math.prod(grid)))
+        found.append(LaunchTraffic(self.fn.__name__, arguments, tile, math.prod(grid), _flops(bound)))
         if not everything and self.fn.__name__ not in kernels:
             return
         key = (self.fn, tuple(grid), *((name, _identity(value, tensors)) for name, value in bound.items()))

@@ -376,12 +376,12 @@ def bytes_an_image(results: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for file in sorted(results.glob("traffic*.json")):
         record = json.loads(file.read_text())
-        for network, counted in record["networks"].items():
+        for counted in record["networks"].values():
             sums = {
                 peer: sum(whole["moved"][kind] for _, whole in counted["stages"]) / record["batch"]
                 for kind, peer in roofline.KINDS.items()
             }
-            found[f"{network} {counted['image']}"] = sums
+            found[f"{counted['model']} {counted['image']}"] = sums
     return found
 
 

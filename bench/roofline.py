@@ -46,6 +46,7 @@ class Launch(NamedTuple):
     kernel: str
     bytes: int
     flops: int
+    times: float = 1.0  # that it is made; a share, or less than 0, where counted blocks stand for more of them
 
     def seconds(self, machine: Machine) -> float:
         """Predicted time."""
@@ -104,42 +105,60 @@ def with_flops(kernels: list[dict[str, Any]], convolutions: list[tuple[int, bool
 
 
 def _kind(kernel: str) -> str | None:
-    if "dgrad" in kernel:
-        return "dgrad"
-    if "wgrad" in kernel:
-        return "wgrad"
+    for half in ("dgrad", "wgrad"):
+        if half in kernel:
+            return half
     if "convolution_backward" in kernel:
         return "both"
-    return "forward" if "convolution" in kernel or kernel.startswith("conv_kernel") else None
+    return "forward" if "convolution" in kernel else None
 
 
-def steps_of(network: str, counted: dict[str, Any], batch: int) -> dict[str, list[Launch]]:
-    """Launches of a network's step by kind: of its stem and whole stages."""
-    options = {"num_classes": 1000} if counted["image"] == 224 else {}
-    parts = {part.name: part for part in parts_of(network, counted["image"], **options)}
+def fused_step(counted: dict[str, Any], convolutions: list[tuple[int, bool]]) -> list[Launch]:
+    """A fused step's kernels: Triton's, which tell their operations, and the library's, which may be the convolutions.
+
+    Raises:
+        ValueError: where the operations are not those of the part's convolutions.
+    """
+    step = [Launch(one["kernel"], one["loaded"] + one["stored"], one["flops"]) for one in counted["launches"]]
+    library = any(_kind(kernel["kernel"]) for kernel in counted["other"])
+    step += with_flops(counted["other"], convolutions if library else [])
+    expected = sum(flops * (2 + needed) for flops, needed in convolutions)
+    if sum(launch.flops for launch in step) != expected:
+        raise ValueError(f"the fused step's kernels have other operations than the {expected} of its convolutions")
+    return step
+
+
+def steps_of(network: dict[str, Any], batch: int) -> dict[str, list[Launch]]:
+    """Launches of a counted network's step by kind: of its stem and whole stages.
+
+    Where some blocks of a stage were counted for all, n of m, their launches beyond the first block's are made
+    (m - 1) / (n - 1) times.
+    """
+    parts = {part.name: part for part in parts_of(network["model"], network["image"], **network["options"])}
     steps: dict[str, list[Launch]] = {kind: [] for kind in KINDS}
-    for _, whole in counted["stages"]:
-        convolutions = convolution_flops(parts[whole["part"]], batch)
-        kernels = {
-            "eager": whole["eager"],
-            "compiled": whole["compiled"],
-            "fused": whole["launches"] + whole["other"],
-        }
-        for kind in KINDS:
-            steps[kind] += with_flops(kernels[kind], convolutions)
+    for first, whole in network["stages"]:
+        part, counted = parts[whole["part"]], whole["counted"]
+        times = 1.0 if counted == whole["blocks"] else (whole["blocks"] - 1) / (counted - 1)
+        for one, blocks, share in ((whole, counted, times), (first, 1, 1 - times)):
+            if share:
+                convolutions = convolution_flops(part.first(blocks), batch)
+                found = {kind: with_flops(one[kind], convolutions) for kind in ("eager", "compiled")}
+                found["fused"] = fused_step(one, convolutions)
+                for kind in KINDS:
+                    steps[kind] += [launch._replace(times=share) for launch in found[kind]]
     return steps
 
 
 def predict(step: list[Launch], machine: Machine) -> dict[str, float]:
     """Seconds of a step, its launches, bytes and operations, and the share of the time that bandwidth decides."""
-    seconds = sum(launch.seconds(machine) for launch in step)
-    transfers = [(launch.bytes / machine.bandwidth, launch.flops / machine.rate) for launch in step]
+    seconds = sum(launch.times * launch.seconds(machine) for launch in step)
+    bound = [launch for launch in step if launch.bytes / machine.bandwidth > launch.flops / machine.rate]
     return {
         "seconds": seconds,
-        "launches": len(step),
-        "bytes": sum(launch.bytes for launch in step),
-        "flops": sum(launch.flops for launch in step),
-        "bandwidth_bound": sum(moving for moving, computing in transfers if moving > computing) / seconds,
+        "launches": round(sum(launch.times for launch in step)),
+        "bytes": round(sum(launch.times * launch.bytes for launch in step)),
+        "flops": round(sum(launch.times * launch.flops for launch in step)),
+        "bandwidth_bound": sum(launch.times * launch.bytes for launch in bound) / machine.bandwidth / seconds,
     }
 
 
@@ -160,10 +179,10 @@ def comparisons(results: Path, traffic: dict[str, Any]) -> list[dict[str, Any]]:
             cases["copy"]["gb_per_second"] * 1e9, cases["matmul bfloat16"]["tflops"] * 1e12, LAUNCH
         )
         for case in models["cases"].values():
-            counted = traffic["networks"].get(case.get("model"))
-            if counted is None or counted["image"] != case["image_size"]:
+            same = (n for n in traffic["networks"].values() if (n["model"], n["image"]) == _model_of(case))
+            if (counted := next(same, None)) is None:
                 continue
-            steps = steps_of(case["model"], counted, traffic["batch"])
+            steps = steps_of(counted, traffic["batch"])
             for kind, peer in KINDS.items():
                 figures = case["peers"].get(peer, {})
                 if "seconds" in figures:
@@ -176,6 +195,10 @@ def comparisons(results: Path, traffic: dict[str, Any]) -> list[dict[str, Any]]:
                     }
                     found.append({**where, "predicted": predicted, "measured": figures["seconds"]["median"]})
     return found
+
+
+def _model_of(case: dict[str, Any]) -> tuple[str | None, int | None]:
+    return case.get("model"), case.get("image_size")
 
 
 def read_traffic(files: list[Path]) -> dict[str, Any]:
@@ -267,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     predictions: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for network, counted in traffic["networks"].items():
-        steps = steps_of(network, counted, traffic["batch"])
+        steps = steps_of(counted, traffic["batch"])
         predictions[network] = {
             name: {kind: predict(step, machine) for kind, step in steps.items()}
             for name, machine in machines.items()

@@ -2,8 +2,9 @@
 
 Nothing is timed and no GPU is needed. See `bench.count_triton`, `bench.count_eager` and `bench.count_inductor` for how
 each is counted, `bench.count_saved` for the memory kept. A stage is counted as a whole and its first block alone; the
-difference, shared out, is that of each further block. The sum leaves out the average pool and the last layer, which are
-the same in all. bf16 under autocast, fp32 master weights, channels-last.
+difference, shared out, is that of each further block. Of a stage of more than `MOST` blocks as many are counted as make
+the first block and a chain of further ones, and those stand for all. The sum leaves out the average pool and the last
+layer, which are the same in all. bf16 under autocast, fp32 master weights, channels-last.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bench import count_eager, count_inductor, count_triton  # noqa: E402
 from bench.blocks import Part, fused, parts_of, train  # noqa: E402
 from bench.count_saved import saved_bytes  # noqa: E402
 from bench.record import write_results  # noqa: E402
+from fastres.nn.blocks import LONGEST  # noqa: E402
 
 Figures = dict[str, float]
 # network: (its name for `create_model`, size of the images, options)
@@ -31,8 +33,12 @@ NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "resnet18": ("resnet18", 224, {"num_classes": 1000}),
     "notebook": ("notebook", 96, {}),
     "preact_resnet164": ("preact_resnet164", 32, {}),
+    "preact_resnet1001": ("preact_resnet1001", 32, {}),
     "resnet20": ("resnet20", 32, {}),
+    "resnet110": ("resnet110", 32, {}),
+    "resnet50 CIFAR": ("resnet50", 32, {"stem": "cifar"}),
 }
+MOST = 20  # blocks of a stage that are all counted
 
 
 class StepTraffic(NamedTuple):
@@ -83,30 +89,55 @@ def measure(part: Part, batch: int, dtype: torch.dtype = torch.bfloat16) -> Step
     )
 
 
-def measure_stage(stage: Part, batch: int) -> tuple[StepTraffic, StepTraffic]:
-    """Its first block, and the whole stage."""
-    whole = measure(stage, batch)
-    return (whole if len(stage.modules) == 1 else measure(stage.first(), batch)), whole
+class Stage(NamedTuple):
+    """The training step of a stage."""
+
+    first: StepTraffic  # of its first block alone
+    counted: StepTraffic  # of its first blocks, or of them all
+    blocks: int
+
+    @property
+    def moved(self) -> Figures:
+        """As `StepTraffic.moved`, of all blocks."""
+        return self._all(self.first.moved, self.counted.moved)
+
+    @property
+    def saved(self) -> Figures:
+        """As `StepTraffic.saved`, of all blocks."""
+        return self._all(self.first.saved, self.counted.saved)
+
+    def _all(self, first: Figures, counted: Figures) -> Figures:
+        if self.blocks == len(self.counted.part.modules):
+            return counted
+        further = each_further(first, counted, len(self.counted.part.modules) - 1)
+        return {name: first[name] + (self.blocks - 1) * further[name] for name in first}
+
+
+def measure_stage(stage: Part, batch: int) -> Stage:
+    """Count a stage, see the module's docstring."""
+    blocks = len(stage.modules)
+    counted = measure(stage.first(blocks if blocks <= MOST else 1 + LONGEST), batch)
+    return Stage(counted if blocks == 1 else measure(stage.first(), batch), counted, blocks)
 
 
 COLUMNS = ("block", "blocks", "input", "eager MB", "compiled MB", "fused MB", "/ eager", "/ compiled",
            "saved MB, eager", "fused /", "memory mode /")  # fmt: skip
 
 
-def rows(stages: list[tuple[StepTraffic, StepTraffic]]) -> list[list[str]]:
+def rows(stages: list[Stage]) -> list[list[str]]:
     """Rows of `COLUMNS`: the first block of a stage, each further one, and all."""
     lines = []
-    for first, whole in stages:
+    for stage in stages:
+        first, further = stage.first, stage.blocks - 1
         channels, height, width = first.part.shape
         lines.append([first.part.name, "1", f"{height}x{width}x{channels}", *_cells(first.moved, first.saved)])
-        further = len(whole.part.modules) - 1
         if further:
-            kinds = ((first.moved, whole.moved), (first.saved, whole.saved))
+            kinds = ((first.moved, stage.moved), (first.saved, stage.saved))
             each = _cells(*(each_further(*kind, further) for kind in kinds))
-            channels, height, width = stage_output(whole.part)
+            channels, height, width = stage_output(stage.counted.part)
             lines.append([first.part.name[:-1] + "1", str(further), f"{height}x{width}x{channels}", *each])
-    count = sum(len(whole.part.modules) for _, whole in stages)
-    moved, saved = (_added([getattr(whole, kind) for _, whole in stages]) for kind in ("moved", "saved"))
+    count = sum(stage.blocks for stage in stages)
+    moved, saved = (_added([getattr(stage, kind) for stage in stages]) for kind in ("moved", "saved"))
     return [*lines, ["all", str(count), "", *_cells(moved, saved)]]
 
 
@@ -164,6 +195,13 @@ def table(columns: tuple[str, ...], lines: list[list[str]], markdown: bool) -> s
     )
 
 
+def stage_record(stage: Stage) -> list[dict[str, Any]]:
+    """The first block and all of them as JSON, of these the kernels of the first ``counted`` blocks."""
+    figures = {"blocks": stage.blocks, "moved": stage.moved, "saved": stage.saved}
+    counted = len(stage.counted.part.modules)
+    return [as_record(stage.first), {**as_record(stage.counted), **figures, "counted": counted}]
+
+
 def as_record(one: StepTraffic) -> dict[str, Any]:
     """The step as JSON."""
     return {
@@ -174,7 +212,7 @@ def as_record(one: StepTraffic) -> dict[str, Any]:
         "saved": one.saved,
         "launches": [
             {"kernel": launch.kernel, "tile": launch.tile}
-            | {name: getattr(launch, name) for name in ("loaded", "stored", "least", "issued")}
+            | {name: getattr(launch, name) for name in ("loaded", "stored", "least", "issued", "flops")}
             for launch in one.launches
         ],
         **{
@@ -210,10 +248,11 @@ def main(argv: list[str] | None = None) -> None:
                 found.append(measure_stage(stage, options.batch))
         print(f"\n{network}, {options.batch} images of {size}x{size}\n")
         print(table(COLUMNS, rows(found), options.markdown))
-        for _, whole in found if options.launches else ():
-            print(f"\n{whole.part.name} and the rest of its stage\n")
-            print(table(LAUNCH_COLUMNS, launch_rows(whole), options.markdown))
-        results[network] = {"image": size, "stages": [[*map(as_record, pair)] for pair in found]}
+        for stage in found if options.launches else ():
+            print(f"\n{stage.counted.part.name} and the rest of its stage\n")
+            print(table(LAUNCH_COLUMNS, launch_rows(stage.counted), options.markdown))
+        stages = [stage_record(stage) for stage in found]
+        results[network] = {"model": name, "image": size, "options": constructor, "stages": stages}
     if options.json:
         write_results(options.json, {"batch": options.batch, "dtype": "bfloat16", "networks": results})
 

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+import triton
 from torch import nn
 
 from bench import growth, report, roofline
 from bench.blocks import Part, parts_of
-from bench.roofline import Launch, Machine, convolution_flops, predict, with_flops
+from bench.roofline import Launch, Machine, convolution_flops, fused_step, predict, with_flops
+from bench.traffic import as_record, measure
 from fastres.measure import Workload
 from fastres.reference.resnet import Bottleneck, conv1x1
 
@@ -58,9 +60,20 @@ def test_convolutions_find_their_operations():
 
 @pytest.mark.parametrize("count", [3, 5])
 def test_another_number_of_convolutions_is_an_error(count):
-    kernels = [{"kernel": "conv_kernel", "loaded": 1, "stored": 1}] * count
+    kernels = [{"kernel": "convolution", "loaded": 1, "stored": 1}] * count
     with pytest.raises(ValueError):
         with_flops(kernels, convolution_flops(bottleneck(), 1))
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counted in the interpreter only")
+def test_a_fused_step_has_its_own_operations():
+    part = bottleneck()
+    convolutions = convolution_flops(part, 3)
+    counted = as_record(measure(part, 3, torch.float32))
+    step = {launch.flops for launch in fused_step(counted, convolutions)}
+    assert step == {0, *(flops for flops, _ in convolutions)}
+    with pytest.raises(ValueError, match="other operations than"):
+        fused_step(counted, convolutions[1:])
 
 
 def counted_resnet20(tmp_path):
@@ -73,16 +86,16 @@ def counted_resnet20(tmp_path):
     stages = []
     for part in parts_of("resnet20", 32):
         n = len([m for m in part.modules.modules() if isinstance(m, nn.Conv2d)])
-        eager, fused = (
-            kernels("convolution", "convolution_backward", n, 3),
-            kernels("conv_kernel", "conv", n, 1),
-        )
+        eager = kernels("convolution", "convolution_backward", n, 3)
         if part.name == "stem":
-            eager, fused = ([k for k in line if "dgrad" not in k["kernel"]] for line in (eager, fused))
+            eager = [kernel for kernel in eager if "dgrad" not in kernel["kernel"]]
+        flops = sum(one * (2 + needed) for one, needed in convolution_flops(part, 8))
+        fused = [{"kernel": "all in one", "loaded": 10**6, "stored": 0, "flops": flops}]
         moved = {"eager": 4e6, "compiled": 2e6, "fused": 1e6}
         whole = {
             "part": part.name,
             "blocks": len(part.modules),
+            "counted": len(part.modules),
             "input": part.shape,
             "saved": {"eager": 4, "fused": 3, "fewer": 2},
             "moved": moved,
@@ -93,7 +106,7 @@ def counted_resnet20(tmp_path):
         }
         stages.append([whole, whole])
     path = tmp_path / "traffic.json"
-    networks = {"resnet20": {"image": 32, "stages": stages}}
+    networks = {"resnet20": {"model": "resnet20", "image": 32, "options": {}, "stages": stages}}
     record = {"batch": 8, "dtype": "bfloat16", "commit": "abc", "networks": networks}
     path.write_text(json.dumps(record))
     return path

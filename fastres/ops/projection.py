@@ -27,6 +27,9 @@ def projection_backward(
     """
     pointwise = w.shape[1:3] == (1, 1) and not any(pad)
     step = stride if pointwise else 1
+    if step == 1 and coef is None:
+        dx, _, dw = p.conv_backward(dz, y, abc, x, None, w, stride, pad, None, need_dx, need_dw)
+        return dx, dw, step
     dx = dw = None
     if need_dx:
         dx, _ = p.conv_dgrad(dz, y, abc, w, stride // step, pad, tuple((dz if pointwise else x).shape[1:3]))

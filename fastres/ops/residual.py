@@ -7,6 +7,10 @@ or ReLU'd copy. Blocks with identity shortcuts that follow one another are one o
 memory disappear between them: the next block's first 1x1 convolution ends the block before as it reads it, and its data
 gradient yields that block's masked gradient and BatchNorm sums as it writes it.
 
+A shortcut without parameters may take every few pixels and add channels of zeros (`Identity`): it is read where the block
+ends and its gradient added where backward ends, at those pixels, with no tensor of its own. The gradient of a strided 1x1
+projection likewise exists for the pixels it reads alone.
+
 In units of M*w elements a bottleneck with widths w and 4w and an identity shortcut moves 24 forward and 58 backward, 20
 and 50 inside a chain, where eager PyTorch moves 54 and 84.
 """

@@ -1,70 +1,84 @@
-"""A small residual network for the least time to a good accuracy on 32x32 images."""
+"""A small residual network for the least time to a good accuracy on 32x32 images.
+
+Behind a first layer that already halves the image each stage widens by one convolution and refines by one basic block,
+as in Page 2019, "How to train your ResNet"; most of its arithmetic is at 15x15 pixels or fewer.
+"""
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.reference.checkpointing import run_blocks
-from fastres.reference.resnet import BasicBlock, conv1x1, init_weights
+from fastres.reference.resnet import BasicBlock, conv3x3, init_weights
 
 
 class WhiteningConv(nn.Conv2d):
-    """4x4 convolution with stride 2 from pixels, whose filters can be fixed to ones that whiten patches.
+    """3x3 convolution with stride 2 and bias from pixels, whose filters can be fixed to ones that whiten patches.
 
-    [N, 3, H, W] to [N, outputs, H/2, W/2]; half the filters are the negatives of the others.
+    [N, 3, H, W] to [N, outputs, (H-1)/2, (W-1)/2]; half the filters are meant to be the negatives of the others.
     """
 
     def __init__(self, outputs: int):
-        super().__init__(3, outputs, 4, stride=2, padding=1)
+        super().__init__(3, outputs, 3, stride=2)
         nn.init.zeros_(self.bias)
 
 
+class Widen(nn.Module):
+    """``relu(bn(pool(conv(x))))``: 3x3 convolution, and 2x2 max-pool where it halves.
+
+    [N, inputs, H, W] to [N, outputs, H/2, W/2]; a side of one pixel is not halved.
+    """
+
+    def __init__(self, inputs: int, outputs: int, halve: bool):
+        super().__init__()
+        self.conv, self.halve = conv3x3(inputs, outputs), halve
+        self.bn = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.halve:
+            x = F.max_pool2d(x, 2, ceil_mode=min(x.shape[2:]) == 1)
+        return self.relu(self.bn(x))
+
+
 class SpeedResNet(nn.Module):
-    """Whitening convolution, ReLU, stages of basic blocks, global average pool, linear.
+    """Whitening convolution, ReLU, three stages of a `Widen` and a basic block, global average pool, linear.
 
     Args:
         num_classes: logits [N, num_classes].
         widths: channels of each stage; every stage but the first halves the image.
-        depths: basic blocks of each stage.
-        stem: filters of the first layer.
+        stem: filters of the first layer; 54 are all directions of a 3x3 patch of 3 channels, with both signs.
         checkpoint_every: see `run_blocks`.
     """
 
     def __init__(
         self,
         num_classes: int = 10,
-        widths: tuple[int, ...] = (64, 128, 256),
-        depths: tuple[int, ...] = (1, 1, 1),
-        stem: int = 64,
+        widths: tuple[int, ...] = (32, 64, 128),
+        stem: int = 54,
         checkpoint_every: int = 0,
     ):
         super().__init__()
         self.conv1 = WhiteningConv(stem)
         self.relu = nn.ReLU(inplace=True)
-        self.stages, self.checkpoint_every = len(widths), checkpoint_every
-        inputs = stem
-        for stage, (width, depth) in enumerate(zip(widths, depths)):
-            blocks = []
-            for index in range(depth):
-                stride, downsample = 2 if stage > 0 and index == 0 else 1, None
-                if stride != 1 or inputs != width:
-                    downsample = nn.Sequential(conv1x1(inputs, width, stride), nn.BatchNorm2d(width))
-                blocks.append(BasicBlock(inputs, width, stride, downsample))
-                inputs = width
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.checkpoint_every = checkpoint_every
+        self.stages = nn.ModuleList(
+            nn.Sequential(Widen(inputs, width, halve=stage > 0), BasicBlock(width, width))
+            for stage, (inputs, width) in enumerate(zip((stem, *widths), widths))
+        )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(inputs, num_classes)
+        self.fc = nn.Linear(widths[-1], num_classes)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, 3, H, W]."""
         x = self.relu(self.conv1(x))
-        blocks = [block for stage in range(self.stages) for block in getattr(self, f"layer{stage + 1}")]
-        x = run_blocks(blocks, x, self.checkpoint_every)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        x = run_blocks([layer for stage in self.stages for layer in stage], x, self.checkpoint_every)
+        return self.fc(self.avgpool(x).flatten(1))
 
 
 def speed(num_classes: int = 10, checkpoint_every: int = 0) -> SpeedResNet:
-    """Three basic blocks behind a whitening first layer that halves the image: least time to accuracy."""
+    """Three basic blocks of 32, 64 and 128 channels behind a whitening first layer: least time to accuracy."""
     return SpeedResNet(num_classes, checkpoint_every=checkpoint_every)

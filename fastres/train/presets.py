@@ -59,10 +59,10 @@ PRESETS: dict[str, dict] = {
     "speed": dict(
         model="speed",
         whiten=True,
-        epochs=4,
+        epochs=6,
         batch_size=256,
         optimizer="muon",
-        muon_lr=0.03,
+        muon_lr=0.08,
         lr=0.4,
         weight_decay=5e-3,
         schedule="triangular",

@@ -9,10 +9,15 @@ from support_nets import assert_same, train_step
 
 def test_shapes_and_size():
     model = create_model("speed", num_classes=7).eval()
-    for side in (16, 24, 32, 33):
+    for side in (8, 16, 24, 32, 33):
         assert model(torch.zeros(2, 3, side, side)).shape == (2, 7)
-    assert model.conv1(torch.zeros(1, 3, 32, 32)).shape[2:] == (16, 16)
-    assert 1e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
+    x = torch.zeros(1, 3, 32, 32)
+    for part, side in ((model.conv1, 15), *zip(model.stages, (15, 7, 3))):
+        x = part(x)
+        assert x.shape[2:] == (side, side)
+    kernels = 9 * sum(i * o + 2 * o * o for i, o in ((54, 32), (32, 64), (64, 128)))
+    others = 54 * (27 + 1) + 3 * 2 * (32 + 64 + 128) + (128 + 1) * 7
+    assert sum(p.numel() for p in model.parameters()) == kernels + others
 
 
 def test_fused_blocks_compute_the_same():
@@ -20,7 +25,7 @@ def test_fused_blocks_compute_the_same():
     eager = create_model("speed").double()
     fused = create_fused_model("speed").double()
     fused.load_state_dict(eager.state_dict())
-    assert type(fused.layer2[0]) is blocks.BasicBlock
+    assert type(fused.stages[1][1]) is blocks.BasicBlock
     x = torch.randn(4, 3, 16, 16).double()
     assert_same(train_step(fused, x), train_step(eager, x), 1e-10)
 

@@ -29,7 +29,7 @@ def test_covariance_counts_every_patch():
 
 
 def test_layer_is_whitened_and_fixed():
-    dataset, model = tiny_dataset(), SpeedResNet(3, widths=(8, 8), depths=(1, 1), stem=16)
+    dataset, model = tiny_dataset(), SpeedResNet(3, widths=(8, 8), stem=16)
     whiten(model, dataset)
     weight = model.conv1.weight
     assert not weight.requires_grad and model.conv1.bias.requires_grad

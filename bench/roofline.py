@@ -236,11 +236,11 @@ COLUMNS = ("network", "GPU", "eager ms", "compiled ms", "fused ms", "eager / fus
 
 
 def plot(predictions: dict[str, Any], machines: dict[str, Machine], path: Path) -> None:
-    """Roofs of the GPUs; each network's whole step as a point a kind, at its predicted rate on the first GPU."""
+    """Roofs of the GPUs with each network's whole step as a point a kind; and how much faster than eager each is."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    axes, bars = figure.subplots(1, 2)
     intensity = [2 ** (power / 8) for power in range(16, 81)]
     for name, machine in machines.items():
         roof = [min(machine.rate, x * machine.bandwidth) / 1e12 for x in intensity]
@@ -254,13 +254,21 @@ def plot(predictions: dict[str, Any], machines: dict[str, Machine], path: Path) 
             marker,
             label=f"{kind}, whole steps predicted on {shown}",
         )
-        for network, one in zip(predictions, points):
+        for network, one in zip(predictions, points) if kind == "fused" else ():
             axes.annotate(
                 network, (one["flops"] / one["bytes"], one["flops"] / one["seconds"] / 1e12), fontsize=6
             )
     axes.set(xlabel="FLOP a byte, counted", ylabel="TFLOP/s, predicted", title="Predictions, no measurement")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
+    for index, kind in enumerate(KINDS):
+        ratios = [gpus[shown]["eager"]["seconds"] / gpus[shown][kind]["seconds"] for gpus in predictions.values()]
+        places = [row + 0.27 * index for row in range(len(predictions))]
+        bars.bar_label(bars.barh(places, ratios, 0.25, label=kind), fmt="%.2f", fontsize=7)
+    bars.set_yticks([row + 0.27 for row in range(len(predictions))], predictions)
+    bars.invert_yaxis()
+    bars.set(xlabel="speed, eager 1", title=f"Predicted on {shown}")
+    bars.legend(fontsize=7)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

@@ -39,6 +39,8 @@ def random_layer(inputs: int, outputs: int, kernel: int, stride: int = 1, pad=No
 def eager_conv(x: Tensor, conv: Conv | Layer) -> Tensor:
     """The convolution of x [N, C, H, W]."""
     top, left, bottom, right = conv.pad
+    if (top, left) == (bottom, right):  # as nn.Conv2d: no zeros that an infinite gradient would make NaN of
+        return F.conv2d(x, conv.weight, stride=conv.stride, padding=(top, left))
     return F.conv2d(F.pad(x, (left, right, top, bottom)), conv.weight, stride=conv.stride)
 
 

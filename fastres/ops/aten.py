@@ -179,7 +179,7 @@ def bn_relu_max_pool_backward(
     for tap in range(kernel * kernel):
         rows = slice(tap // kernel, tap // kernel + (out_height - 1) * stride + 1, stride)
         columns = slice(tap % kernel, tap % kernel + (out_width - 1) * stride + 1, stride)
-        padded[:, rows, columns] += dout * (index == tap)
+        padded[:, rows, columns] += torch.where(index == tap, dout, 0)  # not a product: 0 times inf is NaN
     grad = padded[:, top : top + height, left : left + width].to(y.dtype)
     dz = _aten.threshold_backward(grad.contiguous(), bn_add_relu(y, coef), 0)
     return dz, bn_sums(dz, y, coef)

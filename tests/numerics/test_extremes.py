@@ -1,0 +1,326 @@
+"""Values at the ends of the range: scales of 1e-30 to 1e30, channels without variance, infinities, NaN.
+
+Fused operations are finite exactly where eager PyTorch is, so nothing becomes NaN in silence and nothing hides one; and what
+is finite errs as little as eager's. The cases are drawn, on ATen and on the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, note, settings
+from hypothesis import strategies as st
+from support_fused import (
+    FLOOR,
+    cast,
+    eager_bn_relu,
+    eager_preact,
+    eager_residual,
+    eager_stem,
+    new_statistics,
+    random_layer,
+    random_norm,
+    relative_error,
+    rounded,
+    with_grads,
+)
+from support_kernels import device, few_examples
+from support_triton import on_triton
+from torch import Tensor
+
+from fastres import ops
+from fastres.ops import Conv, Layer, Norm
+
+COUNTS = {"aten": 60, "triton": 5}
+# Beyond this a relative error of eager's own says nothing but that the value is lost to cancellation or rounding.
+LOST = 0.1
+
+
+@pytest.fixture(params=COUNTS)
+def room(request):
+    """The implementation, which says how many cases are drawn for it."""
+    with on_triton() if request.param == "triton" else ops.implementation(request.param):
+        yield request.param
+
+
+# -- drawn extremes ----------------------------------------------------------------------------------------------------
+
+
+class Extreme:
+    """What is drawn: the scales of x and of the weights, channels of one value, values that are not finite."""
+
+    def __init__(self, dtype, x, weights, constant, wrong, where, frozen, seed):
+        self.dtype, self.x_scale, self.weight_scale = dtype, x, weights
+        self.constant, self.wrong, self.where, self.frozen, self.seed = constant, wrong, where, frozen, seed
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in vars(self).items())
+
+    @property
+    def wrong_gradient(self) -> bool:
+        """Whether it is the gradient that is not finite."""
+        return self.wrong is not None and self.where == "dout"
+
+    def image(self, *shape: int) -> Tensor:
+        """fp64 [N, H, W, C] of the drawn scale."""
+        x = torch.randn(shape, dtype=torch.float64) * self.x_scale
+        if self.constant:
+            x[..., 0] = self.x_scale
+        if self.wrong is not None and self.where == "x":
+            x[-1, shape[1] // 2, shape[2] // 3, -1] = self.wrong
+        return x
+
+    def layer(self, inputs: int, outputs: int, kernel: int, stride: int = 1, first: bool = True) -> Layer:
+        """A layer of the drawn scale; running statistics, where it has them, are those of such a layer."""
+        layer = random_layer(inputs, outputs, kernel, stride)
+        scale = self.weight_scale * (self.x_scale if first else 1)
+        norm = self.norm(outputs, scale)
+        weight = layer.weight * self.weight_scale
+        if self.constant:
+            weight[0] = 0
+        return layer._replace(weight=weight, norm=norm)
+
+    def norm(self, channels: int, scale: float) -> Norm:
+        """A BatchNorm of values of this scale."""
+        norm = random_norm(channels, frozen=self.frozen, shift=0.5)
+        if self.frozen:
+            norm = norm._replace(
+                running_mean=norm.running_mean * scale, running_var=norm.running_var * scale**2
+            )
+        return norm
+
+
+def extremes(draw_frozen: bool = True) -> st.SearchStrategy[Extreme]:
+    """Any of them, in a dtype that can hold the scales."""
+    exponents = st.sampled_from([-30, -10, -3, 0, 0, 3, 10, 30])
+    drawn = st.builds(
+        Extreme,
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        x=exponents.map(lambda e: 10.0**e),
+        weights=exponents.map(lambda e: 10.0**e),
+        constant=st.booleans(),
+        wrong=st.sampled_from([None, math.inf, -math.inf, math.nan]),
+        where=st.sampled_from(["x", "dout"]),
+        frozen=st.booleans() if draw_frozen else st.just(False),
+        seed=st.integers(0, 2**16),
+    )
+    return drawn.filter(_can_hold)
+
+
+def _can_hold(case: Extreme) -> bool:
+    """Whether activations are finite in the dtype and, where more is asked of them, their squares are in fp32."""
+    product = case.x_scale * case.weight_scale
+    if case.dtype == torch.float16 and max(product, case.x_scale, case.weight_scale) > 1e3:
+        return False
+    return max(product, case.x_scale) <= (1e16 if case.frozen or case.wrong_gradient else 1e33)
+
+
+# -- the comparison ----------------------------------------------------------------------------------------------------
+
+
+def assert_same_places(
+    ours: Tensor, eager: Tensor, exact: Tensor, granted: float, name: str, whole: bool = False
+) -> None:
+    """Finite at the same places, and there as near to fp64 as eager is.
+
+    Args:
+        granted: relative error that is always granted.
+        whole: only whether anything is not finite must be the same.
+    """
+    wrong = ours.isfinite() != eager.isfinite()
+    if whole:
+        wrong = wrong.new_tensor(bool(ours.isfinite().all()) != bool(eager.isfinite().all()))
+    assert not wrong.any(), (
+        f"{name} {tuple(ours.shape)}: {int((wrong & eager.isfinite()).sum())} values not finite where eager's are, "
+        f"{int((wrong & ours.isfinite()).sum())} finite where eager's are not"
+    )
+    finite = eager.isfinite() & exact.isfinite() & ours.isfinite()
+    if finite.any() and granted < LOST:
+        error, eagers = (relative_error(t[finite], exact[finite]) for t in (ours, eager))
+        bound = max(5 * eagers, granted) if eagers < LOST else 10 * eagers
+        assert error <= bound, f"{name} {tuple(ours.shape)}: error {error:.2e} over {bound:.2e}"
+
+
+def granted(case: Extreme, tracked: list[Tensor]) -> float:
+    """Relative error that rounding explains: that of the dtype, and fp32's of ``y*scale + shift`` where they nearly cancel.
+
+    Args:
+        tracked: exact mean and variance of each BatchNorm.
+    """
+    far = [mean.abs() / (var + 1e-5).sqrt() for mean, var in zip(tracked[::2], tracked[1::2])]
+    farthest = max((f[f.isfinite()].amax().item() for f in far if f.isfinite().any()), default=0)
+    return 2 * FLOOR[case.dtype] + 2**-22 * farthest
+
+
+def compare(case: Extreme, fused: Callable, eager: Callable, arguments: tuple) -> None:
+    """Result, gradients and statistics of both."""
+    arguments = rounded(arguments, case.dtype)
+    out, tracked = eager(*arguments)
+    dout = torch.randn_like(out)
+    if case.wrong_gradient:
+        dout.view(-1)[dout.numel() // 2] = case.wrong
+    with_case = partial(with_grads, dout=dout)
+    ours, theirs = (with_case(f, arguments, case.dtype) for f in (fused, eager))
+    exact = with_case(eager, arguments, torch.float64)
+    assert len(ours) == len(theirs)
+    if case.frozen and case.wrong is not None and case.where == "x":
+        # A*dz + B*y + C with B = 0 makes NaN of a y that is not finite, which eager's gradient does not read
+        ours, theirs, exact = ours[:1], theirs[:1], exact[:1]
+    bar = granted(case, tracked)
+    for index, trio in enumerate(zip(ours, theirs, exact, strict=True)):
+        # whether a zero of the padding meets an infinite gradient, and makes NaN of it, is the convolution's own affair
+        assert_same_places(*trio, bar, f"tensor {index}", whole=case.wrong_gradient and index > 0)
+
+
+def for_drawn(room: str, check: Callable, **options: bool) -> None:
+    """Run ``check`` on as many drawn cases as the room can bear, the same ones every time."""
+
+    @settings(few_examples, max_examples=COUNTS[room], phases=[Phase.generate])
+    @given(extremes(**options))
+    def run(case):
+        note(repr(case))
+        torch.manual_seed(case.seed)
+        check(case)
+
+    run()
+
+
+def running(used, like: Tensor, frozen: bool) -> list[Tensor]:
+    """Mean and unbiased variance of each layer, as BatchNorms that take them over whole have them."""
+    found: list[Tensor] = []
+    for one in [] if frozen else used:
+        pair = new_statistics(one.coef.shape[1], like)
+        ops.update_running(*pair, one, 1.0)
+        found += pair
+    return found
+
+
+def moved(value):
+    """The tensors in a nest of tuples and lists, where kernels run."""
+    if isinstance(value, Tensor):
+        return value.to(device())
+    if isinstance(value, list):
+        return [moved(part) for part in value]
+    return type(value)(*map(moved, value)) if isinstance(value, (Norm, Layer, Conv)) else value
+
+
+# -- the operations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_residual_blocks(room, shortcut):
+    def check(case):
+        x = case.image(2, 6, 5, 8)
+        outputs = 8 if shortcut == "identity" else 12
+        layers = [
+            case.layer(8, 4, 1),
+            case.layer(4, 6, 3, first=False),
+            case.layer(6, outputs, 1, first=False),
+        ]
+        added = case.layer(8, outputs, 1) if shortcut == "projection" else None
+
+        def fused(x, layers, added):
+            out, used = ops.residual_block(x, layers, x if added is None else added)
+            return out, running(used, x, case.frozen)
+
+        def eager(x, layers, added):
+            tracked: list[Tensor] = []
+            return eager_residual(x, layers, x if added is None else added, tracked=tracked), tracked
+
+        compare(case, fused, eager, moved([x, layers, added]))
+
+    for_drawn(room, check)
+
+
+def test_preactivation_blocks(room):
+    def check(case):
+        x = case.image(2, 6, 5, 8)
+        layers = [
+            case.layer(8, 4, 1, first=False),
+            case.layer(4, 6, 3, first=False),
+            case.layer(6, 8, 1, first=False),
+        ]
+        layers[0] = layers[0]._replace(norm=case.norm(8, case.x_scale))
+        layers[1] = layers[1]._replace(norm=case.norm(4, case.weight_scale))
+        layers[2] = layers[2]._replace(norm=case.norm(6, case.weight_scale))
+
+        def fused(x, layers):
+            out, _, used = ops.preact_block(x, layers, x)
+            return out, running(used, x, case.frozen)
+
+        def eager(x, layers):
+            tracked: list[Tensor] = []
+            return eager_preact(x, layers, x, tracked), tracked
+
+        compare(case, fused, eager, moved([x, layers]))
+
+    for_drawn(room, check)
+
+
+def test_stems(room):
+    def check(case):
+        pool = 3, 2, (1, 1, 1, 1)
+
+        def fused(x, layer):
+            out, used = ops.stem(x, layer, *pool)
+            return out, running([used], x, case.frozen)
+
+        def eager(x, layer):
+            tracked: list[Tensor] = []
+            return eager_stem(x, layer, *pool, tracked), tracked
+
+        compare(case, fused, eager, moved([case.image(2, 9, 8, 3), case.layer(3, 8, 3, 2)]))
+
+    for_drawn(room, check)
+
+
+def test_batchnorm_and_relu(room):
+    def check(case):
+        def fused(x, norm):
+            out, used = ops.bn_relu(x, norm)
+            return out, running([used], x, case.frozen)
+
+        def eager(x, norm):
+            tracked: list[Tensor] = []
+            return eager_bn_relu(x, norm, tracked), tracked
+
+        compare(case, fused, eager, moved([case.image(2, 6, 5, 8), case.norm(8, case.x_scale)]))
+
+    for_drawn(room, check)
+
+
+@torch.no_grad()
+def test_folded_convolutions(room):
+    def check(case):
+        x, conv = case.image(2, 6, 5, 8), case.layer(8, 12, 3)
+        bias, added = torch.randn(12) * case.x_scale * case.weight_scale, case.image(2, 6, 5, 12)
+
+        def fused(x, layer, bias, added):
+            return ops.conv_bias_act(x, Conv(layer.weight, layer.stride, layer.pad), bias, added)
+
+        def eager(x, layer, bias, added):
+            y = F.conv2d(x.permute(0, 3, 1, 2), layer.weight, bias.to(x.dtype), padding=1)
+            return torch.relu(y.permute(0, 2, 3, 1) + added)
+
+        arguments = rounded(moved([x, conv, bias.double(), added]), case.dtype)
+        exact = eager(*arguments)
+        ours, theirs = (f(*(cast(a, case.dtype) for a in arguments)).double() for f in (fused, eager))
+        assert_same_places(ours, theirs, exact, 2 * FLOOR[case.dtype], "result")
+
+    for_drawn(room, check)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0])
+@pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
+def test_running_statistics_keep_what_is_not_finite_apart(room, momentum, wrong):
+    coef = torch.rand(5, 4).to(device())
+    coef[0, 1] = coef[1, 2] = wrong
+    mean, var = torch.zeros(4).to(device()), torch.ones(4).to(device())
+    ops.update_running(mean, var, ops.Statistics(coef, 10), momentum)
+    assert mean.isfinite().tolist() == [True, False, True, True]
+    assert var.isfinite().tolist() == [True, True, False, True]

@@ -42,7 +42,7 @@ class LibraryConvolutions:
         moments: bool = True,
     ) -> tuple[Tensor, Moments | None]:
         """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` and the statistics of y."""
-        y = _convolve(x if coef is None else self._normalise(x, coef), w, None, stride, pad)
+        y = convolve(x if coef is None else self._normalise(x, coef), w, None, stride, pad)
         if residual is not None:
             y += residual
         return y, self._moments(y) if moments else None
@@ -71,7 +71,7 @@ class LibraryConvolutions:
         relu: bool = True,
     ) -> Tensor:
         """``relu(conv2d(x, w) + bias (+ residual))``."""
-        y = _convolve(x, w, bias.to(x.dtype), stride, pad)
+        y = convolve(x, w, bias.to(x.dtype), stride, pad)
         if residual is not None:
             y += residual
         return y.relu_() if relu else y
@@ -100,7 +100,7 @@ class LibraryConvolutions:
         """
         dy = dz if abc is None else self._apply(dz, y, abc)
         a = x if coef is None else self._normalise(x, coef)
-        dx, dw = _convolve_backward(dy, a, w, stride, pad, need_dx, need_dw)
+        dx, dw = convolve_backward(dy, a, w, stride, pad, need_dx, need_dw)
         if dx is None:
             return None, None, dw
         if residual is not None:
@@ -153,16 +153,16 @@ class LibraryConvolutions:
         return self.conv_backward(dz, y, abc, x, coef, w, stride, pad, need_dx=False)[2]
 
 
-def _convolve(x: Tensor, w: Tensor, bias: Tensor | None, stride: int, pad: Pad) -> Tensor:
-    x, padding = _padded(x, pad)
+def convolve(x: Tensor, w: Tensor, bias: Tensor | None, stride: int, pad: Pad) -> Tensor:
+    x, padding = padded(x, pad)
     return _nhwc(F.conv2d(_nchw(x), _nchw(w), bias, stride, padding))
 
 
-def _convolve_backward(
+def convolve_backward(
     dy: Tensor, a: Tensor, w: Tensor, stride: int, pad: Pad, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     height, width = a.shape[1:3]
-    a, padding = _padded(a, pad)
+    a, padding = padded(a, pad)
     dx, dw, _ = _aten.convolution_backward(
         _nchw(dy), _nchw(a), _nchw(w), None, [stride] * 2, padding, [1, 1], False, [0, 0], 1, [need_dx, need_dw, False]
     )
@@ -174,7 +174,7 @@ def _convolve_backward(
     return dx, dw
 
 
-def _padded(x: Tensor, pad: Pad) -> tuple[Tensor, list[int]]:
+def padded(x: Tensor, pad: Pad) -> tuple[Tensor, list[int]]:
     """Symmetric padding is left to the convolution; TensorFlow's 'SAME' needs a copy."""
     top, left, bottom, right = pad
     if (top, left) == (bottom, right):

@@ -1,13 +1,14 @@
-"""Which implementation runs a primitive: Triton, the library's convolution with Triton passes, or ATen.
+"""Which implementation runs a primitive: Triton, the library's convolution with Triton passes, C++ passes, or ATen.
 
 ``FASTRES_IMPL`` or `implementation` decide:
 
 ``auto``    on a GPU Triton, where the library's convolution is a candidate timed once per shape (``FASTRES_TIMED=0``:
             Triton untimed); on a CPU ATen, or Triton in its interpreter with ``TRITON_INTERPRET=1``.
 ``triton``  Triton everywhere; an error for CPU tensors without ``TRITON_INTERPRET=1``.
+``cpp``     the compiled passes of `fastres.ops.cpu` for CPU tensors, ATen for others; an error without a compiler.
 ``aten``    ATen everywhere.
 
-fp64 and empty tensors always go to ATen: the kernels have neither.
+fp64 and empty tensors always go to ATen, and on a CPU fp16 too: the kernels have neither.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.ops import aten
+from fastres.ops import aten, cpu
 from fastres.ops.library import LibraryConvolutions
 from fastres.ops.timing import TimedChoices, choices_path, machine_key
 
-MODES = ("auto", "triton", "aten")
+MODES = ("auto", "triton", "cpp", "aten")
 RANKS = 3  # tile configurations of a convolution that are timed, see `fastres.kernels.configs`
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _RANKED = ("conv", "conv_bias_act", "bn_add_relu_conv", "conv_dgrad", "conv_wgrad")
@@ -36,7 +37,7 @@ _selection: dict[str, str] = {}
 
 @contextmanager
 def implementation(mode: str) -> Iterator[None]:
-    """Run what is inside with ``"triton"``, ``"aten"`` or ``"auto"``; for the whole process, as backward has threads.
+    """Run what is inside with ``"triton"``, ``"cpp"``, ``"aten"`` or ``"auto"``; for the whole process, as backward has threads.
 
     Raises:
         ValueError: for another mode.
@@ -59,6 +60,8 @@ def primitives(x: Tensor) -> Primitives:
     mode = _forced or _checked(os.environ.get("FASTRES_IMPL", "auto"), "FASTRES_IMPL")
     if mode == "aten" or x.dtype not in _TRITON_DTYPES or not x.numel():
         return _primitives("aten")
+    if mode == "cpp":
+        return _primitives(_on_cpu(x, required=True))
     if x.device.type == "cuda":
         timed = mode == "auto" and os.environ.get("FASTRES_TIMED", "1") != "0"
         return _timed_primitives(x.device) if timed else _primitives("triton")
@@ -68,7 +71,16 @@ def primitives(x: Tensor) -> Primitives:
         raise RuntimeError(
             f"implementation 'triton' cannot run on a {x.device.type} tensor: set TRITON_INTERPRET=1 or choose 'aten'"
         )
-    return _primitives("aten")
+    return _primitives(_on_cpu(x))
+
+
+def _on_cpu(x: Tensor, required: bool = False) -> str:
+    """``"cpp"`` where it takes tensors like x and could be compiled, else ``"aten"``."""
+    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES:
+        return "aten"
+    if required and (reason := cpu.unavailable()):
+        raise RuntimeError(f"implementation 'cpp' needs its passes compiled: {reason}")
+    return "aten" if cpu.unavailable() else "cpp"
 
 
 class Primitives:
@@ -112,7 +124,7 @@ class Primitives:
 
 @cache
 def _primitives(name: str) -> Primitives:
-    return Primitives({name: aten if name == "aten" else _triton()})
+    return Primitives({name: {"aten": lambda: aten, "cpp": cpu.primitives, "triton": _triton}[name]()})
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from fastres.atomic import atomic_write
+from fastres.ops.cache import cache_folder
 from fastres.kernels.configs import taken
 
 Timer = Callable[[Callable[[], Any]], float]
@@ -38,9 +38,8 @@ def machine_key(device: torch.device) -> str:
 
 
 def choices_path() -> Path:
-    """``choices.json`` in ``$FASTRES_CACHE``, or in the user's cache folder."""
-    folder = os.environ.get("FASTRES_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "fastres") / "choices.json"
+    """``choices.json`` in the cache folder."""
+    return cache_folder() / "choices.json"
 
 
 class TimedChoices:

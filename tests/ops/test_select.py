@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastres import ops
-from fastres.ops import select
+from fastres.ops import cpu, select
 from fastres.ops.select import Primitives, primitives
 
 
@@ -21,16 +21,27 @@ def chosen_for(x, monkeypatch, interpret="1", **environment):
     return primitives(x)
 
 
-def test_a_cpu_takes_aten_unless_triton_is_interpreted(monkeypatch):
+def test_a_cpu_takes_cpp_unless_triton_is_interpreted(monkeypatch):
     x = torch.ones(1, 1, 1, 1)
-    assert chosen_for(x, monkeypatch, interpret="0") == "aten"
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    assert chosen_for(x, monkeypatch, interpret="0") == "cpp"
+    assert chosen_for(x.bfloat16(), monkeypatch, interpret="0") == "cpp"
+    assert chosen_for(x.half(), monkeypatch, interpret="0") == "aten"
     assert chosen_for(x, monkeypatch, interpret="1") == "triton"
     assert chosen_for(x, monkeypatch, interpret="1", FASTRES_IMPL="aten") == "aten"
+
+
+def test_without_a_compiler_a_cpu_takes_aten(monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler")
+    assert chosen_for(torch.ones(1, 1, 1, 1), monkeypatch, interpret="0") == "aten"
+    with pytest.raises(RuntimeError, match="'cpp' needs its passes compiled: no C"):
+        chosen_for(torch.ones(1, 1, 1, 1), monkeypatch, FASTRES_IMPL="cpp")
 
 
 @pytest.mark.parametrize("x", [torch.ones(1, 1, 1, 1).double(), torch.ones(0, 1, 1, 1)], ids=["fp64", "empty"])
 def test_fp64_and_empty_tensors_always_go_to_aten(x, monkeypatch):
     assert chosen_for(x, monkeypatch, FASTRES_IMPL="triton") == "aten"
+    assert chosen_for(x, monkeypatch, FASTRES_IMPL="cpp") == "aten"
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
@@ -39,7 +50,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="FASTRES_IMPL is 'cuda': choose auto, triton, aten"):
+    with pytest.raises(ValueError, match="FASTRES_IMPL is 'cuda': choose auto, triton, cpp, aten"):
         chosen_for(torch.ones(1, 1, 1, 1), monkeypatch, FASTRES_IMPL="cuda")
     with pytest.raises(ValueError, match="implementation is 'eager'"):
         with ops.implementation("eager"):

@@ -55,7 +55,7 @@ KINDS = [{}, {}, dict(gamma=False), dict(frozen=True), dict(frozen=True, gamma=F
 
 
 @pytest.fixture(autouse=True)
-def triton(aten):
+def triton(implementation):
     with on_triton():
         yield
 

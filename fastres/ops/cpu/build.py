@@ -1,0 +1,109 @@
+"""Compile ``passes.cpp`` for this machine, once, and load it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fastres.ops.cache import cache_folder
+
+_SOURCE = Path(__file__).with_name("passes.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
+# -march=native names the CPU on x86, -mcpu=native on ARM; the plain line is for compilers that know neither
+_FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())
+_SECONDS = 300
+
+
+def unavailable() -> str | None:
+    """In one line why the passes cannot be had here; None: they can."""
+    return None if isinstance(_loaded(), ctypes.CDLL) else str(_loaded())
+
+
+def library() -> ctypes.CDLL:
+    """The compiled passes.
+
+    Raises:
+        RuntimeError: where they are `unavailable`.
+    """
+    loaded = _loaded()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+@cache
+def _loaded() -> ctypes.CDLL | str:
+    """The compiled passes, or in one line why there are none.
+
+    The library is kept in the cache folder under a name made of its source, the compiler and the CPU. ``$CXX`` names
+    the compiler, else the first of c++, g++ and clang++ is taken.
+    """
+    try:
+        compiler = _compiler()
+        path = cache_folder() / f"passes-{_key(compiler)}.so"
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # not there yet, or damaged
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, path)
+            return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+
+
+def _compiler() -> str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise FileNotFoundError(f"no C++ compiler ({', '.join(names)}): install one, or name it in CXX")
+
+
+def _key(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
+    parts = [_SOURCE.read_bytes(), compiler.encode(), version, _cpu().encode(), torch.__version__.encode()]
+    return hashlib.sha256(b"\0".join([*parts, repr(_FLAGS).encode()])).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """What the compiler's choice of instructions depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = ("model name", "flags", "Features")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Write the library, whole or not at all.
+
+    Raises:
+        OSError, subprocess.SubprocessError: where the compiler or the folder fails.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        for cpu in _FOR_THIS_CPU:
+            command = [compiler, *_FLAGS, *cpu, str(_SOURCE), *_openmp(), "-o", str(built)]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+            if result.returncode == 0:
+                break
+        else:
+            raise OSError(f"{' '.join(command)} failed: {(result.stderr.strip() or 'no message').splitlines()[0]}")
+        os.replace(built, path)
+
+
+def _openmp() -> list[str]:
+    """PyTorch's own OpenMP, where it brings one: two of them would each keep their threads spinning."""
+    folder = Path(torch.__file__).parent / "lib"
+    bundled = sorted([*folder.glob("libgomp*.so*"), *folder.glob("libiomp5*.so*")])
+    return [str(bundled[0]), f"-Wl,-rpath,{folder}"] if bundled else []

@@ -1,0 +1,172 @@
+"""The convolution primitives: PyTorch's convolution over parts of the batch, the passes around it while a part is in cache.
+
+A part's normalised input, its convolution output and the gradient in front of BatchNorm exist for that part only: they
+are made, read and forgotten in the last-level cache, so that memory sees what the fused GPU kernels' memory sees. The
+statistics are of the whole batch; they are merged, see `fastres.ops.cpu.passes.finalize`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.types import Moments
+from fastres.ops.cpu import passes, products
+from fastres.ops.library import LibraryConvolutions, padded
+
+# What one part's tensors may take of the last-level cache, and the weights' share of them up to which parts pay: each
+# part reads and reorders the weights again.
+PART_BYTES, WEIGHTS_SHARE = 32 * 2**20, 16
+
+_mkldnn = torch.ops.mkldnn
+_FUSES_BIAS_ACT = torch.backends.mkldnn.is_available() and hasattr(_mkldnn, "_convolution_pointwise")
+
+
+class PartedConvolutions(LibraryConvolutions):
+    """The convolution primitives over parts of the batch."""
+
+    def __init__(self):
+        super().__init__(passes.moments, passes.bn_add_relu, passes.bn_backward_apply, passes.bn_sums)
+
+    def conv(
+        self,
+        x: Tensor,
+        w: Tensor,
+        stride: int,
+        pad: Pad,
+        coef: Tensor | None = None,
+        residual: Tensor | None = None,
+        moments: bool = True,
+    ) -> tuple[Tensor, Moments | None]:
+        """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` and the statistics of y."""
+        output = _Output(x, w, stride, pad, moments)
+        for images in output.parts:
+            a = x[images] if coef is None else passes.bn_add_relu(x[images], coef)
+            output.take(images, products.forward(a, w, stride, pad, output.y[images]), residual)
+        return output.result()
+
+    def conv_bias_act(
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor,
+        stride: int,
+        pad: Pad,
+        residual: Tensor | None = None,
+        relu: bool = True,
+    ) -> Tensor:
+        """``relu(conv2d(x, w) + bias (+ residual))``, in one call of oneDNN where PyTorch has it."""
+        if not _FUSES_BIAS_ACT:
+            return super().conv_bias_act(x, w, bias, stride, pad, residual, relu)
+        x, padding = padded(x, pad)
+        act = "relu" if relu else None
+        geometry = bias.to(x.dtype), padding, [stride] * 2, [1, 1], 1
+        if residual is None:
+            y = _mkldnn._convolution_pointwise(_nchw(x), _nchw(w), *geometry, act or "none", [], "")
+        else:
+            y = _mkldnn._convolution_pointwise.binary(
+                _nchw(x), _nchw(residual), _nchw(w), *geometry, "add", 1.0, act, [], ""
+            )
+        return y.permute(0, 2, 3, 1).contiguous()
+
+    def bn_add_relu_conv(
+        self,
+        y: Tensor,
+        coef: Tensor,
+        shortcut: Tensor,
+        shortcut_coef: Tensor | None,
+        w: Tensor,
+        moments: bool = True,
+    ) -> tuple[Tensor, Tensor, Moments | None]:
+        """``out = relu(bn(y) + shortcut)``, and of out the convolution with w [Cout, 1, 1, Cin] with its statistics."""
+        out, pad = torch.empty_like(y), (0, 0, 0, 0)
+        output = _Output(out, w, 1, pad, moments)
+        for images in output.parts:
+            a = passes.store_bn_add_relu(y[images], coef, shortcut[images], shortcut_coef, True, out[images])
+            output.take(images, products.forward(a, w, 1, pad, output.y[images]))
+        return out, *output.result()
+
+    def conv_backward(
+        self,
+        dz: Tensor,
+        y: Tensor | None,
+        abc: Tensor | None,
+        x: Tensor,
+        coef: Tensor | None,
+        w: Tensor,
+        stride: int,
+        pad: Pad,
+        residual: Tensor | None = None,
+        need_dx: bool = True,
+        need_dw: bool = True,
+        end: tuple[Tensor, Tensor] | None = None,
+        residual_stride: int = 1,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, sums, dw), see `fastres.ops.library.LibraryConvolutions.conv_backward`."""
+        below, sums, dw = end if coef is None else (x, coef), [], None
+        dx = dz.new_empty(x.shape) if need_dx else None
+        for images in _parts(x, dz, w):
+            dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], y[images], abc)
+            to = _at(dx, images)
+            dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, to, need_dw)
+            if need_dw:
+                dw = dw_part if dw is None else dw.add_(dw_part)
+            if not need_dx:
+                continue
+            added = _at(residual, images)
+            if added is not None and (residual_stride > 1 or added.shape[3] != dx_part.shape[3]):
+                dx_part[:, ::residual_stride, ::residual_stride] += added[..., : dx_part.shape[3]]
+                added = None
+            if below is not None:
+                sums.append(passes.new_sums(dx_part))
+                of = below[0][images], below[1]
+                passes.store_relu_backward(dx_part, added, x[images], coef, of, to, sums[-1])
+            elif added is not None:
+                torch.add(dx_part, added, out=to)
+            elif dx_part is not to:
+                to.copy_(dx_part)
+        return dx, torch.cat(sums) if sums else None, dw
+
+
+class _Output:
+    """A convolution's output, put together part by part, and its statistics."""
+
+    def __init__(self, x: Tensor, w: Tensor, stride: int, pad: Pad, moments: bool):
+        hw = output_hw(x.shape[1:3], w.shape[1:3], stride, pad)
+        self.y = x.new_empty(x.shape[0], *hw, w.shape[0])
+        self.parts = _parts(x, self.y, w)
+        self._moments: list[Moments] | None = [] if moments else None
+
+    def take(self, images: slice, part: Tensor, residual: Tensor | None = None) -> None:
+        """Store a part, with the residual's, where it is not in place yet, and reduce it."""
+        added, to = _at(residual, images), self.y[images]
+        in_place = part.data_ptr() == to.data_ptr()
+        if self._moments is not None:
+            self._moments.append(passes.new_moments(part))
+            passes.store_moments(part, added, None if in_place and added is None else to, self._moments[-1])
+        elif added is not None:
+            torch.add(part, added, out=to)
+        elif not in_place:
+            to.copy_(part)
+
+    def result(self) -> tuple[Tensor, Moments | None]:
+        """The output and the statistics, of all parts."""
+        return self.y, None if self._moments is None else Moments(*map(torch.cat, zip(*self._moments)))
+
+
+def _at(tensor: Tensor | None, images: slice) -> Tensor | None:
+    return None if tensor is None else tensor[images]
+
+
+def _parts(x: Tensor, y: Tensor, w: Tensor) -> list[slice]:
+    """Parts of the batch whose input and output fit the cache; the whole where the weights are too large for that."""
+    images = x.shape[0]
+    size = max(1, PART_BYTES * images // ((x.numel() + y.numel()) * x.element_size()))
+    if WEIGHTS_SHARE * w.numel() * w.element_size() > PART_BYTES:
+        size = images
+    return [slice(first, min(images, first + size)) for first in range(0, images, size)]
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)

@@ -1,0 +1,440 @@
+// The passes of the fused schedules over activations in memory, for CPUs: normalise, statistics, BatchNorm backward, pool.
+//
+// Activations are NHWC, [M, C] with M = N*H*W, in fp32 or bf16; arithmetic and statistics are fp32. Work is split into
+// blocks of rows, small enough to stay in a core's cache while they are read twice; each block leaves its own partial
+// sums, so results do not depend on the number of threads. The loops over channels are the vectorised ones. NaN goes
+// through ReLU and max-pool, as in PyTorch.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void store(float* p, float value) { *p = value; }
+inline void store(bf16* p, float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  p->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+template <typename T>
+inline float rounded(float value) {
+  T stored;
+  store(&stored, value);
+  return load(stored);
+}
+
+inline float relu(float value) { return value <= 0 ? 0 : value; }
+
+struct Rows {
+  int64_t first, last;
+};
+
+inline Rows rows_of(int64_t block, int64_t rows, int64_t m) {
+  return {block * rows, std::min(m, (block + 1) * rows)};
+}
+
+inline int64_t blocks_of(int64_t m, int64_t rows) { return (m + rows - 1) / rows; }
+
+// out = x + residual, out = x (a copy), or nothing where out is x; with the mean and the sum of squared deviations of
+// each block's columns, of what is stored.
+template <typename T, bool kCopy, bool kResidual>
+void moments(const T* x, const T* residual, T* out, int64_t m, int64_t c, int64_t rows, float* mean, float* m2,
+             int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t block = 0; block < blocks_of(m, rows); ++block) {
+    const Rows range = rows_of(block, rows, m);
+    float* block_mean = mean + block * c;
+    float* block_m2 = m2 + block * c;
+    std::fill(block_mean, block_mean + c, 0.f);
+    std::fill(block_m2, block_m2 + c, 0.f);
+    for (int64_t row = range.first; row < range.last; ++row) {
+      const T* in = x + row * c;
+      const T* added = residual + row * c;
+      T* to = out + row * c;
+#pragma omp simd
+      for (int64_t i = 0; i < c; ++i) {
+        float value = load(in[i]);
+        if constexpr (kResidual) value = rounded<T>(value + load(added[i]));
+        if constexpr (kCopy) store(to + i, value);
+        block_mean[i] += value;
+      }
+    }
+    const float share = 1.f / float(range.last - range.first);
+#pragma omp simd
+    for (int64_t i = 0; i < c; ++i) block_mean[i] *= share;
+    const T* stored = kCopy ? out : x;
+    for (int64_t row = range.first; row < range.last; ++row) {
+      const T* in = stored + row * c;
+#pragma omp simd
+      for (int64_t i = 0; i < c; ++i) {
+        const float deviation = load(in[i]) - block_mean[i];
+        block_m2[i] += deviation * deviation;
+      }
+    }
+  }
+}
+
+// relu(y * scale + shift + shortcut), the shortcut normalised where it has coefficients: kShortcut 0 none, 1 plain, 2 so.
+template <typename T, int kShortcut, bool kRelu>
+void normalise(const T* y, const float* scale, const float* shift, const T* shortcut, const float* shortcut_scale,
+               const float* shortcut_shift, T* out, int64_t m, int64_t c, int64_t rows, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t block = 0; block < blocks_of(m, rows); ++block) {
+    const Rows range = rows_of(block, rows, m);
+    for (int64_t row = range.first; row < range.last; ++row) {
+      const T* in = y + row * c;
+      const T* added = shortcut + row * c;
+      T* to = out + row * c;
+#pragma omp simd
+      for (int64_t i = 0; i < c; ++i) {
+        float value = load(in[i]) * scale[i] + shift[i];
+        if constexpr (kShortcut == 1) value += load(added[i]);
+        if constexpr (kShortcut == 2) value += load(added[i]) * shortcut_scale[i] + shortcut_shift[i];
+        store(to + i, kRelu ? relu(value) : value);
+      }
+    }
+  }
+}
+
+// dz = (dout + residual) where the ReLU let something through, with the sums over each block of dz and of dz * xhat, for
+// one BatchNorm or for two. The ReLU's output is ref (kMask 1), or of ref * scale + shift (kMask 2), or there is no ReLU.
+template <typename T, bool kResidual, int kMask, bool kStore, int kNorms>
+void backward_sums(const T* dout, const T* residual, const T* ref, const float* scale, const float* shift,
+                   const T* const* y, const float* const* coef, T* dz, float* const* sums, int64_t m, int64_t c,
+                   int64_t rows, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t block = 0; block < blocks_of(m, rows); ++block) {
+    const Rows range = rows_of(block, rows, m);
+    for (int norm = 0; norm < kNorms; ++norm) {
+      float* to = sums[norm] + block * 2 * c;
+      std::fill(to, to + 2 * c, 0.f);
+    }
+    const float* mean = coef[0];
+    const float* second_mean = kNorms > 1 ? coef[1] : nullptr;
+    float* plain = sums[0] + block * 2 * c;
+    float* scaled = plain + c;
+    float* second_scaled = kNorms > 1 ? sums[1] + block * 2 * c + c : nullptr;
+    for (int64_t row = range.first; row < range.last; ++row) {
+      const int64_t start = row * c;
+      const T* from = dout + start;
+      const T* added = residual + start;
+      const T* mask = ref + start;
+      const T* first_y = y[0] + start;
+      const T* second_y = kNorms > 1 ? y[1] + start : nullptr;
+      T* to = dz + start;
+#pragma omp simd
+      for (int64_t i = 0; i < c; ++i) {
+        float grad = load(from[i]);
+        if constexpr (kResidual) grad = rounded<T>(grad + load(added[i]));
+        if constexpr (kMask == 1) grad = load(mask[i]) <= 0 ? 0 : grad;
+        if constexpr (kMask == 2) grad = load(mask[i]) * scale[i] + shift[i] <= 0 ? 0 : grad;
+        if constexpr (kStore) store(to + i, grad);
+        plain[i] += grad;
+        scaled[i] += grad * (load(first_y[i]) - mean[i]);
+        if constexpr (kNorms > 1) second_scaled[i] += grad * (load(second_y[i]) - second_mean[i]);
+      }
+    }
+    for (int norm = 0; norm < kNorms; ++norm) {
+      const float* rstd = coef[norm] + 2 * c;
+      float* to = sums[norm] + block * 2 * c;
+#pragma omp simd
+      for (int64_t i = 0; i < c; ++i) to[c + i] *= rstd[i];
+      if (norm > 0) std::copy(plain, plain + c, to);
+    }
+  }
+}
+
+// A * dz + B * y + C (+ residual)
+template <typename T, bool kResidual>
+void backward_apply(const T* dz, const T* y, const float* abc, const T* residual, T* out, int64_t m, int64_t c,
+                    int64_t rows, int64_t threads) {
+  const float* a = abc;
+  const float* b = abc + c;
+  const float* constant = abc + 2 * c;
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t block = 0; block < blocks_of(m, rows); ++block) {
+    const Rows range = rows_of(block, rows, m);
+    for (int64_t row = range.first; row < range.last; ++row) {
+      const T* grad = dz + row * c;
+      const T* in = y + row * c;
+      const T* added = residual + row * c;
+      T* to = out + row * c;
+#pragma omp simd
+      for (int64_t i = 0; i < c; ++i) {
+        float value = a[i] * load(grad[i]) + (b[i] * load(in[i]) + constant[i]);
+        if constexpr (kResidual) value += load(added[i]);
+        store(to + i, value);
+      }
+    }
+  }
+}
+
+struct Window {
+  int64_t n, height, width, c, out_height, out_width, kernel, stride, top, left;
+};
+
+// Max over the window of relu(y * scale + shift); index: the winning tap, the first among equals.
+template <typename T>
+void max_pool(const T* y, const float* scale, const float* shift, const Window& s, T* out, uint8_t* index, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t line = 0; line < s.n * s.out_height; ++line) {
+    const int64_t image = line / s.out_height, out_row = line % s.out_height;
+    std::vector<float> best(s.c);
+    for (int64_t out_column = 0; out_column < s.out_width; ++out_column) {
+      const int64_t pixel = (line * s.out_width + out_column) * s.c;
+      uint8_t* winner = index + pixel;
+      std::fill(best.begin(), best.end(), -INFINITY);
+      std::fill(winner, winner + s.c, uint8_t(0));
+      for (int64_t tap = 0; tap < s.kernel * s.kernel; ++tap) {
+        const int64_t row = out_row * s.stride - s.top + tap / s.kernel;
+        const int64_t column = out_column * s.stride - s.left + tap % s.kernel;
+        if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+        const T* in = y + ((image * s.height + row) * s.width + column) * s.c;
+        float* top = best.data();
+#pragma omp simd
+        for (int64_t i = 0; i < s.c; ++i) {
+          const float value = rounded<T>(relu(load(in[i]) * scale[i] + shift[i]));
+          const bool wins = value > top[i] || value != value;
+          top[i] = wins ? value : top[i];
+          winner[i] = wins ? uint8_t(tap) : winner[i];
+        }
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < s.c; ++i) store(out + pixel + i, best[i]);
+    }
+  }
+}
+
+// The gradient at y's BatchNorm output: each pixel sums the windows that it won, tap after tap.
+template <typename T>
+void max_pool_backward(const T* dout, const uint8_t* index, const Window& s, T* grad, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t line = 0; line < s.n * s.height; ++line) {
+    const int64_t image = line / s.height, row = line % s.height;
+    std::vector<float> sum(s.c);
+    for (int64_t column = 0; column < s.width; ++column) {
+      std::fill(sum.begin(), sum.end(), 0.f);
+      for (int64_t tap = 0; tap < s.kernel * s.kernel; ++tap) {
+        const int64_t down = row + s.top - tap / s.kernel, right = column + s.left - tap % s.kernel;
+        if (down < 0 || right < 0 || down % s.stride || right % s.stride) continue;
+        const int64_t out_row = down / s.stride, out_column = right / s.stride;
+        if (out_row >= s.out_height || out_column >= s.out_width) continue;
+        const int64_t pixel = ((image * s.out_height + out_row) * s.out_width + out_column) * s.c;
+        const T* from = dout + pixel;
+        const uint8_t* winner = index + pixel;
+        float* to = sum.data();
+#pragma omp simd
+        for (int64_t i = 0; i < s.c; ++i) to[i] += winner[i] == tap ? load(from[i]) : 0.f;
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < s.c; ++i) store(grad + (line * s.width + column) * s.c + i, sum[i]);
+    }
+  }
+}
+
+// [pixels of the output, kernel * kernel * C]: what each window reads of x, or of relu(x * scale + shift); 0 outside.
+template <typename T, bool kNorm>
+void patches(const T* x, const float* scale, const float* shift, const Window& s, T* out, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t line = 0; line < s.n * s.out_height; ++line) {
+    const int64_t image = line / s.out_height, out_row = line % s.out_height;
+    T* to = out + line * s.out_width * s.kernel * s.kernel * s.c;
+    for (int64_t out_column = 0; out_column < s.out_width; ++out_column) {
+      for (int64_t tap = 0; tap < s.kernel * s.kernel; ++tap, to += s.c) {
+        const int64_t row = out_row * s.stride - s.top + tap / s.kernel;
+        const int64_t column = out_column * s.stride - s.left + tap % s.kernel;
+        if (row < 0 || row >= s.height || column < 0 || column >= s.width) {
+          std::memset(to, 0, s.c * sizeof(T));
+          continue;
+        }
+        const T* in = x + ((image * s.height + row) * s.width + column) * s.c;
+        if constexpr (kNorm) {
+#pragma omp simd
+          for (int64_t i = 0; i < s.c; ++i) store(to + i, relu(load(in[i]) * scale[i] + shift[i]));
+        } else {
+          std::memcpy(to, in, s.c * sizeof(T));
+        }
+      }
+    }
+  }
+}
+
+template <typename Function>
+void with(bool flag, Function function) {
+  flag ? function(std::true_type{}) : function(std::false_type{});
+}
+
+template <typename T>
+void moments_of(const T* x, const T* residual, T* out, int64_t m, int64_t c, int64_t rows, float* mean, float* m2,
+                int64_t threads) {
+  with(out != nullptr, [&](auto copy) {
+    with(residual != nullptr, [&](auto added) {
+      moments<T, copy, added>(x, residual, out, m, c, rows, mean, m2, threads);
+    });
+  });
+}
+
+template <typename T>
+void normalise_of(const T* y, const float* coef, const T* shortcut, const float* shortcut_coef, bool relu, T* out,
+                  int64_t m, int64_t c, int64_t rows, int64_t threads) {
+  const float *scale = coef + 3 * c, *shift = coef + 4 * c;
+  const float* shortcut_scale = shortcut_coef ? shortcut_coef + 3 * c : nullptr;
+  const float* shortcut_shift = shortcut_coef ? shortcut_coef + 4 * c : nullptr;
+  with(relu, [&](auto with_relu) {
+    const auto run = [&](auto kind) {
+      normalise<T, kind, with_relu>(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, out, m, c, rows, threads);
+    };
+    if (!shortcut) {
+      run(std::integral_constant<int, 0>{});
+    } else if (!shortcut_coef) {
+      run(std::integral_constant<int, 1>{});
+    } else {
+      run(std::integral_constant<int, 2>{});
+    }
+  });
+}
+
+template <typename T>
+void backward_sums_of(const T* dout, const T* residual, const T* ref, const float* ref_coef, const T* y,
+                      const float* coef, const T* second_y, const float* second_coef, T* dz, float* sums,
+                      float* second_sums, int64_t m, int64_t c, int64_t rows, int64_t threads) {
+  const T* const ys[] = {y, second_y};
+  const float* const coefs[] = {coef, second_coef};
+  float* const all_sums[] = {sums, second_sums};
+  const float* scale = ref_coef ? ref_coef + 3 * c : nullptr;
+  const float* shift = ref_coef ? ref_coef + 4 * c : nullptr;
+  with(residual != nullptr, [&](auto added) {
+    with(dz != nullptr, [&](auto stored) {
+      const auto run = [&](auto mask, auto norms) {
+        backward_sums<T, added, mask, stored, norms>(dout, residual, ref, scale, shift, ys, coefs, dz, all_sums, m, c,
+                                                     rows, threads);
+      };
+      const auto masked = [&](auto norms) {
+        if (!ref) {
+          run(std::integral_constant<int, 0>{}, norms);
+        } else if (!ref_coef) {
+          run(std::integral_constant<int, 1>{}, norms);
+        } else {
+          run(std::integral_constant<int, 2>{}, norms);
+        }
+      };
+      if (second_y) {
+        masked(std::integral_constant<int, 2>{});
+      } else {
+        masked(std::integral_constant<int, 1>{});
+      }
+    });
+  });
+}
+
+}  // namespace
+
+// Coefficients [5, C] (mean, biased variance, rstd, scale, shift) of blocks' statistics, merged in fp64 (Chan et al. 1979).
+extern "C" void fastres_finalize(const float* count, const float* mean, const float* m2, const float* gamma,
+                                 const float* beta, double eps, int64_t blocks, int64_t c, float* coef) {
+  double total = 0;
+  for (int64_t block = 0; block < blocks; ++block) total += count[block];
+  std::vector<double> merged(c), squares(c);
+  for (int64_t block = 0; block < blocks; ++block)
+#pragma omp simd
+    for (int64_t i = 0; i < c; ++i) merged[i] += double(count[block]) * mean[block * c + i];
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) merged[i] /= total;
+  for (int64_t block = 0; block < blocks; ++block)
+#pragma omp simd
+    for (int64_t i = 0; i < c; ++i) {
+      const double away = mean[block * c + i] - merged[i];
+      squares[i] += m2[block * c + i] + double(count[block]) * away * away;
+    }
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) {
+    const double var = squares[i] / total, rstd = 1 / std::sqrt(var + eps), scale = gamma ? rstd * gamma[i] : rstd;
+    coef[i] = float(merged[i]);
+    coef[c + i] = float(var);
+    coef[2 * c + i] = float(rstd);
+    coef[3 * c + i] = float(scale);
+    coef[4 * c + i] = float((beta ? beta[i] : 0) - merged[i] * scale);
+  }
+}
+
+// A, B, C of dy = A*dz + B*y + C, and the gradients of gamma and beta, from blocks' sums [T, 2, C]; added up in fp64.
+extern "C" void fastres_backward_coef(const float* sums, const float* coef, int64_t blocks, int64_t c, double count,
+                                      bool training, float* abc, float* dgamma, float* dbeta) {
+  std::vector<double> total(2 * c);
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t i = 0; i < 2 * c; ++i) total[i] += sums[block * 2 * c + i];
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) {
+    const double mean = coef[i], rstd = coef[2 * c + i], scale = coef[3 * c + i];
+    const double b = training ? -scale * rstd * total[c + i] / count : 0;
+    dbeta[i] = float(total[i]);
+    dgamma[i] = float(total[c + i]);
+    abc[i] = float(scale);
+    abc[c + i] = float(b);
+    abc[2 * c + i] = float(training ? -scale * total[i] / count - b * mean : 0);
+  }
+}
+
+#define FASTRES_PASSES(T, NAME)                                                                                        \
+  extern "C" void fastres_moments_##NAME(const T* x, const T* residual, T* out, int64_t m, int64_t c, int64_t rows,    \
+                                         float* mean, float* m2, int64_t threads) {                                    \
+    moments_of(x, residual, out, m, c, rows, mean, m2, threads);                                                       \
+  }                                                                                                                    \
+  extern "C" void fastres_normalise_##NAME(const T* y, const float* coef, const T* shortcut,                           \
+                                           const float* shortcut_coef, bool relu, T* out, int64_t m, int64_t c,        \
+                                           int64_t rows, int64_t threads) {                                            \
+    normalise_of(y, coef, shortcut, shortcut_coef, relu, out, m, c, rows, threads);                                    \
+  }                                                                                                                    \
+  extern "C" void fastres_backward_sums_##NAME(const T* dout, const T* residual, const T* ref, const float* ref_coef,  \
+                                               const T* y, const float* coef, const T* second_y,                       \
+                                               const float* second_coef, T* dz, float* sums, float* second_sums,       \
+                                               int64_t m, int64_t c, int64_t rows, int64_t threads) {                  \
+    backward_sums_of(dout, residual, ref, ref_coef, y, coef, second_y, second_coef, dz, sums, second_sums, m, c, rows, \
+                     threads);                                                                                         \
+  }                                                                                                                    \
+  extern "C" void fastres_backward_apply_##NAME(const T* dz, const T* y, const float* abc, const T* residual, T* out,  \
+                                                int64_t m, int64_t c, int64_t rows, int64_t threads) {                 \
+    with(residual != nullptr,                                                                                          \
+         [&](auto added) { backward_apply<T, added>(dz, y, abc, residual, out, m, c, rows, threads); });               \
+  }                                                                                                                    \
+  extern "C" void fastres_max_pool_##NAME(const T* y, const float* coef, const int64_t* window, T* out,                \
+                                          uint8_t* index, int64_t threads) {                                           \
+    Window s;                                                                                                          \
+    std::memcpy(&s, window, sizeof s);                                                                                 \
+    max_pool(y, coef + 3 * s.c, coef + 4 * s.c, s, out, index, threads);                                               \
+  }                                                                                                                    \
+  extern "C" void fastres_max_pool_backward_##NAME(const T* dout, const uint8_t* index, const int64_t* window,         \
+                                                   T* grad, int64_t threads) {                                         \
+    Window s;                                                                                                          \
+    std::memcpy(&s, window, sizeof s);                                                                                 \
+    max_pool_backward(dout, index, s, grad, threads);                                                                  \
+  }                                                                                                                    \
+  extern "C" void fastres_patches_##NAME(const T* x, const float* coef, const int64_t* window, T* out,                 \
+                                         int64_t threads) {                                                            \
+    Window s;                                                                                                          \
+    std::memcpy(&s, window, sizeof s);                                                                                 \
+    with(coef != nullptr, [&](auto norm) {                                                                             \
+      patches<T, norm>(x, norm ? coef + 3 * s.c : nullptr, norm ? coef + 4 * s.c : nullptr, s, out, threads);          \
+    });                                                                                                                \
+  }
+
+FASTRES_PASSES(float, float32)
+FASTRES_PASSES(bf16, bfloat16)

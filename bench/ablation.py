@@ -1,0 +1,96 @@
+"""What each choice of the preset `speed` is worth: the preset, and again with one choice changed, over seeds.
+
+    python -m bench.ablation --data cifar10 --epochs 2 --seeds 2
+
+Runs lie under ``--work``; finished ones are not run again and a stopped one goes on, so the command can be repeated. The
+result file has every run, and mean and standard error of each variant; its difference to the preset is over the same
+seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from bench.record import write_results
+from bench.sweeping import make_parser, train_variants
+from bench.tables import markdown
+from fastres.train.sweep import Outcome, standard_error, summarise
+
+# Each changes one choice: the first ones take a lever away, those after "with" add one that the preset is without.
+LEVERS: dict[str, dict[str, Any]] = {
+    "preset": {},
+    "no whitening": {"whiten": False},
+    "SGD for Muon": {"optimizer": "sgd"},
+    "constant rate": {"schedule": "constant", "warmup": 0.0},
+    "cosine for triangle": {"schedule": "cosine"},
+    "no label smoothing": {"label_smoothing": 0.0},
+    "no weight decay": {"weight_decay": 0.0, "muon_decay": 0.0},
+    "random flips": {"flip": "random"},
+    "no flips": {"flip": "none"},
+    "no translation": {"crop_pad": 0},
+    "biases as slow as weights": {"bias_lr": 1.0},
+    "full resolution": {"progressive": None},
+    "with cutout": {"cutout": 8},
+    "with EMA": {"ema": 0.98},
+    "with progressive resolution": {"progressive": "20:0.3,26:0.6"},
+    "with fast biases": {"bias_lr": 8.0},
+    "with batches of 512": {"batch_size": 512},
+}
+
+
+def variants_of(base: dict[str, Any], wanted: list[str] | None) -> dict[str, dict[str, Any]]:
+    """The levers that change something in the options ``base``, or those of them that are ``wanted``."""
+    changing = {
+        name: changes
+        for name, changes in LEVERS.items()
+        if name == "preset" or any(base[option] != value for option, value in changes.items())
+    }
+    if wanted is None:
+        return changing
+    if unknown := sorted(set(wanted) - changing.keys()):
+        raise SystemExit(f"no lever {unknown[0]!r}: choose from {', '.join(changing)}")
+    return {name: changing[name] for name in ("preset", *wanted)}
+
+
+def differences(outcomes: list[Outcome], measure: str) -> dict[str, tuple[float, float | None]]:
+    """Mean difference of each variant to the preset and its standard error, over the seeds that both have."""
+    rows = {(o.variant, o.seed): o.row[measure] for o in outcomes if o.row is not None}
+    result = {}
+    for variant in dict.fromkeys(o.variant for o in outcomes):
+        pairs = [
+            value - rows["preset", seed] for (v, seed), value in rows.items() if v == variant and ("preset", seed) in rows
+        ]
+        if pairs:
+            result[variant] = (statistics.mean(pairs), standard_error(pairs))
+    return result
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Accuracy of each variant, its difference to the preset in points, and the training seconds."""
+    changes, lines = differences(outcomes, "val_accuracy"), []
+    for entry in summarise(outcomes):
+        if not entry["runs"]:
+            lines.append([entry["variant"], "failed", "", "", ""])
+            continue
+        change, error = changes.get(entry["variant"], (None, None))
+        points = "" if change is None or entry["variant"] == "preset" else f"{100 * change:+.2f}"
+        points += f" ± {100 * error:.2f}" if points and error is not None else ""
+        tta = f"{entry['tta_accuracy']['mean']:.2%}" if "tta_accuracy" in entry else ""
+        seconds = f"{entry['train_seconds']['mean']:.0f}"
+        lines.append([entry["variant"], f"{entry['val_accuracy']['mean']:.2%}", points, tta, seconds])
+    return markdown(["", "accuracy", "to the preset, points", "with mirror images", "training s"], lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what has not run yet, print the table, write the results."""
+    parser = make_parser(__doc__.splitlines()[0], "ablation", data="auto", epochs=2, seeds=2)
+    parser.add_argument("--levers", nargs="+", help="only these")
+    args = parser.parse_args(argv)
+    outcomes, content = train_variants(args, lambda base: variants_of(base.to_dict(), args.levers))
+    print("\n" + table(outcomes))
+    write_results(args.out, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What the scripts share that train variants of a preset over seeds: arguments, the runs, the result file's content."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.record import RESULTS
+from fastres.cli import DataCache
+from fastres.train import TrainConfig, machine, preset
+from fastres.train.sweep import Outcome, summarise, sweep
+
+
+def make_parser(description: str, name: str, data: str, epochs: int, seeds: int) -> argparse.ArgumentParser:
+    """A parser of the common arguments with these defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", default=data, help=f"as of `fastres train` [{data}]")
+    parser.add_argument("--preset", default="speed")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--limit-train", type=int)
+    parser.add_argument("--limit-test", type=int)
+    parser.add_argument("--batch-size", type=int, help="images a step [the preset's]")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work", type=Path, default=Path("runs") / name, help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}-cpu.json", help="result file")
+    return parser
+
+
+def train_variants(
+    args: argparse.Namespace, choose: Callable[[TrainConfig], Mapping[str, Mapping[str, Any]]]
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Train the variants that ``choose`` makes of the preset's configuration.
+
+    Returns:
+        The outcomes, and what the result file says of them.
+    """
+    torch.set_num_threads(args.threads)
+    machine.keep_freed_memory()
+    names = ("data", "epochs", "limit_train", "limit_test", "precision")
+    base = preset(args.preset).replace(**{name: getattr(args, name) for name in names})
+    if args.batch_size:
+        base = base.replace(batch_size=args.batch_size)
+    load, variants = DataCache(), choose(base)
+    outcomes = sweep(base, variants, range(args.seeds), args.work, load, lambda line: print(line, flush=True))
+    content = {
+        "preset": args.preset,
+        "data": load(base).label,
+        "options": {**base.to_dict(), "data": None, "data_root": None},  # places on one machine
+        "variants": variants,
+        "load": os.getloadavg()[0],
+        "summary": summarise(outcomes),
+        "runs": [{"variant": o.variant, "seed": o.seed, "row": o.row, "failure": o.failure} for o in outcomes],
+    }
+    return outcomes, content

@@ -1,5 +1,6 @@
 """Time to accuracy, ablation and parity: their arithmetic, and a tiny run of each from end to end."""
 
+import functools
 import json
 
 import pytest
@@ -62,6 +63,7 @@ def test_the_plain_loop_ends_at_the_target_the_epochs_or_the_limit(target, limit
 def test_contestants_run_once(tmp_path, monkeypatch):
     small = preset("speed").replace(batch_size=64)
     monkeypatch.setattr(accuracy, "preset", lambda name: small)
+    monkeypatch.setattr(accuracy.data, "load", functools.cache(accuracy.data.load))
     monkeypatch.setattr(  # ResNet-18 would take half a minute
         accuracy, "create_model", lambda name, stem=None, **rest: create_model("resnet20" if stem else name, **rest)
     )

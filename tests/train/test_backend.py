@@ -5,6 +5,7 @@ import torch
 from support_train import tiny_trainer
 
 from fastres import ops
+from fastres.ops import cpu
 from fastres.train import machine
 from fastres.train.trained import load_trained
 
@@ -16,7 +17,11 @@ def aten():
         yield
 
 
-def test_auto_is_fused_where_the_kernels_are():
+def test_auto_is_fused_where_the_kernels_are(monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    assert machine.pick_backend("auto", torch.device("cuda")) == "fused"
+    assert machine.pick_backend("auto", torch.device("cpu")) == "fused"
+    monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler")
     assert machine.pick_backend("auto", torch.device("cuda")) == "fused"
     assert machine.pick_backend("auto", torch.device("cpu")) == "eager"
     assert machine.pick_backend("fused", torch.device("cpu")) == "fused"

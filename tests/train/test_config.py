@@ -37,6 +37,14 @@ def test_the_notebook_preset_is_the_notebook():
         (dict(precision="fp8"), "fp32, bf16, fp16"),
         (dict(model=None), "--model must have a value"),
         (dict(compile=1), "is not of type bool"),
+        (dict(optimizer="adam"), "choose from sgd, muon"),
+        (dict(optimizer="muon", decoupled=False), "leave out --no-decoupled"),
+        (dict(optimizer="muon", cuda_graph=True), "--cuda-graph cannot hold muon"),
+        (dict(muon_momentum=1.5), "--muon-momentum 1.5 is too large"),
+        (dict(bias_lr=-1.0), "--bias-lr -1.0 is too small"),
+        (dict(milestones="0.5,0.4"), "--milestones '0.5,0.4' must be growing shares"),
+        (dict(milestones="a"), "--milestones 'a' must be"),
+        (dict(milestones="0.5,1"), "--milestones '0.5,1' must be"),
     ],
 )
 def test_bad_values_are_named(change, words):

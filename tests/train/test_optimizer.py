@@ -1,5 +1,7 @@
 """SGD with decoupled weight decay against the formulas in float64."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -46,3 +48,51 @@ def test_a_gradient_that_overflowed_changes_nothing():
     scaler.update()
     assert torch.equal(model.weight, before)
     assert scaler.get_scale() < 65536
+
+
+def learn(model, optimizer, steps=3):
+    for seed in range(steps):
+        x = torch.randn(5, 3, 6, 6, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+def twins() -> tuple[nn.Module, nn.Module]:
+    model = network()
+    model(torch.zeros(2, 3, 6, 6, dtype=torch.double))
+    return model, copy.deepcopy(model)
+
+
+def test_coupled_decay_is_pytorchs_own_of_all_parameters():
+    ours, theirs = twins()
+    learn(ours, make_optimizer(ours, 0.01, 0.9, True, 0.1, scaled=False, decoupled=False))
+    learn(theirs, torch.optim.SGD(theirs.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=0.1))
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_biases_have_a_rate_of_their_own():
+    ours, theirs = twins()
+    learn(ours, make_optimizer(ours, 0.01, 0.9, True, 0.0, scaled=False, bias_lr=8.0), steps=1)
+    learn(theirs, make_optimizer(theirs, 0.01, 0.9, True, 0.0, scaled=False), steps=1)
+    start = dict(twins()[0].named_parameters())
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        factor = 8 if name.endswith("bias") else 1
+        torch.testing.assert_close(a - start[name], factor * (b - start[name]), rtol=1e-9, atol=1e-12)
+
+
+def test_rates_on_a_device_are_the_same_rates():
+    ours, theirs = twins()
+    options = dict(scaled=False, bias_lr=2.0)
+    on_device = make_optimizer(ours, 0.01, 0.9, True, 0.1, **options, lr_on=torch.device("cpu"))
+    on_host = make_optimizer(theirs, 0.01, 0.9, True, 0.1, **options)
+    for factor in (1.0, 0.25):
+        for model, optimizer in ((ours, on_device), (theirs, on_host)):
+            set_lr(optimizer, factor)
+            learn(model, optimizer, steps=1)
+    rates = [group["lr"] for group in on_device.param_groups]
+    assert all(isinstance(rate, torch.Tensor) for rate in rates)
+    assert [rate.item() for rate in rates] == pytest.approx([group["lr"] for group in on_host.param_groups])
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastres.train.schedule import lr_factor
+from fastres.train.schedule import lr_factor, parse_milestones
 
 
 @pytest.mark.parametrize("step", [0, 37, 99])
@@ -28,6 +28,12 @@ def test_triangular(step, expected):
 @pytest.mark.parametrize("step, expected", [(0, 1.0), (49, 1.0), (50, 0.1), (74, 0.1), (75, 0.01), (99, 0.01)])
 def test_step_divides_by_ten_at_half_and_three_quarters(step, expected):
     assert lr_factor("step", step, 100, 0.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("step, expected", [(29, 1.0), (30, 0.2), (60, 0.04), (80, 0.008)])
+def test_milestones_of_another_recipe(step, expected):
+    shares = parse_milestones("0.3,0.6,0.8")
+    assert lr_factor("step", step, 100, 0.0, shares, 0.2) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "step", "triangular"])

@@ -10,6 +10,7 @@ import torch
 
 from fastres.data.dataset import first_line
 from fastres.errors import FastresError
+from fastres.ops import cpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,8 +57,10 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def pick_backend(name: str, device: torch.device) -> str:
-    """``auto`` is ``fused`` on a GPU, where the Triton kernels are, and ``eager`` on a CPU, where it is faster so far."""
-    return name if name != "auto" else "fused" if device.type == "cuda" else "eager"
+    """``auto`` is ``fused``, but ``eager`` on a CPU where the compiled passes of `fastres.ops.cpu` cannot be had."""
+    if name != "auto":
+        return name
+    return "eager" if device.type == "cpu" and cpu.unavailable() else "fused"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastres.ops import aten, select
+from fastres.ops import aten, cpu, select
 from fastres.ops.library import LibraryConvolutions
 
 
@@ -27,8 +27,10 @@ class Call:
 
 
 def implementations(device: torch.device) -> dict[str, Any]:
-    """Namespaces of primitives by name: on a CPU ATen's alone."""
+    """Namespaces of primitives by name: on a CPU ATen's, and the compiled passes where they can be had."""
     found: dict[str, Any] = {"aten": aten}
+    if device.type == "cpu" and not cpu.unavailable():
+        found = {"cpp": cpu.primitives(), **found}
     if device.type == "cuda":
         triton = select._triton()
         library = LibraryConvolutions(

@@ -48,7 +48,7 @@ PEERS: dict[str, Peer] = {
         implementation="triton",
         gpu_only=True,
     ),
-    "fused": Peer("fused, implementation chosen by timing on a GPU, ATen on a CPU", fused=True),
+    "fused": Peer("fused, implementation chosen by timing on a GPU, compiled C++ passes on a CPU", fused=True),
     "fused fewer": Peer(
         "fused, the last convolution of each block recomputed in backward", fused=True, keep="fewer"
     ),

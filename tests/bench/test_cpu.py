@@ -1,0 +1,53 @@
+"""Training and inference on a CPU against the peers: what is called, and what is made of the times."""
+
+import pytest
+import torch
+
+from bench import cpu
+from fastres.measure import Workload
+
+TINY = Workload("resnet8", 2, 8)
+
+
+def test_folded_inference_is_the_networks():
+    plain, folded = (cpu.Inference(TINY, peer, torch.float32)() for peer in ("eager", "folded"))
+    torch.testing.assert_close(folded, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_convolutions_are_timed():
+    seconds = cpu._convolutions(TINY, "fp32", 1)
+    assert 0 < seconds["forward"] and 0 < seconds["backward"]
+
+
+def found():
+    """Two precisions; bf16 is twice as fast, ours 1.5 times as the best peer, 1.2 times as it with kept memory."""
+    seconds = {"fp32": 2.0, "bf16": 1.0}
+    training = {f"{p}, {t}, default memory": {"median": s} for t, s in seconds.items() for p in ("eager", "compile")}
+    training |= {f"eager, {t}, kept memory": {"median": s * 0.8} for t, s in seconds.items()}
+    training |= {f"fused, {t}, kept memory": {"median": s / 1.5} for t, s in seconds.items()}
+    training["compile, bf16, kept memory"] = {"error": "RuntimeError: no compiler"}
+    inference = {k.replace("fused", "folded"): v for k, v in training.items()}
+    return {
+        "workload": "notebook",
+        "training": training,
+        "inference": inference,
+        "peak_mib": {"eager NCHW, fp32": 200.0, "eager, bf16": 100.0, "fused, bf16": 80.0, "fused fewer, bf16": 60.0},
+        "convolutions": {"fp32": {"forward": 0.4, "backward": 0.8}, "bf16": {"forward": 0.2, "backward": 0.4}},
+    }
+
+
+def test_ours_against_the_best_peer():
+    facts = cpu.summary(found())
+    training = facts["training"]
+    assert training["best"] == "fused, bf16, kept memory"
+    assert training["images_per_second"] == pytest.approx(64 * 1.5)
+    assert training["peer"]["ratio"] == pytest.approx(1.5) and training["peer"]["name"].endswith("bf16, default memory")
+    assert training["peer with kept memory"]["ratio"] == pytest.approx(1.2)
+    assert training["of_the_convolutions"] == pytest.approx(0.6 / (1 / 1.5))
+    assert facts["inference"]["of_the_convolutions"] == pytest.approx(0.2 / (1 / 1.5))
+    assert facts["peak_memory_ratio"] == pytest.approx({"fused, bf16": 0.8, "fused fewer, bf16": 0.6})
+
+
+def test_the_table():
+    table = cpu.table([found()])
+    assert "notebook, training: fused, bf16 | 96.0 | 1.50 (" in table and "| notebook: fused fewer, bf16 | 60 | 0.60 |" in table

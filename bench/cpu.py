@@ -94,7 +94,7 @@ class Inference:
     Args:
         peer: one of `INFERENCE_PEERS`, ``"compile frozen"`` being torch.compile with weights folded as constants, or
             ``"folded"``.
-        dtype: weights and images; the peers that are not folded run under autocast, or in bf16 outright where frozen.
+        dtype: the peers run under autocast to it; folded and frozen networks are converted to it once.
     """
 
     def __init__(self, workload: Workload, peer: str, dtype: torch.dtype):
@@ -104,10 +104,9 @@ class Inference:
         if peer == "folded":
             model = fold(model)
         self.images, _ = workload.inputs(CPU, channels_last)
-        self.autocast = dtype != torch.float32 and peer != "compile frozen"
-        self.dtype, self.frozen = dtype, peer == "compile frozen"
-        if self.frozen:
-            model, self.images = model.to(dtype), self.images.to(dtype)
+        self.frozen, self.autocast = peer == "compile frozen", dtype
+        if peer in ("compile frozen", "folded"):
+            model, self.images, self.autocast = model.to(dtype), self.images.to(dtype), torch.float32
         model = model.to(memory_format=layout)
         self.model = torch.compile(model, dynamic=False) if "compile" in peer else model
 
@@ -115,7 +114,7 @@ class Inference:
         """The logits."""
         import torch._inductor.config as inductor
 
-        with torch.no_grad(), machine.autocast(CPU, self.dtype if self.autocast else torch.float32):
+        with torch.no_grad(), machine.autocast(CPU, self.autocast):
             if not self.frozen:
                 return self.model(self.images)
             with inductor.patch(freezing=True):

@@ -1,6 +1,7 @@
 """Test-wide set-up: interpreted kernels where there is no GPU, GPU tests skipped there, one thread a worker.
 
-In the interpreter kernels compute bfloat16 as a GPU does.
+In the interpreter kernels compute bfloat16 as a GPU does. Networks and training, in this process and in those that tests
+start, run on what a user's machine would take: interpreted kernels would take minutes, so tests ask for them.
 """
 
 import os
@@ -14,7 +15,11 @@ if not HAS_GPU:
 import interpreter_bf16  # noqa: E402
 import pytest  # noqa: E402
 
+from fastres.ops import cpu  # noqa: E402
+
 interpreter_bf16.install()
+if not HAS_GPU:
+    os.environ.setdefault("FASTRES_IMPL", "aten" if cpu.unavailable() else "cpp")
 
 
 def pytest_collection_modifyitems(items):

@@ -38,10 +38,11 @@ def tiny_dataset() -> Dataset:
 
 
 def tiny_config(**changes) -> TrainConfig:
-    """Two epochs of six steps of ResNet-20 in fp32 on the CPU."""
+    """Two epochs of six steps of eager ResNet-20 in fp32 on the CPU."""
     quick = dict(
-        model="resnet20", batch_size=16, lr=0.05, crop_pad=1, device="cpu", precision="fp32", flip="none"
-    )
+        model="resnet20", batch_size=16, lr=0.05, crop_pad=1, device="cpu", precision="fp32", flip="none",
+        backend="eager",
+    )  # fmt: skip
     length = {} if "steps" in changes else {"epochs": 2}
     return TrainConfig().replace(**{**quick, **length, **changes})
 

@@ -17,6 +17,13 @@ from fastres.train.sweep import Outcome
 TINY = "--data synthetic --limit-train 48 --limit-test 20 --threads 1".split()
 
 
+@pytest.fixture(autouse=True)
+def aten():
+    """Interpreted kernels would take minutes."""
+    with ops.implementation("aten"):
+        yield
+
+
 def row(accuracy):
     return dict(val_accuracy=accuracy, tta_accuracy=accuracy, val_loss=1.0, train_seconds=4.0, seconds=5.0)
 
@@ -116,8 +123,7 @@ def test_parity_is_over_pairs():
 def test_scripts_from_end_to_end(script, more, tmp_path, capsys):
     out = tmp_path / "result.json"
     argv = [*TINY, *more, "--epochs", "1", "--seeds", "2", "--batch-size", "16"]
-    with ops.implementation("aten"):  # interpreted kernels would take minutes
-        script.main([*argv, "--work", str(tmp_path / "runs"), "--out", str(out)])
+    script.main([*argv, "--work", str(tmp_path / "runs"), "--out", str(out)])
     read = json.loads(out.read_text())
     assert read["data"].startswith(LABEL) and len(read["runs"]) == 4
     assert all(run["failure"] is None and run["row"]["epoch"] == 1 for run in read["runs"])

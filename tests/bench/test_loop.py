@@ -7,7 +7,15 @@ import pytest
 
 from bench import loop
 from bench.rate import make_trainer
+from fastres import ops
 from fastres.train import Trainer
+
+
+@pytest.fixture(autouse=True)
+def aten():
+    """Interpreted kernels would take minutes."""
+    with ops.implementation("aten"):
+        yield
 
 
 def test_parts_add_up(tmp_path):

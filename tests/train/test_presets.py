@@ -10,7 +10,7 @@ from fastres.train import PRESETS, Trainer, preset
 from fastres.train.run_folder import RunFolder
 from support_train import tiny_dataset
 
-SMALL = dict(batch_size=8, device="cpu", precision="fp32", cutout=0, crop_pad=1)
+SMALL = dict(batch_size=8, device="cpu", precision="fp32", backend="eager", cutout=0, crop_pad=1)
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"preact1001"}))

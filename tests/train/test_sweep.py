@@ -140,7 +140,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     loads, load = [], data.load
     monkeypatch.setattr(data, "load", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
     argv = "sweep --data synthetic --limit-train 64 --limit-test 40 --batch-size 16 --device cpu --precision fp32"
-    argv += f" --model resnet20 --image-size 16 --steps 1 --seeds 2 --set lr=0.1,0.2 --out {tmp_path}"
+    argv += f" --model resnet20 --image-size 16 --steps 1 --seeds 2 --backend eager --set lr=0.1,0.2 --out {tmp_path}"
     assert main(argv.split()) == 0
     out = capsys.readouterr().out
     assert len(loads) == 1 and "| lr=0.2 | 2 | 0 |" in out and str(tmp_path) in out

@@ -53,6 +53,7 @@ def test_a_fused_network_is_saved_as_the_eager_one(tmp_path, monkeypatch):
     run.fit()
     x = torch.randn(4, 3, 12, 12)
     run.model.eval()
+    monkeypatch.setattr("fastres.train.trained.pick_backend", lambda *_: "eager")
     plain = load_trained(tmp_path / "last.pt", torch.device("cpu")).model
     monkeypatch.setattr("fastres.train.trained.pick_backend", lambda *_: "fused")
     folded = load_trained(tmp_path / "last.pt", torch.device("cpu")).model

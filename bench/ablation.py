@@ -29,8 +29,6 @@ LEVERS: dict[str, dict[str, Any]] = {
     "random flips": {"flip": "random"},
     "no flips": {"flip": "none"},
     "no translation": {"crop_pad": 0},
-    "biases as slow as weights": {"bias_lr": 1.0},
-    "full resolution": {"progressive": None},
     "with cutout": {"cutout": 8},
     "with EMA": {"ema": 0.98},
     "with progressive resolution": {"progressive": "20:0.3,26:0.6"},

@@ -267,7 +267,7 @@ def plot(predictions: dict[str, Any], machines: dict[str, Machine], path: Path) 
         bars.bar_label(bars.barh(places, ratios, 0.25, label=kind), fmt="%.2f", fontsize=7)
     bars.set_yticks([row + 0.27 for row in range(len(predictions))], predictions)
     bars.invert_yaxis()
-    bars.set(xlabel="speed, eager 1", title=f"Predicted on {shown}")
+    bars.set(xlabel="speed, eager 1", xlim=(0, 1.3 * bars.get_xlim()[1]), title=f"Predicted on {shown}")
     bars.legend(fontsize=7)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         content = torch.load(path, map_location=device, weights_only=True)
     except CheckpointError:
         raise
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"checkpoint {path} is refused: it holds more than tensors and plain values"
+            f"{f' ({named[1]})' if named else ''} and could run code; take another one or train again"
+        ) from error
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

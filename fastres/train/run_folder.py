@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -53,7 +54,9 @@ class RunFolder:
 
     def write_config(self, config: TrainConfig, facts: dict[str, Any]) -> None:
         """Save the options and the facts of the run (data label, device, versions)."""
-        self._write("config.json", json.dumps({"options": config.to_dict(), **facts}, indent=2) + "\n")
+        options = config.to_dict()
+        content = {"options": options, "checksum": _checksum(options), **facts}
+        self._write("config.json", json.dumps(content, indent=2) + "\n")
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Save all rows; they are written whole so that a resumed run never holds a row twice."""
@@ -113,8 +116,16 @@ def saved_config(path: str | os.PathLike) -> TrainConfig:
     """
     file = Path(path) / "config.json"
     try:
-        return TrainConfig.from_dict(json.loads(file.read_text())["options"])
+        content = json.loads(file.read_text())
+        options = content["options"]
+        if content["checksum"] != _checksum(options):
+            raise ValueError("its options are not those that were written")
+        return TrainConfig.from_dict(options)
     except FileNotFoundError:
         raise FastresError(f"no run in {path}: {file} is missing") from None
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FastresError(f"{file} is damaged ({error}): restore it or start a new run") from error
+
+
+def _checksum(options: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()

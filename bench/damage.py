@@ -1,0 +1,197 @@
+"""Damaged files of every kind that fastres reads, and what comes of reading them.
+
+A reader must refuse a damaged file in one line that names it, or yield the very same data; anything else is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastres import data
+from fastres.data.cache import cached
+from fastres.data.cifar import FILES, FOLDER, META, TEST, TRAIN
+from fastres.data.dataset import Dataset, make_dataset
+from fastres.data.folder import read_image
+from fastres.data.sources import GENUINE
+from fastres.data.synthetic import CLASSES, synthetic_split
+from fastres.errors import FastresError
+from fastres.train import TrainConfig
+from fastres.train.checkpoint import load_checkpoint, save_checkpoint
+from fastres.train.run_folder import RunFolder, saved_config
+
+
+def damaged(raw: bytes, draw: random.Random) -> bytes:
+    """A copy with flipped bits, cut short, or with a part zeroed, dropped, repeated or exchanged for noise."""
+    place = draw.randrange(len(raw))
+    length = min(draw.choice([1, 4, 64, 512]), len(raw) - place)
+    kind = draw.choice(["flip", "flip", "flip", "cut", "zero", "drop", "repeat", "noise", "append"])
+    before, part, after = raw[:place], raw[place : place + length], raw[place + length :]
+    if kind == "flip":
+        return before + bytes([raw[place] ^ 1 << draw.randrange(8)]) + raw[place + 1 :]
+    if kind == "append":
+        return raw + draw.randbytes(length)
+    return {
+        "cut": before,
+        "zero": before + bytes(length) + after,
+        "drop": before + after,
+        "repeat": before + part + part + after,
+        "noise": before + draw.randbytes(length) + after,
+    }[kind]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two nests of dictionaries, sequences, tensors and arrays are equal, types too."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, Dataset):
+        return same(facts(one), facts(other))
+    return bool(one == other)
+
+
+def facts(dataset: Dataset) -> list[Any]:
+    """All that a dataset holds, as a nest."""
+    splits = [[split.images, split.labels] for split in (dataset.train, dataset.test)]
+    return [*splits, dataset.classes, dataset.label, dataset.mean, dataset.std]
+
+
+def outcomes(file: Path, read: Callable[[], Any], times: int, draw: random.Random, *words: str) -> list[str]:
+    """Damage a file again and again, and read it each time; ``words`` besides its name must be in a refusal."""
+    raw, whole, found = file.read_bytes(), read(), []
+    for _ in range(times):
+        file.write_bytes(damaged(raw, draw))
+        found.append(outcome(read, whole, (file.name, *words)))
+    file.write_bytes(raw)
+    return found
+
+
+def outcome(read: Callable[[], Any], whole: Any, words: tuple[str, ...]) -> str:
+    """``refused`` for a message of one line with the words, ``harmless`` for the same data as before."""
+    try:
+        got = read()
+    except FastresError as error:
+        text = str(error)
+        return "refused" if "\n" not in text and all(w in text for w in words) else f"wrong: message {text!r}"
+    except Exception as error:
+        return f"wrong: {type(error).__name__}: {error}"
+    return "harmless" if same(got, whole) else "wrong: other data, without a word"
+
+
+def checkpoint(folder: Path, times: int, seed: int) -> list[str]:
+    """A checkpoint with weights, momenta and a history."""
+    folder.mkdir()
+    file = folder / "last.pt"
+    weights = {f"layer{i}.weight": torch.randn(16, 8, 3, 3) for i in range(4)}
+    state = {i: {"momentum_buffer": torch.randn(8)} for i in range(4)}
+    save_checkpoint(
+        file, {"weights": weights, "optimizer": {"state": state}, "history": [{"epoch": 1, "loss": 0.5}]}
+    )
+    return outcomes(file, lambda: load_checkpoint(file), times, random.Random(seed), str(folder))
+
+
+def image_cache(folder: Path, times: int, seed: int) -> list[str]:
+    """A file of decoded images, which is built anew with a warning where it is damaged."""
+    split = synthetic_split(16)
+    dataset = make_dataset(split, split, CLASSES, "drawn")
+    said: list[str] = []
+
+    def read() -> Dataset:
+        said.clear()
+        return cached(folder, "key", "state", lambda: dataset, said.append)
+
+    read()
+    (file,) = folder.iterdir()
+    raw, draw, found = file.read_bytes(), random.Random(seed), []
+    for _ in range(times):
+        file.write_bytes(damaged(raw, draw))
+        result = outcome(read, dataset, ())
+        warned = said and "\n" not in said[0] and str(file) in said[0]
+        found.append("refused" if result == "harmless" and warned else result)
+    return found
+
+
+def config(folder: Path, times: int, seed: int) -> list[str]:
+    """The options of a run, which is resumed with them."""
+    run = RunFolder(folder)
+    run.write_config(TrainConfig().replace(model="resnet20", epochs=3, lr=0.05), {"data": "drawn"})
+    run.close()
+    file = folder / "config.json"
+    return outcomes(file, lambda: saved_config(folder).to_dict(), times, random.Random(seed), str(folder))
+
+
+def image(folder: Path, times: int, seed: int) -> list[str]:
+    """A PNG of an image folder."""
+    folder.mkdir()
+    file = folder / "0001.png"
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    return outcomes(file, lambda: read_image(file, 16), times, random.Random(seed), str(folder))
+
+
+def batches(folder: Path, times: int, seed: int) -> list[str]:
+    """CIFAR-10's batches: damage that leaves them readable must cost them their name."""
+    folder = folder / FOLDER
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for name in (*TRAIN, TEST):
+        content = {b"data": generator.integers(0, 256, (4, 3072), dtype=np.uint8), b"labels": [0, 1, 2, 3]}
+        (folder / name).write_bytes(pickle.dumps(content, 2))
+    (folder / META).write_bytes(pickle.dumps({b"label_names": [b"class %d" % i for i in range(10)]}, 2))
+    draw, found = random.Random(seed), []
+    with genuine(folder):
+
+        def read() -> Dataset | str:
+            dataset = data.load(folder, cache=False)
+            return dataset if dataset.label == GENUINE else "named otherwise"
+
+        for number in range(times):
+            file = folder / FILES[number % len(FILES)]
+            raw, whole = file.read_bytes(), read()
+            file.write_bytes(damaged(raw, draw))
+            result = outcome(read, whole, (file.name, "again"))
+            with contextlib.suppress(FastresError):
+                result = "refused" if read() == "named otherwise" else result
+            found.append(result)
+            file.write_bytes(raw)
+    return found
+
+
+@contextlib.contextmanager
+def genuine(folder: Path) -> Iterator[None]:
+    """Let torchvision take the files of a folder for the published ones."""
+    from torchvision.datasets import CIFAR10
+
+    def entry(name: str) -> list[str]:
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    meta = dict(zip(("filename", "md5"), entry(META)), key="label_names")
+    lists = {"train_list": [entry(name) for name in TRAIN], "test_list": [entry(TEST)], "meta": meta}
+    with mock.patch.multiple(CIFAR10, **lists):
+        yield
+
+
+KINDS: dict[str, Callable[[Path, int, int], list[str]]] = {
+    "checkpoint": checkpoint,
+    "image cache": image_cache,
+    "config.json": config,
+    "PNG": image,
+    "CIFAR-10 batch": batches,
+}

@@ -1,0 +1,285 @@
+"""Faults on purpose: kill -9 at random moments, full disk, read-only folder, two runs in one, clock jumps, damaged files.
+
+    python -m bench.faults --kills 200 --damages 500
+
+A row of the printed table counts how often a fault was tried and how it ended: refused with a message of one line that
+names the file, harmless (the same data, the same run), or wrong, of which there should be none. Runs are of a small
+network on drawn images, each in a process of its own that is forked from this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.utils.tensorboard  # noqa: F401  slow to import, so not in every forked process
+
+from bench import damage
+from bench.record import RESULTS, write_results
+from bench.tables import markdown
+from fastres.data.dataset import make_dataset
+from fastres.data.synthetic import CLASSES, synthetic_split
+from fastres.errors import FastresError
+from fastres.train import TrainConfig, Trainer
+from fastres.train.checkpoint import load_checkpoint
+from fastres.train.run_folder import RunFolder, saved_config
+
+EPOCHS = 6
+NOBODY = 65534
+PATIENCE = 300  # seconds after which a process that hangs is ended, which counts as wrong
+OUTCOMES = ("refused", "harmless", "wrong")
+
+
+def fit(folder: Path, resume: bool = True) -> None:
+    """Train ResNet-20 on 48 drawn images of 8x8 to the end, going on where the folder's run stopped."""
+    config = TrainConfig().replace(
+        model="resnet20", image_size=8, epochs=EPOCHS, batch_size=16, device="cpu", precision="fp32"
+    )
+    split = synthetic_split(48)
+    dataset = make_dataset(split, split, CLASSES, "drawn shapes")
+    run = RunFolder(folder, resume=resume)
+    try:
+        trainer = Trainer(config, dataset, run, say=lambda line: None)
+        if run.last.exists():
+            trainer.resume()
+        run.write_config(config, {})
+        trainer.fit()
+    finally:
+        run.close()
+
+
+class Child:
+    """A forked process that does some work; an error of the user's ends it with 2 and one line, as the command line's."""
+
+    def __init__(self, work: Callable[[], Any]):
+        reader, writer = os.pipe()
+        self._reader, self.process = reader, os.fork()
+        if self.process:
+            os.close(writer)
+            return
+        status = 1
+        try:
+            signal.alarm(PATIENCE)
+            os.close(reader)
+            with os.fdopen(writer, "w") as out, redirect_stdout(out), redirect_stderr(out):
+                try:
+                    work()
+                    status = 0
+                except FastresError as error:
+                    print(f"fastres: error: {error}")
+                    status = 2
+                except BaseException:
+                    traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        os.kill(self.process, signal.SIGKILL)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status, negative for the signal that ended it, and what it printed."""
+        with os.fdopen(self._reader, errors="replace") as output:
+            text = output.read()
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]), text
+
+    def outcome(self, *words: str) -> str:
+        """``harmless`` where it ended well, ``refused`` where it complained in one line that has the words."""
+        status, text = self.end()
+        if status == 0:
+            return "harmless"
+        if status == 2 and text.count("\n") == 1 and all(word in text for word in words):
+            return "refused"
+        return f"wrong: status {status}: {text.strip()[-400:]}"
+
+
+def table_row(fault: str, outcomes: list[str]) -> dict[str, Any]:
+    """How often each outcome was, and why it was wrong."""
+    kinds = [outcome.split(":")[0] for outcome in outcomes]
+    reasons = sorted({outcome for outcome in outcomes if outcome.startswith("wrong")})
+    counts = {kind: kinds.count(kind) for kind in OUTCOMES}
+    return {"fault": fault, "tried": len(outcomes), **counts, "reasons": reasons[:20]}
+
+
+def kills(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
+    """Kill runs at random moments and resume them until so many kills hit; each must end as one that was left alone."""
+    draw, outcomes = random.Random(seed), []
+    begin = time.monotonic()
+    Child(lambda: fit(folder / "whole")).end()
+    seconds = time.monotonic() - begin
+    whole = load_checkpoint(folder / "whole" / "last.pt")
+    while len(outcomes) < times:
+        run, status, text = folder / f"killed-{len(outcomes)}", -signal.SIGKILL, ""
+        while status == -signal.SIGKILL:
+            child = Child(lambda run=run: fit(run))
+            if len(outcomes) < times:
+                time.sleep(draw.uniform(0, seconds))
+                child.kill()
+            status, text = child.end()
+            if status == -signal.SIGKILL:
+                outcomes.append(whole_files(run))
+        if status != 0:
+            outcomes.append(f"wrong: status {status}: {text.strip()[-400:]}")
+        elif not same_run(load_checkpoint(run / "last.pt"), whole):
+            outcomes.append("wrong: a resumed run ended otherwise than the one that was left alone")
+        elif left := [file.name for file in run.glob(".*.tmp")]:
+            outcomes.append(f"wrong: {left[0]} was left behind")
+    return table_row("kill -9 of a run", outcomes)
+
+
+def whole_files(run: Path) -> str:
+    """Whether every file that a run left can be read."""
+    try:
+        for name in ("last.pt", "best.pt"):
+            if (run / name).exists():
+                load_checkpoint(run / name)
+        if (run / "config.json").exists():
+            saved_config(run)
+        if (run / "metrics.jsonl").exists():
+            assert (run / "metrics.jsonl").read_text().endswith("}\n"), "metrics.jsonl ends in half a row"
+    except Exception as error:
+        return f"wrong: {type(error).__name__}: {error}"
+    return "harmless"
+
+
+def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two checkpoints have the same weights, optimizer state and accuracies, bit for bit."""
+
+    def facts(content: dict[str, Any]) -> list[Any]:
+        rows = [(row["epoch"], row["train_loss"], row["val_accuracy"]) for row in content["history"]]
+        return [content["weights"], content["optimizer"]["state"], rows]
+
+    return damage.same(facts(one), facts(other))
+
+
+def stopped_run(folder: Path) -> Path:
+    """The folder of a run that was killed behind its first epoch."""
+    child = Child(lambda: fit(folder))
+    while not (folder / "metrics.jsonl").exists():
+        if os.waitid(os.P_PID, child.process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            raise RuntimeError(f"a run ended before its first epoch: {child.end()}")
+        time.sleep(0.005)
+    child.kill()
+    child.end()
+    return folder
+
+
+def full_disk(folder: Path, steps: int = 8) -> dict[str, Any]:
+    """Resume a run whose files may not grow beyond a limit, from nothing to all that it needs."""
+    run, outcomes = stopped_run(folder / "full"), []
+    before = (run / "last.pt").read_bytes()
+    for limit in [0, 100, *(int(1.2 * len(before) * step / steps) for step in range(1, steps + 1))]:
+
+        def limited(limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            fit(run)
+
+        (run / "last.pt").write_bytes(before)
+        outcomes += [Child(limited).outcome("cannot write", str(run)), whole_files(run)]
+    return table_row("full disk", outcomes)
+
+
+def read_only(folder: Path) -> dict[str, Any]:
+    """Start, resume and go on with a run in a folder that cannot be written."""
+
+    def without_rights(work: Callable[[], Any]) -> None:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        work()
+
+    run, locked = stopped_run(folder / "read-only"), folder / "locked"
+    locked.mkdir()
+    outcomes = []
+    for path, mode in ((locked, 0o555), (run, 0o555), (run, 0o000)):
+        path.chmod(mode)
+        target = locked / "run" if path is locked else run
+        outcomes.append(
+            Child(lambda target=target: without_rights(lambda: fit(target))).outcome(
+                "cannot write", str(path)
+            )
+        )
+        path.chmod(0o755)
+    return table_row("read-only folder", [*outcomes, whole_files(run)])
+
+
+def two_runs(folder: Path, times: int = 5) -> dict[str, Any]:
+    """Runs that start at once in one folder: one trains, the others are told."""
+    outcomes = []
+    for number in range(times):
+        run = folder / f"shared-{number}"
+        children = [Child(lambda run=run: fit(run, resume=False)) for _ in range(3)]
+        ended = sorted(child.outcome(str(run), "choose another --out") for child in children)
+        outcomes += ended if ended == ["harmless", "refused", "refused"] else [f"wrong: {ended}"]
+        outcomes.append(whole_files(run))
+    return table_row("two runs in one folder", outcomes)
+
+
+def clock_jumps(folder: Path, stamps: Sequence[int] = (0, 4102444800), seed: int = 0) -> dict[str, Any]:
+    """Runs whose wall clock jumps by years at each look, of files from 1970 and 2100; they must end as any other."""
+    draw, outcomes = random.Random(seed), []
+    Child(lambda: fit(folder / "steady")).end()
+    steady = load_checkpoint(folder / "steady" / "last.pt")
+    for stamp in stamps:
+        run = stopped_run(folder / f"jumps-{stamp}")
+        for file in run.iterdir():
+            os.utime(file, (stamp, stamp))
+
+        def jumping(run: Path = run) -> None:
+            with mock.patch("time.time", lambda: draw.uniform(0, 4e9)):
+                fit(run)
+
+        outcomes.append(Child(jumping).outcome(str(run)))
+        history = load_checkpoint(run / "last.pt")["history"]
+        if not all(row["seconds"] > 0 and row["images_per_second"] > 0 for row in history):
+            outcomes.append("wrong: a time in the metrics is not positive")
+        if not same_run(load_checkpoint(run / "last.pt"), steady):
+            outcomes.append("wrong: the run ended otherwise than one with a steady clock")
+    return table_row("clock jumps", outcomes)
+
+
+def damages(folder: Path, times: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Flip, cut, drop and repeat bytes of every kind of file that is read."""
+    return [
+        table_row(f"damaged {kind}", try_kind(folder / kind.replace(" ", "-"), times, seed))
+        for kind, try_kind in damage.KINDS.items()
+    ]
+
+
+def main() -> None:
+    """Try all faults, print the table and record it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="random moments [200]")
+    parser.add_argument("--damages", type=int, default=500, help="of each kind of file [500]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # a forked process has no other threads
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        rows = [kills(folder, args.kills, args.seed), full_disk(folder), read_only(folder), two_runs(folder)]
+        rows += [clock_jumps(folder, seed=args.seed), *damages(folder, args.damages, args.seed)]
+    columns = ("fault", "tried", *OUTCOMES)
+    print(markdown(columns, [[str(row[column]) for column in columns] for row in rows]))
+    for row in rows:
+        for reason in row["reasons"]:
+            print(f"{row['fault']}: {reason}")
+    write_results(args.out, {"seed": args.seed, "faults": rows})
+
+
+if __name__ == "__main__":
+    main()

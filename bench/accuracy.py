@@ -40,7 +40,6 @@ from fastres.train.run_folder import RunFolder
 from fastres.train.schedule import lr_factor
 from fastres.train.whiten import whiten
 
-
 CONTESTANTS = ["fastres", "plain", "resnet18"]
 
 

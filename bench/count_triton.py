@@ -24,14 +24,14 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import fastres.kernels  # noqa: F401  (loads the launchers)
 import numpy as np
-from fastres.kernels import configs
-from fastres.kernels.configs import Config
 from torch import Tensor
 from triton import knobs
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+import fastres.kernels  # noqa: F401  (loads the launchers)
+from fastres.kernels import configs
+from fastres.kernels.configs import Config
 from fastres.ops import select
 
 

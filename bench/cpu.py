@@ -211,9 +211,10 @@ def table(found: list[dict[str, Any]]) -> str:
             ratios = [f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})" for p in ("peer", "peer with kept memory")]
             name = f"{one['workload']}, {kind}: {f['best'].rpartition(', ')[0]}"
             rows.append([name, f"{f['images_per_second']:.1f}", *ratios, f"{f['of_the_convolutions']:.2f}"])
+    least = [min(v for k, v in one["peak_mib"].items() if not k.startswith(OURS)) for one in found]
     memory = [
-        [f"{one['workload']}: {label}", f"{value:.0f}", f"{value / min(v for k, v in one['peak_mib'].items() if not k.startswith(OURS)):.2f}"]
-        for one in found
+        [f"{one['workload']}: {label}", f"{value:.0f}", f"{value / peers:.2f}"]
+        for one, peers in zip(found, least)
         for label, value in one["peak_mib"].items()
     ]
     return f"{markdown(COLUMNS, rows)}\n\n{markdown(('', 'MiB that a step adds', 'of the best peer'), memory)}"

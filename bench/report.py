@@ -94,7 +94,7 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
     if not record:
         return None
     limits, parts = ceilings(folder), []
-    for name, case in measured_cases(record).items():
+    for case in measured_cases(record).values():
         columns = [
             "peer",
             "ms a step",
@@ -292,7 +292,8 @@ def predictions(path: Path) -> str | None:
     shares = f"{machine['bandwidth'] / bandwidth:.0%} and {machine['rate'] / rate:.0%} of the data sheets', assumed"
     return (
         f"**Predictions, not measurements**: no GPU was used. Batch {record['batch']}, {record['dtype']}; counted "
-        f"bytes and operations of every launch under a roof of {assumed} ({shares}), {1e6 * machine['launch']:.0f} us a launch.\n\n"
+        f"bytes and operations of every launch under a roof of {assumed} ({shares}), "
+        f"{1e6 * machine['launch']:.0f} us a launch.\n\n"
         f"{markdown(roofline.COLUMNS, roofline.rows(record['predictions']))}"
         + picture(path.with_suffix(".png"), "Roofline, predictions")
     )

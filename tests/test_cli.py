@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support_data import write_image_folder
 
 from fastres import data
 from fastres.cli import main
 from fastres.train.checkpoint import load_checkpoint
-from support_data import write_image_folder
 
 QUICK = "--data synthetic --limit-train 64 --limit-test 40 --batch-size 16 --device cpu --precision fp32".split()
 QUICK += ["--model", "resnet20", "--image-size", "16"]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fastres.atomic import atomic_write
-from fastres.ops.cache import cache_folder
 from fastres.kernels.configs import taken
+from fastres.ops.cache import cache_folder
 
 Timer = Callable[[Callable[[], Any]], float]
 

@@ -66,7 +66,8 @@ class RunFolder:
         """Add one epoch's row to the TensorBoard events."""
         with self._disk("TensorBoard events"):
             if self._tensorboard is None:
-                from torch.utils.tensorboard import SummaryWriter  # a slow import, needed only after the first epoch
+                # a slow import, needed only after the first epoch
+                from torch.utils.tensorboard import SummaryWriter
 
                 self._tensorboard = SummaryWriter(self.path, purge_step=row["step"])
             for name, value in row.items():

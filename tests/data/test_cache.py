@@ -3,10 +3,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from support_data import write_image_folder
 
 from fastres import data
 from fastres.data import folder
-from support_data import write_image_folder
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from support_data import CIFAR_CLASSES, call_genuine, python2_batch, write_batches
 
 from fastres.data import DataError
 from fastres.data.cifar import FILES, is_genuine, read_batches, unpickle
-from support_data import CIFAR_CLASSES, call_genuine, python2_batch, write_batches
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -3,11 +3,11 @@ import threading
 import time
 
 import pytest
+from support_data import write_batches
 
 from fastres.data import DataError, cifar
 from fastres.data import download as module
 from fastres.data.download import download, reachable  # the true one: conftest replaces the module's
-from support_data import write_batches
 
 
 def test_download_without_a_network_says_so(tmp_path):

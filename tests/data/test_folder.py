@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support_data import write_image_folder
 
 from fastres.data import DataError, read_images
 from fastres.data.folder import list_images, read_image, read_image_folder
-from support_data import write_image_folder
 
 
 def test_reads_classes_sorted_by_name(tmp_path):

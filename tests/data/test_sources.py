@@ -2,10 +2,10 @@ import logging
 
 import pytest
 import torch
+from support_data import CIFAR_CLASSES, call_genuine, write_batches, write_image_folder
 
 from fastres import data
 from fastres.data import DataError, cifar, download, sources
-from support_data import CIFAR_CLASSES, call_genuine, write_batches, write_image_folder
 
 
 @pytest.fixture

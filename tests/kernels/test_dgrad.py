@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support_conv import exact, problems
-from support_kernels import DTYPES, assert_as_good, assert_same_bits, few_examples, guarded, randn, random_coef
+from support_kernels import (
+    DTYPES,
+    assert_as_good,
+    assert_same_bits,
+    few_examples,
+    guarded,
+    randn,
+    random_coef,
+)
 
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.ops import aten

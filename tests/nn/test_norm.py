@@ -21,7 +21,7 @@ def eager(module: ConvBNReLU, x):
 def assert_same_steps(module: ConvBNReLU, steps: int = 3) -> None:
     """Outputs, gradients and buffers over several batches, and in evaluation after them."""
     fused, twin = module.double(), copy.deepcopy(module).double()
-    for step in range(steps):
+    for _ in range(steps):
         x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
         ours, theirs = fused(x), eager(twin, x)
         torch.testing.assert_close(ours, theirs)

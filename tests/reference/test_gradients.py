@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from support_nets import SMALL, assert_same, perturbed, train_step
 
 from fastres.models import create_model
 from fastres.reference.preact import preact_resnet
-from support_nets import SMALL, assert_same, perturbed, train_step
-
 
 NAMES = ["notebook", "resnet8", "resnet18", "resnet50", "resnet20", "resnet110", "preact_resnet164"]
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support_nets import perturbed
 from torch import nn
 
 from fastres.reference.preact import PreActBottleneck, PreActResNet, preact_resnet
 from fastres.reference.resnet import conv1x1
-from support_nets import perturbed
 
 MILLIONS = {164: "1.7", 1001: "10.2"}  # the paper's section 4
 

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torchvision
+from support_nets import assert_same, perturbed, train_step
 from torch import nn
 
 from fastres.reference.resnet import resnet, resnet8
-from support_nets import assert_same, perturbed, train_step
 
 # as published in torchvision's documentation of the weights
 PARAMETERS = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}

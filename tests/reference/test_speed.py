@@ -1,10 +1,10 @@
 """The speed network: shapes, parts, and the fused form of its blocks."""
 
 import torch
+from support_nets import assert_same, train_step
 
 from fastres.models import create_fused_model, create_model
 from fastres.nn import blocks
-from support_nets import assert_same, train_step
 
 
 def test_shapes_and_size():

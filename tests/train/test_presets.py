@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from support_train import tiny_dataset
 
 from fastres.train import PRESETS, Trainer, preset
 from fastres.train.run_folder import RunFolder
-from support_train import tiny_dataset
 
 SMALL = dict(batch_size=8, device="cpu", precision="fp32", backend="eager", cutout=0, crop_pad=1)
 

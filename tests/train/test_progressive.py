@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from support_train import tiny_trainer
 
 from fastres.errors import FastresError
 from fastres.train import TrainConfig
 from fastres.train.progressive import parse_progressive, size_at
-from support_train import tiny_trainer
 
 
 def test_stages():

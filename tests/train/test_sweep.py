@@ -5,13 +5,13 @@ import signal
 import statistics
 
 import pytest
+from support_train import tiny_config, tiny_dataset
 
 from fastres import data
 from fastres.cli import main
 from fastres.errors import FastresError
 from fastres.train import Interrupted, Trainer
 from fastres.train.sweep import Outcome, grid, parse_setting, summarise, sweep, table
-from support_train import tiny_config, tiny_dataset
 
 VARIANTS = grid([("lr", [0.05, 0.02])])
 

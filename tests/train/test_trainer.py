@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from support_train import same_weights, tiny_config, tiny_dataset, tiny_trainer
 from torch import nn
 
 from fastres.errors import FastresError
@@ -13,7 +14,6 @@ from fastres.train import Interrupted, NonFiniteLoss, Trainer, build, trainer
 from fastres.train.checkpoint import CheckpointError, load_checkpoint
 from fastres.train.evaluate import evaluate
 from fastres.train.run_folder import RunFolder
-from support_train import same_weights, tiny_config, tiny_dataset, tiny_trainer
 
 TIMING = {"seconds", "train_seconds", "images_per_second", "train_seconds_per_batch", "val_seconds_per_batch"}
 TIMING |= {"peak_memory_mib"}

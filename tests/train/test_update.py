@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from support_train import same_weights, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.errors import FastresError
-from fastres.train.signals import StopRequest
 from fastres.train.evaluate import all_finite
+from fastres.train.signals import StopRequest
 from fastres.train.update import GraphedUpdate
-from support_train import same_weights, tiny_trainer
 
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
 

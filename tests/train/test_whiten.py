@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from support_train import tiny_dataset, tiny_trainer
 
 from fastres.data import normalise
 from fastres.errors import FastresError
 from fastres.reference.speed import SpeedResNet
 from fastres.train.whiten import patch_covariance, whiten, whitening_filters
-from support_train import tiny_dataset, tiny_trainer
 
 
 def test_filters_whiten():

@@ -331,8 +331,7 @@ def _bytes(counted: Record) -> list[str]:
         *(f"{moved[kind] / 1e6:.0f}" for kind in roofline.KINDS),
         f"{moved['fused'] / moved['eager']:.2f}",
         f"{moved['fused'] / moved['compiled']:.2f}",
-        f"{saved['fused'] / saved['eager']:.2f}",
-        f"{saved['fewer'] / saved['eager']:.2f}",
+        *(f"{saved[mode] / saved['eager']:.2f}" if saved["eager"] else "" for mode in ("fused", "fewer")),
     ]
 
 

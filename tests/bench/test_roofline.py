@@ -7,10 +7,10 @@ import torch
 import triton
 from torch import nn
 
-from bench import growth, report, roofline
-from bench.blocks import Part, parts_of
+from bench import count_triton, growth, report, roofline
+from bench.blocks import Part, fused, parts_of, train
 from bench.roofline import Launch, Machine, convolution_flops, fused_step, predict, with_flops
-from bench.traffic import as_record, measure
+from bench.traffic import StepTraffic, as_record
 from fastres.measure import Workload
 from fastres.reference.resnet import Bottleneck, conv1x1
 
@@ -68,8 +68,9 @@ def test_another_number_of_convolutions_is_an_error(count):
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counted in the interpreter only")
 def test_a_fused_step_has_its_own_operations():
     part = bottleneck()
-    convolutions = convolution_flops(part, 3)
-    counted = as_record(measure(part, 3, torch.float32))
+    convolutions, module = convolution_flops(part, 3), fused(part)
+    launches = count_triton.traffic(lambda n: train(module, part.images(n, torch.float32), torch.float32), 3)
+    counted = as_record(StepTraffic(part, eager=[], compiled=[], launches=launches, other=[], saved={}))
     step = {launch.flops for launch in fused_step(counted, convolutions)}
     assert step == {0, *(flops for flops, _ in convolutions)}
     with pytest.raises(ValueError, match="other operations than"):
@@ -97,7 +98,7 @@ def counted_resnet20(tmp_path):
             "blocks": len(part.modules),
             "counted": len(part.modules),
             "input": part.shape,
-            "saved": {"eager": 4, "fused": 3, "fewer": 2},
+            "saved": dict(eager=4, fused=3, fewer=2) if stages else dict(eager=0, fused=0, fewer=0),
             "moved": moved,
             "eager": eager,
             "compiled": eager,
@@ -144,6 +145,7 @@ def test_counts_become_tables(tmp_path):
     counted_resnet20(tmp_path)
     lines = report.traffic(tmp_path).splitlines()
     assert "static count, commit abc" in lines[0]
+    assert lines[4].endswith("| 4 | 2 | 1 | 0.25 | 0.50 |  |  |")
     assert lines[-1] == "| all | 10 |  | 16 | 8 | 4 | 0.25 | 0.50 | 0.75 | 0.50 |"
     assert report.bytes_an_image(tmp_path)["resnet20 32"] == {"eager": 2e6, "compile": 1e6, "fused": 5e5}
 

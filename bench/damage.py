@@ -183,7 +183,7 @@ def genuine(folder: Path) -> Iterator[None]:
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
     meta = dict(zip(("filename", "md5"), entry(META)), key="label_names")
-    lists = {"train_list": [entry(name) for name in TRAIN], "test_list": [entry(TEST)], "meta": meta}
+    lists: dict[str, Any] = {"train_list": [entry(name) for name in TRAIN], "test_list": [entry(TEST)], "meta": meta}
     with mock.patch.multiple(CIFAR10, **lists):
         yield
 

@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[flo
     model.train().zero_grad()
     F.cross_entropy(model(images), labels).backward()
     kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    norms = [kernel.grad.norm().item() for kernel in kernels]
+    norms = [kernel.grad.norm().item() for kernel in kernels if kernel.grad is not None]
     model.zero_grad()
     return norms
 
@@ -110,7 +111,7 @@ def peak_memory_mib(device: torch.device) -> float:
     return int(kib) / 1024
 
 
-def in_own_process(function, *arguments) -> Any:
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result, computed in a fresh process: its peak memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)

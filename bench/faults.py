@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -115,7 +116,8 @@ def table_row(fault: str, outcomes: list[str]) -> dict[str, Any]:
 
 def kills(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
     """Kill runs at random moments and resume them until so many kills hit; each must end as one that was left alone."""
-    draw, outcomes = random.Random(seed), []
+    draw = random.Random(seed)
+    outcomes: list[str] = []
     begin = time.monotonic()
     Child(lambda: fit(folder / "whole")).end()
     seconds = time.monotonic() - begin
@@ -123,7 +125,7 @@ def kills(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
     while len(outcomes) < times:
         run, status, text = folder / f"killed-{len(outcomes)}", -signal.SIGKILL, ""
         while status == -signal.SIGKILL:
-            child = Child(lambda run=run: fit(run))
+            child = Child(partial(fit, run))
             if len(outcomes) < times:
                 time.sleep(draw.uniform(0, seconds))
                 child.kill()
@@ -208,7 +210,7 @@ def read_only(folder: Path) -> dict[str, Any]:
         path.chmod(mode)
         target = locked / "run" if path is locked else run
         outcomes.append(
-            Child(lambda target=target: without_rights(lambda: fit(target))).outcome(
+            Child(partial(without_rights, partial(fit, target))).outcome(
                 "cannot write", str(path)
             )
         )
@@ -221,7 +223,7 @@ def two_runs(folder: Path, times: int = 5) -> dict[str, Any]:
     outcomes = []
     for number in range(times):
         run = folder / f"shared-{number}"
-        children = [Child(lambda run=run: fit(run, resume=False)) for _ in range(3)]
+        children = [Child(partial(fit, run, resume=False)) for _ in range(3)]
         ended = sorted(child.outcome(str(run), "choose another --out") for child in children)
         outcomes += ended if ended == ["harmless", "refused", "refused"] else [f"wrong: {ended}"]
         outcomes.append(whole_files(run))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def measure(workload: Workload, dtype: torch.dtype, rounds: int, threads: int) -
     return found
 
 
-def _run(device: torch.device, function, *arguments: Any) -> Any:
+def _run(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
     return in_own_process(function, device, *arguments)
 
 

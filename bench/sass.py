@@ -62,8 +62,8 @@ def resources(kernel: Any) -> Resources:
         path.write_bytes(kernel.asm["cubin"])
         usage, sass = _cuobjdump("-res-usage", path), _cuobjdump("-sass", path)
     return Resources(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        registers=_usage("REG", usage),
+        stack=_usage("STACK", usage),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared=kernel.metadata.shared,
         wide_loads=_wide_share(_LOAD, sass),
@@ -73,8 +73,15 @@ def resources(kernel: Any) -> Resources:
     )
 
 
+def _usage(name: str, text: str) -> int:
+    found = re.search(rf"{name}:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump tells no {name}")
+    return int(found[1])
+
+
 def _wide_share(kind: re.Pattern, sass: str) -> float | None:
-    widths = Counter()
+    widths: Counter[int] = Counter()
     for instruction in kind.findall(sass):
         width = _WIDTH.search(instruction)
         widths[_BYTES[width[1]] if width else 4] += 1

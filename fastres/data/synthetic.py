@@ -9,7 +9,7 @@ linear classifier stays near chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,16 +26,16 @@ PENTAGRAM = ((0, 256), (243, 79), (150, -207), (-150, -207), (-243, 79))
 TRIANGLE = ((0, 256), (222, -128), (-222, -128))
 
 
-def _within(u, v, low: int, high: int) -> np.ndarray:
+def _within(u: np.ndarray, v: np.ndarray, low: int, high: int) -> np.ndarray:
     square = u * u + v * v
     return (square >= low * low) & (square < high * high)
 
 
-def _box(u, v, half_width: int, half_height: int) -> np.ndarray:
+def _box(u: np.ndarray, v: np.ndarray, half_width: int, half_height: int) -> np.ndarray:
     return (np.abs(u) < half_width) & (np.abs(v) < half_height)
 
 
-def _sides(u, v, normals, distance: int) -> np.ndarray:
+def _sides(u: np.ndarray, v: np.ndarray, normals: Sequence[tuple[float, float]], distance: int) -> np.ndarray:
     """How many of the half planes hold a point."""
     return sum((a * u + b * v < 256 * distance).astype(np.int8) for a, b in normals)
 

@@ -55,6 +55,7 @@ def to_onnx(model: nn.Module, image_size: int, facts: dict[str, str] | None = No
         output_names=["logits"],
         dynamic_shapes=_ANY_BATCH,
     )
+    assert exported is not None  # it is, without a file to write to
     exported.model.metadata_props.update(facts or {})
     return exported.model_proto.SerializeToString()
 

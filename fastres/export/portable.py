@@ -40,6 +40,9 @@ class FromPixels(nn.Module):
         mean, std: per channel, on the scale 0..255.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.model = model

@@ -46,6 +46,9 @@ class FoldedConv(_Inference):
         ValueError: for a convolution that the fused operations do not know, or a BatchNorm without running statistics.
     """
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, relu: bool):
         super().__init__()
         if reason := unsupported(conv, bn):

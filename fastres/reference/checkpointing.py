@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -48,7 +48,7 @@ def run_blocks(
     return x
 
 
-def _contexts(blocks: Sequence[nn.Module]):
+def _contexts(blocks: Sequence[nn.Module]) -> tuple[AbstractContextManager, AbstractContextManager]:
     return nullcontext(), _statistics_kept(blocks)
 
 

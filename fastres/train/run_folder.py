@@ -50,7 +50,7 @@ class RunFolder:
             )
         for left in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink()
-        self._tensorboard = None
+        self._tensorboard: Any = None  # a SummaryWriter
 
     def write_config(self, config: TrainConfig, facts: dict[str, Any]) -> None:
         """Save the options and the facts of the run (data label, device, versions)."""

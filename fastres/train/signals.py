@@ -6,13 +6,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
 def terminate_orderly() -> Iterator[None]:
     """In this context SIGTERM unwinds the stack, as SIGINT does, so that open files and folders are cleaned up."""
 
-    def leave(number: int, _frame) -> None:
+    def leave(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
     former = signal.signal(signal.SIGTERM, leave)
@@ -34,10 +35,10 @@ class StopRequest:
         self._former = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def _note(self, number: int, _frame) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signum = number
         self._restore()
 

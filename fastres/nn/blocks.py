@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
-from fastres.nn.norm import conv_of, layer_of, norm_of, to_nchw, to_nhwc, track, unsupported
+from fastres.nn.norm import conv_of, group_of, layer_of, norm_of, to_nchw, to_nhwc, track, unsupported
 from fastres.ops import Identity, Layer, preact_block, residual_chain
 from fastres.ops.layers import output_hw
 from fastres.reference import cifar, notebook, preact
@@ -90,8 +90,9 @@ def fused_chain(x: Tensor, blocks: Sequence[_FusedResidual]) -> Tensor:
 def chains(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
     """The blocks in order, grouped into what `fused_chain` can do at once.
 
-    A block joins the one before if its shortcut is an `Identity`, both keep the same for backward and no hook waits for
-    either. Chains are at most `LONGEST` blocks, so that gradients come early enough to be exchanged meanwhile.
+    A block joins the one before if its shortcut is an `Identity`, both keep the same for backward, take statistics over
+    the same ranks and no hook waits for either. Chains are at most `LONGEST` blocks, so that gradients come early enough
+    to be exchanged meanwhile.
     """
     groups: list[list[nn.Module]] = []
     for block in blocks:
@@ -114,6 +115,7 @@ def _joins(before: nn.Module, block: nn.Module) -> bool:
     return (
         fused
         and before.keep == block.keep
+        and group_of(before.bn1) == group_of(block.bn1)
         and identity_of(block.downsample) is not None
         and has_shortcut(block)
         and not has_hooks(before)

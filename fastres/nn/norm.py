@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastres.ops import Conv, Layer, Norm, Statistics, update_running
@@ -40,11 +41,19 @@ def conv_of(conv: nn.Conv2d, hw: tuple[int, int]) -> Conv:
     return Conv(conv.weight, stride, pad)
 
 
-def norm_of(bn: nn.BatchNorm2d) -> Norm:
+def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
     """The BatchNorm in its present mode: by the batch when training or without running statistics, or else frozen."""
     if bn.training or bn.running_mean is None:
-        return Norm(bn.weight, bn.bias, eps=bn.eps)
+        return Norm(bn.weight, bn.bias, eps=bn.eps, group=group_of(bn))
     return Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+
+
+def group_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> str | None:
+    """Name of the process group that it takes its statistics over, as ``nn.SyncBatchNorm`` does when training."""
+    if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group.group_name if group.size() > 1 else None
 
 
 def layer_of(conv: nn.Conv2d, bn: nn.BatchNorm2d, hw: tuple[int, int]) -> Layer:
@@ -71,7 +80,7 @@ def track(bn: nn.BatchNorm2d, statistics: Statistics) -> None:
     update_running(bn.running_mean, bn.running_var, statistics, 0.0 if momentum is None else momentum)
 
 
-def unsupported(conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> str | None:
+def unsupported(conv: nn.Conv2d, bn: nn.BatchNorm2d | nn.SyncBatchNorm | None = None) -> str | None:
     """Why the fused operations cannot stand for the modules; None: they can."""
     if not isinstance(conv, nn.Conv2d) or (
         type(conv).forward not in (nn.Conv2d.forward, SameConv2d.forward)
@@ -87,8 +96,9 @@ def unsupported(conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> str | None
         return f"a convolution has stride={conv.stride}"
     if conv.padding_mode != "zeros":
         return f"a convolution has padding_mode={conv.padding_mode!r}"
-    if bn is not None and (
-        not isinstance(bn, nn.BatchNorm2d) or type(bn).forward is not nn.BatchNorm2d.forward
+    if bn is not None and not (
+        isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        and type(bn).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
     ):
         return f"{type(bn).__name__} is not nn.BatchNorm2d"
     return None

@@ -7,13 +7,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastres.ops.aten import statistics_dtype
-from fastres.ops.coefficients import coefficients
+from fastres.ops.coefficients import backward_coefficients, coefficients, rows
 from fastres.ops.layers import (
     Norm,
     Statistics,
     check_activations,
     check_coef,
     check_norm,
+    group_of,
     in_autocast,
     norm_vectors,
     pixels,
@@ -25,7 +26,8 @@ def bn_relu(x: Tensor, norm: Norm, coef: Tensor | None = None) -> tuple[Tensor, 
     """``relu(bn(x))`` of x [N, H, W, C], differentiable once, with the BatchNorm's `Statistics`.
 
     Args:
-        coef: [5, C] that begins with x's mean and biased variance; None: they are reduced from x where needed.
+        coef: [5, C] that begins with x's mean and biased variance, this rank's own; None: they are reduced from x
+            where needed.
 
     Raises:
         RuntimeError, ValueError: as `torch.nn.functional.batch_norm` raises them.
@@ -36,7 +38,7 @@ def bn_relu(x: Tensor, norm: Norm, coef: Tensor | None = None) -> tuple[Tensor, 
         check_coef(coef, x.shape[3], x.device)
         coef = coef.contiguous()
     x = in_autocast(x).contiguous()
-    out, used = _BNReLU.apply(x, coef, norm.eps, *norm_vectors(norm))
+    out, used = _BNReLU.apply(x, coef, norm.eps, group_of([norm]), *norm_vectors(norm))
     return out, Statistics(used, pixels(x.shape))
 
 
@@ -47,26 +49,28 @@ class _BNReLU(torch.autograd.Function):
         x: Tensor,
         coef: Tensor | None,
         eps: float,
+        group: str | None,
         gamma: Tensor | None,
         beta: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out, used = bn_relu_forward(x, coef, gamma, beta, running_mean, running_var, eps)
+        out, used = bn_relu_forward(x, coef, gamma, beta, running_mean, running_var, eps, group)
         ctx.save_for_backward(x, out, used, gamma)
         ctx.mark_non_differentiable(used)
-        ctx.trained = running_mean is None
+        ctx.trained, ctx.group = running_mean is None, group
         ctx.dtypes = None if gamma is None else gamma.dtype, None if beta is None else beta.dtype
         return out, used
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dx, norm_grads = bn_relu_backward(dout.contiguous(), *ctx.saved_tensors, ctx.trained)
+        dx, norm_grads = bn_relu_backward(dout.contiguous(), *ctx.saved_tensors, ctx.trained, ctx.group)
         dgamma, dbeta = norm_grads.chunk(2)
-        need_gamma, need_beta = ctx.needs_input_grad[3:5]
+        need_gamma, need_beta = ctx.needs_input_grad[4:6]
         return (
             dx,
+            None,
             None,
             None,
             dgamma.to(ctx.dtypes[0]) if need_gamma else None,
@@ -85,29 +89,30 @@ def bn_relu_forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     eps: float,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The result and the coefficients it was normalised by."""
     p = primitives(x)
-    coef = coefficients(p, x, gamma, beta, running_mean, running_var, eps, known=coef)
+    coef = coefficients(p, x, gamma, beta, running_mean, running_var, eps, known=coef, group=group)
     return p.bn_add_relu(x, coef), coef
 
 
 @bn_relu_forward.register_fake
-def _(x, coef, gamma, beta, running_mean, running_var, eps):
-    return torch.empty_like(x), x.new_empty(5, x.shape[3], dtype=statistics_dtype(x.dtype))
+def _(x, coef, gamma, beta, running_mean, running_var, eps, group=None):
+    return torch.empty_like(x), x.new_empty(rows(running_mean, group), x.shape[3], dtype=statistics_dtype(x.dtype))
 
 
 @torch.library.custom_op("fastres::bn_relu_backward", mutates_args=())
 def bn_relu_backward(
-    dout: Tensor, x: Tensor, out: Tensor, coef: Tensor, gamma: Tensor | None, trained: bool
+    dout: Tensor, x: Tensor, out: Tensor, coef: Tensor, gamma: Tensor | None, trained: bool, group: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, and those of gamma and beta in one vector."""
     p = primitives(x)
     dz, sums, _ = p.bn_add_relu_backward(dout, out, x, coef)
-    abc, dgamma, dbeta = p.bn_backward_coef(sums, coef, gamma, pixels(x.shape), trained)
+    abc, dgamma, dbeta = backward_coefficients(p, sums, coef, gamma, pixels(x.shape), trained, group)
     return p.bn_backward_apply(dz, x, abc), torch.cat([dgamma, dbeta])
 
 
 @bn_relu_backward.register_fake
-def _(dout, x, out, coef, gamma, trained):
+def _(dout, x, out, coef, gamma, trained, group=None):
     return torch.empty_like(x), x.new_empty(2 * x.shape[3], dtype=statistics_dtype(x.dtype))

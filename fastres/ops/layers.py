@@ -17,13 +17,17 @@ Shape = tuple[int, int, int, int]  # N, H, W, C
 
 
 class Norm(NamedTuple):
-    """A BatchNorm over C channels; with running statistics it is frozen, without it normalises by the batch."""
+    """A BatchNorm over C channels; with running statistics it is frozen, without it normalises by the batch.
+
+    With ``group``, the name of a process group, the batch is that of all its ranks together.
+    """
 
     gamma: Tensor | None  # [C], None: 1
     beta: Tensor | None  # [C], None: 0
     running_mean: Tensor | None = None  # [C]
     running_var: Tensor | None = None  # [C], unbiased
     eps: float = 1e-5
+    group: str | None = None
 
 
 class Conv(NamedTuple):
@@ -51,7 +55,10 @@ class Identity(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What a BatchNorm normalised by: coefficients [5, C] (mean, biased variance, ...) over ``count`` pixels."""
+    """What a BatchNorm normalised by: coefficients [5, C] (mean, biased variance, ...) over ``count`` pixels.
+
+    A synchronised one has them over all ranks' pixels, whose number is a sixth row; ``count`` is then this rank's.
+    """
 
     coef: Tensor
     count: int
@@ -193,7 +200,8 @@ def check_norm(norm: Norm, shape: Shape, device: torch.device) -> None:
     Raises:
         RuntimeError: where a parameter or a running statistic has not as many elements as there are channels, or is on
             another device, or one of the running statistics is missing.
-        ValueError: where batch statistics would have fewer than two values a channel.
+        ValueError: where batch statistics would have fewer than two values a channel, synchronised ones fewer than one
+            of this rank.
     """
     names = ("weight", "bias", "running_mean", "running_var")
     for name, tensor in zip(names, norm[:4]):
@@ -205,11 +213,19 @@ def check_norm(norm: Norm, shape: Shape, device: torch.device) -> None:
     if (norm.running_mean is None) != (norm.running_var is None):
         missing = "running_mean" if norm.running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode")
-    if norm.running_mean is None and pixels(shape) < 2:
+    if norm.running_mean is None and pixels(shape) < (2 if norm.group is None else 1):
         raise ValueError(
-            "Expected more than 1 value per channel when training, got input size "
+            f"Expected more than {0 if norm.group else 1} value per channel when training, got input size "
             f"{torch.Size(nchw_size(shape))}"
         )
+
+
+def group_of(norms: Sequence[Norm]) -> str | None:
+    """The process group of the batch statistics among the norms; raises ValueError where they have several."""
+    groups = {norm.group for norm in norms if norm.running_mean is None}
+    if len(groups) > 1:
+        raise ValueError("the BatchNorms of one operation must all be synchronised over one process group, or none")
+    return groups.pop() if groups else None
 
 
 def check_coef(coef: Tensor, channels: int, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastres.ops.aten import statistics_dtype
-from fastres.ops.coefficients import coefficients
+from fastres.ops.coefficients import backward_coefficients, coefficients, rows
 from fastres.ops.layers import (
     Conv,
     Layer,
@@ -23,6 +23,7 @@ from fastres.ops.layers import (
     check_norm,
     check_shortcut_shape,
     conv_shape,
+    group_of,
     in_autocast,
     nhwc_weight,
     norm_vectors,
@@ -48,8 +49,8 @@ def preact_block(
         x: [N, H, W, C].
         layers: each a BatchNorm and the convolution of its rectified result, in order.
         shortcut: None, x itself for the identity, or a `Conv` of ``relu(bn_1(x))``.
-        coef: [5, C] that begins with x's mean and biased variance, as the block before returned it; None: they are
-            reduced from x where the first BatchNorm needs them.
+        coef: [5, C] that begins with x's mean and biased variance, this rank's own, as the block before returned it;
+            None: they are reduced from x where the first BatchNorm needs them.
         next_coef: whether to return the like of the result.
 
     Returns:
@@ -75,6 +76,7 @@ def preact_block(
         projection,
         next_coef,
         recording,
+        group_of([layer.norm for layer in layers]),
         *parameters,
     )
     out_coef = coefs.pop() if next_coef else None
@@ -118,18 +120,19 @@ class _PreactBlock(torch.autograd.Function):
         projection: bool,
         next_coef: bool,
         recording: bool,
+        group: str | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         n = len(eps)
         norms, weights = list(parameters[: 4 * n]), [nhwc_weight(w, x.dtype) for w in parameters[4 * n :]]
         out, *rest = preact_forward(
-            x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording
+            x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording, group
         )
         ys, coefs = rest[: (n - 1) * recording], rest[(n - 1) * recording :]
         ctx.save_for_backward(x, *weights, *norms[::4], *coefs[:n], *ys)
         ctx.mark_non_differentiable(*coefs)
         ctx.geometry = strides, pads
-        ctx.shortcut = identity, projection
+        ctx.shortcut, ctx.group = (identity, projection), group
         ctx.trained = [mean is None for mean in norms[2::4]]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         return out, *coefs
@@ -140,7 +143,7 @@ class _PreactBlock(torch.autograd.Function):
         n, (_, projection) = len(ctx.trained), ctx.shortcut
         x, *rest = ctx.saved_tensors
         weights, rest = rest[: n + projection], rest[n + projection :]
-        need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[9:]
+        need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[10:]
         need_weights = need_parameters[4 * n :]
         norm_grads, *grads = preact_backward(
             dout.contiguous(),
@@ -153,6 +156,7 @@ class _PreactBlock(torch.autograd.Function):
             ctx.trained,
             *ctx.shortcut,
             [need_x, *need_weights],
+            ctx.group,
         )
         grads.reverse()
         dx = grads.pop() if need_x else None
@@ -166,7 +170,7 @@ class _PreactBlock(torch.autograd.Function):
             parameters += [None, None]
         for need, dtype in zip(need_weights, ctx.dtypes[4 * n :]):
             parameters.append(weight_grad(grads.pop(), dtype) if need else None)
-        return dx, None, None, None, None, None, None, None, None, *parameters
+        return dx, *[None] * 9, *parameters
 
 
 @torch.library.custom_op("fastres::preact_forward", mutates_args=())
@@ -182,6 +186,7 @@ def preact_forward(
     projection: bool,
     next_coef: bool,
     recording: bool,
+    group: str | None = None,
 ) -> list[Tensor]:
     """The forward schedule: the result, with ``recording`` y1 ... y(n-1), every layer's coef, and the result's.
 
@@ -190,6 +195,7 @@ def preact_forward(
         norms: gamma, beta, running mean and running variance of each layer; no running mean: batch statistics.
         pads: top, left, bottom, right of each convolution, the projection's last.
         identity, projection: the shortcut is x, or the last convolution of the rectified x, or there is none.
+        group: name of the process group whose ranks take batch statistics together.
     """
     p = primitives(x)
     layers = len(eps)
@@ -197,7 +203,7 @@ def preact_forward(
     ys, coefs = [], []
     for i in range(layers):
         known = None if i else coef
-        coefs.append(coefficients(p, y, *norms[4 * i : 4 * i + 4], eps[i], moments, known))
+        coefs.append(coefficients(p, y, *norms[4 * i : 4 * i + 4], eps[i], moments, known, group))
         last = i == layers - 1
         shortcut = x if identity and last else None
         if projection and last:
@@ -214,14 +220,18 @@ def preact_forward(
 
 
 @preact_forward.register_fake
-def _(x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording):
+def _(x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording, group=None):
     y, ys = x, []
     for i in range(len(eps)):
         hw = output_hw(y.shape[1:3], weights[i].shape[1:3], strides[i], pad_of(pads, i))
         y = x.new_empty(x.shape[0], *hw, weights[i].shape[0])
         ys.append(y)
-    normalised = [x, *ys] if next_coef else [x, *ys[:-1]]
-    coefs = [x.new_empty(5, a.shape[3], dtype=statistics_dtype(x.dtype)) for a in normalised]
+    statistics = statistics_dtype(x.dtype)
+    coefs = [
+        x.new_empty(rows(mean, group), a.shape[3], dtype=statistics) for a, mean in zip([x, *ys], norms[2::4])
+    ]
+    if next_coef:
+        coefs.append(x.new_empty(5, y.shape[3], dtype=statistics))
     return [y, *(ys[:-1] if recording else []), *coefs]
 
 
@@ -239,6 +249,7 @@ def preact_backward(
     identity: bool,
     projection: bool,
     needs: list[bool],
+    group: str | None = None,
 ) -> list[Tensor]:
     """The backward schedule, see `preact_forward`.
 
@@ -274,14 +285,16 @@ def preact_backward(
             residual_stride=step,
         )
         y = below
-        abc, dgamma, dbeta = p.bn_backward_coef(sums, coefs[i], gammas[i], pixels(y.shape), trained[i])
+        abc, dgamma, dbeta = backward_coefficients(
+            p, sums, coefs[i], gammas[i], pixels(y.shape), trained[i], group
+        )
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
     dx = [p.bn_backward_apply(dz, x, abc, dout if identity else None)] if need_x else []
     return [torch.cat(norm_grads), *dx, *(dw for dw in dws if dw is not None)]
 
 
 @preact_backward.register_fake
-def _(dout, x, ys, coefs, weights, gammas, strides, pads, trained, identity, projection, needs):
+def _(dout, x, ys, coefs, weights, gammas, strides, pads, trained, identity, projection, needs, group=None):
     statistics = statistics_dtype(x.dtype)
     need_x, *need_weights = needs
     dws = [torch.empty_like(w, dtype=statistics) for w, need in zip(weights, need_weights) if need]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastres.ops.aten import statistics_dtype
-from fastres.ops.coefficients import coefficients
+from fastres.ops.coefficients import backward_coefficients, coefficients, rows
 from fastres.ops.layers import (
     Identity,
     Layer,
@@ -33,6 +33,7 @@ from fastres.ops.layers import (
     check_input,
     check_shortcut,
     check_shortcut_shape,
+    group_of,
     identity_shape,
     in_autocast,
     layer_shape,
@@ -116,6 +117,7 @@ def residual_chain(
         relu,
         recording,
         keep == "all",
+        group_of([layer.norm for layer in every_layer]),
         *parameters,
     )
     return out, [Statistics(coef, pixels(shape)) for coef, shape in zip(coefs, shapes)]
@@ -170,19 +172,20 @@ class _ResidualChain(torch.autograd.Function):
         relu: bool,
         recording: bool,
         keep_all: bool,
+        group: str | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights = [nhwc_weight(weight, x.dtype) for weight in parameters[::5]]
         norms = [tensor for i in range(0, len(parameters), 5) for tensor in parameters[i + 1 : i + 5]]
         kinds = identity, projection
         out, *rest = residual_forward(
-            x, added, weights, norms, depths, strides, pads, eps, steps, *kinds, relu, recording, keep_all
+            x, added, weights, norms, depths, strides, pads, eps, steps, *kinds, relu, recording, keep_all, group
         )
         saved, coefs = rest[: -len(weights)], rest[-len(weights) :]
         ctx.save_for_backward(x, out if relu else None, *weights, *parameters[1::5], *coefs, *saved)
         ctx.mark_non_differentiable(*coefs)
         ctx.geometry = depths, strides, pads, steps
-        ctx.kinds = *kinds, keep_all
+        ctx.kinds, ctx.group = (*kinds, keep_all), group
         ctx.trained = [mean is None for mean in parameters[3::5]]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         return out, *coefs
@@ -193,7 +196,7 @@ class _ResidualChain(torch.autograd.Function):
         n, inner = len(ctx.trained), len(ctx.geometry[0]) - 1
         x, out, *rest = ctx.saved_tensors
         weights, gammas, coefs, saved = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-        need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[12:])
+        need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[13:])
         need_weights = need_parameters[::5]
         norm_grads, *grads = residual_backward(
             dout.contiguous(),
@@ -207,6 +210,7 @@ class _ResidualChain(torch.autograd.Function):
             ctx.trained,
             *ctx.kinds,
             [need_x, need_added, *need_weights],
+            ctx.group,
         )
         grads.reverse()
         dx = grads.pop() if need_x else None
@@ -223,7 +227,7 @@ class _ResidualChain(torch.autograd.Function):
                 None,
                 None,
             ]
-        return dx, dadded, *[None] * 10, *parameters
+        return dx, dadded, *[None] * 11, *parameters
 
 
 @torch.library.custom_op("fastres::residual_forward", mutates_args=())
@@ -242,6 +246,7 @@ def residual_forward(
     relu: bool,
     recording: bool,
     keep_all: bool,
+    group: str | None = None,
 ) -> list[Tensor]:
     """The forward schedule.
 
@@ -252,6 +257,7 @@ def residual_forward(
         steps: of each block, stride of its shortcut where that is an `Identity`, else 1.
         identity, projection: the first block's shortcut is x, or the last layer of x; else it is ``added``, or nothing.
         recording, keep_all: what backward will need, see the returned.
+        group: name of the process group whose ranks take batch statistics together.
 
     Returns:
         The result; with ``recording`` the other blocks' results, then the layers' outputs, without ``keep_all`` not those
@@ -260,7 +266,7 @@ def residual_forward(
     p = primitives(x)
 
     def coef_of(i: int, y: Tensor, moments: Any) -> Tensor:
-        return coefficients(p, y, *norms[4 * i : 4 * i + 4], eps[i], moments)
+        return coefficients(p, y, *norms[4 * i : 4 * i + 4], eps[i], moments, group=group)
 
     def conv(i: int, a: Tensor, below: Tensor | None) -> tuple[Tensor, Any]:
         return p.conv(a, weights[i], strides[i], pad_of(pads, i), coef=below, moments=norms[4 * i + 2] is None)
@@ -302,7 +308,8 @@ def residual_forward(
 
 @residual_forward.register_fake
 def _(
-    x, added, weights, norms, depths, strides, pads, eps, steps, identity, projection, relu, recording, keep_all
+    x, added, weights, norms, depths, strides, pads, eps, steps, identity, projection, relu, recording, keep_all,
+    group=None,
 ):
     def output(a, i):
         hw = output_hw(a.shape[1:3], weights[i].shape[1:3], strides[i], pad_of(pads, i))
@@ -318,7 +325,10 @@ def _(
         outs.append(torch.empty_like(a))
     if projection and keep_all:
         ys.append(output(x, i))
-    coefs = [x.new_empty(5, w.shape[0], dtype=statistics_dtype(x.dtype)) for w in weights]
+    coefs = [
+        x.new_empty(rows(mean, group), w.shape[0], dtype=statistics_dtype(x.dtype))
+        for w, mean in zip(weights, norms[2::4])
+    ]
     return [outs[-1], *([*outs[:-1], *ys] if recording else []), *coefs]
 
 
@@ -340,6 +350,7 @@ def residual_backward(
     projection: bool,
     keep_all: bool,
     needs: list[bool],
+    group: str | None = None,
 ) -> list[Tensor]:
     """The backward schedule, see `residual_forward`; ``out`` None: the result had no ReLU.
 
@@ -376,7 +387,9 @@ def residual_backward(
     def layer(i: int, dz: Tensor, sums: Tensor) -> tuple:
         """BatchNorm's backward of layer i; what its convolution's backward takes first."""
         y = y_of(i)
-        abc, dgamma, dbeta = p.bn_backward_coef(sums, coefs[i], gammas[i], pixels(y.shape), trained[i])
+        abc, dgamma, dbeta = backward_coefficients(
+            p, sums, coefs[i], gammas[i], pixels(y.shape), trained[i], group
+        )
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
         return dz, y, abc, *below(i), weights[i], strides[i], pad_of(pads, i)
 
@@ -413,7 +426,7 @@ def residual_backward(
 @residual_backward.register_fake
 def _(
     dout, out, inputs, ys, coefs, weights, gammas, depths, strides, pads, steps, trained, identity, projection, keep_all,
-    needs,
+    needs, group=None,
 ):
     statistics = statistics_dtype(dout.dtype)
     need_x, need_added, *need_weights = needs

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from fastres.ops.aten import VAR
 from fastres.ops.layers import Statistics, check_device, contiguous_vector
 from fastres.ops.select import primitives
+from fastres.ops.synchronise import COUNT
 
 
 def update_running(running_mean: Tensor, running_var: Tensor, statistics: Statistics, momentum: float | Tensor) -> None:
@@ -24,6 +26,10 @@ def update_running(running_mean: Tensor, running_var: Tensor, statistics: Statis
             raise RuntimeError(f"{name} should contain {coef.shape[1]} elements not {tensor.numel()}")
         check_device(tensor, name, coef.device)
     vectors = [contiguous_vector(tensor) for tensor in running.values()]
+    if coef.shape[0] > COUNT:  # synchronised: how many pixels there were only the device knows
+        total = coef[COUNT]
+        coef, count = coef.clone(), 2  # whose own factor is 2 / (2 - 1)
+        coef[VAR] *= total / (total - 1) / 2
     on_device = isinstance(momentum, Tensor)
     update_running_(*vectors, coef, count, momentum if on_device else None, 0.0 if on_device else momentum)
     for tensor, vector in zip(running.values(), vectors):

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastres.ops.aten import statistics_dtype
-from fastres.ops.coefficients import coefficients
+from fastres.ops.coefficients import backward_coefficients, coefficients, rows
 from fastres.ops.layers import (
     Layer,
     Pad,
     Statistics,
     check_input,
+    group_of,
     in_autocast,
     layer_shape,
     nhwc_weight,
@@ -54,6 +55,7 @@ def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[T
         kernel,
         stride,
         pad,
+        group_of([layer.norm]),
         layer.weight,
         *norm_vectors(layer.norm),
     )
@@ -71,6 +73,7 @@ class _Stem(torch.autograd.Function):
         pool_kernel: int,
         pool_stride: int,
         pool_pad: Pad,
+        group: str | None,
         weight: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
@@ -79,27 +82,27 @@ class _Stem(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         w = nhwc_weight(weight, x.dtype)
         out, index, y, coef = stem_forward(
-            x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad
+            x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad, group
         )
         ctx.save_for_backward(index, x, y, coef, w, gamma)
         ctx.mark_non_differentiable(coef)
         ctx.geometry = stride, pad, pool_kernel, pool_stride, pool_pad
-        ctx.trained = running_mean is None
+        ctx.trained, ctx.group = running_mean is None, group
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, gamma, beta)]
         return out, coef
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[0], *ctx.needs_input_grad[7:10]
+        need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[0], *ctx.needs_input_grad[8:11]
         norm_grads, *grads = stem_backward(
-            dout.contiguous(), *ctx.saved_tensors, *ctx.geometry, ctx.trained, need_x, need_weight
+            dout.contiguous(), *ctx.saved_tensors, *ctx.geometry, ctx.trained, need_x, need_weight, ctx.group
         )
         dgamma, dbeta = norm_grads.chunk(2)
         dtypes = ctx.dtypes
         return (
             grads[0] if need_x else None,
-            *[None] * 6,
+            *[None] * 7,
             weight_grad(grads[-1], dtypes[0]) if need_weight else None,
             dgamma.to(dtypes[1]) if need_gamma else None,
             dbeta.to(dtypes[2]) if need_beta else None,
@@ -122,20 +125,21 @@ def stem_forward(
     pool_kernel: int,
     pool_stride: int,
     pool_pad: list[int],
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, each one's winning tap (uint8), the convolution's output and the BatchNorm's coef."""
     p = primitives(x)
     y, moments = p.conv(x, w, stride, tuple(pad), moments=running_mean is None)
-    coef = coefficients(p, y, gamma, beta, running_mean, running_var, eps, moments)
+    coef = coefficients(p, y, gamma, beta, running_mean, running_var, eps, moments, group=group)
     return *p.bn_relu_max_pool(y, coef, pool_kernel, pool_stride, tuple(pool_pad)), y, coef
 
 
 @stem_forward.register_fake
-def _(x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad):
+def _(x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad, group=None):
     n, channels = x.shape[0], w.shape[0]
     hw = output_hw(x.shape[1:3], w.shape[1:3], stride, pad)
     out = x.new_empty(n, *output_hw(hw, (pool_kernel, pool_kernel), pool_stride, pool_pad), channels)
-    coef = x.new_empty(5, channels, dtype=statistics_dtype(x.dtype))
+    coef = x.new_empty(rows(running_mean, group), channels, dtype=statistics_dtype(x.dtype))
     return out, torch.empty_like(out, dtype=torch.uint8), x.new_empty(n, *hw, channels), coef
 
 
@@ -156,11 +160,12 @@ def stem_backward(
     trained: bool,
     need_x: bool,
     need_weight: bool,
+    group: str | None = None,
 ) -> list[Tensor]:
     """The gradients of gamma and beta in one vector, then those of x and the weight where needed."""
     p = primitives(x)
     dz, sums = p.bn_relu_max_pool_backward(dout, index, y, coef, pool_kernel, pool_stride, tuple(pool_pad))
-    abc, dgamma, dbeta = p.bn_backward_coef(sums, coef, gamma, pixels(y.shape), trained)
+    abc, dgamma, dbeta = backward_coefficients(p, sums, coef, gamma, pixels(y.shape), trained, group)
     dx, _, dw = p.conv_backward(
         dz, y, abc, x, None, w, stride, tuple(pad), need_dx=need_x, need_dw=need_weight
     )
@@ -169,7 +174,8 @@ def stem_backward(
 
 @stem_backward.register_fake
 def _(
-    dout, index, x, y, coef, w, gamma, stride, pad, pool_kernel, pool_stride, pool_pad, trained, need_x, need_weight
+    dout, index, x, y, coef, w, gamma, stride, pad, pool_kernel, pool_stride, pool_pad, trained, need_x, need_weight,
+    group=None,
 ):
     statistics = statistics_dtype(x.dtype)
     grads = [torch.empty_like(x)] * need_x + [torch.empty_like(w, dtype=statistics)] * need_weight

@@ -112,7 +112,8 @@ def test_what_can_be_fused():
         nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, bias=False)),
     ):
         assert unsupported(conv, nn.BatchNorm2d(4)) is None
-    assert "SyncBatchNorm" in unsupported(nn.Conv2d(4, 4, 3, bias=False), nn.SyncBatchNorm(4))
+    assert unsupported(nn.Conv2d(4, 4, 3, bias=False), nn.SyncBatchNorm(4)) is None
+    assert "InstanceNorm2d" in unsupported(nn.Conv2d(4, 4, 3, bias=False), nn.InstanceNorm2d(4))
 
 
 @pytest.mark.parametrize("padding", [0, (2, 1), "same", "valid"], ids=str)

@@ -368,21 +368,24 @@ def residual_backward(
     ends = {starts[block + 1] - 1: block for block in range(len(depths))} | {starts[-1]: 0}
     again: dict[int, Tensor] = {}
 
-    def y_of(i: int) -> Tensor:
-        """Output of layer i, kept or computed again."""
-        if keep_all:
-            return ys[i]
-        if i not in ends:
-            return ys[i - block_of[i]]
-        if i not in again:
-            a, coef = below(i)
-            again[i] = p.conv(a, weights[i], strides[i], pad_of(pads, i), coef=coef, moments=False)[0]
-        return again[i]
+    def kept(i: int) -> Tensor:
+        """Output of layer i, of all or of those that do not end a block."""
+        return ys[i if keep_all else i - block_of[i]]
 
     def below(i: int) -> tuple[Tensor, Tensor | None]:
         """What layer i read, and the coefficients that normalised it."""
         block = block_of[i]
-        return (inputs[block], None) if i in (starts[block], starts[-1]) else (y_of(i - 1), coefs[i - 1])
+        return (inputs[block], None) if i in (starts[block], starts[-1]) else (kept(i - 1), coefs[i - 1])
+
+    # no function here calls one that calls it: such a circle would keep all tensors alive until the next collection
+    def y_of(i: int) -> Tensor:
+        """Output of layer i, kept or computed again."""
+        if keep_all or i not in ends:
+            return kept(i)
+        if i not in again:
+            a, coef = below(i)
+            again[i] = p.conv(a, weights[i], strides[i], pad_of(pads, i), coef=coef, moments=False)[0]
+        return again[i]
 
     def layer(i: int, dz: Tensor, sums: Tensor) -> tuple:
         """BatchNorm's backward of layer i; what its convolution's backward takes first."""
@@ -407,6 +410,7 @@ def residual_backward(
             dshortcut, dws[last], step = projection_backward(
                 p, *layer(last, dz, shortcut_sums), need_x, need_weights[last]
             )
+            again.pop(last, None)
         for i in reversed(range(*starts[block : block + 2])):
             residual = end = None
             if i == starts[block]:
@@ -417,6 +421,7 @@ def residual_backward(
             dz, sums, dws[i] = p.conv_backward(
                 *layer(i, dz, sums), residual, need_x or i > 0, need_weights[i], end, 1 if residual is None else step
             )
+            again.pop(i, None)
         if projection and block == 1:
             dz, sums, shortcut_sums = end_backward(0, dz, inputs[1])
     grads = [dz] * need_x + [dshortcut] * need_added + [dw for dw in dws if dw is not None]

@@ -17,7 +17,7 @@ from fastres.ops.library import LibraryConvolutions, padded
 
 # What one part's tensors may take of the last-level cache, and the weights' share of them up to which parts pay: each
 # part reads and reorders the weights again.
-PART_BYTES, WEIGHTS_SHARE = 32 * 2**20, 16
+PART_BYTES, WEIGHTS_SHARE = 16 * 2**20, 8
 
 _mkldnn = torch.ops.mkldnn
 _FUSES_BIAS_ACT = torch.backends.mkldnn.is_available() and hasattr(_mkldnn, "_convolution_pointwise")
@@ -43,7 +43,7 @@ class PartedConvolutions(LibraryConvolutions):
         output = _Output(x, w, stride, pad, moments)
         for images in output.parts:
             a = x[images] if coef is None else passes.bn_add_relu(x[images], coef)
-            output.take(images, products.forward(a, w, stride, pad, output.y[images]), residual)
+            output.take(images, products.forward(a, w, stride, pad, output.at(images)), residual)
         return output.result()
 
     def conv_bias_act(
@@ -84,7 +84,7 @@ class PartedConvolutions(LibraryConvolutions):
         output = _Output(out, w, 1, pad, moments)
         for images in output.parts:
             a = passes.store_bn_add_relu(y[images], coef, shortcut[images], shortcut_coef, True, out[images])
-            output.take(images, products.forward(a, w, 1, pad, output.y[images]))
+            output.take(images, products.forward(a, w, 1, pad, output.at(images)))
         return out, *output.result()
 
     def conv_backward(
@@ -105,15 +105,18 @@ class PartedConvolutions(LibraryConvolutions):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, sums, dw), see `fastres.ops.library.LibraryConvolutions.conv_backward`."""
         below, sums, dw = end if coef is None else (x, coef), [], None
-        dx = dz.new_empty(x.shape) if need_dx else None
-        for images in _parts(x, dz, w):
+        parts = _parts(x, dz, w)
+        dx = dz.new_empty(x.shape) if need_dx and len(parts) > 1 else None
+        for images in parts:
             dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], y[images], abc)
             to = _at(dx, images)
-            dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, to, need_dw)
+            dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, to, need_dx, need_dw)
             if need_dw:
                 dw = dw_part if dw is None else dw.add_(dw_part)
             if not need_dx:
                 continue
+            if dx is None:
+                dx = to = dx_part
             added = _at(residual, images)
             if added is not None and (residual_stride > 1 or added.shape[3] != dx_part.shape[3]):
                 dx_part[:, ::residual_stride, ::residual_stride] += added[..., : dx_part.shape[3]]
@@ -133,14 +136,20 @@ class _Output:
     """A convolution's output, put together part by part, and its statistics."""
 
     def __init__(self, x: Tensor, w: Tensor, stride: int, pad: Pad, moments: bool):
-        hw = output_hw(x.shape[1:3], w.shape[1:3], stride, pad)
-        self.y = x.new_empty(x.shape[0], *hw, w.shape[0])
-        self.parts = _parts(x, self.y, w)
+        shape = x.shape[0], *output_hw(x.shape[1:3], w.shape[1:3], stride, pad), w.shape[0]
+        self.parts = _parts(x, x.new_empty(1).expand(shape), w)
+        self._y = x.new_empty(shape) if len(self.parts) > 1 else None
         self._moments: list[Moments] | None = [] if moments else None
+
+    def at(self, images: slice) -> Tensor | None:
+        """Where a part belongs; None: the only one may be anywhere."""
+        return _at(self._y, images)
 
     def take(self, images: slice, part: Tensor, residual: Tensor | None = None) -> None:
         """Store a part, with the residual's, where it is not in place yet, and reduce it."""
-        added, to = _at(residual, images), self.y[images]
+        if self._y is None:
+            self._y = part
+        added, to = _at(residual, images), self._y[images]
         in_place = part.data_ptr() == to.data_ptr()
         if self._moments is not None:
             self._moments.append(passes.new_moments(part))
@@ -152,7 +161,7 @@ class _Output:
 
     def result(self) -> tuple[Tensor, Moments | None]:
         """The output and the statistics, of all parts."""
-        return self.y, None if self._moments is None else Moments(*map(torch.cat, zip(*self._moments)))
+        return self._y, None if self._moments is None else Moments(*map(torch.cat, zip(*self._moments)))
 
 
 def _at(tensor: Tensor | None, images: slice) -> Tensor | None:

@@ -18,11 +18,13 @@ from fastres.ops.library import convolve, convolve_backward
 _GATHER_CHANNELS = 256
 
 
-def forward(a: Tensor, w: Tensor, stride: int, pad: Pad, y: Tensor) -> Tensor:
-    """The convolution of a: in y, or in a tensor of its own."""
+def forward(a: Tensor, w: Tensor, stride: int, pad: Pad, y: Tensor | None) -> Tensor:
+    """The convolution of a: in y where it can be, else in a tensor of its own."""
     if not _is_product(w, pad):
         return convolve(a, w, None, stride, pad)
-    torch.mm(_matrix(_strided(a, stride)), _matrix(w).t(), out=_matrix(y))
+    a = _strided(a, stride)
+    y = a.new_empty(*a.shape[:3], w.shape[0]) if y is None else y
+    torch.mm(_matrix(a), _matrix(w).t(), out=_matrix(y))
     return y
 
 
@@ -34,15 +36,16 @@ def backward(
     stride: int,
     pad: Pad,
     dx: Tensor | None,
+    need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution of ``relu(x*scale + shift)``, or of x without ``coef``: (at its input, of w in fp32).
 
-    The first is in dx, or in a tensor of its own; None: not wanted.
+    The first is in dx where it can be, else in a tensor of its own.
     """
-    need_dx = dx is not None
     if _is_product(w, pad):
         if need_dx:
+            dx = dy.new_empty(x.shape) if dx is None else dx
             _product_data_grad(dy, w, stride, dx)
         if not need_dw:
             return dx, None

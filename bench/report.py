@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import growth, roofline
+from bench import cpu, growth, roofline
 from bench.record import RESULTS, ROOT
 from bench.tables import markdown
 from fastres.atomic import atomic_write
@@ -371,6 +371,17 @@ def growth_table(path: Path) -> str | None:
     )
 
 
+def on_a_cpu(path: Path) -> str | None:
+    """Training and inference on a CPU against every peer."""
+    record = read(path)
+    if not record:
+        return None
+    return (
+        f"Measured on {machine_line(record)}.{busy(record['load_average'], record['threads'])}\n\n"
+        f"{cpu.table(record['workloads'])}"
+    )
+
+
 def bytes_an_image(results: Path) -> dict[str, dict[str, float]]:
     """Counted bytes of a step, of one image, by ``"model size"`` and peer, from `bench.traffic`'s results."""
     found: dict[str, dict[str, float]] = {}
@@ -537,6 +548,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "traffic": traffic(results),
         "roofline": predictions(results / "roofline.json"),
         "growth": growth_table(results / "growth-cpu.json"),
+        "cpu": on_a_cpu(results / "cpu.json"),
     }
     if folder is not None:
         found |= {name: make(folder) for name, make in CAMPAIGN.items()}

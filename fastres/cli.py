@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from fastres.models import describe_models
 from fastres.models.registry import accepted_options
 from fastres.train import PRESETS, Interrupted, TrainConfig, Trainer, machine, preset
 from fastres.train import sweep as sweeps
+from fastres.train.distributed import ALONE, Onlooker, Ranks, joined, rank_device
 from fastres.train.evaluate import evaluate, predict_logits
 from fastres.train.facts import run_facts
 from fastres.train.run_folder import RunFolder, saved_config
@@ -65,47 +68,67 @@ def given_options(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name in OPTIONS}
 
 
-def load_data(config: TrainConfig, image_size: int | None) -> data.Dataset:
+def load_data(config: TrainConfig, image_size: int | None, ranks: Ranks = ALONE) -> data.Dataset:
     """Load a dataset, say which one it is, and keep a fixed random part of it where that was asked for."""
-    dataset = data.load(
-        config.data, root=config.data_root, image_size=image_size, say=lambda line: print(line, flush=True)
+    dataset = ranks.local_first(
+        lambda: data.load(config.data, root=config.data_root, image_size=image_size, say=partial(say, ranks))
     )
     return data.limit(dataset, config.limit_train, config.limit_test)
 
 
+def say(ranks: Ranks, line: str) -> None:
+    """Print a line once, not once a rank."""
+    if ranks.first:
+        print(line, flush=True)
+
+
 def train(args: argparse.Namespace) -> int:
-    """Train a network and leave a run folder."""
+    """Train a network and leave a run folder; `torchrun -m fastres.cli train` trains it with several processes."""
+    with joined() as ranks:
+        return train_with(ranks, args)
+
+
+def run_of(args: argparse.Namespace, restarts: int) -> tuple[TrainConfig, Path, bool]:
+    """Options and folder of the run that is asked for, and whether the folder may hold its beginning."""
     given = given_options(args)
     if args.resume is None:
+        if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            raise FastresError("torchrun --max-restarts needs --out FOLDER: a restarted job finds its checkpoint there")
         config = preset("fast" if args.preset is None else args.preset).replace(**given)
-        path = Path(args.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-    else:
-        fixed = sorted(set(given) - CHANGED_BY_RESUME)
-        fixed += [name for name in ("preset", "out") if getattr(args, name) is not None]
-        if fixed:
-            raise FastresError(
-                f"--{fixed[0].replace('_', '-')} cannot change in a resumed run: leave it out, or start a new run"
-            )
-        config, path = saved_config(args.resume).replace(**given), Path(args.resume)
-    device = machine.pick_device(config.device)
+        return config, Path(args.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"), restarts > 0
+    fixed = sorted(set(given) - CHANGED_BY_RESUME)
+    fixed += [name for name in ("preset", "out") if getattr(args, name) is not None]
+    if fixed:
+        raise FastresError(
+            f"--{fixed[0].replace('_', '-')} cannot change in a resumed run: leave it out, or start a new run"
+        )
+    return saved_config(args.resume).replace(**given), Path(args.resume), True
+
+
+def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
+    """Train as one of the ranks; only the first one prints and writes."""
+    config, path, begun = ranks.of_first(lambda: run_of(args, ranks.restarts))
+    device = machine.pick_device(rank_device(config.device, ranks))
     accepted_options(config.model)  # an unknown model should not wait for the data
     if device.type == "cpu":
         machine.keep_freed_memory()
-    folder = RunFolder(path, resume=args.resume is not None)
+    folder = RunFolder(path, resume=begun) if ranks.first else Onlooker(path)
     try:
-        trainer = Trainer(config, load_data(config, config.image_size), folder)
-        if folder.last.exists():
+        trainer = Trainer(config, load_data(config, config.image_size, ranks), folder, ranks=ranks)
+        if ranks.of_first(folder.last.exists):
             trainer.resume()
-        elif args.resume is not None:
-            print(f"{path} was stopped before its first checkpoint: starting again", flush=True)
-        describe(trainer)
+        elif begun:
+            say(ranks, f"{path} was stopped before its first checkpoint: starting again")
+        if ranks.first:
+            describe(trainer)
         history = trainer.fit()
     finally:
         folder.close()
     best = max(history, key=lambda row: row["val_accuracy"])
-    print(
+    say(
+        ranks,
         f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, "
-        f"best {best['val_accuracy']:.2%} in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}"
+        f"best {best['val_accuracy']:.2%} in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}",
     )
     return 0
 
@@ -116,7 +139,8 @@ def describe(trainer: Trainer) -> None:
     trainer.folder.write_config(config, facts)
     print(
         f"{config.model}, {facts['parameters']:,} parameters | {dataset.label}, {len(dataset.train)} + "
-        f"{len(dataset.test)} images | {facts['device']}, {facts['dtype']}, {facts['backend']} | "
+        f"{len(dataset.test)} images | {facts['device']}, {facts['dtype']}, {facts['backend']}"
+        f"{f', {trainer.ranks.count} ranks' if trainer.ranks.count > 1 else ''} | "
         f"{trainer.total_steps} steps | {trainer.folder.path}",
         flush=True,
     )

@@ -64,6 +64,10 @@ class Draws:
     hole_y: Tensor | None
     hole_x: Tensor | None
 
+    def of(self, images: slice) -> Draws:
+        """Those for some of the images."""
+        return Draws(*(None if choice is None else choice[images] for choice in vars(self).values()))
+
 
 def draw(augment: Augment, count: int, height: int, width: int, generator: torch.Generator) -> Draws:
     """Choices for ``count`` images that will be ``height`` x ``width`` in the end, on the CPU."""

@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastres.data.augment import Augment, crop_and_flip, cutout, draw, first_flips, normalise, resize, shrink
+from fastres.data.augment import (
+    Augment,
+    Draws,
+    crop_and_flip,
+    cutout,
+    draw,
+    first_flips,
+    normalise,
+    resize,
+    shrink,
+)
 from fastres.data.dataset import DataError, Split, take_images
 
 ORDER, CHOICES, FIRST_FLIPS = range(3)  # what a stream of random numbers is for
@@ -30,18 +40,24 @@ class Batches:
     The order is a function of (seed, epoch) and the augmentation of (seed, epoch, step), so a run that starts
     in the middle of an epoch sees the same batches, bit for bit, without doing the work of those before.
 
+    Several ranks may share them: each batch is cut into as many parts, whose sizes differ by one at most, and a rank
+    yields its own part, image for image what one process would have there. So together they see each image once. A rank
+    whose part of the last test batch is empty leaves it out.
+
     Args:
         split: images and labels; all of them are held on ``device``.
-        batch_size: images a batch.
+        batch_size: images a batch, of all ranks together.
         mean, std: per channel, on the scale 0..255.
         augment: see `Augment`; of test images only ``resize`` is done. None: nothing.
         train: whether these are training batches.
         dtype: of the images that are yielded.
         drop_last: leave out the last batch where it is smaller; default: when training, as batch statistics
             of a few images are poor.
+        share: which rank of how many this one is.
 
     Raises:
-        DataError: when the batch is larger than the split or the crop's padding does not fit the images.
+        DataError: when the batch is larger than the split, the crop's padding does not fit the images, or a training
+            batch has fewer images than there are ranks.
     """
 
     def __init__(
@@ -56,6 +72,7 @@ class Batches:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         drop_last: bool | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
         augment = augment or Augment(crop_pad=0)
         side = min(split.images.shape[-2:])
@@ -77,6 +94,13 @@ class Batches:
         self.augment = augment if train else Augment(crop_pad=0, resize=augment.resize)
         self.train, self.seed, self.dtype = train, seed, dtype
         self.drop_last = train if drop_last is None else drop_last
+        self.rank, self.ranks = share
+        rest = 0 if self.drop_last else len(split) % batch_size
+        if train and min(batch_size, rest or batch_size) < self.ranks:
+            raise DataError(
+                f"a batch of {min(batch_size, rest or batch_size)} images leaves some of {self.ranks} ranks without one: "
+                f"{'leave the last one out' if rest else 'make it larger'}"
+            )
         self._first_flips = None
         if self.augment.flip == "alternating":
             self._first_flips = first_flips(len(split), stream(seed, FIRST_FLIPS))
@@ -116,14 +140,22 @@ class Batches:
             order = torch.randperm(count, generator=stream(self.seed, ORDER, epoch))
         on_device = self._send(order)
         for step in range(start_step, len(self)):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            images = self._images(order[part], on_device[part], epoch, step, size_at(step))
+            first, last = step * self.batch_size, min((step + 1) * self.batch_size, count)
+            own = slice(*((last - first) * rank // self.ranks for rank in (self.rank, self.rank + 1)))
+            if own.start == own.stop:
+                continue
+            part = slice(first + own.start, first + own.stop)
+            draws = draw(self.augment, last - first, *self._size(), stream(self.seed, CHOICES, epoch, step)).of(own)
+            images = self._images(order[part], on_device[part], draws, epoch, size_at(step))
             yield images, self.split.labels[on_device[part]]
 
-    def _images(self, index: Tensor, index_on_device: Tensor, epoch: int, step: int, size: int | None) -> Tensor:
+    def _size(self) -> tuple[int, int]:
+        """Height and width of the images in the end."""
+        return (self.augment.resize,) * 2 if self.augment.resize else tuple(self.split.images.shape[-2:])
+
+    def _images(self, index: Tensor, index_on_device: Tensor, draws: Draws, epoch: int, size: int | None) -> Tensor:
         augment, images = self.augment, self.split.images
-        height, width = (augment.resize,) * 2 if augment.resize else images.shape[-2:]
-        draws = draw(augment, len(index), height, width, stream(self.seed, CHOICES, epoch, step))
+        height, width = self._size()
         mirror = draws.mirror if self._first_flips is None else self._first_flips[index] ^ bool(epoch % 2)
         if draws.top is None and mirror is None:
             images = take_images(images, index_on_device)

@@ -12,6 +12,7 @@ from fastres.models.fused import create_fused_model
 from fastres.models.registry import accepted_options, create_model
 from fastres.train import machine
 from fastres.train.config import TrainConfig
+from fastres.train.distributed import ALONE, Ranks
 from fastres.train.muon import MuonBesideSGD
 from fastres.train.optimizer import SGDW, make_optimizer
 from fastres.train.progressive import parse_progressive
@@ -50,19 +51,35 @@ def build_model(config: TrainConfig, dataset: Dataset, device: torch.device) -> 
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
-def build_batches(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[Batches, Batches]:
-    """Training and validation batches.
+def build_batches(
+    config: TrainConfig, dataset: Dataset, device: torch.device, ranks: Ranks = ALONE
+) -> tuple[Batches, Batches]:
+    """Training and validation batches, of which each rank has a part.
 
     Raises:
-        DataError: for sizes that do not fit the images.
+        DataError: for sizes that do not fit the images or the number of ranks.
     """
+    parts = ranks.count * config.accumulate
+    if config.batch_size % parts:
+        raise DataError(
+            f"--batch-size {config.batch_size} does not split over {ranks.count} ranks in --accumulate "
+            f"{config.accumulate} equal parts: make it a multiple of {parts}"
+        )
+    if config.batch_size == parts and ranks.count > 1 and not config.sync_bn:
+        raise DataError(
+            f"--batch-size {config.batch_size} leaves each of {ranks.count} ranks one image, of which BatchNorm has no "
+            "statistics: make it larger or add --sync-bn"
+        )
     size = image_size(config, dataset)
     if config.progressive:
         for smaller, _ in parse_progressive(config.progressive):
             if smaller > size:
                 raise DataError(f"--progressive {config.progressive}: {smaller} exceeds the images' {size} pixels")
     augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size)
-    common = dict(mean=dataset.mean, std=dataset.std, augment=augment, seed=config.seed, device=device)
+    common = dict(
+        mean=dataset.mean, std=dataset.std, augment=augment, seed=config.seed, device=device,
+        share=(ranks.rank, ranks.count),
+    )  # fmt: skip
     return (
         Batches(dataset.train, config.batch_size, train=True, **common),
         Batches(dataset.test, min(config.eval_batch_size, len(dataset.test)), train=False, **common),

@@ -107,6 +107,7 @@ class TrainConfig:
     channels_last: bool = option(True, "NHWC activations and weights", kind=bool)
     compile: bool = option(False, "run the network through torch.compile", kind=bool)
     cuda_graph: bool = option(False, "launch each training step as one CUDA graph", kind=bool)
+    sync_bn: bool = option(False, "BatchNorm by all ranks' images together, under torchrun", kind=bool)
     seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0, high=2**63 - 1)
     deterministic: bool = option(False, "only deterministic algorithms", kind=bool)
 

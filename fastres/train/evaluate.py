@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.data import Batches
+from fastres.train.distributed import ALONE, Ranks
 from fastres.train.machine import autocast
 
 
@@ -46,6 +47,14 @@ class Tally:
         self.correct.copy_(correct)
         self.images = images
 
+    def total(self, ranks: Ranks) -> Tally:
+        """The sums over all ranks, in one exchange; alone the tally itself."""
+        if ranks.count == 1:
+            return self
+        images = torch.full_like(self.loss, self.images)
+        loss, correct, images = ranks.total(torch.stack([self.loss, self.correct.double(), images])).unbind()
+        return Tally(loss, correct.long(), int(images))
+
     def means(self) -> tuple[float, float]:
         """(mean loss, accuracy in [0, 1]); waits for the device."""
         return self.loss.item() / self.images, self.correct.item() / self.images
@@ -79,12 +88,14 @@ def evaluate(
     dtype: torch.dtype,
     tta: bool,
     stopped: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Scores | None:
     """Scores with running statistics, in evaluation mode; the model's mode is restored.
 
     Args:
         tta: whether to score the mean over mirror images too, which takes a second forward.
         stopped: asked after each batch whether to give up; the result is then None.
+        ranks: each of them has a share of the batches.
     """
     device = next(model.parameters()).device
     plain, averaged, training = Tally.zero(device), Tally.zero(device), model.training
@@ -99,4 +110,6 @@ def evaluate(
             if stopped():
                 break
     model.train(training)
-    return None if stopped() else Scores(*plain.means(), averaged.means()[1] if tta else None)
+    if stopped():
+        return None
+    return Scores(*plain.total(ranks).means(), averaged.total(ranks).means()[1] if tta else None)

@@ -38,6 +38,9 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    def poll(self) -> None:
+        """Called after every step; where several ranks train, that is when they agree."""
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signum = number
         self._restore()

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fastres.train.average import WeightAverage
 from fastres.train.build import build_batches, build_model, build_optimizer, image_size, model_options
 from fastres.train.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from fastres.train.config import TrainConfig
+from fastres.train.distributed import ALONE, Onlooker, Ranks, rank_device
 from fastres.train.evaluate import Tally, all_finite, evaluate
 from fastres.train.optimizer import set_lr
 from fastres.train.progressive import parse_progressive, size_at
@@ -50,24 +52,35 @@ class Trainer:
         config: checked options.
         dataset: images and labels, see `fastres.data.load`.
         folder: where checkpoints and metrics go.
-        say: prints one line.
+        say: prints one line, of the first rank.
+        ranks: the processes that train together; each one has a trainer of the same options.
 
     Raises:
         FastresError: when the options do not fit the data or the machine.
     """
 
     def __init__(
-        self, config: TrainConfig, dataset: Dataset, folder: RunFolder, say: Callable[[str], None] = tqdm.write
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        folder: RunFolder | Onlooker,
+        say: Callable[[str], None] = tqdm.write,
+        ranks: Ranks = ALONE,
     ):
-        self.config, self.dataset, self.folder, self.say = config, dataset, folder, say
-        self.device = machine.pick_device(config.device)
+        self.config, self.dataset, self.folder, self.ranks = config, dataset, folder, ranks
+        self.say = say if ranks.first else lambda line: None
+        self.device = machine.pick_device(rank_device(config.device, ranks))
         self.dtype = machine.pick_dtype(config.precision, self.device)
         machine.set_deterministic(config.deterministic)
         machine.check_cuda_graph(config.cuda_graph, self.device, self.dtype)
+        if config.cuda_graph and ranks.count > 1:
+            raise FastresError("--cuda-graph cannot hold the exchange between ranks: leave it out")
+        if self.device.type == "cuda" and ranks.count > 1:
+            torch.cuda.set_device(self.device)  # NCCL and new streams are of the current device
         if config.compile:
             machine.check_compile(self.device)
 
-        self.train_batches, self.val_batches = build_batches(config, dataset, self.device)
+        self.train_batches, self.val_batches = build_batches(config, dataset, self.device, ranks)
         self.total_steps = config.steps or config.epochs * len(self.train_batches)
         self.stages = parse_progressive(config.progressive) if config.progressive else ()
         self.milestones = parse_milestones(config.milestones)
@@ -75,14 +88,17 @@ class Trainer:
         self.image_size = image_size(config, dataset)
         self.model_options = model_options(config, self.image_size)
         self.backend = machine.pick_backend(config.backend, self.device)
+        if config.sync_bn and ranks.count > 1 and self.backend == "eager" and self.device.type == "cpu":
+            raise FastresError("--sync-bn of an eager network needs GPUs: add --backend fused")
         self.model = build_model(config, dataset, self.device)
+        network = ranks.wrap(self.model, config.sync_bn)
         self.average = WeightAverage(self.model, config.ema) if config.ema is not None else None
         scaled = self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.optimizer = build_optimizer(config, self.model, scaled, self.device)
         self.tally = Tally.zero(self.device)
         self.update = Update(
-            network=torch.compile(self.model) if config.compile else self.model,
+            network=torch.compile(network) if config.compile else network,
             parameters=list(self.model.parameters()),
             optimizer=self.optimizer,
             scaler=self.scaler,
@@ -90,6 +106,7 @@ class Trainer:
             dtype=self.dtype,
             label_smoothing=config.label_smoothing,
             accumulate=config.accumulate,
+            without_exchange=partial(ranks.without_exchange, network),
             clip=config.clip,
             average=self.average,
         )
@@ -121,7 +138,7 @@ class Trainer:
             self.say(report.line(row, self.config.tta))
         if self.history:
             self.folder.write_metrics(self.history)  # a process that was killed may have saved a row only in last.pt
-        with StopRequest() as stop:
+        with self.ranks.stop_request() as stop:
             while self.step < self.total_steps or self.batch:  # a run may have been stopped before its last validation
                 if not self._epoch_is_over():
                     self._train_epoch(stop)
@@ -139,13 +156,15 @@ class Trainer:
         self.model.train()
         last = min(len(self.train_batches), self.batch + self.total_steps - self.step)
         bar = tqdm(
-            total=last, initial=self.batch, desc=f"epoch {self.epoch + 1}", unit="batch", leave=False, disable=None
-        )
+            total=last, initial=self.batch, desc=f"epoch {self.epoch + 1}", unit="batch", leave=False,
+            disable=None if self.ranks.first else True,
+        )  # fmt: skip
         start = time.perf_counter()
         with bar:
             for images, labels in self.train_batches.epoch(self.epoch, self.batch, self._size_at):
                 self.train_step(images, labels)
                 bar.update()
+                stop.poll()
                 if stop.signum is not None or self._epoch_is_over():
                     break
         self.check_finite()  # waits for the device, so that the time below is the work's
@@ -188,8 +207,9 @@ class Trainer:
     def _end_epoch(self, stop: StopRequest) -> None:
         """Validate, save and report; a stop request in the validation leaves it to the resumed run."""
         start = time.perf_counter()
+        self._share_statistics()
         scores = evaluate(
-            self.evaluated, self.val_batches, self.dtype, self.config.tta, lambda: stop.signum is not None
+            self.evaluated, self.val_batches, self.dtype, self.config.tta, lambda: stop.signum is not None, self.ranks
         )
         if scores is None:
             return
@@ -197,7 +217,8 @@ class Trainer:
         if not math.isfinite(scores.loss):
             self._raise_non_finite("validation")
         self.seconds += val_seconds
-        train_loss, train_accuracy = self.tally.means()
+        trained = self.tally.total(self.ranks)
+        train_loss, train_accuracy = trained.means()
         row = {
             "epoch": self.epoch + 1,
             "step": self.step,
@@ -207,7 +228,7 @@ class Trainer:
             "val_loss": scores.loss,
             "val_accuracy": scores.accuracy,
             "tta_accuracy": scores.tta_accuracy,
-            "images_per_second": self.tally.images / self.epoch_seconds,
+            "images_per_second": trained.images / self.epoch_seconds,
             "train_seconds_per_batch": self.epoch_seconds / self.batch,
             "val_seconds_per_batch": val_seconds / len(self.val_batches),
             "peak_memory_mib": machine.peak_memory_mib(self.device),
@@ -219,16 +240,24 @@ class Trainer:
         self.epoch += 1
         self.batch, self.epoch_seconds = 0, 0.0
         self.tally.reset()
-        if improved:
+        if improved and self.ranks.first:
             save_checkpoint(self.folder.best, {**self._identity(), "weights": self.evaluated.state_dict()})
         self.save()
         self.folder.write_metrics(self.history)
         self.folder.write_events(row)
         self.say(report.line(row, self.config.tta))
 
+    def _share_statistics(self) -> None:
+        """Make running statistics the mean over the ranks; synchronised ones are the same everywhere as they are."""
+        if not self.config.sync_bn:
+            self.ranks.average_buffers(self.model)
+            if self.average is not None:
+                self.ranks.average_buffers(self.average.module)
+
     def _stop(self, signum: int) -> None:
         if not all_finite(self.model.parameters()):  # the last step's loss did not show it yet
             self._raise_non_finite("next training")
+        self._share_statistics()
         self.save()
         self.folder.write_curves(self.history, self.dataset.label)
         raise Interrupted(
@@ -254,10 +283,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write everything that a resumed run needs to ``last.pt``, atomically."""
-        save_checkpoint(self.folder.last, {**self._identity(), **self._progress()})
+        content = {**self._identity(), **self._progress()}
+        if self.ranks.first:
+            save_checkpoint(self.folder.last, content)
 
     def _progress(self) -> dict[str, Any]:
         """What a resumed run needs beside `_identity`."""
+        tally = self.tally.total(self.ranks)
         return {
             "weights": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -267,18 +299,19 @@ class Trainer:
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "epoch_seconds": self.epoch_seconds,
-            "tally": [self.tally.loss, self.tally.correct, self.tally.images],
+            "tally": [tally.loss, tally.correct, tally.images],
             "history": self.history,
         }
 
     def resume(self) -> None:
-        """Take up the state of ``last.pt``.
+        """Take up the state of ``last.pt``, which only the first rank need see; it may be of another number of ranks.
 
         Raises:
             CheckpointError: when it is missing, damaged, or of another network.
             FastresError: when it was trained on other data.
         """
-        saved = load_checkpoint(self.folder.last, self.device)
+        at = self.device if self.ranks.count == 1 else "cpu"
+        saved = self.ranks.of_first(lambda: load_checkpoint(self.folder.last, at))
         if lacking := {*self._identity(), *self._progress()} - saved.keys():
             raise CheckpointError(
                 f"checkpoint {self.folder.last} lacks {sorted(lacking)[0]!r}, so no run can go on from it: "
@@ -300,5 +333,6 @@ class Trainer:
         self.epoch, self.step, self.batch = saved["epoch"], saved["step"], saved["batch"]
         for name in ("seconds", "train_seconds", "epoch_seconds"):
             setattr(self, name, saved[name])
-        self.tally.restore(*saved["tally"])
+        if self.ranks.first:  # the sums of all
+            self.tally.restore(*saved["tally"])
         self.history = saved["history"]

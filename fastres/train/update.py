@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ class Update:
         parameters: those whose gradient ``clip`` limits.
         tally: what each batch's loss and hits are added to, on the device.
         accumulate: parts that a batch is split into, one after the other.
+        without_exchange: context for all parts but the last, whose gradients other ranks need not have.
         clip: largest norm of the whole gradient; None: any.
         average: follows the network, if there is one.
     """
@@ -35,18 +38,19 @@ class Update:
     dtype: torch.dtype
     label_smoothing: float = 0.0
     accumulate: int = 1
+    without_exchange: Callable[[], AbstractContextManager] = nullcontext
     clip: float | None = None
     average: WeightAverage | None = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Learn from images [B, 3, H, W] and labels int64 [B]."""
         self.optimizer.zero_grad(set_to_none=True)
-        for part, part_labels in zip(images.chunk(self.accumulate), labels.chunk(self.accumulate)):
-            with autocast(images.device, self.dtype):
-                logits = self.network(part)
-            loss = F.cross_entropy(logits.float(), part_labels, label_smoothing=self.label_smoothing)
-            self.scaler.scale(loss / self.accumulate).backward()
-            self.tally.add(loss, logits, part_labels)
+        *parts, last = zip(images.chunk(self.accumulate), labels.chunk(self.accumulate))
+        if parts:
+            with self.without_exchange():
+                for part in parts:
+                    self._accumulate(*part)
+        self._accumulate(*last)
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -54,6 +58,14 @@ class Update:
         self.scaler.update()
         if self.average is not None:
             self.average.update()
+
+    def _accumulate(self, images: Tensor, labels: Tensor) -> None:
+        """Add a part's gradients, and its loss and hits to the tally."""
+        with autocast(images.device, self.dtype):
+            logits = self.network(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        self.scaler.scale(loss / self.accumulate).backward()
+        self.tally.add(loss, logits, labels)
 
 
 class GraphedUpdate:

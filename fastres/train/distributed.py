@@ -1,0 +1,198 @@
+"""Data-parallel training under ``torchrun``: which rank this process is, and all that the ranks tell one another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastres.errors import FastresError
+from fastres.train.signals import StopRequest
+
+T = TypeVar("T")
+# PyTorch's wrapper would send rank 0's running statistics before every step; its option has two names.
+_OPTIONS = signature(DistributedDataParallel).parameters
+_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+
+
+class LostRank(FastresError):
+    """Another rank of the job ended, so that this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one network together; by default this one alone.
+
+    All ranks call the methods that exchange something, in the same order.
+
+    Args:
+        rank, count: this process and how many there are.
+        local_rank: this process on its own machine.
+        restarts: how many times ``torchrun`` has restarted the job.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    restarts: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What ``make()`` returns on rank 0, the only one that calls it; a plain value or tensors on the CPU."""
+        values = [make() if self.first else None]
+        if self.count > 1:
+            dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
+        return values[0]
+
+    def local_first(self, make: Callable[[], T]) -> T:
+        """What ``make()`` returns, on each machine's first rank before the others: they find its cache filled."""
+        if self.local_rank == 0:
+            made = make()
+            self._wait()
+            return made
+        self._wait()
+        return make()
+
+    def _wait(self) -> None:
+        if self.count > 1:
+            dist.all_reduce(torch.zeros(1))
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.count > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def wrap(self, network: nn.Module, sync_bn: bool) -> nn.Module:
+        """The network with rank 0's weights, and gradients that are averaged over the ranks as backward makes them.
+
+        Args:
+            sync_bn: whether its BatchNorms become ``nn.SyncBatchNorm``, in place.
+        """
+        if self.count == 1:
+            return network
+        wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True, **{_BUFFERS: False})
+        if sync_bn:  # not before: on CPUs PyTorch's wrapper refuses it, though the fused operations have it there
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return wrapped
+
+    def without_exchange(self, network: nn.Module) -> Any:
+        """Context in which a `wrap`-ped network only accumulates gradients."""
+        return nullcontext() if self.count == 1 else network.no_sync()
+
+    @torch.no_grad()
+    def average_buffers(self, network: nn.Module) -> None:
+        """Give all ranks the mean of their running statistics."""
+        buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        if self.count > 1 and buffers:
+            mean = self.total(torch.cat([buffer.flatten() for buffer in buffers])) / self.count
+            for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+    def stop_request(self) -> StopRequest:
+        """A `StopRequest` whose ``signum`` is the same on all ranks."""
+        return StopRequest() if self.count == 1 else _JointStopRequest()
+
+
+ALONE = Ranks()
+
+
+class _JointStopRequest(StopRequest):
+    """`poll` exchanges signals without a wait: it tells what all ranks knew at the call before."""
+
+    def __init__(self):
+        super().__init__()
+        self._noted = torch.zeros(1, dtype=torch.int64)
+        self._exchange: tuple[dist.Work, Tensor] | None = None
+
+    def _note(self, number: int, _frame) -> None:
+        self._noted.fill_(number)  # torchrun repeats a terminal's Ctrl-C, so a second one is no order to break off
+
+    def poll(self) -> None:
+        """See the class."""
+        if self._exchange is not None:
+            work, signum = self._exchange
+            work.wait()
+            self.signum = int(signum) or None
+        signum = self._noted.clone()
+        self._exchange = dist.all_reduce(signum, dist.ReduceOp.MAX, async_op=True), signum
+
+
+class Onlooker:
+    """The run folder as all ranks but the first see it: they write nothing there."""
+
+    def __init__(self, path: Path):
+        self.path, self.last, self.best = path, path / "last.pt", path / "best.pt"
+
+    def _nothing(self, *_: Any) -> None:
+        pass
+
+    write_config = write_metrics = write_events = write_curves = close = _nothing
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that ``torchrun`` started, joined over gloo and on GPUs NCCL; this process alone without it.
+
+    Raises:
+        FastresError: where the ranks cannot meet.
+        LostRank: from inside the context, in place of PyTorch's error, where an exchange fails as a rank has ended.
+    """
+    count, restarts = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if count == 1:
+        yield Ranks(restarts=restarts)
+        return
+    rank = int(os.environ["RANK"])
+    ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FastresError(f"rank {rank} of {count} cannot meet the others ({reason}): start with torchrun") from error
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if not _is_of_exchange(error):
+            raise
+        raise LostRank(
+            f"rank {rank} of {count} lost contact with the others: one of them has ended. The last checkpoint is whole: "
+            "go on with `torchrun ... -m fastres.cli train --resume FOLDER`"
+        ) from error
+    dist.destroy_process_group()  # after an error it might wait for ranks that have ended
+
+
+def rank_device(device: str, ranks: Ranks) -> str:
+    """``--device`` for this rank: each one of a machine has a GPU of its own.
+
+    Raises:
+        FastresError: where one GPU is named for several ranks.
+    """
+    if ranks.count == 1 or device == "cpu":
+        return device
+    if device.startswith("cuda:"):
+        raise FastresError(f"--device {device} is one GPU for {ranks.count} ranks: write --device cuda")
+    if device == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{ranks.local_rank}" if device in ("auto", "cuda") else device
+
+
+def _is_of_exchange(error: Exception) -> bool:
+    """Whether gloo, NCCL or the store raised it: gloo's errors have no type of their own."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer"))

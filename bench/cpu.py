@@ -1,16 +1,19 @@
 """Training and inference on a CPU against every peer at its best, and against the convolutions alone: ``python -m bench.cpu``.
 
 Peers are eager PyTorch in both layouts and torch.compile, in fp32 and bf16, each with the C library's allocator as it comes
-and with `fastres.train.machine.keep_freed_memory`. All that share an allocator run in one process, in turn; peak memory is
-taken in a process of its own. The limit is the time of PyTorch's own convolutions on the network's shapes.
+and with `fastres.train.machine.keep_freed_memory`. Each runs in a process of its own, as the state of the allocator's heap
+is part of what is measured; the processes take turns. The limit is the time of PyTorch's own convolutions on the network's
+shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
-from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +42,18 @@ CPU = torch.device("cpu")
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything about one workload; seconds are medians of a call."""
-    workload, found = WORKLOADS[name], {"workload": name, "training": {}, "inference": {}, "peak_mib": {}}
-    for kept in (False, True):
-        for kind, function in (("training", _training), ("inference", _inference)):
-            print(f"{name}: {kind}, {'kept memory' if kept else 'allocator as it comes'}", flush=True)
-            found[kind] |= in_own_process(function, workload, kept, args.precisions, args.rounds, args.threads)
+    workload = WORKLOADS[name]
+    found: dict[str, Any] = {"workload": name, "peak_mib": {}}
+    for kind, peers, ours in (("training", TRAINING_PEERS, OURS), ("inference", INFERENCE_PEERS, ("folded",))):
+        print(f"{name}: {kind}", flush=True)
+        runs = [
+            (peer, precision, kept)
+            for precision in args.precisions
+            for peer in (*peers, *ours)
+            for kept in (False, True)
+            if kept or peer in peers  # ours keep memory, as `fastres train` does
+        ]
+        found[kind] = _in_turn(kind, workload, runs, args.rounds, args.threads)
     for precision in args.precisions:
         for peer in (*TRAINING_PEERS[:2], *OURS):
             memory = in_own_process(_memory, workload, peer, precision, args.threads)
@@ -54,38 +64,64 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _in_turn(
+    kind: str, workload: Workload, runs: list[tuple[str, str, bool]], rounds: int, threads: int
+) -> dict[str, dict[str, Any]]:
+    """Times of each run's calls, a process a run, one of them computing at a time."""
+    context, workers = multiprocessing.get_context("spawn"), {}
+    try:
+        for run in runs:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, kind, workload, *run, threads), daemon=True)
+            process.start()
+            theirs.close()
+            workers[run] = process, ours
+            with contextlib.suppress(RuntimeError):  # one at a time warms up; an error comes again below
+                _call(ours)
+        calls = {_label(*run): partial(_call, pipe) for run, (_, pipe) in workers.items()}
+        found = interleaved(calls, CPU, warmup=1, rounds=rounds)
+    finally:
+        for process, pipe in workers.values():
+            pipe.close()
+            process.join()
+    return {
+        label: time._asdict() if isinstance(time, Timing) else {"error": f"{type(time).__name__}: {time}"[:200]}
+        for label, time in found.items()
+    }
+
+
+def _call(pipe: Connection) -> None:
+    """Have the process at the other end make a call, and wait for it."""
+    pipe.send(True)
+    if error := pipe.recv():
+        raise RuntimeError(error)
+
+
+def _work(
+    pipe: Connection, kind: str, workload: Workload, peer: str, precision: str, kept: bool, threads: int
+) -> None:
+    """Make a call for each message, the first with a warm-up, until the pipe is closed; answer with what it raised."""
+    _prepare(kept, threads)
+    dtype, call = machine.DTYPES[precision], None
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        try:
+            if call is None:
+                call = Step(workload, peer, CPU, dtype) if kind == "training" else Inference(workload, peer, dtype)
+                call()
+            call()
+            pipe.send(None)
+        except Exception as error:  # whatever one peer raises, the others are measured
+            pipe.send(f"{type(error).__name__}: {error}")
+
+
 def _prepare(kept: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     if kept:
         machine.keep_freed_memory()
-
-
-def _training(
-    workload: Workload, kept: bool, precisions: list[str], rounds: int, threads: int
-) -> dict[str, dict[str, Any]]:
-    """Of the peers, and with kept memory ours: as that is part of `fastres train`."""
-    _prepare(kept, threads)
-    peers = (*TRAINING_PEERS, *OURS) if kept else TRAINING_PEERS
-    steps = {
-        _label(peer, precision, kept): Step(workload, peer, CPU, machine.DTYPES[precision])
-        for precision in precisions
-        for peer in peers
-    }
-    return _timed(steps, rounds)
-
-
-def _inference(
-    workload: Workload, kept: bool, precisions: list[str], rounds: int, threads: int
-) -> dict[str, dict[str, Any]]:
-    _prepare(kept, threads)
-    calls: dict[str, Callable[[], Any]] = {}
-    for precision in precisions:
-        dtype = machine.DTYPES[precision]
-        for peer in INFERENCE_PEERS:
-            calls[_label(peer, precision, kept)] = Inference(workload, peer, dtype)
-        if kept:
-            calls[_label("folded", precision, kept)] = Inference(workload, "folded", dtype)
-    return _timed(calls, rounds)
 
 
 class Inference:
@@ -119,14 +155,6 @@ class Inference:
                 return self.model(self.images)
             with inductor.patch(freezing=True):
                 return self.model(self.images)
-
-
-def _timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
-    found = interleaved(calls, CPU, warmup=2, rounds=rounds)
-    return {
-        label: time._asdict() if isinstance(time, Timing) else {"error": f"{type(time).__name__}: {time}"[:200]}
-        for label, time in found.items()
-    }
 
 
 def _memory(workload: Workload, peer: str, precision: str, threads: int) -> dict[str, float]:

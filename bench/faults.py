@@ -10,6 +10,9 @@ network on drawn images, each in a process of its own that is forked from this o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import multiprocessing
 import os
 import random
 import resource
@@ -18,8 +21,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,6 +43,8 @@ from fastres.train.run_folder import RunFolder, saved_config
 EPOCHS = 6
 NOBODY = 65534
 PATIENCE = 300  # seconds after which a process that hangs is ended, which counts as wrong
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["bench.faults"])
 OUTCOMES = ("refused", "harmless", "wrong")
 
 
@@ -62,39 +67,31 @@ def fit(folder: Path, resume: bool = True) -> None:
 
 
 class Child:
-    """A forked process that does some work; an error of the user's ends it with 2 and one line, as the command line's."""
+    """A process that does some work; an error of the user's ends it with 2 and one line, as the command line's.
+
+    It is forked from one that has only imported modules: after a backward, autograd refuses to run in a fork.
+
+    Args:
+        work: a function of a module, or a `partial` of one.
+    """
 
     def __init__(self, work: Callable[[], Any]):
-        reader, writer = os.pipe()
-        self._reader, self.process = reader, os.fork()
-        if self.process:
-            os.close(writer)
-            return
-        status = 1
-        try:
-            signal.alarm(PATIENCE)
-            os.close(reader)
-            with os.fdopen(writer, "w") as out, redirect_stdout(out), redirect_stderr(out):
-                try:
-                    work()
-                    status = 0
-                except FastresError as error:
-                    print(f"fastres: error: {error}")
-                    status = 2
-                except BaseException:
-                    traceback.print_exc()
-        finally:
-            os._exit(status)
+        self._output, there = _PROCESSES.Pipe(duplex=False)
+        self.process = _PROCESSES.Process(target=_do, args=(work, there))
+        self.process.start()
+        there.close()
 
     def kill(self) -> None:
         """SIGKILL."""
-        os.kill(self.process, signal.SIGKILL)
+        self.process.kill()
 
-    def end(self) -> tuple[int, str]:
+    def end(self) -> tuple[int | None, str]:
         """Its exit status, negative for the signal that ended it, and what it printed."""
-        with os.fdopen(self._reader, errors="replace") as output:
-            text = output.read()
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]), text
+        text = ""
+        with contextlib.suppress(EOFError):
+            text = self._output.recv()
+        self.process.join()
+        return self.process.exitcode, text
 
     def outcome(self, *words: str) -> str:
         """``harmless`` where it ended well, ``refused`` where it complained in one line that has the words."""
@@ -104,6 +101,23 @@ class Child:
         if status == 2 and text.count("\n") == 1 and all(word in text for word in words):
             return "refused"
         return f"wrong: status {status}: {text.strip()[-400:]}"
+
+
+def _do(work: Callable[[], Any], output: Connection) -> None:
+    signal.alarm(PATIENCE)
+    torch.set_num_threads(1)
+    status, text = 1, io.StringIO()  # not a file: its size may be limited
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            work()
+            status = 0
+        except FastresError as error:
+            print(f"fastres: error: {error}")
+            status = 2
+        except Exception:
+            traceback.print_exc()
+    output.send(text.getvalue())
+    os._exit(status)
 
 
 def table_row(fault: str, outcomes: list[str]) -> dict[str, Any]:
@@ -118,12 +132,14 @@ def kills(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
     """Kill runs at random moments and resume them until so many kills hit; each must end as one that was left alone."""
     draw = random.Random(seed)
     outcomes: list[str] = []
+    Child(os.getpid).end()  # the first one waits for imports
     begin = time.monotonic()
-    Child(lambda: fit(folder / "whole")).end()
+    Child(partial(fit, folder / "whole")).end()
     seconds = time.monotonic() - begin
     whole = load_checkpoint(folder / "whole" / "last.pt")
     while len(outcomes) < times:
-        run, status, text = folder / f"killed-{len(outcomes)}", -signal.SIGKILL, ""
+        run, text = folder / f"killed-{len(outcomes)}", ""
+        status: int | None = -signal.SIGKILL
         while status == -signal.SIGKILL:
             child = Child(partial(fit, run))
             if len(outcomes) < times:
@@ -168,9 +184,9 @@ def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def stopped_run(folder: Path) -> Path:
     """The folder of a run that was killed behind its first epoch."""
-    child = Child(lambda: fit(folder))
+    child = Child(partial(fit, folder))
     while not (folder / "metrics.jsonl").exists():
-        if os.waitid(os.P_PID, child.process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if not child.process.is_alive():
             raise RuntimeError(f"a run ended before its first epoch: {child.end()}")
         time.sleep(0.005)
     child.kill()
@@ -178,42 +194,40 @@ def stopped_run(folder: Path) -> Path:
     return folder
 
 
+def limited(run: Path, limit: int) -> None:
+    """`fit` where no file may grow beyond a limit in bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    fit(run)
+
+
 def full_disk(folder: Path, steps: int = 8) -> dict[str, Any]:
     """Resume a run whose files may not grow beyond a limit, from nothing to all that it needs."""
     run, outcomes = stopped_run(folder / "full"), []
     before = (run / "last.pt").read_bytes()
     for limit in [0, 100, *(int(1.2 * len(before) * step / steps) for step in range(1, steps + 1))]:
-
-        def limited(limit: int = limit) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            fit(run)
-
         (run / "last.pt").write_bytes(before)
-        outcomes += [Child(limited).outcome("cannot write", str(run)), whole_files(run)]
+        outcomes += [Child(partial(limited, run, limit)).outcome("cannot write", str(run)), whole_files(run)]
     return table_row("full disk", outcomes)
+
+
+def without_rights(run: Path) -> None:
+    """`fit` as a user who may not write what is not theirs."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    fit(run)
 
 
 def read_only(folder: Path) -> dict[str, Any]:
     """Start, resume and go on with a run in a folder that cannot be written."""
-
-    def without_rights(work: Callable[[], Any]) -> None:
-        if os.getuid() == 0:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-        work()
-
     run, locked = stopped_run(folder / "read-only"), folder / "locked"
     locked.mkdir()
     outcomes = []
     for path, mode in ((locked, 0o555), (run, 0o555), (run, 0o000)):
         path.chmod(mode)
         target = locked / "run" if path is locked else run
-        outcomes.append(
-            Child(partial(without_rights, partial(fit, target))).outcome(
-                "cannot write", str(path)
-            )
-        )
+        outcomes.append(Child(partial(without_rights, target)).outcome("cannot write", str(path)))
         path.chmod(0o755)
     return table_row("read-only folder", [*outcomes, whole_files(run)])
 
@@ -230,21 +244,24 @@ def two_runs(folder: Path, times: int = 5) -> dict[str, Any]:
     return table_row("two runs in one folder", outcomes)
 
 
+def jumping(run: Path, seed: int) -> None:
+    """`fit` with a wall clock that tells another year at each look."""
+    draw = random.Random(seed)
+    with mock.patch("time.time", lambda: draw.uniform(0, 4e9)):
+        fit(run)
+
+
 def clock_jumps(folder: Path, stamps: Sequence[int] = (0, 4102444800), seed: int = 0) -> dict[str, Any]:
     """Runs whose wall clock jumps by years at each look, of files from 1970 and 2100; they must end as any other."""
-    draw, outcomes = random.Random(seed), []
-    Child(lambda: fit(folder / "steady")).end()
+    outcomes = []
+    Child(partial(fit, folder / "steady")).end()
     steady = load_checkpoint(folder / "steady" / "last.pt")
     for stamp in stamps:
         run = stopped_run(folder / f"jumps-{stamp}")
         for file in run.iterdir():
             os.utime(file, (stamp, stamp))
 
-        def jumping(run: Path = run) -> None:
-            with mock.patch("time.time", lambda: draw.uniform(0, 4e9)):
-                fit(run)
-
-        outcomes.append(Child(jumping).outcome(str(run)))
+        outcomes.append(Child(partial(jumping, run, seed)).outcome(str(run)))
         history = load_checkpoint(run / "last.pt")["history"]
         if not all(row["seconds"] > 0 and row["images_per_second"] > 0 for row in history):
             outcomes.append("wrong: a time in the metrics is not positive")
@@ -269,7 +286,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # a forked process has no other threads
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)

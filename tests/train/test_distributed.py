@@ -1,0 +1,147 @@
+"""Training with several ranks: the same as with one, whole after a death, and none of it lost in between."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import support_ranks
+import torch
+import torch.multiprocessing as mp
+from support_train import tiny_config, tiny_dataset, tiny_split, tiny_trainer
+
+from fastres.data import Augment, Batches, DataError
+from fastres.errors import FastresError
+from fastres.train import Trainer
+from fastres.train.distributed import Onlooker, Ranks, rank_device
+
+OPTIONS = dict(model="resnet8", backend="fused", sync_bn=True, crop_pad=1, flip="random", accumulate=2, ema=0.5)
+
+
+def batches(rank: int, ranks: int, train: bool = True, **options) -> Batches:
+    return Batches(
+        tiny_split(50 if train else 47, 0), 9, (110.0,) * 3, (60.0,) * 3, Augment(2, "random", cutout=4), train, seed=3,
+        share=(rank, ranks), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_parts_of_all_ranks_are_the_batches(train, ranks):
+    """Image for image and augmentation for augmentation, the uneven last batch of two or five images too."""
+    whole = list(batches(0, 1, train, drop_last=False).epoch(1))
+    parts = [list(batches(rank, ranks, train, drop_last=False).epoch(1)) for rank in range(ranks)]
+    assert [len(labels) for _, labels in whole] == [9] * 5 + [5 if train else 2]
+    for step, (images, labels) in enumerate(whole):
+        at_step = [part[step] for part in parts if step < len(part)]
+        sizes = [len(own) for _, own in at_step] + [0] * (ranks - len(at_step))
+        assert max(sizes) - min(sizes) <= 1
+        assert torch.equal(torch.cat([own for own, _ in at_step]), images)
+        assert torch.equal(torch.cat([own for _, own in at_step]), labels)
+
+
+def spawn(ranks: int, folder, stop_at=None, **changes) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(support_ranks.train, (ranks, port, folder, stop_at, {**OPTIONS, **changes}), nprocs=ranks)
+
+
+def last(folder) -> dict:
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def assert_same_run(folder, other, tolerance: float) -> None:
+    for name, value in last(other)["weights"].items():
+        torch.testing.assert_close(last(folder)["weights"][name], value, rtol=tolerance, atol=tolerance, msg=name)
+    ours, theirs = ([json.loads(line) for line in open(f / "metrics.jsonl")] for f in (folder, other))
+    for row, expected in zip(ours, theirs, strict=True):
+        for name in ("step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "tta_accuracy"):
+            assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
+
+
+def test_ranks_train_what_one_process_trains(tmp_path):
+    """Stopped in mid-epoch with two ranks and resumed with four: losses, accuracies, weights, running statistics."""
+    one = tiny_trainer(tmp_path / "one", lr=0.01, tta=True, **OPTIONS)
+    one.fit()
+    spawn(2, tmp_path / "many", stop_at=3, lr=0.01, tta=True)
+    assert last(tmp_path / "many")["tally"][2] == 3 * 16
+    spawn(4, tmp_path / "many", lr=0.01, tta=True)
+    assert_same_run(tmp_path / "many", tmp_path / "one", 2e-3)
+    assert (tmp_path / "many" / "best.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, count, message",
+    [
+        ({"batch_size": 16}, 3, "multiple of 3"),
+        ({"batch_size": 16, "accumulate": 4}, 8, "multiple of 32"),
+        ({"batch_size": 4}, 4, "one image"),
+        ({"sync_bn": True, "backend": "eager"}, 2, "--backend fused"),
+    ],
+)
+def test_options_that_ranks_cannot_have(tmp_path, changes, count, message):
+    with pytest.raises(FastresError, match=message):
+        Trainer(tiny_config(**changes), tiny_dataset(), Onlooker(tmp_path), ranks=Ranks(1, count, 1))
+
+
+def test_more_ranks_than_images():
+    with pytest.raises(DataError, match="2 images leaves some of 3 ranks without one"):
+        Batches(tiny_split(11, 0), 9, (0.0,) * 3, (1.0,) * 3, drop_last=False, share=(0, 3))
+
+
+def test_devices_of_ranks(monkeypatch):
+    ranks = Ranks(3, 4, 1)
+    assert rank_device("cuda", ranks) == "cuda:1" and rank_device("cpu", ranks) == "cpu"
+    assert rank_device("cuda:2", Ranks()) == "cuda:2"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert rank_device("auto", ranks) == "cpu"
+    with pytest.raises(FastresError, match="one GPU for 4 ranks"):
+        rank_device("cuda:2", ranks)
+
+
+def test_a_killed_rank_and_elastic_restart(tmp_path):
+    """The survivor says what happened, the job goes on from the last checkpoint, and SIGTERM then stops all ranks."""
+    folder, output = tmp_path / "run", tmp_path / "output"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--master-port", "0", "-m", "fastres.cli", "train", "--out", str(folder), "--data", "synthetic"]
+    command += "--device cpu --limit-train 96 --limit-test 31 --image-size 16 --batch-size 12 --epochs 9999".split()
+    command += "--model resnet8 --precision fp32 --no-tta".split()
+    with open(output, "w") as file:
+        job = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        wait_until(lambda: (folder / "metrics.jsonl").exists() and epochs(folder) >= 2, job)
+        os.kill(worker_of(job.pid), signal.SIGKILL)
+        wait_until(lambda: output.read_text().count("2 ranks |") == 2, job)
+        begun = epochs(folder)
+        wait_until(lambda: epochs(folder) > begun, job)
+        job.send_signal(signal.SIGTERM)
+        job.wait(120)
+    finally:
+        job.kill()
+    text = output.read_text()
+    assert "rank 0 of 2 lost contact with the others" in text or "rank 1 of 2 lost contact with the others" in text
+    assert [row["epoch"] for row in map(json.loads, open(folder / "metrics.jsonl"))] == list(range(1, epochs(folder) + 1))
+    assert re.search(r"stopped by SIGTERM after step (\d+)", text)
+    assert int(re.search(r"stopped by SIGTERM after step (\d+)", text)[1]) == last(folder)["step"]
+
+
+def epochs(folder) -> int:
+    return len(open(folder / "metrics.jsonl").readlines())
+
+
+def worker_of(pid: int) -> int:
+    """The last process that ``pid`` started."""
+    return int(open(f"/proc/{pid}/task/{pid}/children").read().split()[-1])
+
+
+def wait_until(condition, job, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)

@@ -40,9 +40,9 @@ class Batches:
     The order is a function of (seed, epoch) and the augmentation of (seed, epoch, step), so a run that starts
     in the middle of an epoch sees the same batches, bit for bit, without doing the work of those before.
 
-    Several ranks may share them: each batch is cut into as many parts, whose sizes differ by one at most, and a rank
-    yields its own part, image for image what one process would have there. So together they see each image once. A rank
-    whose part of the last test batch is empty leaves it out.
+    Several ranks may share them: of each batch that one process would have, a rank yields every ``ranks``-th image, the
+    same to the bit, so together they see each image once, their numbers of images differ by one at most, and micro-batches
+    are of the same images too. A rank whose part of the last test batch is empty leaves it out.
 
     Args:
         split: images and labels; all of them are held on ``device``.
@@ -141,11 +141,11 @@ class Batches:
         on_device = self._send(order)
         for step in range(start_step, len(self)):
             first, last = step * self.batch_size, min((step + 1) * self.batch_size, count)
-            own = slice(*((last - first) * rank // self.ranks for rank in (self.rank, self.rank + 1)))
-            if own.start == own.stop:
+            part = slice(first + self.rank, last, self.ranks)
+            if part.start >= last:
                 continue
-            part = slice(first + own.start, first + own.stop)
-            draws = draw(self.augment, last - first, *self._size(), stream(self.seed, CHOICES, epoch, step)).of(own)
+            draws = draw(self.augment, last - first, *self._size(), stream(self.seed, CHOICES, epoch, step))
+            draws = draws.of(slice(self.rank, None, self.ranks))
             images = self._images(order[part], on_device[part], draws, epoch, size_at(step))
             yield images, self.split.labels[on_device[part]]
 

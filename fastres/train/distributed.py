@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastres.errors import FastresError
@@ -159,7 +160,13 @@ def joined() -> Iterator[Ranks]:
     rank = int(os.environ["RANK"])
     ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        store, *_ = next(rendezvous("env://"))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore(f"start {restarts}", store),  # torchrun's may still hold dead ranks' addresses
+            rank=rank,
+            world_size=count,
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FastresError(f"rank {rank} of {count} cannot meet the others ({reason}): start with torchrun") from error

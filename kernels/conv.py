@@ -188,7 +188,7 @@ def conv_bias_act(
 def bn_add_relu_conv(
     y: Tensor,
     coef: Tensor,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     shortcut_coef: Tensor | None,
     w: Tensor,
     moments: bool = True,

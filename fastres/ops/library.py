@@ -51,7 +51,7 @@ class LibraryConvolutions:
         self,
         y: Tensor,
         coef: Tensor,
-        shortcut: Tensor,
+        shortcut: Tensor | None,
         shortcut_coef: Tensor | None,
         w: Tensor,
         moments: bool = True,

@@ -174,6 +174,16 @@ def both_chains(shortcut: str, **options):
     return fused, eager_chain
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_a_chain_whose_first_block_has_no_shortcut(dtype):
+    """fp64 goes to ATen whatever is chosen, so this is what the other implementations see of it."""
+    blocks = [random_layer(8, 8, 1), random_layer(8, 8, 3)], [random_layer(8, 6, 1), random_layer(6, 8, 1)]
+    x = image(3, 5, 4, 8).to(dtype).double()
+    exact = eager_chain(x, blocks, None)
+    ours = residual_chain(cast(x, dtype), [cast(layers, dtype) for layers in blocks], None)[0]
+    assert relative_error(ours, exact) < {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+
+
 @pytest.mark.parametrize("keep", ["all", "fewer"])
 @pytest.mark.parametrize("kind", ["bottleneck", "basic"])
 @pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor", "none"])

@@ -74,7 +74,7 @@ class PartedConvolutions(LibraryConvolutions):
         self,
         y: Tensor,
         coef: Tensor,
-        shortcut: Tensor,
+        shortcut: Tensor | None,
         shortcut_coef: Tensor | None,
         w: Tensor,
         moments: bool = True,
@@ -83,7 +83,9 @@ class PartedConvolutions(LibraryConvolutions):
         out, pad = torch.empty_like(y), (0, 0, 0, 0)
         output = _Output(out, w, 1, pad, moments)
         for images in output.parts:
-            a = passes.store_bn_add_relu(y[images], coef, shortcut[images], shortcut_coef, True, out[images])
+            a = passes.store_bn_add_relu(
+                y[images], coef, _at(shortcut, images), shortcut_coef, True, out[images]
+            )
             output.take(images, products.forward(a, w, 1, pad, output.at(images)))
         return out, *output.result()
 

@@ -9,6 +9,11 @@ def output_hw(hw: tuple[int, int], kernel: tuple[int, int], stride: int, pad: Pa
     return (hw[0] + top + bottom - kernel[0]) // stride + 1, (hw[1] + left + right - kernel[1]) // stride + 1
 
 
+def is_pointwise(kernel: tuple[int, int], pad: Pad) -> bool:
+    """Whether a convolution reads single pixels, each of its input where it has no stride."""
+    return kernel == (1, 1) and not any(pad)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.kernels.types import Moments
-from fastres.ops.library import LibraryConvolutions
+from fastres.ops.library import LibraryConvolutions, add_shortcut, nchw, nhwc
 
 MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
 # ATen's channels-last loops sum in fp32, pixel after pixel. On a CPU tiles keep those sums short and so accurate, and the
@@ -91,7 +91,7 @@ def bn_add_relu(
     if shortcut is not None:
         if shortcut_coef is not None:
             shortcut = _affine(shortcut, shortcut_coef[SCALE], shortcut_coef[SHIFT])
-        out[..., : shortcut.shape[3]] += shortcut[:, ::shortcut_stride, ::shortcut_stride]
+        add_shortcut(out, shortcut, shortcut_stride)
     return out.relu_() if relu else out
 
 
@@ -151,12 +151,12 @@ def bn_relu_max_pool(
     height, width = y.shape[1:3]
     top, left, bottom, right = pad
     a = F.pad(bn_add_relu(y, coef), (0, 0, left, right, top, bottom), value=-float("inf"))
-    out, flat = F.max_pool2d(_nchw(a), kernel, stride, return_indices=True)
+    out, flat = F.max_pool2d(nchw(a), kernel, stride, return_indices=True)
     padded_width = left + width + right
     rows = torch.arange(out.shape[2], device=y.device)[:, None] * stride
     columns = torch.arange(out.shape[3], device=y.device) * stride
     tap = (flat // padded_width - rows) * kernel + flat % padded_width - columns
-    return _nhwc(out), _nhwc(tap.to(torch.uint8))
+    return nhwc(out), nhwc(tap.to(torch.uint8))
 
 
 def bn_relu_max_pool_backward(
@@ -199,15 +199,7 @@ def global_avg_pool_backward(dout: Tensor, hw: tuple[int, int]) -> Tensor:
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-    return _nhwc(_aten.native_batch_norm(_nchw(x), scale, shift, zeros, ones, False, 0.0, 0.0)[0])
-
-
-def _nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
+    return nhwc(_aten.native_batch_norm(nchw(x), scale, shift, zeros, ones, False, 0.0, 0.0)[0])
 
 
 def _tiles(y: Tensor) -> tuple[tuple[Tensor, ...], int]:

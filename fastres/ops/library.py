@@ -104,7 +104,7 @@ class LibraryConvolutions:
         if dx is None:
             return None, None, dw
         if residual is not None:
-            dx[:, ::residual_stride, ::residual_stride] += residual[..., : dx.shape[3]]
+            add_residual(dx, residual, residual_stride)
         below = end if coef is None else (x, coef)
         if below is None:
             return dx, None, dw
@@ -154,23 +154,25 @@ class LibraryConvolutions:
 
 
 def convolve(x: Tensor, w: Tensor, bias: Tensor | None, stride: int, pad: Pad) -> Tensor:
+    """PyTorch's convolution of NHWC x, NHWC."""
     x, padding = padded(x, pad)
-    return _nhwc(F.conv2d(_nchw(x), _nchw(w), bias, stride, padding))
+    return nhwc(F.conv2d(nchw(x), nchw(w), bias, stride, padding))
 
 
 def convolve_backward(
     dy: Tensor, a: Tensor, w: Tensor, stride: int, pad: Pad, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Its gradients at the input a and, in fp32 or fp64, of w; None where not needed."""
     height, width = a.shape[1:3]
     a, padding = padded(a, pad)
     dx, dw, _ = _aten.convolution_backward(
-        _nchw(dy), _nchw(a), _nchw(w), None, [stride] * 2, padding, [1, 1], False, [0, 0], 1, [need_dx, need_dw, False]
+        nchw(dy), nchw(a), nchw(w), None, [stride] * 2, padding, [1, 1], False, [0, 0], 1, [need_dx, need_dw, False]
     )
     if dx is not None:
         top, left = (pad[0], pad[1]) if a.shape[1:3] != (height, width) else (0, 0)
-        dx = _nhwc(dx[:, :, top : top + height, left : left + width])
+        dx = nhwc(dx[:, :, top : top + height, left : left + width])
     if dw is not None:
-        dw = _nhwc(dw if dw.dtype == torch.float64 else dw.float())
+        dw = nhwc(dw if dw.dtype == torch.float64 else dw.float())
     return dx, dw
 
 
@@ -182,9 +184,21 @@ def padded(x: Tensor, pad: Pad) -> tuple[Tensor, list[int]]:
     return F.pad(x, (0, 0, left, right, top, bottom)), [0, 0]
 
 
-def _nchw(x: Tensor) -> Tensor:
+def add_shortcut(out: Tensor, shortcut: Tensor, stride: int) -> None:
+    """In place: add every ``stride``-th pixel of the shortcut to as many of the first channels as it has."""
+    out[..., : shortcut.shape[3]] += shortcut[:, ::stride, ::stride]
+
+
+def add_residual(dx: Tensor, residual: Tensor, stride: int) -> None:
+    """In place, the gradient of `add_shortcut`: add the residual's first channels to every ``stride``-th pixel."""
+    dx[:, ::stride, ::stride] += residual[..., : dx.shape[3]]
+
+
+def nchw(x: Tensor) -> Tensor:
+    """NHWC as PyTorch's functions take it, in channels-last memory."""
     return x.permute(0, 3, 1, 2)
 
 
-def _nhwc(x: Tensor) -> Tensor:
+def nhwc(x: Tensor) -> Tensor:
+    """NCHW as NHWC; a view of channels-last memory."""
     return x.permute(0, 2, 3, 1).contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastres.kernels.geometry import Pad
+from fastres.kernels.geometry import Pad, is_pointwise
 from fastres.ops.select import Primitives
 
 
@@ -25,7 +25,7 @@ def projection_backward(
 
     A strided 1x1 convolution reads every stride-th pixel: dx [N, OH, OW, C] is of those, as the others' is zero.
     """
-    pointwise = w.shape[1:3] == (1, 1) and not any(pad)
+    pointwise = is_pointwise(w.shape[1:3], pad)
     step = stride if pointwise else 1
     if step == 1 and coef is None:
         dx, _, dw = p.conv_backward(dz, y, abc, x, None, w, stride, pad, None, need_dx, need_dw)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastres.kernels.geometry import is_pointwise
 from fastres.ops.aten import statistics_dtype
 from fastres.ops.coefficients import backward_coefficients, coefficients, rows
 from fastres.ops.layers import (
@@ -443,4 +444,4 @@ def _(
 
 def _joins(w: Tensor, stride: int, pad: tuple[int, ...]) -> bool:
     """Whether the convolution can end the block before as it reads it."""
-    return w.shape[1:3] == (1, 1) and stride == 1 and not any(pad) and w.shape[0] <= JOINED_CHANNELS
+    return stride == 1 and is_pointwise(w.shape[1:3], pad) and w.shape[0] <= JOINED_CHANNELS

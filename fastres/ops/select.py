@@ -78,9 +78,10 @@ def _on_cpu(x: Tensor, required: bool = False) -> str:
     """``"cpp"`` where it takes tensors like x and could be compiled, else ``"aten"``."""
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES:
         return "aten"
-    if required and (reason := cpu.unavailable()):
+    reason = cpu.unavailable()
+    if reason and required:
         raise RuntimeError(f"implementation 'cpp' needs its passes compiled: {reason}")
-    return "aten" if cpu.unavailable() else "cpp"
+    return "aten" if reason else "cpp"
 
 
 class Primitives:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
 from fastres.ops.cpu import passes, products
-from fastres.ops.library import LibraryConvolutions, padded
+from fastres.ops.library import LibraryConvolutions, add_residual, nchw, nhwc, padded
 
 # What one part's tensors may take of the last-level cache, and the weights' share of them up to which parts pay: each
 # part reads and reorders the weights again.
@@ -63,12 +63,12 @@ class PartedConvolutions(LibraryConvolutions):
         act = "relu" if relu else None
         geometry = bias.to(x.dtype), padding, [stride] * 2, [1, 1], 1
         if residual is None:
-            y = _mkldnn._convolution_pointwise(_nchw(x), _nchw(w), *geometry, act or "none", [], "")
+            y = _mkldnn._convolution_pointwise(nchw(x), nchw(w), *geometry, act or "none", [], "")
         else:
             y = _mkldnn._convolution_pointwise.binary(
-                _nchw(x), _nchw(residual), _nchw(w), *geometry, "add", 1.0, act, [], ""
+                nchw(x), nchw(residual), nchw(w), *geometry, "add", 1.0, act, [], ""
             )
-        return y.permute(0, 2, 3, 1).contiguous()
+        return nhwc(y)
 
     def bn_add_relu_conv(
         self,
@@ -121,7 +121,7 @@ class PartedConvolutions(LibraryConvolutions):
                 dx = to = dx_part
             added = _at(residual, images)
             if added is not None and (residual_stride > 1 or added.shape[3] != dx_part.shape[3]):
-                dx_part[:, ::residual_stride, ::residual_stride] += added[..., : dx_part.shape[3]]
+                add_residual(dx_part, added, residual_stride)
                 added = None
             if below is not None:
                 sums.append(passes.new_sums(dx_part))
@@ -177,7 +177,3 @@ def _parts(x: Tensor, y: Tensor, w: Tensor) -> list[slice]:
     if WEIGHTS_SHARE * w.numel() * w.element_size() > PART_BYTES:
         size = images
     return [slice(first, min(images, first + size)) for first in range(0, images, size)]
-
-
-def _nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)

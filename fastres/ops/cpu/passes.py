@@ -13,6 +13,7 @@ from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
 from fastres.ops import aten
 from fastres.ops.cpu.build import library
+from fastres.ops.library import add_shortcut
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # Rows that a block reads twice fit a core's second-level cache, and are few enough that fp32 sums stay accurate.
@@ -65,7 +66,7 @@ def bn_add_relu(
     """``relu(y*scale + shift + shortcut)``, see `fastres.ops.aten.bn_add_relu`."""
     if shortcut is not None and (shortcut_stride > 1 or shortcut.shape[3] != y.shape[3]):
         out = bn_add_relu(y, coef, relu=False)
-        out[..., : shortcut.shape[3]] += shortcut[:, ::shortcut_stride, ::shortcut_stride]
+        add_shortcut(out, shortcut, shortcut_stride)
         return out.relu_() if relu else out
     return store_bn_add_relu(y, coef, shortcut, shortcut_coef, relu, torch.empty_like(y))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres.kernels.geometry import Pad
+from fastres.kernels.geometry import Pad, is_pointwise
 from fastres.ops.cpu import passes
 from fastres.ops.library import convolve, convolve_backward
 
@@ -69,7 +69,7 @@ def _product_data_grad(dy: Tensor, w: Tensor, stride: int, dx: Tensor) -> None:
 
 
 def _is_product(w: Tensor, pad: Pad) -> bool:
-    return w.dtype == torch.bfloat16 and w.shape[1:3] == (1, 1) and not any(pad)
+    return w.dtype == torch.bfloat16 and is_pointwise(w.shape[1:3], pad)
 
 
 def _is_gathered(w: Tensor, stride: int) -> bool:

@@ -9,13 +9,12 @@ seeds.
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from bench.record import write_results
-from bench.sweeping import make_parser, train_variants
+from bench.sweeping import differences, make_parser, train_variants
 from bench.tables import markdown
-from fastres.train.sweep import Outcome, standard_error, summarise
+from fastres.train.sweep import Outcome, summarise
 
 # Each changes one choice: the first ones take a lever away, those after "with" add one that the preset is without.
 LEVERS: dict[str, dict[str, Any]] = {
@@ -49,19 +48,6 @@ def variants_of(base: dict[str, Any], wanted: list[str] | None) -> dict[str, dic
     if unknown := sorted(set(wanted) - changing.keys()):
         raise SystemExit(f"no lever {unknown[0]!r}: choose from {', '.join(changing)}")
     return {name: changing[name] for name in ("preset", *wanted)}
-
-
-def differences(outcomes: list[Outcome], measure: str) -> dict[str, tuple[float, float | None]]:
-    """Mean difference of each variant to the preset and its standard error, over the seeds that both have."""
-    rows = {(o.variant, o.seed): o.row[measure] for o in outcomes if o.row is not None}
-    result = {}
-    for variant in dict.fromkeys(o.variant for o in outcomes):
-        pairs = [
-            value - rows["preset", seed] for (v, seed), value in rows.items() if v == variant and ("preset", seed) in rows
-        ]
-        if pairs:
-            result[variant] = (statistics.mean(pairs), standard_error(pairs))
-    return result
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.depth import in_own_process
+from bench.layer_calls import bare_backward
 from bench.record import RESULTS, write_results
 from bench.tables import markdown
 from fastres.measure import Timing, Workload, interleaved
@@ -189,8 +190,7 @@ def _convolution(
     x, w = (torch.randn(s, dtype=dtype).to(memory_format=torch.channels_last) for s in (shape, weight_shape))
     forward = partial(torch.nn.functional.conv2d, x, w, None, stride, padding)
     dy = torch.randn_like(forward())
-    geometry = list(stride), list(padding), [1, 1], False, [0, 0], 1
-    backward = partial(torch.ops.aten.convolution_backward, dy, x, w, None, *geometry, [need_dx, True, False])
+    backward = partial(bare_backward, dy, x, w, stride, padding, need_dx)
     found = interleaved({"forward": forward, "backward": backward}, CPU, warmup=2, rounds=5)
     return found["forward"].median, found["backward"].median
 
@@ -220,10 +220,15 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
             **{name: {"name": label, "ratio": mine[best] / rates[label]} for name, label in peers.items()},
             "of_the_convolutions": mine[best] / (batch / limits[kind]),
         }
-    peak = one["peak_mib"]
-    lowest = min(value for label, value in peak.items() if not label.startswith(OURS))
-    found["peak_memory_ratio"] = {label: peak[label] / lowest for label in peak if label.startswith(OURS)}
+    ratios = _memory_ratios(one["peak_mib"])
+    found["peak_memory_ratio"] = {label: ratio for label, ratio in ratios.items() if label.startswith(OURS)}
     return found
+
+
+def _memory_ratios(peak: dict[str, float]) -> dict[str, float]:
+    """Each peak in units of the peers' lowest."""
+    lowest = min(value for label, value in peak.items() if not label.startswith(OURS))
+    return {label: value / lowest for label, value in peak.items()}
 
 
 COLUMNS = ("", "images/s", "of the best peer", "of it with kept memory", "of the convolutions alone")
@@ -239,11 +244,10 @@ def table(found: list[dict[str, Any]]) -> str:
             ratios = [f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})" for p in ("peer", "peer with kept memory")]
             name = f"{one['workload']}, {kind}: {f['best'].rpartition(', ')[0]}"
             rows.append([name, f"{f['images_per_second']:.1f}", *ratios, f"{f['of_the_convolutions']:.2f}"])
-    least = [min(v for k, v in one["peak_mib"].items() if not k.startswith(OURS)) for one in found]
     memory = [
-        [f"{one['workload']}: {label}", f"{value:.0f}", f"{value / peers:.2f}"]
-        for one, peers in zip(found, least)
-        for label, value in one["peak_mib"].items()
+        [f"{one['workload']}: {label}", f"{one['peak_mib'][label]:.0f}", f"{ratio:.2f}"]
+        for one in found
+        for label, ratio in _memory_ratios(one["peak_mib"]).items()
     ]
     return f"{markdown(COLUMNS, rows)}\n\n{markdown(('', 'MiB that a step adds', 'of the best peer'), memory)}"
 

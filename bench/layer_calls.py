@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,7 +68,7 @@ def bottleneck_calls(
         nchw = [t.permute(0, 3, 1, 2) for t in (x, w, dz)]
         bare = partial(F.conv2d, nchw[0], nchw[1], None, 1, kernel // 2)
         yield _call(f"conv {name}", device, "conv", (x, w, 1, pad, below), flops, bare)
-        bare = partial(_bare_backward, nchw[2], nchw[0], nchw[1], kernel // 2)
+        bare = partial(bare_backward, nchw[2], nchw[0], nchw[1], (1, 1), (kernel // 2,) * 2)
         arguments = (dz, y, abc, x, below, w, 1, pad, residual)
         yield _call(f"conv_backward {name}", device, "conv_backward", arguments, 2 * flops, bare)
     y, shortcut, dout = (tensor(batch, size, size, wide) for _ in range(3))
@@ -98,8 +98,11 @@ def _call(
     return Call(name, candidates, flops, moved)
 
 
-def _bare_backward(dy: Tensor, x: Tensor, w: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+def bare_backward(
+    dy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], need_dx: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """The library's gradients of a convolution, NCHW: at x, if needed, and of w."""
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, x, w, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, True, False]
+        dy, x, w, None, list(stride), list(padding), [1, 1], False, [0, 0], 1, [need_dx, True, False]
     )
     return dx, dw

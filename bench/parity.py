@@ -13,9 +13,9 @@ import statistics
 from typing import Any
 
 from bench.record import write_results
-from bench.sweeping import make_parser, train_variants
+from bench.sweeping import differences, make_parser, train_variants
 from bench.tables import markdown
-from fastres.train.sweep import Outcome, standard_error
+from fastres.train.sweep import Outcome
 
 BACKENDS = {"eager": {"backend": "eager"}, "fused": {"backend": "fused"}}
 
@@ -23,12 +23,11 @@ BACKENDS = {"eager": {"backend": "eager"}, "fused": {"backend": "fused"}}
 def difference(outcomes: list[Outcome]) -> dict[str, float | None]:
     """Fused less eager: mean over the seeds that both have, standard error over pairs, and standard deviation of the
     eager runs' accuracy."""
-    rows = {(o.variant, o.seed): o.row["val_accuracy"] for o in outcomes if o.row is not None}
-    pairs = [value - rows["eager", s] for (v, s), value in rows.items() if v == "fused" and ("eager", s) in rows]
-    eager = [value for (v, _), value in rows.items() if v == "eager"]
+    mean, error = differences(outcomes, "val_accuracy", "eager").get("fused", (None, None))
+    eager = [o.row["val_accuracy"] for o in outcomes if o.variant == "eager" and o.row is not None]
     return {
-        "mean": statistics.mean(pairs) if pairs else None,
-        "standard_error": standard_error(pairs),
+        "mean": mean,
+        "standard_error": error,
         "eager_standard_deviation": statistics.stdev(eager) if len(eager) > 1 else None,
     }
 

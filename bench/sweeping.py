@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from bench.record import RESULTS
 from fastres.cli import DataCache
 from fastres.train import TrainConfig, machine, preset
-from fastres.train.sweep import Outcome, summarise, sweep
+from fastres.train.sweep import Outcome, standard_error, summarise, sweep
 
 
 def make_parser(description: str, name: str, data: str, epochs: int, seeds: int) -> argparse.ArgumentParser:
@@ -56,6 +58,23 @@ def train_variants(
         "variants": variants,
         "load": os.getloadavg()[0],
         "summary": summarise(outcomes),
-        "runs": [{"variant": o.variant, "seed": o.seed, "row": o.row, "failure": o.failure} for o in outcomes],
+        "runs": [asdict(outcome) for outcome in outcomes],
     }
     return outcomes, content
+
+
+def differences(
+    outcomes: list[Outcome], measure: str, reference: str = "preset"
+) -> dict[str, tuple[float, float | None]]:
+    """Mean difference of each variant to the reference and its standard error, over the seeds that both have."""
+    rows = {(o.variant, o.seed): o.row[measure] for o in outcomes if o.row is not None}
+    result = {}
+    for variant in dict.fromkeys(o.variant for o in outcomes):
+        pairs = [
+            value - rows[reference, seed]
+            for (v, seed), value in rows.items()
+            if v == variant and (reference, seed) in rows
+        ]
+        if pairs:
+            result[variant] = (statistics.mean(pairs), standard_error(pairs))
+    return result

@@ -43,13 +43,12 @@ def export(args: argparse.Namespace) -> int:
             f"--out {path} has none of the endings {', '.join(SUFFIXES)}: they tell what to write"
         )
     checkpoint = find_checkpoint(args.checkpoint)
+    trained = load_trained(checkpoint, torch.device("cpu"))
     if path.suffix == ".pt":
-        load_trained(checkpoint, torch.device("cpu"))  # checks that they fit the network
         weights = load_checkpoint(checkpoint)["weights"]
         write_weights(path, weights)
         print(f"{path}: {len(weights)} tensors of {checkpoint}")
         return 0
-    trained = load_trained(checkpoint, torch.device("cpu"))
     model = FromPixels(portable(trained.model), trained.mean, trained.std).requires_grad_(False)
     facts = {
         "classes": json.dumps(trained.classes),

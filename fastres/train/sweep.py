@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ def write_summary(folder: Path, outcomes: list[Outcome]) -> None:
         FastresError: when the disk takes no more.
     """
     summary = summarise(outcomes)
-    runs = [{"variant": o.variant, "seed": o.seed, "row": o.row, "failure": o.failure} for o in outcomes]
+    runs = [asdict(outcome) for outcome in outcomes]
     failed = [f"- {o.variant}, seed {o.seed}: {o.failure}" for o in outcomes if o.failure is not None]
     text = table(summary) + "\n" + ("\nFailed:\n\n" + "\n".join(failed) + "\n" if failed else "")
     contents = {"summary.md": text, "summary.json": json.dumps({"summary": summary, "runs": runs}, indent=1) + "\n"}

@@ -90,6 +90,11 @@ def reached(rows: list[dict[str, Any]], target: float) -> dict[str, Any] | None:
     return next((row for row in rows if row["val_accuracy"] >= target), None)
 
 
+def table(results: dict[str, list[dict]], target: float) -> str:
+    """A row a contestant."""
+    return markdown(["", "training seconds", "accuracy", "to the preset"], ratios(results, target))
+
+
 def ratios(results: dict[str, list[dict]], target: float) -> list[list[str]]:
     """A line of the table for each contestant: name, seconds, accuracy, how many times as long as the preset."""
     ours, lines = reached(results["fastres"], target), []
@@ -171,8 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(done.returncode)
     content = json.loads(args.out.read_text())
     print(f"{args.target:.2%} on {content['settings']['data']}, {args.threads} threads\n")
-    columns = ["", "training seconds", "accuracy", "to the preset"]
-    print(markdown(columns, ratios(content["results"], args.target)))
+    print(table(content["results"], args.target))
 
 
 if __name__ == "__main__":

@@ -102,6 +102,17 @@ def shares(epochs: list[dict[str, Any]], clock: str = "") -> dict[str, float]:
     return {**result, "outside": statistics.median(outside)}
 
 
+def table(found: list[dict[str, Any]]) -> str:
+    """A row a preset and clock: wall-clock time, and CPU time, which neighbours disturb less."""
+    columns = [*PARTS, "rest", "outside"]
+    lines = [
+        [f"`{one['preset']}`, {one['dtype']}", clock, *(f"{one[key][column]:.2%}" for column in columns)]
+        for one in found
+        for clock, key in (("wall", "shares"), ("CPU", "cpu_shares"))
+    ]
+    return markdown(["preset", "time", *columns], lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -115,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     machine.keep_freed_memory()
-    rows = []
+    rows, load = [], os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         for name in args.presets:
             trainer = make_trainer(name, args.precision, Path(folder), args.batch_size, args.steps)
@@ -123,12 +134,9 @@ def main(argv: list[str] | None = None) -> None:
             trainer.folder.close()
             facts = {"preset": name, "dtype": str(trainer.dtype).removeprefix("torch.")}
             rows.append({**facts, "shares": shares(epochs), "cpu_shares": shares(epochs, "cpu_"), "epochs": epochs})
-    columns = [*PARTS, "rest", "outside"]
-    for clock in ("shares", "cpu_shares"):
-        cells = [[f"{r['preset']} {r['dtype']}", *(f"{r[clock][c]:.2%}" for c in columns)] for r in rows]
-        print(markdown([clock, *columns], cells) + "\n")
+    print(table(rows) + "\n")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    write_results(args.out, {"settings": settings, "load": os.getloadavg()[0], "loop": rows})
+    write_results(args.out, {"settings": settings, "load": load, "loop": rows})
 
 
 if __name__ == "__main__":

@@ -49,14 +49,14 @@ def train_variants(
     base = preset(args.preset).replace(**{name: getattr(args, name) for name in names})
     if args.batch_size:
         base = base.replace(batch_size=args.batch_size)
-    load, variants = DataCache(), choose(base)
+    load, variants, load_average = DataCache(), choose(base), os.getloadavg()[0]
     outcomes = sweep(base, variants, range(args.seeds), args.work, load, lambda line: print(line, flush=True))
     content = {
         "preset": args.preset,
         "data": load(base).label,
         "options": {**base.to_dict(), "data": None, "data_root": None},  # places on one machine
         "variants": variants,
-        "load": os.getloadavg()[0],
+        "load": load_average,
         "summary": summarise(outcomes),
         "runs": [asdict(outcome) for outcome in outcomes],
     }

@@ -22,15 +22,15 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
     seeds = setting.pick(3, 1, 1)
     return {
-        f"fast, {backend}, seed {seed}": partial(train, setting, backend, seed)
+        f"speed, {backend}, seed {seed}": partial(train, setting, backend, seed)
         for seed in range(seeds)
         for backend in OPTIONS["backend"].metadata["choices"]
     }
 
 
 def train(setting: Setting, backend: str, seed: int) -> dict[str, Any]:
-    """Accuracy after each epoch of the preset ``fast``, with the seconds spent until then."""
-    options = ["--preset", "fast", "--data", setting.data, "--seed", str(seed)]
+    """Accuracy after each epoch of the preset ``speed``, with the seconds spent until then."""
+    options = ["--preset", "speed", "--data", setting.data, "--seed", str(seed)]
     options += ["--device", setting.device.type, "--backend", backend]
     if setting.dry:
         options += "--epochs 1 --limit-train 64 --limit-test 64 --batch-size 32".split()

@@ -11,7 +11,9 @@ import torch
 from bench import campaign
 from bench.campaign import RESTART, STAGES, read, run_stage
 from bench.record import ROOT
-from bench.report import CAMPAIGN, plots, sections
+from bench.report.__main__ import sections
+from bench.report.campaign import CAMPAIGN
+from bench.report.plots import plots
 from bench.stages import autotune
 from bench.stages.tests import read as read_junit
 from bench.trace import summary

@@ -7,7 +7,9 @@ import torch
 import triton
 from torch import nn
 
-from bench import count_triton, growth, report, roofline
+from bench import count_triton, growth, roofline
+from bench.report import __main__ as report
+from bench.report import common, counted, single
 from bench.blocks import Part, fused, parts_of, train
 from bench.roofline import Launch, Machine, convolution_flops, fused_step, predict, with_flops
 from bench.traffic import StepTraffic, as_record
@@ -137,22 +139,22 @@ def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys
     (one,) = found["compared"]
     assert (one["peer"], one["batch"], one["measured"]) == ("fused", 16, 1.0)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    text = report.predictions(out)
+    text = counted.predictions(out)
     assert text.startswith("**Predictions, not measurements**") and text.count("resnet20") == 3
 
 
 def test_counts_become_tables(tmp_path):
     counted_resnet20(tmp_path)
-    lines = report.traffic(tmp_path).splitlines()
+    lines = counted.traffic(tmp_path).splitlines()
     assert "static count, commit abc" in lines[0]
     assert lines[4].endswith("| 4 | 2 | 1 | 0.25 | 0.50 |  |  |")
     assert lines[-1] == "| all | 10 |  | 16 | 8 | 4 | 0.25 | 0.50 | 0.75 | 0.50 |"
-    assert report.bytes_an_image(tmp_path)["resnet20 32"] == {"eager": 2e6, "compile": 1e6, "fused": 5e5}
+    assert counted.bytes_an_image(tmp_path)["resnet20 32"] == {"eager": 2e6, "compile": 1e6, "fused": 5e5}
 
     row = {"kernel": "conv_kernel", "arch": 90, "spills": 0, "faults": []}
     rows = [{**row, "registers": n, "shared": 1000 * n, "tensor_cores": {"HGMMA": n}} for n in (64, 128)]
     (tmp_path / "aot.json").write_text(json.dumps({"rows": [*rows, {**row, "faults": ["did not compile"]}]}))
-    line = report.ahead_of_time(tmp_path).splitlines()[-1]
+    line = counted.ahead_of_time(tmp_path).splitlines()[-1]
     assert line == "| conv | sm_90 | 2 | 64 to 128 | 0 | 128 | HGMMA | 0 |"
 
 
@@ -169,7 +171,7 @@ def test_growth_measures_its_points(tmp_path, monkeypatch):
         assert figures["images_per_second"] == pytest.approx(2 / figures["seconds"]["median"])
         assert figures["peak_mib"] >= figures["idle_mib"] > 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "resnet20, batch 2, 32 pixels" in report.growth_table(out)
+    assert "resnet20, batch 2, 32 pixels" in single.growth_table(out)
 
 
 def test_sections_of_the_readme_are_filled_and_others_left():
@@ -187,5 +189,5 @@ def test_the_operations_of_a_step_are_counted_from_shapes():
 
 
 def test_a_busy_machine_is_told():
-    assert "load average 10 for 2 threads" in report.busy(10.2, 2)
-    assert report.busy(1.5, 2) == report.busy(None, 2) == ""
+    assert "load average 10 for 2 threads" in common.busy(10.2, 2)
+    assert common.busy(1.5, 2) == common.busy(None, 2) == ""

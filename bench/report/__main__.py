@@ -1,0 +1,99 @@
+"""The command line: see `bench.report`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from bench import report
+from bench.record import RESULTS, ROOT
+from bench.report import counted, single, training
+from bench.report.campaign import CAMPAIGN, models
+from bench.report.common import read
+from bench.report.plots import plots
+from fastres.atomic import atomic_write
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+
+
+def newest_campaign(results: Path) -> Path | None:
+    """The folder of the last campaign: one on a GPU before any on a CPU."""
+    folders = sorted(file.parent for file in results.glob("*/environment.json"))
+    return max(
+        folders,
+        key=lambda folder: (read(folder / "environment.json")["device"] != "cpu", folder.name[-8:]),
+        default=None,
+    )
+
+
+def sections(results: Path, folder: Path | None) -> dict[str, str]:
+    """Markdown by section, those that there are results for."""
+    roofline = results / "roofline.json"
+    found = {
+        "aot": counted.ahead_of_time(results),
+        "aot-architectures": counted.architectures(results),
+        "traffic": counted.traffic(results),
+        "traffic-networks": counted.network_traffic(results),
+        "roofline": counted.predictions(roofline),
+        "roofline-ratios": counted.ratios(roofline),
+        "growth": single.growth_table(results / "growth-cpu.json"),
+        "cpu": single.on_a_cpu(results / "cpu.json"),
+        "rate": training.rates(results / "rate-cpu.json"),
+        "runs": training.runs(results / "accuracy-cpu.json"),
+        "loop": training.shares(results / "loop-cpu.json"),
+        "time-to-accuracy": training.time_to_accuracy(results / "time-to-accuracy-cpu.json"),
+        "ablation": training.levers(results / "ablation-cpu.json"),
+        "parity": training.backends(results / "parity-cpu.json"),
+    }
+    if folder is not None:
+        found |= {name: make(folder) for name, make in CAMPAIGN.items()}
+        found["models"] = models(folder, counted.bytes_an_image(results))
+    return {name: text for name, text in found.items() if text}
+
+
+def fill(text: str, found: dict[str, str]) -> str:
+    """The text with its marked sections replaced."""
+
+    def replaced(match: re.Match) -> str:
+        name = match[1]
+        return f"<!-- bench:{name} -->\n{found[name]}\n<!-- /bench:{name} -->" if name in found else match[0]
+
+    return re.sub(r"<!-- bench:([\w-]+) -->.*?<!-- /bench:\1 -->", replaced, text, flags=re.DOTALL)
+
+
+def relative(found: dict[str, str], page: Path) -> dict[str, str]:
+    """The sections with their pictures' paths, which start at the checkout, as they are seen from the page."""
+    up = "../" * len(page.relative_to(ROOT).parents[:-1])
+    return {name: text.replace("](bench/", f"]({up}bench/") for name, text in found.items()}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=report.__doc__.split("\n\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="campaigns [the newest under bench/results]")
+    parser.add_argument("--fill", action="store_true", help="fill in README.md and docs/results.md instead of printing")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the pictures; print the sections or put them into the pages."""
+    args = parse(argv)
+    newest = newest_campaign(RESULTS)
+    folders = args.folders or ([newest] if newest else [])
+    for folder in folders:
+        plots(folder)
+    if args.fill:
+        found = sections(RESULTS, folders[-1] if folders else None)
+        for page in PAGES:
+            text = fill(page.read_text(), relative(found, page))
+            with atomic_write(page) as file:
+                file.write(text.encode())
+        return
+    for folder in folders or [None]:
+        for name, text in sections(RESULTS, folder).items():
+            print(f"## {name}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

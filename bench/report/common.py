@@ -1,0 +1,61 @@
+"""What all sections of the report share: reading results, and saying where they were measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.record import ROOT
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> Record | None:
+    """A result file; None: there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def machine_line(record: Record) -> str:
+    """Where and with what a record was measured."""
+    where = record["device"]
+    if where == "cpu":
+        where = f"CPU ({record['cpu']}, {record['threads']} threads)"
+    versions = record["versions"]
+    return f"{where}, PyTorch {versions['torch']}, {record['date'][:10]}, commit {record['commit']}"
+
+
+def busy(load: float | None, threads: int) -> str:
+    """A warning where other processes took the cores that were measured on."""
+    if load is None or load <= threads:
+        return ""
+    return (
+        f" Other processes kept the machine busy (load average {load:.0f} for {threads} threads): rates "
+        "are too low, and differences within the quartiles mean nothing."
+    )
+
+
+def number(value: float) -> str:
+    """Four significant digits, without an exponent where they are before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def picture(path: Path, text: str) -> str:
+    """A Markdown picture for README.md; empty where there is none."""
+    if not path.exists():
+        return ""
+    shown = path.resolve()
+    return f"\n\n![{text}]({shown.relative_to(ROOT) if ROOT in shown.parents else shown})"
+
+
+def measured_cases(record: Record) -> dict[str, Record]:
+    """The cases that have figures."""
+    return {name: case for name, case in record["cases"].items() if "error" not in case}
+
+
+def ceilings(folder: Path) -> dict[str, float]:
+    """GB/s of a copy and TFLOP/s of a matrix product by dtype, as measured; what there is of it."""
+    record = read(folder / "environment.json")
+    cases = measured_cases(record) if record else {}
+    found = {name.removeprefix("matmul "): case["tflops"] for name, case in cases.items() if "tflops" in case}
+    return found | ({"copy": cases["copy"]["gb_per_second"]} if "copy" in cases else {})

@@ -1,0 +1,33 @@
+"""Sections of single results: growth, a CPU against every peer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench import cpu, growth
+from bench.report.common import busy, machine_line, picture, read
+from bench.tables import markdown
+
+
+def growth_table(path: Path) -> str | None:
+    """Growth with batch, depth and resolution."""
+    record = read(path)
+    if not record:
+        return None
+    return (
+        f"One training step, {record['dtype']}, measured on {machine_line(record)}."
+        f"{busy(record['load_average'], record['threads'])}\n\n"
+        f"{markdown(growth.COLUMNS, growth.rows(record['points']))}"
+        + picture(path.with_suffix(".png"), "images/s and memory against batch, depth and resolution")
+    )
+
+
+def on_a_cpu(path: Path) -> str | None:
+    """Training and inference on a CPU against every peer."""
+    record = read(path)
+    if not record:
+        return None
+    return (
+        f"Measured on {machine_line(record)}.{busy(record['load_average'], record['threads'])}\n\n"
+        f"{cpu.table(record['workloads'])}"
+    )

@@ -1,0 +1,103 @@
+"""Sections of training on a CPU: rates, the loop's own share, accuracies, time to accuracy, ablation and parity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench import ablation, accuracy, loop, parity
+from bench.report.common import busy, machine_line, read
+from bench.tables import markdown
+from fastres.train.sweep import Outcome
+
+
+def rates(path: Path) -> str | None:
+    """Images a second of the presets, by precision."""
+    record = read(path)
+    if not record:
+        return None
+    found: dict[str, dict[str, float]] = {}
+    for one in record["rates"]:
+        found.setdefault(one["preset"], {})[one["precision"]] = one["images_per_second"]
+    precisions = list(dict.fromkeys(precision for line in found.values() for precision in line))
+    rows = [
+        [f"`{preset}`", *(f"{line[p]:.0f}" if p in line else "" for p in precisions)] for preset, line in found.items()
+    ]
+    table = markdown(["preset, images/s", *precisions], rows)
+    return f"Measured on {machine_line(record)}.{busy(record['load'], record['threads'])}\n\n{table}"
+
+
+def runs(path: Path) -> str | None:
+    """Last accuracy of every collected run."""
+    record = read(path)
+    if not record:
+        return None
+    rows = []
+    for run in record["runs"]:
+        last = run["epochs"][-1]
+        mirrored = last.get("tta_accuracy")
+        rows.append(
+            [
+                f"`{run['name']}`",
+                run["data"],
+                run["dtype"],
+                f"{last['epoch']} ({last['step']})",
+                f"{last['val_accuracy']:.2%}",
+                "" if mirrored is None else f"{mirrored:.2%}",
+                f"{last['seconds'] / 60:.1f}",
+            ]
+        )
+    columns = ("run", "data", "dtype", "epochs (steps)", "accuracy", "with mirror images", "minutes, with validation")
+    return f"Measured on {machine_line(record)}, one seed each.\n\n{markdown(columns, rows)}"
+
+
+def shares(path: Path) -> str | None:
+    """What an epoch's time goes to."""
+    record = read(path)
+    if not record:
+        return None
+    where = f"Shares of an epoch's time, measured on {machine_line(record)}.{busy(record['load'], record['threads'])}"
+    return f"{where}\n\n{loop.table(record['loop'])}"
+
+
+def time_to_accuracy(path: Path) -> str | None:
+    """Seconds of training to an accuracy."""
+    record = read(path)
+    if not record or "fastres" not in record["results"]:
+        return None
+    settings = record["settings"]
+    warning = busy(max(record["load_5_minutes"].values()), settings["threads"] + settings["workers"])
+    return (
+        f"{settings['target']:.2%} on {settings['data']}, measured on {machine_line(record)}.{warning}\n\n"
+        f"{accuracy.table(record['results'], settings['target'])}"
+    )
+
+
+def levers(path: Path) -> str | None:
+    """What each choice of the preset is worth."""
+    record = read(path)
+    if not record:
+        return None
+    outcomes = [Outcome(**run) for run in record["runs"]]
+    seeds = len({outcome.seed for outcome in outcomes})
+    where = f"{record['data']}, {record['options']['epochs']} epochs, {seeds} seeds, measured on {machine_line(record)}."
+    return f"{where}{busy(record['load'], record['threads'])}\n\n{ablation.table(outcomes)}"
+
+
+def backends(path: Path) -> str | None:
+    """Accuracies of both backends."""
+    record = read(path)
+    if not record:
+        return None
+    between = record["fused_minus_eager"]
+    pairs = [
+        f"{name} {100 * between[key]:{sign}.2f}"
+        for name, key, sign in (
+            ("fused less eager with the same seed, points: mean", "mean", "+"),
+            ("standard error", "standard_error", ""),
+            ("standard deviation over seeds", "eager_standard_deviation", ""),
+        )
+        if between[key] is not None
+    ]
+    where = f"{record['data']}, {record['options']['epochs']} epochs, measured on {machine_line(record)}."
+    table = parity.table(record["summary"])
+    return f"{where}{busy(record['load'], record['threads'])}\n\n{table}\n\n{', '.join(pairs).capitalize()}."

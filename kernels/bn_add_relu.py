@@ -8,7 +8,16 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.row_tiles import elementwise, reduction
-from fastres.kernels.tiles import MEAN, bn, bn_backward, relu, relu_backward, store_sums, subsampled
+from fastres.kernels.tiles import (
+    MEAN,
+    bn,
+    bn_backward,
+    frozen_bn_backward,
+    relu,
+    relu_backward,
+    store_sums,
+    subsampled,
+)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W"])
@@ -221,7 +230,7 @@ def bn_backward_apply_kernel(
     """``dy = A*dz + B*y + C (+ residual)``. Moves dz, y, the residual and dy once.
 
     Args:
-        dz_ptr, y_ptr, dy_ptr: [M, C]. abc_ptr: [3, C]. residual_ptr: [M, C] or None.
+        dz_ptr, y_ptr, dy_ptr: [M, C]; y_ptr None: B and C are 0. abc_ptr: [3, C]. residual_ptr: [M, C] or None.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
@@ -231,23 +240,26 @@ def bn_backward_apply_kernel(
     ok = (row < rows)[:, None] & channel_ok[None, :]
     offset = (row * C)[:, None] + channel[None, :]
     dz = tl.load(dz_ptr + first * C + offset, mask=ok, other=0.0)
-    y = tl.load(y_ptr + first * C + offset, mask=ok, other=0.0)
-    dy = bn_backward(dz, y, abc_ptr, channel, channel_ok, C)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + first * C + offset, mask=ok, other=0.0)
+        dy = bn_backward(dz, y, abc_ptr, channel, channel_ok, C)
+    else:
+        dy = frozen_bn_backward(dz, abc_ptr, channel, channel_ok)
     if residual_ptr is not None:
         dy += tl.load(residual_ptr + first * C + offset, mask=ok, other=0.0).to(tl.float32)
     tl.store(dy_ptr + first * C + offset, dy.to(dy_ptr.dtype.element_ty), mask=ok)
 
 
-def bn_backward_apply(dz: Tensor, y: Tensor, abc: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``A*dz + B*y + C (+ residual)`` in y's dtype.
+def bn_backward_apply(dz: Tensor, y: Tensor | None, abc: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``A*dz + B*y + C (+ residual)`` in dz's dtype.
 
     Args:
-        dz, y, residual: [N, H, W, C].
+        dz, y, residual: [N, H, W, C]; y None: ``A*dz``, as B and C are 0.
         abc: [3, C] fp32, from `bn_backward_coef`.
     """
-    channels = y.shape[3]
-    rows = y.numel() // channels
-    dy = buffers.empty(y, *y.shape)
+    channels = dz.shape[3]
+    rows = dz.numel() // channels
+    dy = buffers.empty(dz, *dz.shape)
     split = elementwise(rows, channels)
     bn_backward_apply_kernel[split.grid](dz, y, abc, residual, dy, rows, C=channels, **split.launch)
     return dy

@@ -10,7 +10,16 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv
-from fastres.kernels.tiles import MEAN, bn, bn_backward, relu_backward, store_sums, subsample, within
+from fastres.kernels.tiles import (
+    MEAN,
+    bn,
+    bn_backward,
+    frozen_bn_backward,
+    relu_backward,
+    store_sums,
+    subsample,
+    within,
+)
 
 
 @triton.jit
@@ -54,7 +63,8 @@ def conv_dgrad_kernel(
     residual, x and dx once.
 
     Args:
-        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; y_ptr and abc_ptr None: dz is the convolution's gradient.
+        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; None: dz is the convolution's gradient. y_ptr: None without
+            abc_ptr, and where B and C are 0.
         w_ptr: [COUT, KH, KW, CIN]. dx_ptr, residual_ptr, x_ptr: [N, H, W, CIN]. residual_ptr: or None.
         x_ptr, coef_ptr, sums_ptr: the BatchNorm below: its input, its [5, CIN], and [T, 2, CIN] fp32 for each tile's sums of dx
             and dx * xhat; or None: no BatchNorm and no ReLU.
@@ -128,8 +138,11 @@ def conv_dgrad_kernel(
         a = tl.load(dz_ptr + dz_first + offset, mask=ok, other=0.0)
         b = tl.load(w_ptr + w_tap + (c * DEPTH)[:, None] + n[None, :], mask=c_ok[:, None] & n_ok[None, :], other=0.0)
         if abc_ptr is not None:
-            y = tl.load(y_ptr + dz_first + offset, mask=ok, other=0.0)
-            dy = bn_backward(a, y, abc_ptr, c, c_ok, COUT)
+            if y_ptr is not None:
+                y = tl.load(y_ptr + dz_first + offset, mask=ok, other=0.0)
+                dy = bn_backward(a, y, abc_ptr, c, c_ok, COUT)
+            else:
+                dy = frozen_bn_backward(a, abc_ptr, c, c_ok)
             a = tl.where(ok, dy, 0.0).to(a.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -180,7 +193,8 @@ def conv_dgrad(
 
     Args:
         dz: [N, OH, OW, COUT], NHWC and contiguous, fp32, fp16 or bf16.
-        y, abc: [N, OH, OW, COUT] and [3, COUT] fp32: the convolution's gradient is ``A*dz + B*y + C``; None: it is dz.
+        y, abc: [N, OH, OW, COUT] and [3, COUT] fp32: the convolution's gradient is ``A*dz + B*y + C``; y None: ``A*dz``,
+            both None: dz.
         w: [COUT, KH, KW, CIN] in dz's dtype.
         below: the BatchNorm whose rectified result the convolution read: its input [N, H, W, CIN] and its coef [5, CIN].
         mask: what the convolution read [N, H, W, CIN], where ReLU came after the addition of a shortcut to that BatchNorm.

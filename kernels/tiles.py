@@ -1,7 +1,8 @@
 """Device code that several kernels share. Everything is computed in fp32: values are widened right after a load.
 
 ``coef`` is the [5, C] fp32 matrix of a BatchNorm's coefficients: rows mean, biased variance, rstd, scale and shift;
-``abc`` is [3, C]: BatchNorm's backward as ``dy = A*dz + B*y + C``.
+``abc`` is [3, C]: BatchNorm's backward as ``dy = A*dz + B*y + C``. Where its statistics are constants B and C are 0, and
+kernels are given no y: it is not read, and ``0*y`` is not NaN where y is not finite.
 """
 
 import triton
@@ -81,6 +82,13 @@ def bn_backward(dz, y, abc_ptr, channel, channel_ok, C):
     b = tl.load(abc_ptr + C + channel, mask=channel_ok, other=0.0)
     c = tl.load(abc_ptr + 2 * C + channel, mask=channel_ok, other=0.0)
     return a[None, :] * dz.to(tl.float32) + b[None, :] * y.to(tl.float32) + c[None, :]
+
+
+@triton.jit
+def frozen_bn_backward(dz, abc_ptr, channel, channel_ok):
+    """`bn_backward` where the statistics are constants: ``A*dz``, fp32."""
+    a = tl.load(abc_ptr + channel, mask=channel_ok, other=0.0)
+    return a[None, :] * dz.to(tl.float32)
 
 
 @triton.jit

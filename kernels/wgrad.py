@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, at_rank, precision, splits, wgrad_configs
 from fastres.kernels.geometry import Pad, cdiv
-from fastres.kernels.tiles import SCALE, SHIFT, bn_backward, relu
+from fastres.kernels.tiles import SCALE, SHIFT, bn_backward, frozen_bn_backward, relu
 
 
 @triton.jit
@@ -47,7 +47,8 @@ def conv_wgrad_kernel(
     once for each tile of the other one's channels, mostly from the L2, and a part of dw once.
 
     Args:
-        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; y_ptr and abc_ptr None: dz is the convolution's gradient.
+        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; None: dz is the convolution's gradient. y_ptr: None without
+            abc_ptr, and where B and C are 0.
         x_ptr: [N, H, W, CIN]. coef_ptr: [5, CIN] fp32 or None: x as it is.
         dw_ptr: [parts, COUT, KH, KW, CIN] fp32; program (t, s) writes tile t of part s.
     """
@@ -102,8 +103,12 @@ def conv_wgrad_kernel(
         dz_ok = row_ok[:, None] & o_ok[None, :]
         dy = tl.load(dz_ptr + dz_first + dz_offset, mask=dz_ok, other=0.0)
         if abc_ptr is not None:
-            y = tl.load(y_ptr + dz_first + dz_offset, mask=dz_ok, other=0.0)
-            dy = tl.where(dz_ok, bn_backward(dy, y, abc_ptr, o, o_ok, COUT), 0.0).to(dy.dtype)
+            if y_ptr is not None:
+                y = tl.load(y_ptr + dz_first + dz_offset, mask=dz_ok, other=0.0)
+                wide = bn_backward(dy, y, abc_ptr, o, o_ok, COUT)
+            else:
+                wide = frozen_bn_backward(dy, abc_ptr, o, o_ok)
+            dy = tl.where(dz_ok, wide, 0.0).to(dy.dtype)
         acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
 
     part = tl.program_id(1).to(tl.int64) * (COUT * DEPTH)

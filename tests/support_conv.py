@@ -12,6 +12,7 @@ from torch import Tensor
 from fastres.kernels.geometry import Pad, output_hw
 
 CHANNELS = (1, 3, 8, 16, 20, 24, 40, 64, 72)  # less than a tensor core takes, tails, exactly a tile, more than one
+BACKWARDS = ("none", "frozen", "trained")  # which BatchNorm's backward a gradient goes through first
 
 
 class Problem(NamedTuple):
@@ -49,6 +50,10 @@ class Problem(NamedTuple):
     def abc(self) -> Tensor:
         """BatchNorm's backward [3, outputs]."""
         return randn(3, self.outputs, seed=self.seed + 3)
+
+    def batch_norm_backward(self, kind: str, offset: int) -> tuple[Tensor | None, Tensor | None]:
+        """y and abc of a kind of `BACKWARDS`."""
+        return {"none": (None, None), "frozen": (None, self.abc()), "trained": (self.y(offset), self.abc())}[kind]
 
 
 @st.composite

@@ -138,9 +138,9 @@ def bn_backward_coef(
     return torch.stack([coef[SCALE], b, c]), dgamma.clone(), dbeta.clone()
 
 
-def bn_backward_apply(dz: Tensor, y: Tensor, abc: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``A*dz + B*y + C (+ residual)``."""
-    dy = _affine(y, abc[1], abc[2]).addcmul_(dz, abc[0])
+def bn_backward_apply(dz: Tensor, y: Tensor | None, abc: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``A*dz + B*y + C (+ residual)``; y None: B and C are 0, and ``0*y`` is not NaN where y is not finite."""
+    dy = _affine(dz, abc[0], torch.zeros_like(abc[0])) if y is None else _affine(y, abc[1], abc[2]).addcmul_(dz, abc[0])
     return dy if residual is None else dy.add_(residual)
 
 

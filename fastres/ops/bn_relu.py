@@ -110,7 +110,7 @@ def bn_relu_backward(
     p = primitives(x)
     dz, sums, _ = p.bn_add_relu_backward(dout, out, x, coef)
     abc, dgamma, dbeta = backward_coefficients(p, sums, coef, gamma, pixels(x.shape), trained, group)
-    return p.bn_backward_apply(dz, x, abc), torch.cat([dgamma, dbeta])
+    return p.bn_backward_apply(dz, x if trained else None, abc), torch.cat([dgamma, dbeta])
 
 
 @bn_relu_backward.register_fake

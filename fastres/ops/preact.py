@@ -284,12 +284,12 @@ def preact_backward(
             need_dw=need_weights[i],
             residual_stride=step,
         )
-        y = below
+        y = below if trained[i] else None
         abc, dgamma, dbeta = backward_coefficients(
-            p, sums, coefs[i], gammas[i], pixels(y.shape), trained[i], group
+            p, sums, coefs[i], gammas[i], pixels(below.shape), trained[i], group
         )
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
-    dx = [p.bn_backward_apply(dz, x, abc, dout if identity else None)] if need_x else []
+    dx = [p.bn_backward_apply(dz, y, abc, dout if identity else None)] if need_x else []
     return [torch.cat(norm_grads), *dx, *(dw for dw in dws if dw is not None)]
 
 

@@ -390,9 +390,9 @@ def residual_backward(
 
     def layer(i: int, dz: Tensor, sums: Tensor) -> tuple:
         """BatchNorm's backward of layer i; what its convolution's backward takes first."""
-        y = y_of(i)
+        y = y_of(i) if trained[i] else None
         abc, dgamma, dbeta = backward_coefficients(
-            p, sums, coefs[i], gammas[i], pixels(y.shape), trained[i], group
+            p, sums, coefs[i], gammas[i], pixels(dz.shape), trained[i], group
         )
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
         return dz, y, abc, *below(i), weights[i], strides[i], pad_of(pads, i)

@@ -167,7 +167,7 @@ def stem_backward(
     dz, sums = p.bn_relu_max_pool_backward(dout, index, y, coef, pool_kernel, pool_stride, tuple(pool_pad))
     abc, dgamma, dbeta = backward_coefficients(p, sums, coef, gamma, pixels(y.shape), trained, group)
     dx, _, dw = p.conv_backward(
-        dz, y, abc, x, None, w, stride, tuple(pad), need_dx=need_x, need_dw=need_weight
+        dz, y if trained else None, abc, x, None, w, stride, tuple(pad), need_dx=need_x, need_dw=need_weight
     )
     return [torch.cat([dgamma, dbeta]), *(grad for grad in (dx, dw) if grad is not None)]
 

@@ -79,11 +79,12 @@ def test_bn_add_relu_backward(shape, dtype, kind, relu, seed):
 
 
 @few_examples
-@given(nhwc_shapes(), dtypes(), st.booleans(), seeds())
-def test_bn_backward_apply(shape, dtype, residual, seed):
+@given(nhwc_shapes(), dtypes(), st.booleans(), st.booleans(), seeds())
+def test_bn_backward_apply(shape, dtype, trained, residual, seed):
     dz, y, added = randn(3, *shape, seed=seed, dtype=dtype)
     abc = randn(3, shape[3], seed=seed + 1)
-    compare(kernels.bn_backward_apply, aten.bn_backward_apply, (dz, y, abc, added if residual else None))
+    arguments = dz, y if trained else None, abc, added if residual else None
+    compare(kernels.bn_backward_apply, aten.bn_backward_apply, arguments)
 
 
 @pytest.mark.parametrize("shape", [(2, 25, 15, 72), (1, 40, 60, 3), (1, 3, 3, 260)], ids=str)

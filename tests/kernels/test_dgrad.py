@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support_conv import exact, problems
+from support_conv import BACKWARDS, exact, problems
 from support_kernels import (
     DTYPES,
     assert_as_good,
@@ -37,10 +37,10 @@ def residual_of(kind, p):
 
 
 @few_examples
-@given(problems(), st.booleans(), st.sampled_from(["nothing", "norm", "end of a block"]), residuals)
+@given(problems(), st.sampled_from(BACKWARDS), st.sampled_from(["nothing", "norm", "end of a block"]), residuals)
 def test_conv_dgrad(problem, prologue, below, add):
     p = problem
-    y, abc = (p.y(8), p.abc()) if prologue else (None, None)
+    y, abc = p.batch_norm_backward(prologue, 8)
     norm, mask = None if below == "nothing" else (p.x(), p.coef()), p.x(11) if below == "end of a block" else None
     residual, stride = residual_of(add, p)
     args = (p.y(9), y, abc, p.w(), p.stride, p.pad, p.hw, norm, residual, mask, stride)

@@ -78,6 +78,8 @@ class TestAgainstFp64:
         assert_close(pairs, dtype)
         assert_close(both("bn_backward_apply", dz, y, pairs[0][0]), dtype)
         assert_close(both("bn_backward_apply", dz, y, pairs[0][0], residual), dtype)
+        assert_close(both("bn_backward_apply", dz, None, pairs[0][0]), dtype)
+        assert_close(both("bn_backward_apply", dz, None, pairs[0][0], residual), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,7 +20,7 @@ from fastres.ops.library import LibraryConvolutions, add_residual, nchw, nhwc, p
 PART_BYTES, WEIGHTS_SHARE = 16 * 2**20, 8
 
 _mkldnn = torch.ops.mkldnn
-_FUSES_BIAS_ACT = torch.backends.mkldnn.is_available() and hasattr(_mkldnn, "_convolution_pointwise")
+_FUSES_ADDITION = torch.backends.mkldnn.is_available() and hasattr(_mkldnn, "_convolution_pointwise")
 
 
 class PartedConvolutions(LibraryConvolutions):
@@ -56,19 +56,20 @@ class PartedConvolutions(LibraryConvolutions):
         residual: Tensor | None = None,
         relu: bool = True,
     ) -> Tensor:
-        """``relu(conv2d(x, w) + bias (+ residual))``, in one call of oneDNN where PyTorch has it."""
-        if not _FUSES_BIAS_ACT:
+        """``relu(conv2d(x, w) + bias (+ residual))``, all but the ReLU in one call of oneDNN where PyTorch has it.
+
+        oneDNN's own ReLU would save 2 to 5% of the time, but makes 0 of NaN.
+        """
+        if residual is None or not _FUSES_ADDITION:
             return super().conv_bias_act(x, w, bias, stride, pad, residual, relu)
         x, padding = padded(x, pad)
-        act = "relu" if relu else None
         geometry = bias.to(x.dtype), padding, [stride] * 2, [1, 1], 1
-        if residual is None:
-            y = _mkldnn._convolution_pointwise(nchw(x), nchw(w), *geometry, act or "none", [], "")
-        else:
-            y = _mkldnn._convolution_pointwise.binary(
-                nchw(x), nchw(residual), nchw(w), *geometry, "add", 1.0, act, [], ""
+        y = nhwc(
+            _mkldnn._convolution_pointwise.binary(
+                nchw(x), nchw(residual), nchw(w), *geometry, "add", 1.0, None, [], ""
             )
-        return nhwc(y)
+        )
+        return y.relu_() if relu else y
 
     def bn_add_relu_conv(
         self,
@@ -110,7 +111,7 @@ class PartedConvolutions(LibraryConvolutions):
         parts = _parts(x, dz, w)
         dx = dz.new_empty(x.shape) if need_dx and len(parts) > 1 else None
         for images in parts:
-            dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], y[images], abc)
+            dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], _at(y, images), abc)
             to = _at(dx, images)
             dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, to, need_dx, need_dw)
             if need_dw:

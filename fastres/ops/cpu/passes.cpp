@@ -54,7 +54,8 @@ inline Rows rows_of(int64_t block, int64_t rows, int64_t m) {
 inline int64_t blocks_of(int64_t m, int64_t rows) { return (m + rows - 1) / rows; }
 
 // out = x + residual, out = x (a copy), or nothing where out is x; with the mean and the sum of squared deviations of
-// each block's columns, of what is stored.
+// each block's columns, of what is stored. The mean is the first row and the mean deviation from it: that of a column of
+// one value is that value, as xhat would be rounding errors times 1/sqrt(eps) otherwise.
 template <typename T, bool kCopy, bool kResidual>
 void moments(const T* x, const T* residual, T* out, int64_t m, int64_t c, int64_t rows, float* mean, float* m2,
              int64_t threads) {
@@ -63,23 +64,28 @@ void moments(const T* x, const T* residual, T* out, int64_t m, int64_t c, int64_
     const Rows range = rows_of(block, rows, m);
     float* block_mean = mean + block * c;
     float* block_m2 = m2 + block * c;
+    float* first_row = block_m2;  // until that is needed
     std::fill(block_mean, block_mean + c, 0.f);
-    std::fill(block_m2, block_m2 + c, 0.f);
     for (int64_t row = range.first; row < range.last; ++row) {
       const T* in = x + row * c;
       const T* added = residual + row * c;
       T* to = out + row * c;
+      const bool is_first = row == range.first;
 #pragma omp simd
       for (int64_t i = 0; i < c; ++i) {
         float value = load(in[i]);
         if constexpr (kResidual) value = rounded<T>(value + load(added[i]));
         if constexpr (kCopy) store(to + i, value);
-        block_mean[i] += value;
+        first_row[i] = is_first ? value : first_row[i];
+        block_mean[i] += value - first_row[i];
       }
     }
     const float share = 1.f / float(range.last - range.first);
 #pragma omp simd
-    for (int64_t i = 0; i < c; ++i) block_mean[i] *= share;
+    for (int64_t i = 0; i < c; ++i) {
+      block_mean[i] = first_row[i] + block_mean[i] * share;
+      block_m2[i] = 0;
+    }
     const T* stored = kCopy ? out : x;
     for (int64_t row = range.first; row < range.last; ++row) {
       const T* in = stored + row * c;
@@ -162,8 +168,8 @@ void backward_sums(const T* dout, const T* residual, const T* ref, const float* 
   }
 }
 
-// A * dz + B * y + C (+ residual)
-template <typename T, bool kResidual>
+// A * dz + B * y + C (+ residual), or, where the statistics are constants, A * dz (+ residual)
+template <typename T, bool kTrained, bool kResidual>
 void backward_apply(const T* dz, const T* y, const float* abc, const T* residual, T* out, int64_t m, int64_t c,
                     int64_t rows, int64_t threads) {
   const float* a = abc;
@@ -179,7 +185,8 @@ void backward_apply(const T* dz, const T* y, const float* abc, const T* residual
       T* to = out + row * c;
 #pragma omp simd
       for (int64_t i = 0; i < c; ++i) {
-        float value = a[i] * load(grad[i]) + (b[i] * load(in[i]) + constant[i]);
+        float value = a[i] * load(grad[i]);
+        if constexpr (kTrained) value += b[i] * load(in[i]) + constant[i];
         if constexpr (kResidual) value += load(added[i]);
         store(to + i, value);
       }
@@ -412,8 +419,11 @@ extern "C" void fastres_backward_coef(const float* sums, const float* coef, int6
   }                                                                                                                    \
   extern "C" void fastres_backward_apply_##NAME(const T* dz, const T* y, const float* abc, const T* residual, T* out,  \
                                                 int64_t m, int64_t c, int64_t rows, int64_t threads) {                 \
-    with(residual != nullptr,                                                                                          \
-         [&](auto added) { backward_apply<T, added>(dz, y, abc, residual, out, m, c, rows, threads); });               \
+    with(y != nullptr, [&](auto trained) {                                                                             \
+      with(residual != nullptr, [&](auto added) {                                                                      \
+        backward_apply<T, trained, added>(dz, y, abc, residual, out, m, c, rows, threads);                             \
+      });                                                                                                              \
+    });                                                                                                                \
   }                                                                                                                    \
   extern "C" void fastres_max_pool_##NAME(const T* y, const float* coef, const int64_t* window, T* out,                \
                                           uint8_t* index, int64_t threads) {                                           \

@@ -132,8 +132,8 @@ def bn_backward_coef(
     return abc, dgamma, dbeta
 
 
-def bn_backward_apply(dz: Tensor, y: Tensor, abc: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``A*dz + B*y + C (+ residual)``."""
+def bn_backward_apply(dz: Tensor, y: Tensor | None, abc: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``A*dz + B*y + C (+ residual)``; y None: ``A*dz``, as B and C are 0."""
     out = torch.empty_like(dz)
     pixels, channels, rows = _sizes(dz)
     _pass("backward_apply", dz, y, abc, residual, out, pixels, channels, rows)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import pickle
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fastres.data.folder import read_image
 from fastres.data.sources import GENUINE
 from fastres.data.synthetic import CLASSES, synthetic_split
 from fastres.errors import FastresError
+from fastres.ops.timing import TimedChoices
 from fastres.train import TrainConfig
 from fastres.train.checkpoint import load_checkpoint, save_checkpoint
 from fastres.train.run_folder import RunFolder, saved_config
@@ -83,6 +85,20 @@ def outcomes(file: Path, read: Callable[[], Any], times: int, draw: random.Rando
     return found
 
 
+def outcomes_with_warnings(
+    file: Path, read: Callable[[], Any], said: list[str], times: int, draw: random.Random
+) -> list[str]:
+    """`outcomes` of a file that is made anew where it is damaged: the same data with a warning in ``said`` is a refusal."""
+    raw, whole, found = file.read_bytes(), read(), []
+    for _ in range(times):
+        file.write_bytes(damaged(raw, draw))
+        said.clear()
+        result = outcome(read, whole, ())
+        warned = said and all("\n" not in line and str(file) in line for line in said)
+        found.append("refused" if result == "harmless" and warned else result)
+    return found
+
+
 def outcome(read: Callable[[], Any], whole: Any, words: tuple[str, ...]) -> str:
     """``refused`` for a message of one line with the words, ``harmless`` for the same data as before."""
     try:
@@ -114,18 +130,31 @@ def image_cache(folder: Path, times: int, seed: int) -> list[str]:
     said: list[str] = []
 
     def read() -> Dataset:
-        said.clear()
         return cached(folder, "key", "state", lambda: dataset, said.append)
 
     read()
     (file,) = folder.iterdir()
-    raw, draw, found = file.read_bytes(), random.Random(seed), []
-    for _ in range(times):
-        file.write_bytes(damaged(raw, draw))
-        result = outcome(read, dataset, ())
-        warned = said and "\n" not in said[0] and str(file) in said[0]
-        found.append("refused" if result == "harmless" and warned else result)
-    return found
+    return outcomes_with_warnings(file, read, said, times, random.Random(seed))
+
+
+def timed_choices(folder: Path, times: int, seed: int) -> list[str]:
+    """Which kernel is the fastest at each shape, which is timed anew with a warning where it is damaged."""
+    costs = {f"conv({size}x{size}x64, bfloat16)": {"triton": 1.5, "library": size / 16} for size in (8, 16, 32, 64)}
+    file, said = folder / "choices.json", []
+
+    def read() -> dict[str, str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            choices = TimedChoices(file, "GPU", lambda call: call())
+            found = {
+                key: choices.choose(key, {name: lambda cost=cost: cost for name, cost in costs[key].items()})
+                for key in costs
+            }
+        said.extend(str(warning.message) for warning in caught)
+        return found
+
+    read()
+    return outcomes_with_warnings(file, read, said, times, random.Random(seed))
 
 
 def config(folder: Path, times: int, seed: int) -> list[str]:
@@ -191,6 +220,7 @@ def genuine(folder: Path) -> Iterator[None]:
 KINDS: dict[str, Callable[[Path, int, int], list[str]]] = {
     "checkpoint": checkpoint,
     "image cache": image_cache,
+    "choices.json": timed_choices,
     "config.json": config,
     "PNG": image,
     "CIFAR-10 batch": batches,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,7 +49,8 @@ class TimedChoices:
     A candidate that takes the very tiles of an earlier one is left out. One that fails (too little shared memory, say)
     loses and its error is kept beside the times; when all fail, the first one's error is raised. Processes share the
     file: each writes what it read together with what it measured, and of two that write at once one loses some
-    measurements, never the file.
+    measurements, never the file. What in it is no choice is left out with a warning and measured again, by this machine or
+    by the one it belongs to.
 
     Args:
         path: the JSON file, made with its folder when first written.
@@ -92,10 +94,20 @@ class TimedChoices:
             content = json.loads(self._path.read_text())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
-            warnings.warn(f"{self._path} cannot be read ({error}): the choices are timed again", stacklevel=3)
+        except OSError as error:
+            _warn(f"{self._path} cannot be read ({error}): the choices are timed again; allow it, or set FASTRES_CACHE")
             return {}
-        return content if isinstance(content, dict) else {}
+        except (ValueError, RecursionError) as error:
+            sound, wrong = {}, [str(error)]
+        else:
+            sound, wrong = _sound(content)
+        if wrong:
+            found = wrong[0] if len(wrong) == 1 else f"{wrong[0]} and {len(wrong) - 1} more"
+            _warn(
+                f"{self._path} is damaged ({found}): what is missing is timed again and the file written anew; "
+                "delete it if this comes back"
+            )
+        return sound
 
     def _write(self, key: str, entry: dict[str, Any]) -> None:
         content = self._read()
@@ -105,4 +117,34 @@ class TimedChoices:
             with atomic_write(self._path) as file:
                 file.write(json.dumps(content, indent=1, sort_keys=True).encode())
         except OSError as error:
-            warnings.warn(f"{self._path} cannot be written ({error}): the choice holds for this process", stacklevel=3)
+            _warn(f"{self._path} cannot be written ({error}): the choice holds for this process")
+
+
+def _sound(content: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What are choices, by machine and key, in the content of a file, and for each other thing a word on it."""
+    if not isinstance(content, dict):
+        return {}, [f"a {type(content).__name__}, not an object"]
+    sound: dict[str, dict[str, Any]] = {}
+    wrong = []
+    for machine, entries in content.items():
+        if not isinstance(entries, dict):
+            wrong.append(f"no choices under {machine[:60]!r}")
+            continue
+        sound[machine] = {key: entry for key, entry in entries.items() if _is_choice(entry)}
+        wrong += [f"no choice under {key[:60]!r}" for key in entries if key not in sound[machine]]
+    return sound, wrong
+
+
+def _is_choice(entry: Any) -> bool:
+    """Whether an entry is one that `TimedChoices` writes: the winner is the fastest of those with times."""
+    if not isinstance(entry, dict):
+        return False
+    winner, times = entry.get("winner"), entry.get("milliseconds")
+    if not (isinstance(times, dict) and isinstance(winner, str) and winner in times):
+        return False
+    numbers = all(type(time) in (int, float) and 0 <= time < math.inf for time in times.values())
+    return numbers and times[winner] == min(times.values())
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

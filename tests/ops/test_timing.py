@@ -1,6 +1,9 @@
 """The timed choice: fastest wins, once, and is remembered on disk."""
 
 import json
+import math
+import re
+import warnings
 
 import pytest
 import torch
@@ -96,15 +99,57 @@ def test_a_winner_that_is_no_longer_a_candidate_is_measured_again(tmp_path):
     assert TimedChoices(path, "gpu", timer).choose("op", candidates("new")) == "new"
 
 
-def test_a_broken_file_is_measured_anew_with_a_warning(tmp_path):
+GOOD = {"winner": "x", "milliseconds": {"x": 1.0, "y": 2}, "errors": {}}
+DAMAGED = [
+    "{",
+    "\0" * 40,
+    b"\xff\xfe",
+    "[" * 100_000,
+    "9" * 10_000,
+    [],
+    None,
+    "text",
+    {"gpu": []},
+    {"gpu": None},
+    *({"gpu": {"op": entry}} for entry in ([], "x", None, 1, {}, {"winner": "x"}, {"milliseconds": {"x": 1.0}})),
+    *({"gpu": {"op": {**GOOD, "winner": winner}}} for winner in (None, 1, [], {}, ["x"], "z", "y")),
+    *({"gpu": {"op": {**GOOD, "milliseconds": times}}} for times in (None, 1, [1.0], "x", {}, {"y": 2.0})),
+    *(
+        {"gpu": {"op": {**GOOD, "milliseconds": {"x": time, "y": 2.0}}}}
+        for time in (None, "1.0", [], True, -1.0, math.nan, math.inf, 10**400)
+    ),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: repr(content)[:60])
+def test_a_damaged_file_is_measured_anew_with_a_warning(content, tmp_path):
     path = tmp_path / "choices.json"
-    path.write_text("{")
-    timer, _ = fake_timer({"x": 1.0})
-    with pytest.warns(UserWarning, match="cannot be read"):
+    if not (isinstance(content, (str, bytes)) and content != "text"):
+        content = json.dumps(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    timer, calls = fake_timer({"x": 1.0, "y": 2.0})
+    said = rf"^{re.escape(str(path))} is damaged \([^\n]+\): [^\n]+ timed again [^\n]+ delete it if this comes back$"
+    with pytest.warns(UserWarning, match=said):
         choices = TimedChoices(path, "gpu", timer)
-    with pytest.warns(UserWarning, match="cannot be read"):
-        assert choices.choose("op", candidates("x")) == "x"
-    assert json.loads(path.read_text())["gpu"]["op"]["winner"] == "x"
+    with pytest.warns(UserWarning, match=said):
+        assert choices.choose("op", candidates("x", "y")) == "x" and calls == ["x", "y"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TimedChoices(path, "gpu", timer).choose("op", candidates("x", "y")) == "x" and len(calls) == 2
+
+
+def test_what_is_sound_in_a_damaged_file_stays(tmp_path):
+    path = tmp_path / "choices.json"
+    other = {"winner": "y", "milliseconds": {"y": 1.0}, "errors": {"x": "ValueError: no"}}
+    path.write_text(json.dumps({"gpu": {"op": [], "sound": GOOD}, "old": 7, "another": {"op": other}}))
+    timer, calls = fake_timer({"x": 3.0})
+    with pytest.warns(UserWarning, match="no choice under 'op' and 1 more"):
+        choices = TimedChoices(path, "gpu", timer)
+        assert choices.choose("sound", candidates("x", "y")) == "x" and not calls
+        choices.choose("op", candidates("x"))
+    written = json.loads(path.read_text())
+    assert written.keys() == {"gpu", "another"} and written["another"] == {"op": other}
+    assert written["gpu"]["sound"] == GOOD and written["gpu"]["op"]["milliseconds"] == {"x": 3.0}
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_memory(tmp_path):

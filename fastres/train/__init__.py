@@ -2,6 +2,6 @@
 
 from fastres.train.config import TrainConfig
 from fastres.train.presets import PRESETS, preset
-from fastres.train.trainer import Interrupted, NonFiniteLoss, Trainer
+from fastres.train.trainer import Interrupted, NonFiniteLoss, OverflowingGradients, Trainer
 
-__all__ = ["PRESETS", "Interrupted", "NonFiniteLoss", "TrainConfig", "Trainer", "preset"]
+__all__ = ["PRESETS", "Interrupted", "NonFiniteLoss", "OverflowingGradients", "TrainConfig", "Trainer", "preset"]

@@ -16,11 +16,15 @@ from fastres.train.machine import autocast
 
 @dataclass
 class Tally:
-    """Sums over batches that stay on the device, so that adding to them never waits for it."""
+    """Sums over batches that stay on the device, so that adding to them never waits for it.
+
+    ``images`` and ``skipped``, the optimizer steps that fp16's gradient scaler left out, the host knows.
+    """
 
     loss: Tensor
     correct: Tensor
     images: int = 0
+    skipped: int = 0
 
     @classmethod
     def zero(cls, device: torch.device) -> Tally:
@@ -39,21 +43,22 @@ class Tally:
         """Back to zero, in the same tensors."""
         self.loss.zero_()
         self.correct.zero_()
-        self.images = 0
+        self.images = self.skipped = 0
 
-    def restore(self, loss: Tensor, correct: Tensor, images: int) -> None:
+    def restore(self, loss: Tensor, correct: Tensor, images: int, skipped: int = 0) -> None:
         """Take up saved sums, in the same tensors."""
         self.loss.copy_(loss)
         self.correct.copy_(correct)
-        self.images = images
+        self.images, self.skipped = images, skipped
 
     def total(self, ranks: Ranks) -> Tally:
-        """The sums over all ranks, in one exchange; alone the tally itself."""
+        """The sums over all ranks, in one exchange; alone the tally itself. The skipped steps are those of all together."""
         if ranks.count == 1:
             return self
-        images = torch.full_like(self.loss, self.images)
-        loss, correct, images = ranks.total(torch.stack([self.loss, self.correct.double(), images])).unbind()
-        return Tally(loss, correct.long(), int(images))
+        counted = self.loss.new_tensor([self.images, self.skipped if ranks.first else 0])
+        sums = ranks.total(torch.cat([torch.stack([self.loss, self.correct.double()]), counted]))
+        loss, correct, images, skipped = sums.unbind()
+        return Tally(loss, correct.long(), int(images), int(skipped))
 
     def means(self) -> tuple[float, float]:
         """(mean loss, accuracy in [0, 1]); waits for the device."""

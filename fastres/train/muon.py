@@ -27,7 +27,7 @@ class MuonBesideSGD:
     """Muon on the kernels and SGD on the rest, to a training loop one optimizer.
 
     Args:
-        sgd: of the other parameters.
+        sgd: of the other parameters; counts its steps as `fastres.train.optimizer.SGDW` does.
         kernels: [O, I, h, w], each contiguous in memory or in channels_last memory.
         lr: peak learning rate of Muon.
         momentum, weight_decay: of Muon; the decay is decoupled, ``1 - lr * weight_decay``.
@@ -54,6 +54,11 @@ class MuonBesideSGD:
     def param_groups(self) -> list[dict[str, Any]]:
         """SGD's groups and one of the kernels, with their learning rates."""
         return [*self.sgd.param_groups, self._kernel_group]
+
+    @property
+    def taken(self) -> int:
+        """Calls of `step` in this process."""
+        return self.sgd.taken
 
     def step(self) -> None:
         """One step of both."""

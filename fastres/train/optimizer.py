@@ -14,12 +14,16 @@ class SGDW(torch.optim.SGD):
     """SGD whose weight decay shrinks the weights by ``1 - lr * decay`` apart from the momentum.
 
     Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 1. A parameter group's
-    ``decay`` is its decoupled coefficient, its ``weight_decay`` PyTorch's own coupled one.
+    ``decay`` is its decoupled coefficient, its ``weight_decay`` PyTorch's own coupled one. ``taken`` counts the calls of
+    `step` in this process.
     """
+
+    taken = 0
 
     @torch.no_grad()
     def step(self, closure=None):
         """Decay, then the SGD step. An AMP gradient scaler skips both when a gradient overflowed."""
+        self.taken += 1
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if group["decay"] and weights:

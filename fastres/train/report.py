@@ -14,6 +14,7 @@ COLUMNS = (
     ("val loss", "val_loss", "{:.4f}"),
     ("val acc", "val_accuracy", "{:.2%}"),
     ("tta acc", "tta_accuracy", "{:.2%}"),
+    ("skipped", "skipped_steps", "{:d}"),
     ("images/s", "images_per_second", "{:.0f}"),
     ("train s/batch", "train_seconds_per_batch", "{:.4f}"),
     ("val s/batch", "val_seconds_per_batch", "{:.4f}"),
@@ -23,15 +24,23 @@ COLUMNS = (
 _WIDTH = 10
 
 
-def heading(tta: bool) -> str:
-    """The table's first line; ``tta``: with the accuracy over mirror images."""
-    return "  ".join(f"{name:>{max(_WIDTH, len(name))}}" for name, _, _ in _columns(tta))
+def heading(tta: bool, scaled: bool) -> str:
+    """The table's first line.
+
+    Args:
+        tta: with the accuracy over mirror images.
+        scaled: with the steps that fp16's gradient scaler skipped.
+    """
+    return "  ".join(f"{name:>{max(_WIDTH, len(name))}}" for name, _, _ in _columns(tta, scaled))
 
 
-def line(row: dict[str, Any], tta: bool) -> str:
+def line(row: dict[str, Any], tta: bool, scaled: bool) -> str:
     """One epoch as a line of the table."""
-    return "  ".join(f"{form.format(row[key]):>{max(_WIDTH, len(name))}}" for name, key, form in _columns(tta))
+    return "  ".join(
+        f"{form.format(row[key]):>{max(_WIDTH, len(name))}}" for name, key, form in _columns(tta, scaled)
+    )
 
 
-def _columns(tta: bool) -> list[tuple[str, str, str]]:
-    return [column for column in COLUMNS if tta or column[1] != "tta_accuracy"]
+def _columns(tta: bool, scaled: bool) -> list[tuple[str, str, str]]:
+    wanted = {"tta_accuracy": tta, "skipped_steps": scaled}
+    return [column for column in COLUMNS if wanted.get(column[1], True)]

@@ -29,9 +29,16 @@ from fastres.train.schedule import lr_factor, parse_milestones
 from fastres.train.signals import StopRequest
 from fastres.train.update import GraphedUpdate, Update
 
+# fp16's gradient scaler halves the scale at each step it skips, without end; gradients that overflow below this are lost
+LEAST_SCALE = 1.0
+
 
 class NonFiniteLoss(FastresError):
     """The loss became NaN or infinite; the last good checkpoint is left as it was."""
+
+
+class OverflowingGradients(FastresError):
+    """Gradients overflow fp16 whatever the loss is scaled by; the last good checkpoint is left as it was."""
 
 
 class Interrupted(Exception):
@@ -112,6 +119,7 @@ class Trainer:
         )
         self.learn = GraphedUpdate(self.update) if config.cuda_graph else self.update
 
+        self._columns = config.tta, scaled  # of the table
         self.step = self.epoch = self.batch = 0  # batch: steps done in the current epoch
         self.seconds = self.train_seconds = self.epoch_seconds = 0.0  # train_seconds: without validation
         self.history: list[dict[str, Any]] = []
@@ -131,11 +139,12 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: when the loss is NaN or infinite.
+            OverflowingGradients: when fp16's gradients are, at every scale of the loss.
             Interrupted: after a SIGINT or SIGTERM, with the state saved.
         """
-        self.say(report.heading(self.config.tta))
+        self.say(report.heading(*self._columns))
         for row in self.history:
-            self.say(report.line(row, self.config.tta))
+            self.say(report.line(row, *self._columns))
         if self.history:
             self.folder.write_metrics(self.history)  # a process that was killed may have saved a row only in last.pt
         with self.ranks.stop_request() as stop:
@@ -178,9 +187,19 @@ class Trainer:
         return size_at(self.stages, self.step - self.batch + batch, self.total_steps)
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One optimizer step on images [B, 3, H, W] and labels int64 [B]; on a CPU it raises `NonFiniteLoss`."""
+        """One optimizer step on images [B, 3, H, W] and labels int64 [B]; on a CPU it raises `NonFiniteLoss`.
+
+        Raises:
+            OverflowingGradients: when fp16's gradient scaler skipped the step and can scale by no less.
+        """
         set_lr(self.optimizer, self._lr_factor(self.step))
+        skipped = self.tally.skipped
         self.learn(images, labels)
+        if self.tally.skipped > skipped and self.scaler.get_scale() < LEAST_SCALE:  # to skip, the scaler has waited itself
+            raise OverflowingGradients(
+                f"gradients overflow fp16 in epoch {self.epoch + 1}, step {self.step + 1}, at every loss scale down to "
+                f"{LEAST_SCALE:g}: add --precision bf16 or fp32, or lower --lr (now {self.config.lr}); {self._kept()}"
+            )
         if self.device.type == "cpu":
             self.check_finite()  # free here; on a GPU it would stall every step, so there it waits for the epoch
         self.step += 1
@@ -198,11 +217,13 @@ class Trainer:
             self._raise_non_finite("training")
 
     def _raise_non_finite(self, which: str) -> None:
-        kept = f"{self.folder.last} is the last good checkpoint" if self.folder.last.exists() else "no checkpoint yet"
         raise NonFiniteLoss(
             f"the {which} loss is NaN or infinite in epoch {self.epoch + 1}, step {self.step + 1}: lower --lr "
-            f"(now {self.config.lr}) or set --clip; {kept}"
+            f"(now {self.config.lr}) or set --clip; {self._kept()}"
         )
+
+    def _kept(self) -> str:
+        return f"{self.folder.last} is the last good checkpoint" if self.folder.last.exists() else "no checkpoint yet"
 
     def _end_epoch(self, stop: StopRequest) -> None:
         """Validate, save and report; a stop request in the validation leaves it to the resumed run."""
@@ -228,6 +249,7 @@ class Trainer:
             "val_loss": scores.loss,
             "val_accuracy": scores.accuracy,
             "tta_accuracy": scores.tta_accuracy,
+            "skipped_steps": trained.skipped,
             "images_per_second": trained.images / self.epoch_seconds,
             "train_seconds_per_batch": self.epoch_seconds / self.batch,
             "val_seconds_per_batch": val_seconds / len(self.val_batches),
@@ -238,6 +260,7 @@ class Trainer:
         improved = not self.history or scores.accuracy > self.best_accuracy
         self.history.append(row)
         self.epoch += 1
+        steps = self.batch
         self.batch, self.epoch_seconds = 0, 0.0
         self.tally.reset()
         if improved and self.ranks.first:
@@ -245,7 +268,12 @@ class Trainer:
         self.save()
         self.folder.write_metrics(self.history)
         self.folder.write_events(row)
-        self.say(report.line(row, self.config.tta))
+        self.say(report.line(row, *self._columns))
+        if row["skipped_steps"] == steps:
+            self.say(
+                f"no step of epoch {self.epoch} was taken, as gradients overflowed fp16 at a loss scale of "
+                f"{self.scaler.get_scale():g} and above: if the next epochs skip as many, add --precision bf16 or fp32"
+            )
 
     def _share_statistics(self) -> None:
         """Make running statistics the mean over the ranks; synchronised ones are the same everywhere as they are."""
@@ -299,7 +327,7 @@ class Trainer:
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "epoch_seconds": self.epoch_seconds,
-            "tally": [tally.loss, tally.correct, tally.images],
+            "tally": [tally.loss, tally.correct, tally.images, tally.skipped],
             "history": self.history,
         }
 

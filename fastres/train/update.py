@@ -23,7 +23,8 @@ class Update:
     Args:
         network: called with images; may be a compiled or a distributed wrapper of the network.
         parameters: those whose gradient ``clip`` limits.
-        tally: what each batch's loss and hits are added to, on the device.
+        optimizer: counts its steps, see `fastres.train.optimizer.SGDW`: those that the scaler skips it does not take.
+        tally: what each batch's loss and hits are added to, on the device, and on the host the skipped steps.
         accumulate: parts that a batch is split into, one after the other.
         without_exchange: context for all parts but the last, whose gradients other ranks need not have.
         clip: largest norm of the whole gradient; None: any.
@@ -54,7 +55,9 @@ class Update:
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        taken = self.optimizer.taken
         self.scaler.step(self.optimizer)
+        self.tally.skipped += self.optimizer.taken == taken
         self.scaler.update()
         if self.average is not None:
             self.average.update()

@@ -10,7 +10,7 @@ from support_train import same_weights, tiny_config, tiny_dataset, tiny_trainer
 from torch import nn
 
 from fastres.errors import FastresError
-from fastres.train import Interrupted, NonFiniteLoss, Trainer, build, trainer
+from fastres.train import Interrupted, NonFiniteLoss, OverflowingGradients, Trainer, build, trainer
 from fastres.train.checkpoint import CheckpointError, load_checkpoint
 from fastres.train.evaluate import evaluate
 from fastres.train.run_folder import RunFolder
@@ -171,6 +171,82 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monk
     with pytest.raises(NonFiniteLoss, match=r"epoch 2, step 9: lower --lr .*last.pt is the last good checkpoint"):
         run.fit()
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_weights_that_turn_nan_in_an_epochs_last_step_leave_both_checkpoints(tmp_path, monkeypatch, precision):
+    """No loss has shown it yet: the validation's does."""
+    run = tiny_trainer(tmp_path, model="resnet8", precision=precision)
+    step, kept = run.train_step, {}
+
+    def spoil(images, labels):
+        step(images, labels)
+        if run.step == 12:
+            next(run.model.parameters()).data[0] = float("nan")
+            kept.update({path: path.read_bytes() for path in (run.folder.last, run.folder.best)})
+
+    monkeypatch.setattr(run, "train_step", spoil)
+    with pytest.raises(NonFiniteLoss, match=r"the validation loss is NaN .* epoch 2.* lower --lr .*last.pt is the last good"):
+        run.fit()
+    assert kept and all(path.read_bytes() == content for path, content in kept.items())
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def in_fp16(folder, scale: float, said: list[str] | None = None, **changes) -> Trainer:
+    """A trainer in fp16 that begins at a scale of the loss: gradients at 2**32 overflow, and those at 2**8 do not."""
+    run = tiny_trainer(folder, model="resnet8", precision="fp16", **changes)
+    run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": scale})
+    run.say = (said if said is not None else []).append
+    return run
+
+
+def test_steps_that_fp16_skips_are_counted_and_shown(tmp_path):
+    said = []
+    run = in_fp16(tmp_path, 2.0**32, said, epochs=4)
+    first = [p.detach().clone() for p in run.model.parameters()]
+    run._train_epoch(trainer.StopRequest())
+    assert all(map(torch.equal, first, run.model.parameters()))
+    run._end_epoch(trainer.StopRequest())
+    assert run.history[0]["skipped_steps"] == 6 and len(said) == 2
+    assert "no step of epoch 1 was taken" in said[1] and "at a loss scale of 6.71089e+07 and above" in said[1]
+    assert "add --precision bf16 or fp32" in said[1]
+    history = run.fit()
+    skipped = [row["skipped_steps"] for row in history]
+    assert 0 < skipped[1] <= 6 and skipped[-1] == 0
+    assert run.scaler.get_scale() == 2.0 ** (32 - sum(skipped))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_steps"] for row in rows] == skipped
+    end = said[2].index("  skipped") + len("  skipped")  # of the column, under the heading of `fit`
+    assert [int(line[:end].split()[-1]) for line in said[3:] if "%" in line] == skipped
+
+
+def test_skipped_steps_are_resumed(tmp_path):
+    part = in_fp16(tmp_path, 2.0**32)
+    for images, labels in part.train_batches.epoch(0):
+        part.train_step(images, labels)
+        if part.step == 4:
+            break
+    part.save()
+    part.folder.close()
+    rest = in_fp16(tmp_path, 1.0)
+    rest.resume()
+    rest._train_epoch(trainer.StopRequest())
+    rest._end_epoch(trainer.StopRequest())
+    assert rest.history[0]["skipped_steps"] == 6
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_run(tmp_path):
+    run = in_fp16(tmp_path, 8.0)
+    run.fit()
+    run.folder.close()
+    kept = {path: path.read_bytes() for path in (run.folder.last, run.folder.best)}
+    more = in_fp16(tmp_path, 8.0, epochs=4)
+    more.resume()
+    next(more.model.parameters()).register_hook(lambda grad: grad * float("inf"))
+    message = r"overflow fp16 in epoch 3, step 16, at every loss scale down to 1: add --precision bf16 .*last.pt is the last"
+    with pytest.raises(OverflowingGradients, match=message):
+        more.fit()
+    assert all(path.read_bytes() == content for path, content in kept.items())
 
 
 class PlainNetwork(nn.Module):

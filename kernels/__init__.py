@@ -5,7 +5,7 @@ fp32, fp16 or bf16, weights [Cout, KH, KW, Cin] and fp32 statistics, and return 
 their plain forms in `fastres.ops.aten`.
 """
 
-from fastres.kernels.batch_norm import bn_backward_coef, finalize, moments, running_coef, update_running
+from fastres.kernels.batch_norm import bn_backward_coef, finalize, moments, running_coef
 from fastres.kernels.bn_add_relu import bn_add_relu, bn_add_relu_backward, bn_backward_apply
 from fastres.kernels.conv import bn_add_relu_conv, conv, conv_bias_act
 from fastres.kernels.dgrad import conv_dgrad
@@ -34,5 +34,4 @@ __all__ = [
     "global_avg_pool_backward",
     "moments",
     "running_coef",
-    "update_running",
 ]

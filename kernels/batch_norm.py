@@ -240,68 +240,6 @@ def running_coef(
 
 
 @triton.jit
-def update_running_kernel(
-    running_mean_ptr,
-    running_var_ptr,
-    coef_ptr,
-    momentum_ptr,
-    momentum,
-    unbias,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """``running += momentum*(batch - running)`` for the mean and for the variance times ``unbias``, in place, fp32.
-
-    Args:
-        running_mean_ptr, running_var_ptr: [C]. coef_ptr: [5, C].
-        momentum_ptr: 0-d tensor that replaces ``momentum``, or None.
-    """
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channel_ok = channel < C
-    if momentum_ptr is not None:
-        momentum = tl.load(momentum_ptr).to(tl.float32)
-    mean = tl.load(coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0)
-    var = tl.load(coef_ptr + VAR * C + channel, mask=channel_ok, other=0.0) * unbias
-    running_mean = tl.load(running_mean_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
-    running_var = tl.load(running_var_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
-    running_mean = lerp(running_mean, mean, momentum).to(running_mean_ptr.dtype.element_ty)
-    running_var = lerp(running_var, var, momentum).to(running_var_ptr.dtype.element_ty)
-    tl.store(running_mean_ptr + channel, running_mean, mask=channel_ok)
-    tl.store(running_var_ptr + channel, running_var, mask=channel_ok)
-
-
-@triton.jit
-def lerp(start, end, weight):
-    """``start + weight*(end - start)``, exact at both ends."""
-    return tl.where(weight < 0.5, start + weight * (end - start), end - (1.0 - weight) * (end - start))
-
-
-def update_running(
-    running_mean: Tensor, running_var: Tensor, coef: Tensor, count: int, momentum: float | Tensor
-) -> None:
-    """In place: move the running mean, and the unbiased variance, towards the batch's by ``momentum``.
-
-    Args:
-        running_mean, running_var: [C], any floating dtype.
-        count: values a channel, at least 2.
-        momentum: number or 0-d tensor on the same device.
-    """
-    channels = running_mean.shape[0]
-    on_device = isinstance(momentum, Tensor)
-    update_running_kernel[(cdiv(channels, VECTOR),)](
-        running_mean,
-        running_var,
-        coef,
-        momentum if on_device else None,
-        0.0 if on_device else float(momentum),
-        count / (count - 1),
-        C=channels,
-        BLOCK_C=VECTOR,
-        num_warps=VECTOR_WARPS,
-    )
-
-
-@triton.jit
 def sum_rows(x_ptr, T, column, column_ok, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr):
     """Sums of x [T, COLUMNS] over its rows in the given columns, fp64."""
     row = tl.arange(0, BLOCK_T)

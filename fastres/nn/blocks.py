@@ -58,8 +58,7 @@ def fused_residual(
     elif residual:
         added = to_nhwc(shortcut(x))
     out, statistics = residual_chain(nhwc, chain, added, relu, keep, identities)
-    for bn, used in zip(norms, statistics):
-        track(bn, used)
+    track(norms, statistics)
     return to_nchw(out)
 
 
@@ -199,8 +198,7 @@ class PreActBottleneck(preact.PreActBottleneck):
             shortcut = nhwc if self.downsample is None else conv_of(self.downsample, first)
         by_batch = norm_of(self.bn1).running_mean is None
         out, out_coef, statistics = preact_block(nhwc, layers, shortcut, coef, chained and by_batch)
-        for (_, bn), used in zip(self.pairs(), statistics):
-            track(bn, used)
+        track([bn for _, bn in self.pairs()], statistics)
         return (to_nchw(out), out_coef) if chained else to_nchw(out)
 
 

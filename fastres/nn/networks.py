@@ -64,5 +64,5 @@ class PreActResNet(preact.PreActResNet):
         """Logits [N, num_classes] of images [N, 3, H, W]."""
         x, coef = run_blocks(blocks_of(self), (self.conv1(x), None), self.checkpoint_every)
         x, statistics = bn_relu(to_nhwc(x), norm_of(self.bn), coef)
-        track(self.bn, statistics)
+        track([self.bn], [statistics])
         return self.fc(global_avg_pool(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -63,21 +65,38 @@ def layer_of(conv: nn.Conv2d, bn: nn.BatchNorm2d, hw: tuple[int, int]) -> Layer:
 
 
 @torch.no_grad()
-def track(bn: nn.BatchNorm2d, statistics: Statistics) -> None:
-    """Update running statistics and counter as ``nn.BatchNorm2d.forward`` does, in the same modes.
+def track(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], statistics: Sequence[Statistics]) -> None:
+    """Update running statistics and counters as ``nn.BatchNorm2d.forward`` does, in the same modes, all at once.
 
     A recomputing checkpoint repeats them, as it repeats those of
     ``nn.BatchNorm2d`` (only the last block's it may leave out: its recomputation can end in the operation), unless it
     lends the modules copies of their buffers meanwhile, as `fastres.reference.checkpointing` does.
     """
-    if not (bn.training and bn.track_running_stats) or bn.running_mean is None:
+    tracking = [
+        (bn, used)
+        for bn, used in zip(norms, statistics, strict=True)
+        if bn.training and bn.track_running_stats and bn.running_mean is not None
+    ]
+    if len({bn for bn, _ in tracking}) < len(tracking):  # one that is used twice moves twice, one after the other
+        for bn, used in tracking:
+            track([bn], [used])
         return
-    momentum = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:  # cumulative average; on the device, so without waiting for it
-            momentum = 1.0 / bn.num_batches_tracked.to(bn.running_mean.dtype)
-    update_running(bn.running_mean, bn.running_var, statistics, 0.0 if momentum is None else momentum)
+    counters = [bn.num_batches_tracked for bn, _ in tracking if bn.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    update_running(
+        [bn.running_mean for bn, _ in tracking],
+        [bn.running_var for bn, _ in tracking],
+        [used for _, used in tracking],
+        [_momentum(bn) for bn, _ in tracking],
+    )
+
+
+def _momentum(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> float | Tensor:
+    """Weight of this batch; of a cumulative average on the device, so without waiting for it."""
+    if bn.momentum is not None:
+        return bn.momentum
+    return 0.0 if bn.num_batches_tracked is None else 1.0 / bn.num_batches_tracked.to(bn.running_mean.dtype)
 
 
 def unsupported(conv: nn.Conv2d, bn: nn.BatchNorm2d | nn.SyncBatchNorm | None = None) -> str | None:

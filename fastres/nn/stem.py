@@ -24,7 +24,7 @@ def fused_stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module |
     layer = layer_of(conv, bn, tuple(nhwc.shape[1:3]))
     hw = output_hw(tuple(nhwc.shape[1:3]), conv.kernel_size, layer.stride, layer.pad)
     out, statistics = stem(nhwc, layer, *_pool_geometry(pool, hw))
-    track(bn, statistics)
+    track([bn], [statistics])
     return to_nchw(out)
 
 

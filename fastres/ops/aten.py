@@ -66,15 +66,6 @@ def _coefficients(
     return torch.stack([mean, var, rstd, scale, shift]).to(dtype)
 
 
-def update_running(
-    running_mean: Tensor, running_var: Tensor, coef: Tensor, count: int, momentum: float | Tensor
-) -> None:
-    """In place: move the running mean, and the unbiased variance, towards the batch's by ``momentum``."""
-    mean, var = coef[MEAN], coef[VAR] * (count / (count - 1))
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_(var.to(running_var.dtype), momentum)
-
-
 def bn_add_relu(
     y: Tensor,
     coef: Tensor,

@@ -33,6 +33,7 @@ _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _RANKED = ("conv", "conv_bias_act", "bn_add_relu_conv", "conv_dgrad", "conv_wgrad")
 _forced: str | None = None
 _selection: dict[str, str] = {}
+_sole: dict[str, list[str]] = {}
 
 
 @contextmanager
@@ -51,8 +52,9 @@ def implementation(mode: str) -> Iterator[None]:
 
 
 def selection() -> dict[str, str]:
-    """What ran so far: ``"op(shapes, ...)"`` to the name of its implementation."""
-    return dict(_selection)
+    """What ran so far: ``"op(shapes, ...)"`` to the implementation that was chosen by time; ``"op"`` to those that ran it
+    where there was nothing to choose."""
+    return {op: ", ".join(names) for op, names in _sole.items()} | _selection
 
 
 def primitives(x: Tensor) -> Primitives:
@@ -98,26 +100,31 @@ class Primitives:
         self._chosen: dict[tuple, Callable] = {}
 
     def __getattr__(self, op: str) -> Callable:
-        call = partial(self._call, op)
+        able = {name: getattr(space, op) for name, space in self._candidates.items() if hasattr(space, op)}
+        if not able:
+            raise AttributeError(f"none of {', '.join(self._candidates)} has the primitive {op!r}")
+        if self._choices is not None and len(able) > 1:
+            call = partial(self._call, op, able)
+        else:  # the same for all shapes: nothing to look up
+            name, call = next(iter(able.items()))
+            names = _sole.setdefault(op, [])
+            if name not in names:
+                names.append(name)
         setattr(self, op, call)
         return call
 
-    def _call(self, op: str, *args: Any, **options: Any) -> Any:
+    def _call(self, op: str, able: dict[str, Callable], *args: Any, **options: Any) -> Any:
         key = (op, _signature(args), _signature(tuple(options.items())))
         chosen = self._chosen.get(key)
         if chosen is None:
-            chosen = self._choose(op, key, args, options)
+            chosen = self._choose(able, key, args, options)
         return chosen(*args, **options)
 
-    def _choose(self, op: str, key: tuple, args: tuple, options: dict[str, Any]) -> Callable:
-        able = {name: getattr(space, op) for name, space in self._candidates.items() if hasattr(space, op)}
-        name = next(iter(able))
-        if self._choices is not None and len(able) > 1:
-            if torch.cuda.is_current_stream_capturing():
-                return able[name]  # a graph cannot hold the timing; an eager call at this shape still may decide
-            name = self._choices.choose(
-                _text(key), {n: partial(call, *args, **options) for n, call in able.items()}
-            )
+    def _choose(self, able: dict[str, Callable], key: tuple, args: tuple, options: dict[str, Any]) -> Callable:
+        if torch.cuda.is_current_stream_capturing():
+            return next(iter(able.values()))  # a graph cannot hold the timing; an eager call may still decide
+        assert self._choices is not None
+        name = self._choices.choose(_text(key), {n: partial(call, *args, **options) for n, call in able.items()})
         self._chosen[key] = able[name]
         _selection[_text(key)] = name
         return able[name]

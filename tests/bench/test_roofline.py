@@ -8,9 +8,9 @@ import triton
 from torch import nn
 
 from bench import count_triton, growth, roofline
+from bench.blocks import Part, fused, parts_of, train
 from bench.report import __main__ as report
 from bench.report import common, counted, single
-from bench.blocks import Part, fused, parts_of, train
 from bench.roofline import Launch, Machine, convolution_flops, fused_step, predict, with_flops
 from bench.traffic import StepTraffic, as_record
 from fastres.measure import Workload

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from support_kernels import (
     assert_as_good,
@@ -103,34 +102,6 @@ def test_bn_backward_coef(tiles, training):
     exact = aten.bn_backward_coef(*widened(*arguments))
     assert_as_good((abc, dgamma, dbeta), aten.bn_backward_coef(*arguments), exact)
     assert training or not abc[1:].any()
-
-
-@pytest.mark.parametrize(
-    "momentum", [0.0, 0.1, 0.7, 1.0, torch.tensor(0.25), torch.tensor(0.25).double()], ids=str
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_update_running(momentum, dtype):
-    y, mean, var = (
-        randn(2, 3, 4, 300, seed=0),
-        randn(300, seed=1).to(dtype),
-        randn(300, seed=2).abs().to(dtype),
-    )
-    coef = aten.finalize(aten.moments(y), None, None, 1e-5)
-    exact, eager = widened(mean, var), [mean.clone(), var.clone()]
-    F.batch_norm(y.double().permute(0, 3, 1, 2), *exact, training=True, momentum=float(momentum))
-    momentum = momentum.to(y.device) if isinstance(momentum, torch.Tensor) else momentum
-    aten.update_running(*eager, coef, 24, momentum if dtype == torch.float32 else float(momentum))
-    guarded(batch_norm.update_running, mean, var, coef, 24, momentum, mutates=(mean, var))
-    assert_as_good((mean, var), eager, exact)
-
-
-def test_momentum_of_one_and_zero_are_exact():
-    mean, var, coef = randn(5, seed=0), randn(5, seed=1).abs(), random_coef(5, seed=2)
-    before = mean.clone()
-    guarded(batch_norm.update_running, mean, var, coef, 24, 0, mutates=(mean, var))
-    assert_same_bits(mean, before)
-    guarded(batch_norm.update_running, mean, var, coef, 24, 1, mutates=(mean, var))
-    assert_same_bits(mean, coef[0])
 
 
 def test_the_same_bits_from_run_to_run():

@@ -10,7 +10,8 @@ from support_nets import perturbed
 from torch import nn
 
 from fastres.nn import ConvBNReLU
-from fastres.nn.norm import unsupported
+from fastres.nn.norm import to_nhwc, track, unsupported
+from fastres.ops import Statistics, aten
 from fastres.reference.notebook import SameConv2d
 
 
@@ -121,3 +122,13 @@ def test_paddings(padding):
     module = ConvBNReLU(4, 6, 3)
     module.conv = nn.Conv2d(4, 6, (5, 3), padding=padding, bias=False)
     assert_same_steps(module, steps=1)
+
+
+def test_a_norm_that_is_used_twice_moves_twice():
+    bn, twin = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    batches = [torch.randn(2, 3, 4, 4) + shift for shift in (1.0, -2.0)]
+    for y in batches:
+        twin(y)
+    track([bn, bn], [Statistics(aten.finalize(aten.moments(to_nhwc(y)), None, None, 1e-5), 32) for y in batches])
+    for ours, theirs in zip(bn.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -194,7 +194,7 @@ def running(used, like: Tensor, frozen: bool) -> list[Tensor]:
     found: list[Tensor] = []
     for one in [] if frozen else used:
         pair = new_statistics(one.coef.shape[1], like)
-        ops.update_running(*pair, one, 1.0)
+        ops.update_running(*([t] for t in pair), [one], [1.0])
         found += pair
     return found
 
@@ -360,6 +360,6 @@ def test_running_statistics_keep_what_is_not_finite_apart(room, momentum, wrong)
     coef = torch.rand(5, 4).to(device())
     coef[0, 1] = coef[1, 2] = wrong
     mean, var = torch.zeros(4).to(device()), torch.ones(4).to(device())
-    ops.update_running(mean, var, ops.Statistics(coef, 10), momentum)
+    ops.update_running([mean], [var], [ops.Statistics(coef, 10)], [momentum])
     assert mean.isfinite().tolist() == [True, False, True, True]
     assert var.isfinite().tolist() == [True, True, False, True]

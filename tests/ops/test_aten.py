@@ -36,15 +36,6 @@ def test_merged_tiles_are_the_whole():
     assert relative_error(coef[1], y.double().flatten(0, 2).var(0, correction=0)) < 1e-6
 
 
-def test_update_running_is_batch_norms():
-    y, momentum = torch.randn(2, 3, 4, 5), 0.3
-    mean, var = torch.rand(5), torch.rand(5)
-    expected = mean.clone(), var.clone()
-    F.batch_norm(y.permute(0, 3, 1, 2), *expected, training=True, momentum=momentum)
-    aten.update_running(mean, var, aten.finalize(aten.moments(y), None, None, 1e-5), 24, momentum)
-    torch.testing.assert_close((mean, var), expected)
-
-
 @pytest.mark.parametrize("pad", [(1, 1, 1, 1), (0, 0, 1, 1), (2, 1, 0, 0)], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_dgrad_and_wgrad_alone(stride, pad):

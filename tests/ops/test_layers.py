@@ -168,11 +168,11 @@ def test_bad_statistics_handed_over(coef, message):
 def test_running_statistics_of_another_size():
     used = Statistics(torch.rand(5, 4), 24)
     with pytest.raises(RuntimeError, match="running_mean should contain 4 elements not 5"):
-        ops.update_running(torch.rand(5), torch.rand(5), used, 0.1)
+        ops.update_running([torch.rand(5)], [torch.rand(5)], [used], [0.1])
     with pytest.raises(RuntimeError, match="running_var should contain 4 elements not 3"):
-        ops.update_running(torch.rand(4), torch.rand(3), used, 0.1)
+        ops.update_running([torch.rand(4)], [torch.rand(3)], [used], [0.1])
     with pytest.raises(RuntimeError, match=r"same device.* meta \(running_var\)"):
-        ops.update_running(torch.rand(4), torch.rand(4, device="meta"), used, 0.1)
+        ops.update_running([torch.rand(4)], [torch.rand(4, device="meta")], [used], [0.1])
 
 
 def test_bad_pool_in_max_pool2ds_words():
@@ -211,7 +211,7 @@ def test_vectors_may_have_gaps_and_dimensions(mode):
         out, used = residual_block(x, [Layer(weight, Norm(gamma, beta, mean, var))])
         trained, used = residual_block(x, [Layer(weight, Norm(gamma, beta))])
         biased = ops.conv_bias_act(x, Conv(weight), mean, relu=False)
-        ops.update_running(running[0, ::2], running[1, ::2], used[0], 1.0)
+        ops.update_running([running[0, ::2]], [running[1, ::2]], used, [1.0])
     y = F.conv2d(x.permute(0, 3, 1, 2), weight)
     flat = gamma.flatten()
     F.batch_norm(y, expected[0, ::2], expected[1, ::2], training=True, momentum=1.0)

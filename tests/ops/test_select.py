@@ -66,8 +66,16 @@ def test_the_context_manager_ends():
 
 
 def test_selection_tells_what_ran():
-    ops.global_avg_pool(torch.ones(2, 3, 5, 7))
-    assert ops.selection()["global_avg_pool((2x3x5x7, float32))"] == "aten"
+    modes = ["aten"] if cpu.unavailable() else ["aten", "cpp", "aten"]
+    for mode in modes:
+        with ops.implementation(mode):
+            ops.global_avg_pool(torch.ones(2, 3, 5, 7))
+    assert set(modes) <= set(ops.selection()["global_avg_pool"].split(", "))
+
+
+def test_a_primitive_that_nobody_has_is_told():
+    with pytest.raises(AttributeError, match="none of aten has the primitive 'transpose'"):
+        getattr(Primitives({"aten": SimpleNamespace()}), "transpose")
 
 
 class Choices:
@@ -93,6 +101,7 @@ def test_each_shape_is_chosen_once(monkeypatch):
         assert both.double(torch.ones(size))[0] == "second"
     assert both.only(torch.ones(4))[0] == "only"
     assert choices.keys == ["double((2, float32))", "double((3, float32))"]
+    assert ops.selection()["double((3, float32))"] == "second" and ops.selection()["only"] == "first"
 
 
 def test_nothing_is_timed_inside_a_graph_capture(monkeypatch):

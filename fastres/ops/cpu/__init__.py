@@ -9,7 +9,7 @@ from fastres.ops.cpu.build import unavailable
 from fastres.ops.cpu.convolutions import PartedConvolutions
 
 _PASSES = (
-    "moments finalize running_coef update_running bn_add_relu bn_add_relu_backward bn_sums bn_backward_coef "
+    "moments finalize running_coef bn_add_relu bn_add_relu_backward bn_sums bn_backward_coef "
     "bn_backward_apply bn_relu_max_pool bn_relu_max_pool_backward global_avg_pool global_avg_pool_backward"
 )
 _CONVOLUTIONS = "conv bn_add_relu_conv conv_dgrad conv_wgrad conv_backward conv_bias_act"

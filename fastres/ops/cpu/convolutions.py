@@ -132,7 +132,7 @@ class PartedConvolutions(LibraryConvolutions):
                 torch.add(dx_part, added, out=to)
             elif dx_part is not to:
                 to.copy_(dx_part)
-        return dx, torch.cat(sums) if sums else None, dw
+        return dx, _joined(sums), dw
 
 
 class _Output:
@@ -164,7 +164,13 @@ class _Output:
 
     def result(self) -> tuple[Tensor, Moments | None]:
         """The output and the statistics, of all parts."""
-        return self._y, None if self._moments is None else Moments(*map(torch.cat, zip(*self._moments)))
+        if self._moments is None or len(self._moments) == 1:
+            return self._y, self._moments and self._moments[0]
+        return self._y, Moments(*map(torch.cat, zip(*self._moments)))
+
+
+def _joined(sums: list[Tensor]) -> Tensor | None:
+    return torch.cat(sums) if len(sums) > 1 else next(iter(sums), None)
 
 
 def _at(tensor: Tensor | None, images: slice) -> Tensor | None:

@@ -20,7 +20,6 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _BLOCK_BYTES, _BLOCK_ROWS = 128 * 1024, 256
 
 running_coef = aten.running_coef
-update_running = aten.update_running
 global_avg_pool = aten.global_avg_pool
 global_avg_pool_backward = aten.global_avg_pool_backward
 
@@ -35,10 +34,16 @@ def moments(y: Tensor) -> Moments:
 def new_moments(y: Tensor) -> Moments:
     """Where the statistics of y's blocks of rows go; the counts are there already."""
     pixels, channels, rows = _sizes(y)
-    blocks = -(-pixels // rows)
-    count = torch.full((blocks,), float(rows))
-    count[-1] = pixels - (blocks - 1) * rows
-    return Moments(count, *torch.empty(2, blocks, channels).unbind())
+    count = _counts(pixels, rows)
+    return Moments(count, *torch.empty(2, count.shape[0], channels).unbind())
+
+
+@cache
+def _counts(pixels: int, rows: int) -> Tensor:
+    """Rows of each block."""
+    count = torch.full((-(-pixels // rows),), float(rows))
+    count[-1] -= count.shape[0] * rows - pixels
+    return count
 
 
 def store_moments(y: Tensor, residual: Tensor | None, out: Tensor | None, moments: Moments) -> None:
@@ -210,22 +215,23 @@ def _pass(name: str, activations: Tensor, *rest: Any) -> None:
 
 def _call(name: str, *arguments: Any) -> None:
     """Call a function of the library; tensors are contiguous, None is a null pointer."""
-    function = _function(name)
-    function(*map(_in_c, arguments))
+    function = _functions.get(name) or _declared(name, arguments)
+    function(*[_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments])
 
 
-_C_TYPES = {int: ctypes.c_int64, float: ctypes.c_double, bool: ctypes.c_bool, type(None): ctypes.c_void_p}
+def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
-def _in_c(argument: Any) -> Any:
-    if not isinstance(argument, Tensor):
-        return _C_TYPES[type(argument)](argument)
-    assert argument.is_contiguous()
-    return ctypes.c_void_p(argument.data_ptr())
+_C_TYPES = {int: ctypes.c_int64, float: ctypes.c_double, bool: ctypes.c_bool}
+_functions: dict[str, Any] = {}
 
 
-@cache
-def _function(name: str) -> Any:
+def _declared(name: str, arguments: tuple) -> Any:
+    """The function, its arguments' types told once by the first call's."""
     function = getattr(library(), f"fastres_{name}")
     function.restype = None
+    function.argtypes = [_C_TYPES.get(type(argument), ctypes.c_void_p) for argument in arguments]
+    _functions[name] = function
     return function

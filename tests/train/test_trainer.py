@@ -1,10 +1,12 @@
 """The loop: it learns, resumes bit for bit, and stops well when the loss is not finite."""
 
 import json
+import multiprocessing
 import os
 import signal
 
 import pytest
+import support_kills
 import torch
 from support_train import same_weights, tiny_config, tiny_dataset, tiny_trainer
 from torch import nn
@@ -112,33 +114,22 @@ def test_a_signal_in_the_validation_does_not_wait_for_its_end(tmp_path, monkeypa
     assert facts(rest.history) == facts(whole.history)
 
 
+# forks of a process that has only imported modules: this one has threads by now
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["support_kills"])
 WRITES = ["best.pt", "last.pt", "metrics.jsonl"]  # of an epoch whose accuracy is the best so far, in this order
 
 
 @pytest.mark.parametrize("number, name", list(enumerate(2 * WRITES, 1)))
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_kill_9_around_every_write_loses_at_most_one_epoch(number, name, moment, tmp_path):
-    folder, process = tmp_path / "run", os.fork()
-    if process == 0:  # pragma: no cover
-        replace, calls = os.replace, []
-
-        def deadly(source, target):
-            calls.append(str(target))
-            if len(calls) == number and moment == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-            if len(calls) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        os.replace = deadly
-        try:
-            tiny_trainer(folder, model="resnet8", lr=1e-3).fit()  # so slow that the second epoch is the better one
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    folder = tmp_path / "run"
+    process = PROCESSES.Process(target=support_kills.train_and_die, args=(folder, number, moment))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert (len(list(folder.glob(f".{name}.*.tmp"))) == 1) == (moment == "before")
-    rest = tiny_trainer(folder, model="resnet8", lr=1e-3)
+    rest = tiny_trainer(folder, **support_kills.OPTIONS)
     assert not list(folder.glob(".*.tmp"))
     done = (number - 1) // 3 + (number % 3 != 1 and (number, moment) not in ((2, "before"), (5, "before")))
     if rest.folder.last.exists():
@@ -153,7 +144,7 @@ def test_kill_9_around_every_write_loses_at_most_one_epoch(number, name, moment,
 def kill_9_reference(tmp_path):
     """The rows of the same run without a fault."""
     if not REFERENCE:
-        REFERENCE.extend(tiny_trainer(tmp_path / "whole", model="resnet8", lr=1e-3).fit())
+        REFERENCE.extend(tiny_trainer(tmp_path / "whole", **support_kills.OPTIONS).fit())
     return REFERENCE
 
 

@@ -24,7 +24,7 @@ from fastres.train import sweep as sweeps
 from fastres.train.distributed import ALONE, Onlooker, Ranks, joined, rank_device
 from fastres.train.evaluate import evaluate, predict_logits
 from fastres.train.facts import run_facts
-from fastres.train.run_folder import RunFolder, saved_config
+from fastres.train.run_folder import RunFolder, saved_config, saved_job
 from fastres.train.signals import terminate_orderly
 from fastres.train.trained import find_checkpoint, load_trained
 
@@ -88,14 +88,18 @@ def train(args: argparse.Namespace) -> int:
         return train_with(ranks, args)
 
 
-def run_of(args: argparse.Namespace, restarts: int) -> tuple[TrainConfig, Path, bool]:
-    """Options and folder of the run that is asked for, and whether the folder may hold its beginning."""
+def run_of(args: argparse.Namespace, ranks: Ranks) -> tuple[TrainConfig, Path, bool]:
+    """Options and folder of the run that is asked for, and whether the folder may hold its beginning.
+
+    It may in a ``torchrun`` job that was restarted or that machines joined or left: its starts have one id, or a count.
+    """
     given = given_options(args)
     if args.resume is None:
         if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             raise FastresError("torchrun --max-restarts needs --out FOLDER: a restarted job finds its checkpoint there")
         config = preset("fast" if args.preset is None else args.preset).replace(**given)
-        return config, Path(args.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"), restarts > 0
+        path = Path(args.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return config, path, ranks.restarts > 0 or (ranks.job is not None and saved_job(path) == ranks.job)
     fixed = sorted(set(given) - CHANGED_BY_RESUME)
     fixed += [name for name in ("preset", "out") if getattr(args, name) is not None]
     if fixed:
@@ -107,21 +111,22 @@ def run_of(args: argparse.Namespace, restarts: int) -> tuple[TrainConfig, Path, 
 
 def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
     """Train as one of the ranks; only the first one prints and writes."""
-    config, path, begun = ranks.of_first(lambda: run_of(args, ranks.restarts))
+    config, path, begun = ranks.of_first(lambda: run_of(args, ranks))
     device = machine.pick_device(rank_device(config.device, ranks))
     accepted_options(config.model)  # an unknown model should not wait for the data
     if device.type == "cpu":
         machine.keep_freed_memory()
     folder = RunFolder(path, resume=begun) if ranks.first else Onlooker(path)
     try:
-        trainer = Trainer(config, load_data(config, config.image_size, ranks), folder, ranks=ranks)
-        if ranks.of_first(folder.last.exists):
-            trainer.resume()
-        elif begun:
-            say(ranks, f"{path} was stopped before its first checkpoint: starting again")
-        if ranks.first:
-            describe(trainer)
-        history = trainer.fit()
+        with ranks.going_on(path):
+            trainer = Trainer(config, load_data(config, config.image_size, ranks), folder, ranks=ranks)
+            if ranks.of_first(folder.last.exists):
+                trainer.resume()
+            elif begun:
+                say(ranks, f"{path} was stopped before its first checkpoint: starting again")
+            if ranks.first:
+                describe(trainer)
+            history = trainer.fit()
     finally:
         folder.close()
     best = max(history, key=lambda row: row["val_accuracy"])
@@ -136,7 +141,7 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
 def describe(trainer: Trainer) -> None:
     """Print what is about to run and save it beside the options."""
     config, dataset, facts = trainer.config, trainer.dataset, run_facts(trainer)
-    trainer.folder.write_config(config, facts)
+    trainer.folder.write_config(config, {**facts, "job": trainer.ranks.job})
     print(
         f"{config.model}, {facts['parameters']:,} parameters | {dataset.label}, {len(dataset.train)} + "
         f"{len(dataset.test)} images | {facts['device']}, {facts['dtype']}, {facts['backend']}"

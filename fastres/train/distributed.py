@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +26,8 @@ from fastres.train.signals import StopRequest
 T = TypeVar("T")
 # PyTorch's wrapper would send rank 0's running statistics before every step; its option has two names.
 _OPTIONS = signature(DistributedDataParallel).parameters
+_ADDRESS = "fastres: rank 0's store"  # key of torchrun's store
+_PATIENCE = timedelta(minutes=10)  # for rank 0 to come
 _BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
 
 
@@ -38,13 +44,15 @@ class Ranks:
     Args:
         rank, count: this process and how many there are.
         local_rank: this process on its own machine.
-        restarts: how many times ``torchrun`` has restarted the job.
+        restarts: how many times ``torchrun`` has restarted this machine's processes after one of them failed.
+        job: the id that ``torchrun`` was given for the job, the same in all its starts; None: it has none.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
     restarts: int = 0
+    job: str | None = None
 
     @property
     def first(self) -> bool:
@@ -104,6 +112,23 @@ class Ranks:
             for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
                 buffer.copy_(part.view_as(buffer))
 
+    @contextmanager
+    def going_on(self, folder: Path) -> Iterator[None]:
+        """Context in which a `LostRank` names the run's folder."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.raise_lost(error, str(folder))
+
+    def raise_lost(self, error: RuntimeError, folder: str = "FOLDER") -> NoReturn:
+        """Raise `LostRank` in place of an error of an exchange, else the error itself."""
+        if self.count == 1 or not _is_of_exchange(error):
+            raise error
+        raise LostRank(
+            f"rank {self.rank} of {self.count} lost contact with the others: one of them has ended. The last checkpoint "
+            f"is whole: go on with `torchrun ... -m fastres.cli train --resume {folder}`"
+        ) from error
+
     def stop_request(self) -> StopRequest:
         """A `StopRequest` whose ``signum`` is the same on all ranks."""
         return StopRequest() if self.count == 1 else _JointStopRequest()
@@ -154,16 +179,18 @@ def joined() -> Iterator[Ranks]:
         LostRank: from inside the context, in place of PyTorch's error, where an exchange fails as a rank has ended.
     """
     count, restarts = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    job = None if job == "none" else job
     if count == 1:
-        yield Ranks(restarts=restarts)
+        yield Ranks(restarts=restarts, job=job)
         return
     rank = int(os.environ["RANK"])
-    ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts)
+    ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts, job)
     try:
         store, *_ = next(rendezvous("env://"))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.PrefixStore(f"start {restarts}", store),  # torchrun's may still hold dead ranks' addresses
+            store=_own_store(rank, store),
             rank=rank,
             world_size=count,
         )
@@ -173,13 +200,44 @@ def joined() -> Iterator[Ranks]:
     try:
         yield ranks
     except RuntimeError as error:
-        if not _is_of_exchange(error):
-            raise
-        raise LostRank(
-            f"rank {rank} of {count} lost contact with the others: one of them has ended. The last checkpoint is whole: "
-            "go on with `torchrun ... -m fastres.cli train --resume FOLDER`"
-        ) from error
+        ranks.raise_lost(error)
     dist.destroy_process_group()  # after an error it might wait for ranks that have ended
+
+
+def _own_store(rank: int, shared: dist.Store) -> dist.Store:
+    """A store that no earlier start of the job has written to: rank 0's process serves it.
+
+    ``torchrun`` keeps one store for all starts, with the addresses of ranks that have ended; those that take them for the
+    others' wait without end. Its count of restarts cannot tell starts apart: each machine has its own, of its own
+    failures, and another machine's joining does not count. What the former rank 0 left is known by its dead port.
+
+    Args:
+        shared: where rank 0 says where its store is.
+
+    Raises:
+        RuntimeError: where rank 0 does not come.
+    """
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        store, token = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False), uuid.uuid4().hex
+        store.set(token, "")
+        shared.set(_ADDRESS, f"{store.port} {token}")
+        return store
+    deadline = time.monotonic() + _PATIENCE.total_seconds()
+    while time.monotonic() < deadline:
+        port, token = shared.get(_ADDRESS).decode().split()
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()  # PyTorch would print a dead port's stack trace
+            store = dist.TCPStore(
+                host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5)
+            )
+            if store.check([token]):
+                store.set_timeout(dist.default_pg_timeout)
+                return store
+        except (OSError, dist.DistError):
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"rank 0 was not at {host}:{port} for {_PATIENCE}")
 
 
 def rank_device(device: str, ranks: Ranks) -> str:

@@ -128,5 +128,14 @@ def saved_config(path: str | os.PathLike) -> TrainConfig:
         raise FastresError(f"{file} is damaged ({error}): restore it or start a new run") from error
 
 
+def saved_job(path: str | os.PathLike) -> str | None:
+    """The id of the ``torchrun`` job that began the run in a folder; None: there is no such id or no run."""
+    try:
+        job = json.loads((Path(path) / "config.json").read_text())["job"]
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return job if isinstance(job, str) else None
+
+
 def _checksum(options: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()

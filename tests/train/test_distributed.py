@@ -7,18 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 
 import pytest
 import support_ranks
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from support_train import tiny_config, tiny_dataset, tiny_split, tiny_trainer
 
+from fastres import cli
 from fastres.data import Augment, Batches, DataError
 from fastres.errors import FastresError
-from fastres.train import Trainer
-from fastres.train.distributed import Onlooker, Ranks, rank_device
+from fastres.train import Trainer, distributed
+from fastres.train.distributed import LostRank, Onlooker, Ranks, rank_device
+from fastres.train.run_folder import RunFolder
 
 OPTIONS = dict(model="resnet8", backend="fused", sync_bn=True, crop_pad=1, flip="random", accumulate=2, ema=0.5)
 
@@ -95,6 +100,73 @@ def test_more_ranks_than_images():
         Batches(tiny_split(11, 0), 9, (0.0,) * 3, (1.0,) * 3, drop_last=False, share=(0, 3))
 
 
+def test_ranks_meet_apart_from_an_earlier_starts(monkeypatch):
+    """Whatever an earlier start has left: the port of a process that ended, that of another one, rank 0's own later."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    shared, other = dist.HashStore(), dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = free.getsockname()[1]
+    found = {}
+
+    def meet(rank):
+        found[rank] = distributed._own_store(rank, shared)
+
+    shared.set(distributed._ADDRESS, f"{dead} some-token")
+    late = [threading.Thread(target=meet, args=(rank,)) for rank in (1, 2)]
+    for thread in late:
+        thread.start()
+    time.sleep(1)
+    shared.set(distributed._ADDRESS, f"{other.port} some-token")
+    time.sleep(1)
+    assert not found
+    meet(0)
+    for thread in late:
+        thread.join(60)
+    found[1].set("from 1", "a")
+    assert found[0].get("from 1") == found[2].get("from 1") == b"a" and not other.check(["from 1"])
+
+
+def test_a_rank_0_that_never_comes(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(distributed, "_PATIENCE", timedelta(seconds=1))
+    other, shared = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), dist.HashStore()
+    shared.set(distributed._ADDRESS, f"{other.port} some-token")
+    with pytest.raises(RuntimeError, match=f"rank 0 was not at 127.0.0.1:{other.port} for 0:00:01"):
+        distributed._own_store(1, shared)
+
+
+def test_a_lost_rank_names_the_folder(tmp_path):
+    ranks = Ranks(1, 3)
+    with pytest.raises(LostRank, match=f"rank 1 of 3 lost .* --resume {tmp_path}`$"), ranks.going_on(tmp_path):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="^out of luck$"), ranks.going_on(tmp_path):
+        raise RuntimeError("out of luck")
+    with pytest.raises(FastresError, match="^no data about NCCL$"), ranks.going_on(tmp_path):
+        raise FastresError("no data about NCCL")
+
+
+@pytest.mark.parametrize(
+    "now, begun",
+    [
+        (Ranks(), False),
+        (Ranks(restarts=1), True),
+        (Ranks(0, 2, job="a"), True),
+        (Ranks(0, 2, job="b"), False),
+    ],
+)
+def test_a_job_goes_on_with_its_own_run_alone(tmp_path, now, begun):
+    """Another machine's joining is a new start that no count of restarts tells."""
+    arguments = cli.make_parser().parse_args(["train", "--out", str(tmp_path), "--model", "resnet8"])
+    assert not cli.run_of(arguments, Ranks(job="a"))[2]
+    folder = RunFolder(tmp_path)
+    folder.write_config(tiny_config(), {"job": "a"})
+    folder.close()
+    assert cli.run_of(arguments, now)[2] is begun
+    (tmp_path / "config.json").write_text("[")
+    assert cli.run_of(arguments, now)[2] is (now.restarts > 0)
+
+
 def test_devices_of_ranks(monkeypatch):
     ranks = Ranks(3, 4, 1)
     assert rank_device("cuda", ranks) == "cuda:1" and rank_device("cpu", ranks) == "cpu"
@@ -125,7 +197,7 @@ def test_a_killed_rank_and_elastic_restart(tmp_path):
     finally:
         job.kill()
     text = output.read_text()
-    assert "rank 0 of 2 lost contact with the others" in text or "rank 1 of 2 lost contact with the others" in text
+    assert re.search(rf"rank [01] of 2 lost contact with the others: .* --resume {re.escape(str(folder))}`\n", text)
     assert [row["epoch"] for row in map(json.loads, open(folder / "metrics.jsonl"))] == list(range(1, epochs(folder) + 1))
     assert re.search(r"stopped by SIGTERM after step (\d+)", text)
     assert int(re.search(r"stopped by SIGTERM after step (\d+)", text)[1]) == last(folder)["step"]

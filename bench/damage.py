@@ -11,6 +11,7 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -140,14 +141,15 @@ def image_cache(folder: Path, times: int, seed: int) -> list[str]:
 def timed_choices(folder: Path, times: int, seed: int) -> list[str]:
     """Which kernel is the fastest at each shape, which is timed anew with a warning where it is damaged."""
     costs = {f"conv({size}x{size}x64, bfloat16)": {"triton": 1.5, "library": size / 16} for size in (8, 16, 32, 64)}
-    file, said = folder / "choices.json", []
+    file = folder / "choices.json"
+    said: list[str] = []
 
     def read() -> dict[str, str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             choices = TimedChoices(file, "GPU", lambda call: call())
             found = {
-                key: choices.choose(key, {name: lambda cost=cost: cost for name, cost in costs[key].items()})
+                key: choices.choose(key, {name: partial(float, cost) for name, cost in costs[key].items()})
                 for key in costs
             }
         said.extend(str(warning.message) for warning in caught)

@@ -17,6 +17,7 @@ import torch
 from fastres.ops.cache import cache_folder
 
 _SOURCE = Path(__file__).with_name("passes.cpp")
+# not -ffast-math: it lets the compiler take it that nothing is NaN or infinite, and those must go through as in PyTorch
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
 # -march=native names the CPU on x86, -mcpu=native on ARM; the plain line is for compilers that know neither
 _FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())

@@ -1,8 +1,9 @@
 """Training and inference on a CPU against every peer at its best, and against the convolutions alone: ``python -m bench.cpu``.
 
 Peers are eager PyTorch in both layouts and torch.compile, in fp32 and bf16, each with the C library's allocator as it comes
-and with `fastres.train.machine.keep_freed_memory`. Each runs in a process of its own, as the state of the allocator's heap
-is part of what is measured; the processes take turns. The limit is the time of PyTorch's own convolutions on the network's
+and with `fastres.train.machine.keep_freed_memory`; for the least memory also with `return_freed_memory`, as the memory mode
+``--keep fewer`` of `fastres train` has it. Each runs in a process of its own, as the state of the allocator's heap is part
+of what is measured; the processes take turns. The limit is the time of PyTorch's own convolutions on the network's
 shapes.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +27,6 @@ from bench.layer_calls import bare_backward
 from bench.record import RESULTS, write_results
 from bench.tables import markdown
 from fastres.measure import Timing, Workload, interleaved
-from fastres.measure.peers import PEERS
 from fastres.measure.step import Step, peak_memory
 from fastres.nn.fold import fold
 from fastres.train import machine
@@ -37,6 +38,12 @@ WORKLOADS = {
 }
 TRAINING_PEERS = ("eager NCHW", "eager", "compile")
 OURS = ("fused", "fused fewer")
+ALLOCATORS: dict[str, Callable[[], Any]] = {
+    "default": lambda: None,
+    "kept": machine.keep_freed_memory,
+    "returned": machine.return_freed_memory,
+}
+OUR_ALLOCATORS = {"fused": ("kept",), "fused fewer": ("kept", "returned"), "folded": ("kept",)}
 INFERENCE_PEERS = ("eager NCHW", "eager", "compile", "compile frozen")
 CPU = torch.device("cpu")
 
@@ -48,17 +55,18 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for kind, peers, ours in (("training", TRAINING_PEERS, OURS), ("inference", INFERENCE_PEERS, ("folded",))):
         print(f"{name}: {kind}", flush=True)
         runs = [
-            (peer, precision, kept)
+            (peer, precision, allocator)
             for precision in args.precisions
             for peer in (*peers, *ours)
-            for kept in (False, True)
-            if kept or peer in peers  # ours keep memory, as `fastres train` does
+            for allocator in OUR_ALLOCATORS.get(peer, ("default", "kept"))
         ]
         found[kind] = _in_turn(kind, workload, runs, args.rounds, args.threads)
     for precision in args.precisions:
         for peer in (*TRAINING_PEERS[:2], *OURS):
-            memory = in_own_process(_memory, workload, peer, precision, args.threads)
-            found["peak_mib"][f"{peer}, {precision}"] = memory["peak_mib"] - memory["idle_mib"]
+            for allocator in OUR_ALLOCATORS.get(peer, tuple(ALLOCATORS)):
+                memory = in_own_process(_memory, workload, peer, precision, allocator, args.threads)
+                label = _label(peer, precision, allocator)
+                found["peak_mib"][label] = memory["peak_mib"] - memory["idle_mib"]
     found["convolutions"] = {
         precision: in_own_process(_convolutions, workload, precision, args.threads) for precision in args.precisions
     }
@@ -66,7 +74,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _in_turn(
-    kind: str, workload: Workload, runs: list[tuple[str, str, bool]], rounds: int, threads: int
+    kind: str, workload: Workload, runs: list[tuple[str, str, str]], rounds: int, threads: int
 ) -> dict[str, dict[str, Any]]:
     """Times of each run's calls, a process a run, one of them computing at a time."""
     context, workers = multiprocessing.get_context("spawn"), {}
@@ -99,10 +107,10 @@ def _call(pipe: Connection) -> None:
 
 
 def _work(
-    pipe: Connection, kind: str, workload: Workload, peer: str, precision: str, kept: bool, threads: int
+    pipe: Connection, kind: str, workload: Workload, peer: str, precision: str, allocator: str, threads: int
 ) -> None:
     """Make a call for each message, the first with a warm-up, until the pipe is closed; answer with what it raised."""
-    _prepare(kept, threads)
+    _prepare(allocator, threads)
     dtype, call = machine.DTYPES[precision], None
     while True:
         try:
@@ -119,10 +127,9 @@ def _work(
             pipe.send(f"{type(error).__name__}: {error}")
 
 
-def _prepare(kept: bool, threads: int) -> None:
+def _prepare(allocator: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    if kept:
-        machine.keep_freed_memory()
+    ALLOCATORS[allocator]()
 
 
 class Inference:
@@ -158,14 +165,14 @@ class Inference:
                 return self.model(self.images)
 
 
-def _memory(workload: Workload, peer: str, precision: str, threads: int) -> dict[str, float]:
-    _prepare(PEERS[peer].fused, threads)
+def _memory(workload: Workload, peer: str, precision: str, allocator: str, threads: int) -> dict[str, float]:
+    _prepare(allocator, threads)
     return peak_memory(workload, peer, CPU, machine.DTYPES[precision])
 
 
 def _convolutions(workload: Workload, precision: str, threads: int) -> dict[str, float]:
     """Seconds of all convolutions of a step by PyTorch's own, best layout: forward, and the gradients that are needed."""
-    _prepare(True, threads)
+    _prepare("kept", threads)
     dtype, layers = machine.DTYPES[precision], []
     model = workload.build()
     for module in model.modules():
@@ -195,8 +202,8 @@ def _convolution(
     return found["forward"].median, found["backward"].median
 
 
-def _label(peer: str, precision: str, kept: bool) -> str:
-    return f"{peer}, {precision}, {'kept' if kept else 'default'} memory"
+def _label(peer: str, precision: str, allocator: str) -> str:
+    return f"{peer}, {precision}, {allocator} memory"
 
 
 def summary(one: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +218,7 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
         rates = {label: batch / time["median"] for label, time in one[kind].items() if "median" in time}
         mine = {label: rate for label, rate in rates.items() if label.startswith(ours)}
         default = {label: rate for label, rate in rates.items() if label.endswith("default memory")}
-        kept = {label: rate for label, rate in rates.items() if label not in mine and label not in default}
+        kept = {label: rate for label, rate in rates.items() if label.endswith("kept memory") and label not in mine}
         best = max(mine, key=mine.get)
         peers = {"peer": max(default, key=default.get), "peer with kept memory": max(kept, key=kept.get)}
         found[kind] = {
@@ -245,11 +252,18 @@ def table(found: list[dict[str, Any]]) -> str:
             name = f"{one['workload']}, {kind}: {f['best'].rpartition(', ')[0]}"
             rows.append([name, f"{f['images_per_second']:.1f}", *ratios, f"{f['of_the_convolutions']:.2f}"])
     memory = [
-        [f"{one['workload']}: {label}", f"{one['peak_mib'][label]:.0f}", f"{ratio:.2f}"]
+        [f"{one['workload']}: {label}", f"{one['peak_mib'][label]:.0f}", f"{ratio:.2f}", _rate(one, label)]
         for one in found
         for label, ratio in _memory_ratios(one["peak_mib"]).items()
     ]
-    return f"{markdown(COLUMNS, rows)}\n\n{markdown(('', 'MiB that a step adds', 'of the best peer'), memory)}"
+    columns = ("", "MiB that a training step adds", "of the best peer", "images/s")
+    return f"{markdown(COLUMNS, rows)}\n\n{markdown(columns, memory)}"
+
+
+def _rate(one: dict[str, Any], label: str) -> str:
+    """Images/s of training, where it was measured."""
+    seconds = one["training"].get(label, {})
+    return f"{WORKLOADS[one['workload']].batch / seconds['median']:.1f}" if "median" in seconds else ""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -30,7 +30,7 @@ from fastres.train.trained import find_checkpoint, load_trained
 
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 # A resumed run keeps its options, but it may move to another machine.
-CHANGED_BY_RESUME = {"device", "data", "data_root", "compile", "backend"}
+CHANGED_BY_RESUME = {"device", "data", "data_root", "compile", "backend", "keep"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,7 +115,7 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
     device = machine.pick_device(rank_device(config.device, ranks))
     accepted_options(config.model)  # an unknown model should not wait for the data
     if device.type == "cpu":
-        machine.keep_freed_memory()
+        (machine.keep_freed_memory if config.keep == "all" else machine.return_freed_memory)()
     folder = RunFolder(path, resume=begun) if ranks.first else Onlooker(path)
     try:
         with ranks.going_on(path):

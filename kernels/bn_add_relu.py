@@ -179,6 +179,7 @@ def bn_add_relu_backward(
     coef: Tensor,
     shortcut: Tensor | None = None,
     shortcut_coef: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``dz = dout * (out > 0)`` with the sums of y's and of the shortcut's BatchNorm.
 
@@ -187,6 +188,7 @@ def bn_add_relu_backward(
         out: the result of `bn_add_relu`; None: it had no ReLU, dz is a copy of dout.
         coef: [5, C] fp32.
         shortcut, shortcut_coef: those of `bn_add_relu`; a shortcut that is not normalised has no sums.
+        in_place: whether dz takes dout's memory.
 
     Returns:
         dz [N, H, W, C], the partial sums [T, 2, C] fp32 of dz and dz * xhat, and the shortcut's or None.
@@ -194,7 +196,7 @@ def bn_add_relu_backward(
     channels = y.shape[3]
     rows = y.numel() // channels
     split = reduction(rows, channels)
-    dz = buffers.empty(dout, *dout.shape)
+    dz = dout if in_place else buffers.empty(dout, *dout.shape)
     sums = buffers.empty(coef, split.grid[0], 2, channels)
     shortcut_sums = None if shortcut_coef is None else buffers.empty(coef, split.grid[0], 2, channels)
     bn_add_relu_backward_kernel[split.grid](

@@ -93,9 +93,18 @@ def bn_add_relu_backward(
     coef: Tensor,
     shortcut: Tensor | None = None,
     shortcut_coef: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``dz = dout * (out > 0)`` (out None: no ReLU, a copy) with the sums of y's and of the shortcut's BatchNorm."""
-    dz = dout.clone() if out is None else _aten.threshold_backward(dout, out, 0)
+    """``dz = dout * (out > 0)`` (out None: no ReLU, a copy) with the sums of y's and of the shortcut's BatchNorm.
+
+    ``in_place``: dz takes dout's memory.
+    """
+    if out is None:
+        dz = dout if in_place else dout.clone()
+    elif in_place:
+        dz = _aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
+    else:
+        dz = _aten.threshold_backward(dout, out, 0)
     shortcut_sums = None if shortcut_coef is None else bn_sums(dz, shortcut, shortcut_coef)
     return dz, bn_sums(dz, y, coef), shortcut_sums
 

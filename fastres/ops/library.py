@@ -91,13 +91,15 @@ class LibraryConvolutions:
         need_dw: bool = True,
         end: tuple[Tensor, Tensor] | None = None,
         residual_stride: int = 1,
+        spare: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """`conv_dgrad` and `conv_wgrad` together: (dx, sums, dw), dy computed once.
 
         dy is ``A*dz + B*y + C``, without y ``A*dz``, without ``abc`` dz.
         With ``coef`` dx goes through the ReLU of ``relu(x*scale + shift)``. With ``end = (y, coef)`` x is the end of a
         block, ``relu(bn(y) + shortcut)``, and dx goes through that ReLU. Either way the sums are of that BatchNorm.
-        The residual is like x, or its first channels are added to every ``residual_stride``-th pixel of dx.
+        The residual is like x, or its first channels are added to every ``residual_stride``-th pixel of dx; ``spare``:
+        nobody needs it afterwards, so that dx may take its memory.
         """
         dy = dz if abc is None else self._apply(dz, y, abc)
         a = x if coef is None else self._normalise(x, coef)

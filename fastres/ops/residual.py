@@ -397,13 +397,13 @@ def residual_backward(
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
         return dz, y, abc, *below(i), weights[i], strides[i], pad_of(pads, i)
 
-    def end_backward(block: int, dout: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def end_backward(block: int, dout: Tensor, out: Tensor | None, ours: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         i = starts[block + 1] - 1
-        shortcut = (y_of(starts[-1]), coefs[-1]) if projection and block == 0 else ()
-        return p.bn_add_relu_backward(dout, out, y_of(i), coefs[i], *shortcut)
+        shortcut = (y_of(starts[-1]), coefs[-1]) if projection and block == 0 else (None, None)
+        return p.bn_add_relu_backward(dout, out, y_of(i), coefs[i], *shortcut, in_place=ours)
 
     norm_grads, dws = [None] * (2 * len(weights)), [None] * len(weights)
-    dz, sums, shortcut_sums = end_backward(len(depths) - 1, dout, out)
+    dz, sums, shortcut_sums = end_backward(len(depths) - 1, dout, out, ours=False)
     for block in reversed(range(len(depths))):
         dshortcut, step = dz, steps[block]
         if projection and block == 0:
@@ -419,12 +419,11 @@ def residual_backward(
                 # the data gradient goes on through the end of the block below, but for a projection's own sums
                 if block > 1 or (block == 1 and not projection):
                     end = (y_of(i - 1), coefs[i - 1])
-            dz, sums, dws[i] = p.conv_backward(
-                *layer(i, dz, sums), residual, need_x or i > 0, need_weights[i], end, 1 if residual is None else step
-            )
+            given = residual, need_x or i > 0, need_weights[i], end, 1 if residual is None else step
+            dz, sums, dws[i] = p.conv_backward(*layer(i, dz, sums), *given, spare=True)
             again.pop(i, None)
         if projection and block == 1:
-            dz, sums, shortcut_sums = end_backward(0, dz, inputs[1])
+            dz, sums, shortcut_sums = end_backward(0, dz, inputs[1], ours=True)
     grads = [dz] * need_x + [dshortcut] * need_added + [dw for dw in dws if dw is not None]
     return [torch.cat(norm_grads), *grads]
 

@@ -182,8 +182,12 @@ def _dgrad_and_wgrad(
     need_dw: bool = True,
     end: tuple[Tensor, Tensor] | None = None,
     residual_stride: int = 1,
+    spare: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`conv_backward` of two kernels that each compute dy as they read it."""
+    """`conv_backward` of two kernels that each compute dy as they read it.
+
+    They leave a ``spare`` residual alone: to be timed they are called again.
+    """
     dx = sums = dw = None
     if need_dx:
         below, mask = ((x, coef), None) if coef is not None else (end, None if end is None else x)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastres.data import Augment, Batches, DataError, Dataset
+from fastres.errors import FastresError
 from fastres.models.fused import create_fused_model
 from fastres.models.registry import accepted_options, create_model
 from fastres.train import machine
@@ -40,11 +41,16 @@ def build_model(config: TrainConfig, dataset: Dataset, device: torch.device) -> 
     """The network with the seed's initial weights, on its device and in its memory format.
 
     Raises:
-        FastresError: for options that the network does not have.
+        FastresError: for options that the network does not have, or that only fused blocks have.
     """
-    create = {"fused": create_fused_model, "eager": create_model}[machine.pick_backend(config.backend, device)]
+    backend = machine.pick_backend(config.backend, device)
+    create = {"fused": create_fused_model, "eager": create_model}[backend]
     torch.manual_seed(config.seed)
     options = model_options(config, image_size(config, dataset))
+    if config.keep != "all":
+        if backend != "fused":
+            raise FastresError(f"--keep {config.keep} is of fused blocks: add --backend fused, or --checkpoint-every 1")
+        options["keep"] = config.keep
     model = create(config.model, num_classes=len(dataset.classes), **options)
     if config.whiten:
         whiten(model, dataset)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastres.errors import FastresError
+from fastres.ops.residual import KEEP
 from fastres.train.progressive import parse_progressive
 from fastres.train.schedule import parse_milestones
 
@@ -100,9 +101,15 @@ class TrainConfig:
     )
     backend: str = option(
         "auto",
-        "blocks: fused operations, or plain eager PyTorch; auto takes fused on a GPU",
+        "blocks: fused operations, or plain eager PyTorch; auto takes eager only on a CPU without a C++ compiler",
         kind=str,
         choices=("auto", "fused", "eager"),
+    )
+    keep: str = option(
+        "all",
+        "what fused blocks keep for backward: fewer computes some again, and on a CPU returns freed memory at once",
+        kind=str,
+        choices=KEEP,
     )
     channels_last: bool = option(True, "NHWC activations and weights", kind=bool)
     compile: bool = option(False, "run the network through torch.compile", kind=bool)

@@ -113,11 +113,27 @@ def keep_freed_memory() -> bool:
         Whether the allocator took it: False where the C library is not glibc.
     """
     trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
+    return _mallopt(trim_threshold, -1) and _mallopt(mmap_max, 0)
+
+
+def return_freed_memory() -> bool:
+    """Tell glibc's allocator to give every large buffer back to the system when it is freed, for the least memory.
+
+    By default it raises the size from which it does so as buffers are freed, up to 32 MiB; what is smaller leaves holes.
+    For the whole process.
+
+    Returns:
+        As `keep_freed_memory`.
+    """
+    mmap_threshold = -3  # malloc.h: M_MMAP_THRESHOLD
+    return _mallopt(mmap_threshold, 2**20)
+
+
+def _mallopt(parameter: int, value: int) -> bool:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(parameter, value))
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -76,6 +76,11 @@ def test_bn_add_relu_backward(shape, dtype, kind, relu, seed):
     out = aten.bn_add_relu(y, coef, *shortcut) if relu else None
     arguments = dout, out, y, coef, *shortcut
     compare(kernels.bn_add_relu_backward, aten.bn_add_relu_backward, arguments, with_summed_tiles)
+    apart, ours = kernels.bn_add_relu_backward(*arguments), dout.clone()
+    in_place = kernels.bn_add_relu_backward(ours, *arguments[1:], in_place=True)
+    assert in_place[0] is ours
+    for one, other in zip(in_place, apart, strict=True):
+        assert one is other is None or torch.equal(one, other)
 
 
 @few_examples

@@ -68,6 +68,13 @@ class TestAgainstFp64:
         assert_close(both("bn_add_relu_backward", dout, None, y, first), dtype)
         assert_close(both("bn_add_relu_backward", dout, out, y, first, shortcut, second), dtype)
         assert_close(both("bn_sums", dout, y, first), dtype)
+        apart = passes.bn_add_relu_backward(dout, out, y, first, shortcut, second)
+        for room in (passes, aten):
+            ours = dout.clone()
+            dz, *sums = room.bn_add_relu_backward(ours, out, y, first, shortcut, second, in_place=True)
+            assert dz is ours and torch.equal(dz, apart[0])
+            if room is passes:
+                assert all(map(torch.equal, sums, apart[1:]))
 
     @pytest.mark.parametrize("training", [True, False])
     def test_backward_apply(self, shape, dtype, training):
@@ -170,3 +177,24 @@ def test_parts_of_the_batch_are_the_whole(kernel, stride, outputs, dtype, monkey
     assert len(convolutions._parts(x, y, w)) == 4
     for one, other in zip(results(), whole):
         assert relative_error(one, other.double()) < FLOOR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel, through_relu", [(1, True), (3, True), (1, False), (3, False)])
+def test_the_gradient_may_take_a_spare_residuals_memory(kernel, through_relu, dtype, monkeypatch):
+    """Also where the residual is the gradient that comes in, as in a block of one convolution."""
+    p, pad = cpu.primitives(), (kernel // 2,) * 4
+    x, dz, w = torch.randn(7, 9, 8, 16, dtype=dtype), torch.randn(7, 9, 8, 16, dtype=dtype), torch.randn(16, kernel, kernel, 16)
+    arguments = x, coef(16) if through_relu else None, w.to(dtype), 1, pad
+    monkeypatch.setattr(convolutions, "PART_BYTES", 4 * x[0].numel() * x.element_size())
+    monkeypatch.setattr(convolutions, "WEIGHTS_SHARE", 0)
+    assert len(convolutions._parts(x, dz, w)) == 4
+    for same in (False, True):
+        for abc in (None, torch.rand(3, 16)):
+            given, residual = dz.clone(), torch.randn_like(x)
+            residual = given if same else residual
+            apart = p.conv_backward(given, x, abc, *arguments, residual)
+            dx, sums, dw = p.conv_backward(given, x, abc, *arguments, residual, spare=True)
+            assert dx.data_ptr() == residual.data_ptr()
+            assert torch.equal(dx, apart[0]) and torch.equal(dw, apart[2])
+            assert sums is apart[1] is None or torch.equal(sums, apart[1])

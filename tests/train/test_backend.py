@@ -5,6 +5,7 @@ import torch
 from support_train import tiny_trainer
 
 from fastres import ops
+from fastres.errors import FastresError
 from fastres.ops import cpu
 from fastres.train import machine
 from fastres.train.trained import load_trained
@@ -46,6 +47,14 @@ def test_a_run_goes_on_with_the_other_backend(tmp_path):
     again = tiny_trainer(tmp_path, backend="eager", epochs=4)
     again.resume()
     assert len(again.fit()) == 4
+
+
+def test_fewer_activations_are_kept_of_fused_blocks_alone(tmp_path):
+    run = tiny_trainer(tmp_path / "fused", backend="fused", keep="fewer")
+    assert {block.keep for block in run.model.modules() if hasattr(block, "keep")} == {"fewer"}
+    assert run.fit()
+    with pytest.raises(FastresError, match="--keep fewer is of fused blocks: add --backend fused"):
+        tiny_trainer(tmp_path / "eager", backend="eager", keep="fewer")
 
 
 def test_a_fused_network_is_saved_as_the_eager_one(tmp_path, monkeypatch):

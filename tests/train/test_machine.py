@@ -51,3 +51,19 @@ def test_a_compiler_that_is_missing_is_known_before_the_work_starts(tmp_path):
 
 def test_freed_memory_is_kept_where_the_c_library_can():
     assert machine.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("how, returned", [("keep_freed_memory", False), ("return_freed_memory", True)])
+def test_freed_memory_is_kept_or_returned(how, returned):
+    """64 buffers of 4 MiB, freed but for the last one, which lies above them in the heap."""
+    script = (
+        "import torch\nfrom fastres.train import machine\n"
+        "def resident():\n"
+        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmRSS')) / 1024\n"
+        f"assert machine.{how}()\n"
+        "tensors = [torch.ones(2**20) for _ in range(64)]\nfull = resident()\n"
+        "del tensors[:-1]\nprint(full - resident())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (float(done.stdout) > 200) == returned, done.stdout + done.stderr

@@ -105,15 +105,20 @@ class PartedConvolutions(LibraryConvolutions):
         need_dw: bool = True,
         end: tuple[Tensor, Tensor] | None = None,
         residual_stride: int = 1,
+        spare: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, sums, dw), see `fastres.ops.library.LibraryConvolutions.conv_backward`."""
         below, sums, dw = end if coef is None else (x, coef), [], None
         parts = _parts(x, dz, w)
-        dx = dz.new_empty(x.shape) if need_dx and len(parts) > 1 else None
+        in_residual = spare and residual is not None and residual.shape == x.shape and residual_stride == 1
+        dx = None
+        if need_dx and len(parts) > 1:
+            dx = residual if in_residual else dz.new_empty(x.shape)
         for images in parts:
             dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], _at(y, images), abc)
             to = _at(dx, images)
-            dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, to, need_dx, need_dw)
+            room = None if in_residual else to
+            dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, room, need_dx, need_dw)
             if need_dw:
                 dw = dw_part if dw is None else dw.add_(dw_part)
             if not need_dx:

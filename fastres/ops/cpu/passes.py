@@ -92,9 +92,10 @@ def bn_add_relu_backward(
     coef: Tensor,
     shortcut: Tensor | None = None,
     shortcut_coef: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``dz = dout * (out > 0)`` (out None: no ReLU, a copy) with the sums of y's and of the shortcut's BatchNorm."""
-    dz, sums = torch.empty_like(dout), new_sums(dout)
+    """``dz = dout * (out > 0)`` with sums, see `fastres.ops.aten.bn_add_relu_backward`."""
+    dz, sums = dout if in_place else torch.empty_like(dout), new_sums(dout)
     shortcut_sums = None if shortcut_coef is None else torch.empty_like(sums)
     second = (None, None) if shortcut_coef is None else (shortcut, shortcut_coef)
     _backward_sums(dout, None, out, None, (y, coef), second, dz, sums, shortcut_sums)

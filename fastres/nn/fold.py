@@ -13,6 +13,7 @@ from fastres.nn.blocks import is_projection
 from fastres.nn.fuse import unfuse
 from fastres.nn.norm import conv_of, norm_of, to_nchw, to_nhwc, unsupported
 from fastres.ops import bn_relu, conv_bias_act
+from fastres.ops.cpu import PackedWeight
 from fastres.reference import cifar, notebook, preact
 from fastres.reference.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -70,6 +71,7 @@ class FoldedConv(_Inference):
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(torch.promote_types(dtype, torch.float32)))
         self.relu = relu
+        self.packed = PackedWeight()
         self.training = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -77,7 +79,7 @@ class FoldedConv(_Inference):
         nhwc = to_nhwc(x)
         conv = conv_of(self.geometry, tuple(nhwc.shape[1:3]))._replace(weight=self.weight)
         added = None if residual is None else to_nhwc(residual)
-        return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.relu))
+        return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.relu, self.packed))
 
 
 class FoldedBlock(_Inference):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastres.ops.cpu import PackedWeight
 from fastres.ops.layers import (
     Conv,
     Pad,
@@ -18,7 +19,12 @@ from fastres.ops.select import primitives
 
 
 def conv_bias_act(
-    x: Tensor, conv: Conv, bias: Tensor, residual: Tensor | None = None, relu: bool = True
+    x: Tensor,
+    conv: Conv,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    packed: PackedWeight | None = None,
 ) -> Tensor:
     """``relu(conv(x) + bias (+ residual))``, not differentiable.
 
@@ -26,6 +32,7 @@ def conv_bias_act(
         x: [N, H, W, C].
         bias: [C'], of any floating-point dtype.
         residual: [N, H', W', C'].
+        packed: where a CPU keeps the weight in its own layout from call to call; the caller's, one a weight.
 
     Raises:
         RuntimeError: as `torch.nn.functional.conv2d` raises it.
@@ -42,6 +49,10 @@ def conv_bias_act(
         check_shortcut(residual, shape, x)
     x = in_autocast(x).contiguous()
     residual = None if residual is None else in_autocast(residual).contiguous()
+    if packed is not None and not torch.compiler.is_compiling() and not conv.weight.is_inference():
+        p = primitives(x)
+        if hasattr(p, "packed_conv_bias_act"):
+            return p.packed_conv_bias_act(x, conv.weight, packed, bias, conv.stride, conv.pad, residual, relu)
     weight = nhwc_weight(conv.weight, x.dtype)
     return conv_bias_act_forward(x, weight, bias.contiguous(), conv.stride, list(conv.pad), residual, relu)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fastres.ops.cpu import passes
+from fastres.ops.cpu import packed, passes
 from fastres.ops.cpu.build import unavailable
 from fastres.ops.cpu.convolutions import PartedConvolutions
+from fastres.ops.cpu.packed import PackedWeight
 
 _PASSES = (
     "moments finalize running_coef bn_add_relu bn_add_relu_backward bn_sums bn_backward_coef "
@@ -17,11 +18,13 @@ _CONVOLUTIONS = "conv bn_add_relu_conv conv_dgrad conv_wgrad conv_backward conv_
 
 DTYPES = tuple(passes.DTYPES)
 
-__all__ = ["DTYPES", "primitives", "unavailable"]
+__all__ = ["DTYPES", "PackedWeight", "primitives", "unavailable"]
 
 
 def primitives() -> SimpleNamespace:
     """Every primitive by its name, see `fastres.ops.aten`; for where they are not `unavailable`."""
     convolutions = PartedConvolutions()
     sources = [(passes, _PASSES), (convolutions, _CONVOLUTIONS)]
+    if packed.AVAILABLE:
+        sources.append((packed, "packed_conv_bias_act"))
     return SimpleNamespace(**{name: getattr(source, name) for source, names in sources for name in names.split()})

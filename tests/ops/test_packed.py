@@ -1,0 +1,67 @@
+"""Inference convolutions whose weights stay in oneDNN's layout."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from support_fused import FLOOR, random_weight, relative_error
+
+from fastres.ops import Conv, conv_bias_act, cpu, implementation
+from fastres.ops.cpu import PackedWeight, packed
+
+pytestmark = pytest.mark.skipif(not packed.AVAILABLE or cpu.unavailable() is not None, reason="no oneDNN or no compiler")
+
+
+@pytest.fixture(autouse=True)
+def cpp():
+    with implementation("cpp"):
+        yield
+
+
+def packed_calls(monkeypatch) -> list:
+    """The weights that are packed from now on."""
+    reorder, calls = packed._mkldnn._reorder_convolution_weight, []
+    monkeypatch.setattr(packed._mkldnn, "_reorder_convolution_weight", lambda w, *a: calls.append(w) or reorder(w, *a))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel, stride, pad", [(1, 1, (0,) * 4), (1, 2, (0,) * 4), (3, 1, (1,) * 4), (3, 2, (0, 0, 1, 1))])
+def test_give_what_plain_ones_give(kernel, stride, pad, dtype):
+    weight, bias, kept = random_weight(16, 24, kernel).to(dtype), torch.randn(24), PackedWeight()
+    for n, size in ((2, 8), (1, 8), (2, 8), (2, 11)):
+        x = torch.randn(n, size, size - 1, 16).to(dtype)
+        added = torch.randn_like(conv_bias_act(x, Conv(weight, stride, pad), bias))
+        for residual, relu in ((None, True), (added, True), (added, False)):
+            wide = None if residual is None else residual.double()
+            exact = conv_bias_act(x.double(), Conv(weight.double(), stride, pad), bias, wide, relu)
+            ours = conv_bias_act(x, Conv(weight, stride, pad), bias, residual, relu, kept)
+            assert relative_error(ours, exact) <= FLOOR[dtype]
+
+
+def test_are_made_once_and_again_where_the_weight_has_changed(monkeypatch):
+    conv, x, bias, kept = Conv(random_weight(8, 8, 1).float()), torch.randn(1, 4, 4, 8), torch.zeros(8), PackedWeight()
+    calls = packed_calls(monkeypatch)
+    for _ in range(3):
+        first = conv_bias_act(x, conv, bias, None, False, kept)
+    assert len(calls) == 1
+    conv.weight.mul_(2)
+    torch.testing.assert_close(conv_bias_act(x, conv, bias, None, False, kept), 2 * first)
+    other = conv._replace(weight=-conv.weight)
+    torch.testing.assert_close(conv_bias_act(x, other, bias, None, False, kept), -2 * first)
+    assert len(calls) == 3
+    assert copy.deepcopy(kept)._weight is pickle.loads(pickle.dumps(kept))._weight is None
+
+
+def test_keep_nan():
+    x = torch.full((1, 2, 2, 8), float("nan"))
+    conv = Conv(random_weight(8, 8, 1).float())
+    assert conv_bias_act(x, conv, torch.zeros(8), packed=PackedWeight()).isnan().all()
+
+
+def test_are_cast_under_autocast():
+    conv, x = Conv(random_weight(8, 8, 1).float()), torch.randn(1, 4, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = (conv_bias_act(x, conv, torch.zeros(8), packed=p) for p in (PackedWeight(), None))
+    assert ours.dtype == torch.bfloat16 and relative_error(ours, plain.double()) <= FLOOR[torch.bfloat16]

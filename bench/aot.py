@@ -254,8 +254,8 @@ def table(rows: list[list[str]], markdown: bool) -> str:
         lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in [COLUMNS, *rows])
-    return "\n".join(map(str.rstrip, lines))
+    aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in [COLUMNS, *rows])
+    return "\n".join(line.rstrip() for line in aligned)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -182,7 +182,7 @@ def _stream(command: list[str], environment: dict[str, str], seconds: float) -> 
     timer.start()
     try:
         lines: deque[str] = deque(maxlen=8)
-        for line in process.stdout:
+        for line in process.stdout or ():
             print(line, end="", flush=True)
             lines.append(line.strip())
         status = process.wait()

@@ -26,7 +26,7 @@ from bench.depth import in_own_process
 from bench.layer_calls import bare_backward
 from bench.record import RESULTS, write_results
 from bench.tables import markdown
-from fastres.measure import Timing, Workload, interleaved
+from fastres.measure import Timing, Workload, all_of, interleaved
 from fastres.measure.step import Step, peak_memory
 from fastres.nn.fold import fold
 from fastres.train import machine
@@ -198,7 +198,7 @@ def _convolution(
     forward = partial(torch.nn.functional.conv2d, x, w, None, stride, padding)
     dy = torch.randn_like(forward())
     backward = partial(bare_backward, dy, x, w, stride, padding, need_dx)
-    found = interleaved({"forward": forward, "backward": backward}, CPU, warmup=2, rounds=5)
+    found = all_of(interleaved({"forward": forward, "backward": backward}, CPU, warmup=2, rounds=5))
     return found["forward"].median, found["backward"].median
 
 
@@ -219,8 +219,8 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
         mine = {label: rate for label, rate in rates.items() if label.startswith(ours)}
         default = {label: rate for label, rate in rates.items() if label.endswith("default memory")}
         kept = {label: rate for label, rate in rates.items() if label.endswith("kept memory") and label not in mine}
-        best = max(mine, key=mine.get)
-        peers = {"peer": max(default, key=default.get), "peer with kept memory": max(kept, key=kept.get)}
+        best, *others = (max(one, key=one.__getitem__) for one in (mine, default, kept))
+        peers = dict(zip(("peer", "peer with kept memory"), others, strict=True))
         found[kind] = {
             "best": best,
             "images_per_second": mine[best],

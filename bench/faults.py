@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import tempfile
 import time
@@ -42,6 +44,8 @@ from fastres.train.run_folder import RunFolder, saved_config
 
 EPOCHS = 6
 NOBODY = 65534
+CLONE_NEWNS, CLONE_NEWUSER, MS_REC, MS_PRIVATE = 0x20000, 0x10000000, 1 << 14, 1 << 18  # sched.h, mount.h
+PAGE = resource.getpagesize()
 PATIENCE = 300  # seconds after which a process that hangs is ended, which counts as wrong
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["bench.faults"])
@@ -200,14 +204,59 @@ def limited(run: Path, limit: int) -> None:
     fit(run)
 
 
-def full_disk(folder: Path, steps: int = 8) -> dict[str, Any]:
+def size_limit(folder: Path, steps: int = 8) -> dict[str, Any]:
     """Resume a run whose files may not grow beyond a limit, from nothing to all that it needs."""
     run, outcomes = stopped_run(folder / "full"), []
     before = (run / "last.pt").read_bytes()
     for limit in [0, 100, *(int(1.2 * len(before) * step / steps) for step in range(1, steps + 1))]:
         (run / "last.pt").write_bytes(before)
         outcomes += [Child(partial(limited, run, limit)).outcome("cannot write", str(run)), whole_files(run)]
-    return table_row("full disk", outcomes)
+    return table_row("file-size limit", outcomes)
+
+
+def mount_small(folder: Path, size: int) -> None:
+    """Mount an empty file system of ``size`` bytes over the folder, for this process alone.
+
+    Raises:
+        OSError: where the kernel does not let this user.
+    """
+    libc, ids = ctypes.CDLL(None, use_errno=True), {"uid": os.getuid(), "gid": os.getgid()}
+    new_namespaces = CLONE_NEWNS if os.getuid() == 0 else CLONE_NEWNS | CLONE_NEWUSER
+    _checked(libc.unshare(new_namespaces))
+    if new_namespaces & CLONE_NEWUSER:
+        Path("/proc/self/setgroups").write_text("deny")
+        for name, number in ids.items():
+            Path(f"/proc/self/{name}_map").write_text(f"0 {number} 1")
+    _checked(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
+    _checked(libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={size}".encode()))
+
+
+def _checked(status: int) -> None:
+    if status:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def in_small_room(run: Path, room: Path, size: int) -> None:
+    """`fit` a copy of the run where all files together have ``size`` bytes; afterwards they are whole, or it raises."""
+    mount_small(room, size)
+    copy = Path(shutil.copytree(run, room / "run"))
+    try:
+        fit(copy)
+    finally:
+        if (found := whole_files(copy)) != "harmless":
+            raise RuntimeError(found)
+
+
+def full_file_system(folder: Path, steps: int = 8) -> dict[str, Any] | None:
+    """Resume a run on file systems from as large as it is to three times that; None where none can be mounted."""
+    run, room = stopped_run(folder / "small"), folder / "room"
+    room.mkdir()
+    if Child(partial(mount_small, room, 2**20)).end()[0] != 0:
+        return None
+    taken = 2**16 + sum(-(-file.stat().st_size // PAGE) * PAGE for file in run.rglob("*"))
+    sizes = [int(taken * (1 + 2 * step / steps)) for step in range(steps)]
+    outcomes = [Child(partial(in_small_room, run, room, size)).outcome("cannot write", str(room)) for size in sizes]
+    return table_row("full file system", outcomes)
 
 
 def without_rights(run: Path) -> None:
@@ -289,7 +338,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        rows = [kills(folder, args.kills, args.seed), full_disk(folder), read_only(folder), two_runs(folder)]
+        rows = [kills(folder, args.kills, args.seed), size_limit(folder), read_only(folder), two_runs(folder)]
+        if (row := full_file_system(folder)) is not None:
+            rows.append(row)
         rows += [clock_jumps(folder, seed=args.seed), *damages(folder, args.damages, args.seed)]
     columns = ("fault", "tried", *OUTCOMES)
     print(markdown(columns, [[str(row[column]) for column in columns] for row in rows]))

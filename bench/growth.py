@@ -19,7 +19,7 @@ from bench.depth import in_own_process
 from bench.record import RESULTS, write_results
 from bench.tables import markdown
 from fastres.atomic import atomic_write
-from fastres.measure import Timing, Workload, interleaved
+from fastres.measure import Workload, all_of, interleaved
 from fastres.measure.command import device_name
 from fastres.measure.step import Step, peak_memory
 from fastres.train import machine
@@ -61,10 +61,7 @@ def _times(
 ) -> dict[str, dict[str, Any]]:
     _prepare(device, threads)
     steps = {peer: Step(workload, peer, device, dtype) for peer in PEERS}
-    found = interleaved(steps, device, warmup=1, rounds=rounds)
-    for time in found.values():
-        if not isinstance(time, Timing):
-            raise time
+    found = all_of(interleaved(steps, device, warmup=1, rounds=rounds))
     return {peer: time._asdict() for peer, time in found.items()}
 
 
@@ -151,7 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     device = machine.pick_device("auto")
     dtype = machine.pick_dtype(args.precision, device)
     name = str(dtype).removeprefix("torch.")
-    found, before = [], os.getloadavg()[0]
+    found: list[dict[str, Any]] = []
+    before = os.getloadavg()[0]
     for axis, value, workload in points(args):
         print(f"{axis} {value}", flush=True)
         same = next((one for one in found if one["workload"] == asdict(workload)), None)  # two axes may cross

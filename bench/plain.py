@@ -29,11 +29,11 @@ class Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
-def loaders(dataset: Dataset, batch_size: int, pad: int, padding_mode: str, workers: int):
+def loaders(dataset: Dataset, batch_size: int, pad: int, padding_mode: str, workers: int) -> tuple[DataLoader, DataLoader]:
     """Training batches, shuffled, cropped and flipped, and test batches."""
     mean, std = ([value / 255 for value in values] for values in (dataset.mean, dataset.std))
     size = dataset.train.images.shape[-1]
@@ -95,5 +95,7 @@ def train(
 def test(model: nn.Module, loader: DataLoader) -> float:
     """Accuracy in [0, 1]."""
     model.eval()
-    right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
-    return right / len(loader.dataset)
+    right, count = 0.0, 0
+    for images, labels in loader:
+        right, count = right + (model(images).argmax(1) == labels).sum().item(), count + len(labels)
+    return right / count

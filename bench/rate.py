@@ -78,11 +78,11 @@ def main(argv: list[str] | None = None) -> None:
         for trainer in trainers.values():
             trainer.folder.close()
     rows: list[dict[str, Any]] = []
-    for (name, precision), measured in turns.items():
+    for (name, precision), measurements in turns.items():
         images = len(trainers[name, precision].train_batches) * trainers[name, precision].config.batch_size
-        row = {"preset": name, "precision": precision, "images": images, "turns": measured}
+        row = {"preset": name, "precision": precision, "images": images, "turns": measurements}
         for clock in ("seconds", "cpu_seconds"):
-            row[f"images_per_{clock[:-1]}"] = statistics.median(images / one[clock] for one in measured)
+            row[f"images_per_{clock[:-1]}"] = statistics.median(images / one[clock] for one in measurements)
         rows.append(row)
         print(
             f"{name:>10} {precision}: {row['images_per_second']:7.1f} images/s, "

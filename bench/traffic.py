@@ -75,7 +75,7 @@ def measure(part: Part, batch: int, dtype: torch.dtype = torch.bfloat16) -> Step
     launches = count_triton.traffic(lambda n: train(module, part.images(n, dtype), dtype), batch)
     with count_triton.unlaunched(), count_eager.EagerTraffic() as other:
         train(module, x, dtype)
-    saved = {"eager": count_eager.saved(part.modules, x, dtype)}
+    saved: dict[str, float] = {"eager": count_eager.saved(part.modules, x, dtype)}
     with count_triton.unlaunched():
         saved["fused"] = saved_bytes(module, x, dtype)
         saved["fewer"] = saved_bytes(fused(part, "fewer"), x, dtype)
@@ -248,10 +248,10 @@ def main(argv: list[str] | None = None) -> None:
                 found.append(measure_stage(stage, options.batch))
         print(f"\n{network}, {options.batch} images of {size}x{size}\n")
         print(table(COLUMNS, rows(found), options.markdown))
-        for stage in found if options.launches else ():
-            print(f"\n{stage.counted.part.name} and the rest of its stage\n")
-            print(table(LAUNCH_COLUMNS, launch_rows(stage.counted), options.markdown))
-        stages = [stage_record(stage) for stage in found]
+        for measured in found if options.launches else ():
+            print(f"\n{measured.counted.part.name} and the rest of its stage\n")
+            print(table(LAUNCH_COLUMNS, launch_rows(measured.counted), options.markdown))
+        stages = [stage_record(measured) for measured in found]
         results[network] = {"model": name, "image": size, "options": constructor, "stages": stages}
     if options.json:
         write_results(options.json, {"batch": options.batch, "dtype": "bfloat16", "networks": results})

@@ -7,8 +7,10 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,7 +38,7 @@ CHANGED_BY_RESUME = {"device", "data", "data_root", "compile", "backend", "keep"
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -47,7 +49,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_options(parser: argparse.ArgumentParser, names) -> None:
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Add configuration options to a command; one that is not given leaves no trace in the result."""
     for name in names:
         meta, default = OPTIONS[name].metadata, OPTIONS[name].default
@@ -174,11 +176,12 @@ class DataCache:
     """Loads the data of a configuration, the last one but once."""
 
     def __init__(self):
-        self._key, self._dataset = None, None
+        self._key: tuple | None = None
+        self._dataset: data.Dataset | None = None
 
     def __call__(self, config: TrainConfig) -> data.Dataset:
         key = (config.data, config.data_root, config.image_size, config.limit_train, config.limit_test)
-        if key != self._key:
+        if self._dataset is None or key != self._key:
             self._key, self._dataset = key, load_data(config, config.image_size)
         return self._dataset
 
@@ -246,7 +249,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastres {fastres.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
 
-    def command(name: str, run, **kwargs) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int], **kwargs: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, **kwargs)
         sub.set_defaults(run=run)
         return sub

@@ -22,7 +22,7 @@ def newest_campaign(results: Path) -> Path | None:
     folders = sorted(file.parent for file in results.glob("*/environment.json"))
     return max(
         folders,
-        key=lambda folder: (read(folder / "environment.json")["device"] != "cpu", folder.name[-8:]),
+        key=lambda folder: ((read(folder / "environment.json") or {}).get("device") != "cpu", folder.name[-8:]),
         default=None,
     )
 

@@ -89,17 +89,19 @@ def _measured_on(folder: Path, record: Record) -> str:
 def speeds(folder: Path) -> str | None:
     """Every network in a row: images/s of eager channels-last, and each peer's speed in units of it; pictures."""
     record = read(folder / "models.json")
-    cases = {name: case for name, case in measured_cases(record).items() if _median(case, "eager")} if record else {}
-    if not cases:
+    if not record:
         return None
-    single = {name: case for name, case in cases.items() if ", batch " not in name}
+    single = {name: case for name, case in measured_cases(record).items() if ", batch " not in name}
     peers = list(dict.fromkeys(peer for case in single.values() for peer in case["peers"] if peer != "eager"))
     rows = []
     for case in single.values():
-        base = _median(case, "eager")
+        if not (base := _median(case, "eager")):
+            continue
         cells = [f"{base / median:.2f}x" if (median := _median(case, peer)) else "" for peer in peers]
         name = f"{case['model']}, batch {case['batch']}, {case['image_size']} pixels, {case['dtype']}"
         rows.append([name, number(case["batch"] / base), *cells])
+    if not rows:
+        return None
     pictures = picture(folder / "models.png", "Speeds of the peers")
     pictures += picture(folder / "batches.png", "images/s by batch")
     table = markdown(["network", "images/s, eager", *peers], rows)

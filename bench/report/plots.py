@@ -14,18 +14,19 @@ def plots(folder: Path) -> list[Path]:
     """Pictures of a campaign's networks, as far as it has them: speeds as bars, images/s against the batch."""
     record = read(folder / "models.json")
     cases = measured_cases(record) if record else {}
+    title = machine_line(record) if record else ""
     written = []
     single = {
         name: case for name, case in cases.items() if ", batch " not in name and "eager" in case["peers"]
     }
     if single:
         written.append(
-            _draw(folder / "models.png", lambda figure: _bars(figure, single, machine_line(record)))
+            _draw(folder / "models.png", lambda figure: _bars(figure, single, title))
         )
     sweeps = {name: case for name, case in cases.items() if ", batch " in name}
     if sweeps:
         written.append(
-            _draw(folder / "batches.png", lambda figure: _sweep(figure, sweeps, machine_line(record)))
+            _draw(folder / "batches.png", lambda figure: _sweep(figure, sweeps, title))
         )
     limits = ceilings(folder)
     operations = read(folder / "parts.json")

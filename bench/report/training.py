@@ -43,11 +43,23 @@ def runs(path: Path) -> str | None:
                 f"{last['epoch']} ({last['step']})",
                 f"{last['val_accuracy']:.2%}",
                 "" if mirrored is None else f"{mirrored:.2%}",
+                run["device"].removeprefix("cpu (").rpartition(", ")[2].rstrip(")"),
                 f"{last['seconds'] / 60:.1f}",
             ]
         )
-    columns = ("run", "data", "dtype", "epochs (steps)", "accuracy", "with mirror images", "minutes, with validation")
-    return f"Measured on {machine_line(record)}, one seed each.\n\n{markdown(columns, rows)}"
+    columns = (
+        "run",
+        "data",
+        "dtype",
+        "epochs (steps)",
+        "accuracy",
+        "with mirror images",
+        "on",
+        "minutes, with validation",
+    )
+    versions = sorted({run["versions"]["torch"] for run in record["runs"]})
+    where = f"One run each on {record['cpu']}, PyTorch {', '.join(versions)}, collected {record['date'][:10]}"
+    return f"{where}, commit {record['commit']}.\n\n{markdown(columns, rows)}"
 
 
 def shares(path: Path) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.workloads import Setting
-from fastres.measure import Timing, interleaved
+from fastres.measure import Timing, all_of, interleaved
 from fastres.train import machine
 
 
@@ -65,7 +65,4 @@ def matmul(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _time(setting: Setting, call: Callable[[], Any]) -> Timing:
-    time = interleaved({"": call}, setting.device, setting.warmup, setting.rounds)[""]
-    if isinstance(time, Exception):
-        raise time
-    return time
+    return all_of(interleaved({"": call}, setting.device, setting.warmup, setting.rounds))[""]

@@ -16,7 +16,7 @@ from fastres.measure.command import measure_steps
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
-    found = {
+    found: dict[str, Callable[[], dict[str, Any]]] = {
         name: partial(measure, setting, one, setting.peers(name)) for name, one in setting.workloads().items()
     }
     for name, one in setting.sweeps().items():

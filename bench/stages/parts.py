@@ -88,7 +88,8 @@ class PartStep:
         dtype = setting.dtype if needed else torch.float32  # of an activation, or of the images
         x = torch.randn(batch, *part.shape, device=device, dtype=dtype).to(memory_format=layout)
         self.x = x.requires_grad_(needed)
-        self.implementation, self.setting, self.gradient = how.implementation, setting, None
+        self.implementation, self.setting = how.implementation, setting
+        self.gradient: Tensor | None = None
 
     def __call__(self) -> None:
         """One forward and backward."""
@@ -129,7 +130,7 @@ def measure_calls(setting: Setting, size: int, width: int) -> dict[str, Any]:
 
 def _with_rates(time: Timing | Exception, call: Call) -> dict[str, Any]:
     figures = as_figures(time)
-    if "seconds" in figures:
+    if isinstance(time, Timing):
         figures |= {
             "gb_per_second": call.bytes / time.median / 1e9,
             "tflops": call.flops / time.median / 1e12,

@@ -91,10 +91,10 @@ def _read(path: Path, state: str) -> Dataset | None:
         form, kept, label = arrays["identity"].tolist()
         if (form, kept) != (FORMAT, state):
             return None
-        splits = [
+        train, test = [
             Split(torch.from_numpy(arrays[f"{name}_images"]).permute(0, 3, 1, 2),
                   torch.from_numpy(arrays[f"{name}_labels"]))
             for name in ("train", "test")
         ]  # fmt: skip
         mean, std = arrays["statistics"].tolist()
-        return Dataset(*splits, tuple(arrays["classes"].tolist()), label, tuple(mean), tuple(std))
+        return Dataset(train, test, tuple(arrays["classes"].tolist()), label, tuple(mean), tuple(std))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _from_buffer(raw, dtype: _Dtype, shape, order) -> _Array:
+def _from_buffer(raw: Any, dtype: _Dtype, shape: Any, order: Any) -> _Array:
     array = _Array()
     array.__setstate__((1, shape, dtype, order == "F", raw))
     return array

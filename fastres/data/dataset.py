@@ -117,4 +117,5 @@ def limit(dataset: Dataset, train: int | None = None, test: int | None = None) -
             label += f", {count} of {len(split)} {name} images"
             split = split.subset(order[:count])
         splits.append(split)
-    return make_dataset(*splits, dataset.classes, label)
+    train_split, test_split = splits
+    return make_dataset(train_split, test_split, dataset.classes, label)

@@ -26,9 +26,9 @@ def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
         DataError: when the file is missing, truncated or not an image.
     """
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (size, size))  # a JPEG decodes at a fraction of its size, not below this one
-            image = image.convert("RGB")
+        with Image.open(path) as file:
+            file.draft("RGB", (size, size))  # a JPEG decodes at a fraction of its size, not below this one
+            image = file.convert("RGB")
             if image.size != (size, size):
                 side = min(image.size)
                 left, top = (image.width - side) // 2, (image.height - side) // 2

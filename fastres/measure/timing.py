@@ -33,6 +33,16 @@ class Timing(NamedTuple):
         return cls(median, low, high, len(seconds), calls)
 
 
+def all_of(found: Mapping[str, Timing | Exception]) -> dict[str, Timing]:
+    """What `interleaved` found; raises what any call raised."""
+    times = {}
+    for name, one in found.items():
+        if isinstance(one, Exception):
+            raise one
+        times[name] = one
+    return times
+
+
 def interleaved(
     calls: Mapping[str, Callable[[], Any]],
     device: torch.device,

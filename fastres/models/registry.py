@@ -57,7 +57,7 @@ def describe_models() -> list[tuple[str, int, str]]:
             (
                 name,
                 sum(p.numel() for p in create_model(name).parameters()),
-                inspect.getdoc(getattr(MODELS[name], "func", MODELS[name])).splitlines()[0],
+                (inspect.getdoc(getattr(MODELS[name], "func", MODELS[name])) or "").split("\n")[0],
             )
             for name in MODELS
         ]

@@ -41,7 +41,8 @@ def fused_residual(
         relu, keep, identities: see `residual_chain`.
     """
     nhwc = to_nhwc(x)
-    hw, chain = tuple(nhwc.shape[1:3]), []
+    hw = tuple(nhwc.shape[1:3])
+    chain: list[list[Layer]] = []
     for pairs in blocks:
         chain.append([])
         for conv, bn in pairs:

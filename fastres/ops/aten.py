@@ -105,7 +105,7 @@ def bn_add_relu_backward(
         dz = _aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
     else:
         dz = _aten.threshold_backward(dout, out, 0)
-    shortcut_sums = None if shortcut_coef is None else bn_sums(dz, shortcut, shortcut_coef)
+    shortcut_sums = None if shortcut is None or shortcut_coef is None else bn_sums(dz, shortcut, shortcut_coef)
     return dz, bn_sums(dz, y, coef), shortcut_sums
 
 

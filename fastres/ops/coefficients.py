@@ -60,9 +60,9 @@ def backward_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`bn_backward_coef` with the sums of all ranks of the group: A, B, C [3, C] and gradients of gamma and beta [C].
 
+    The gradients stay this rank's own, as those of every parameter do: to average them is the data-parallel wrapper's.
     A layer that is not ``trained`` has B = C = 0. What takes its A, B, C is given no y: it is not read, and 0 times a y
     that is not finite is not NaN.
-    Those two stay this rank's own, as those of every parameter do: to average them is the data-parallel wrapper's.
 
     Args:
         sums: [T, 2, C], this rank's.

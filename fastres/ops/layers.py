@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres.kernels.geometry import Pad, cdiv, output_hw
 
-Shape = tuple[int, int, int, int]  # N, H, W, C
+Shape = tuple[int, ...]  # N, H, W, C
 
 
 class Norm(NamedTuple):

@@ -132,7 +132,8 @@ class Primitives:
 
 @cache
 def _primitives(name: str) -> Primitives:
-    return Primitives({name: {"aten": lambda: aten, "cpp": cpu.primitives, "triton": _triton}[name]()})
+    spaces: dict[str, Callable[[], Any]] = {"aten": lambda: aten, "cpp": cpu.primitives, "triton": _triton}
+    return Primitives({name: spaces[name]()})
 
 
 @cache

@@ -84,7 +84,7 @@ class TimedChoices:
         if not times:
             raise next(iter(errors.values()))
         return {
-            "winner": min(times, key=times.get),
+            "winner": min(times, key=times.__getitem__),
             "milliseconds": times,
             "errors": {name: f"{type(error).__name__}: {error}"[:200] for name, error in errors.items()},
         }
@@ -98,7 +98,8 @@ class TimedChoices:
             _warn(f"{self._path} cannot be read ({error}): the choices are timed again; allow it, or set FASTRES_CACHE")
             return {}
         except (ValueError, RecursionError) as error:
-            sound, wrong = {}, [str(error)]
+            sound: dict[str, Any] = {}
+            wrong = [str(error)]
         else:
             sound, wrong = _sound(content)
         if wrong:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -145,7 +146,7 @@ class _JointStopRequest(StopRequest):
         self._noted = torch.zeros(1, dtype=torch.int64)
         self._exchange: tuple[dist.Work, Tensor] | None = None
 
-    def _note(self, number: int, _frame) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self._noted.fill_(number)  # torchrun repeats a terminal's Ctrl-C, so a second one is no order to break off
 
     def poll(self) -> None:
@@ -179,8 +180,8 @@ def joined() -> Iterator[Ranks]:
         LostRank: from inside the context, in place of PyTorch's error, where an exchange fails as a rank has ended.
     """
     count, restarts = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    job = None if job == "none" else job
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    job = None if run_id == "none" else run_id
     if count == 1:
         yield Ranks(restarts=restarts, job=job)
         return

@@ -20,7 +20,8 @@ EPSILON = 5e-4  # keeps directions of nearly no variance from being blown up
 
 def patch_covariance(images: Tensor, size: int) -> Tensor:
     """Second moments fp64 [C*size*size]^2 of all patches of images fp32 [N, C, H, W], which have mean 0 a channel."""
-    dim, total, count = images.shape[1] * size * size, 0, 0
+    dim, count = images.shape[1] * size * size, 0
+    total = images.new_zeros(dim, dim, dtype=torch.float64)
     for part in images.split(500):  # a part's patches are size*size times as large as its images
         patches = part.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, dim)
         total, count = total + (patches.T @ patches).double(), count + len(patches)

@@ -19,17 +19,24 @@ def folder(tmp_path):
     "fault, refused",
     [
         (lambda folder: faults.kills(folder, 3), 0),
-        (lambda folder: faults.full_disk(folder, 2), 3),
+        (lambda folder: faults.size_limit(folder, 2), 3),
         (faults.read_only, 3),
         (lambda folder: faults.two_runs(folder, 1), 2),
         (lambda folder: faults.clock_jumps(folder, (4102444800,)), 0),
     ],
-    ids=["kill -9", "full disk", "read-only folder", "two runs in one folder", "clock jumps"],
+    ids=["kill -9", "file-size limit", "read-only folder", "two runs in one folder", "clock jumps"],
 )
 def test_runs(fault, refused, folder):
     row = fault(folder)
     assert row["reasons"] == [] and row["wrong"] == 0
     assert row["refused"] >= refused and row["tried"] == row["refused"] + row["harmless"] > 0
+
+
+def test_a_full_file_system(folder):
+    row = faults.full_file_system(folder, 4)
+    if row is None:
+        pytest.skip("no file system can be mounted here")
+    assert row["reasons"] == [] and row["wrong"] == 0 and row["refused"] > 0 and row["tried"] == 4
 
 
 @pytest.mark.parametrize("kind", damage.KINDS)

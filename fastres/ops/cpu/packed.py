@@ -33,7 +33,7 @@ class PackedWeight:
             x: [N, C, H, W].
         """
         key = (weight._version, x.shape, x.dtype, stride, *padding)
-        if weight is not self._weight or key != self._key:
+        if self._packed is None or weight is not self._weight or key != self._key:
             shape = list(x.shape)
             self._packed = _mkldnn._reorder_convolution_weight(
                 weight.to(x.dtype), padding, [stride] * 2, [1, 1], 1, shape

@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps a turn")
     parser.add_argument("--turns", type=int, default=5, help="measured turns, after one to warm up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=RESULTS / "rate.json", help="result file")
+    parser.add_argument("--out", type=Path, default=RESULTS / "rate-cpu.json", help="result file")
     return parser.parse_args(argv)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastres.ops.cpu import PackedWeight
 from fastres.ops.layers import (
@@ -49,12 +50,17 @@ def conv_bias_act(
         check_shortcut(residual, shape, x)
     x = in_autocast(x).contiguous()
     residual = None if residual is None else in_autocast(residual).contiguous()
-    if packed is not None and not torch.compiler.is_compiling() and not conv.weight.is_inference():
+    if packed is not None and _is_run(x) and not conv.weight.is_inference():
         p = primitives(x)
         if hasattr(p, "packed_conv_bias_act"):
             return p.packed_conv_bias_act(x, conv.weight, packed, bias, conv.stride, conv.pad, residual, relu)
     weight = nhwc_weight(conv.weight, x.dtype)
     return conv_bias_act_forward(x, weight, bias.contiguous(), conv.stride, list(conv.pad), residual, relu)
+
+
+def _is_run(x: Tensor) -> bool:
+    """Whether x has values and goes to the device: nothing traces, fakes or counts the operations."""
+    return type(x) is Tensor and _get_current_dispatch_mode() is None and not torch.compiler.is_compiling()
 
 
 @torch.library.custom_op("fastres::conv_bias_act", mutates_args=())

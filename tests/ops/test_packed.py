@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 from support_fused import FLOOR, random_weight, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastres.ops import Conv, conv_bias_act, cpu, implementation
-from fastres.ops.cpu import PackedWeight, packed
+from fastres.ops.cpu import PackedWeight, onednn, packed
 
 pytestmark = pytest.mark.skipif(not packed.AVAILABLE or cpu.unavailable() is not None, reason="no oneDNN or no compiler")
 
@@ -21,8 +22,8 @@ def cpp():
 
 def packed_calls(monkeypatch) -> list:
     """The weights that are packed from now on."""
-    reorder, calls = packed._mkldnn._reorder_convolution_weight, []
-    monkeypatch.setattr(packed._mkldnn, "_reorder_convolution_weight", lambda w, *a: calls.append(w) or reorder(w, *a))
+    reorder, calls = onednn.mkldnn._reorder_convolution_weight, []
+    monkeypatch.setattr(onednn.mkldnn, "_reorder_convolution_weight", lambda w, *a: calls.append(w) or reorder(w, *a))
     return calls
 
 
@@ -65,3 +66,12 @@ def test_are_cast_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         ours, plain = (conv_bias_act(x, conv, torch.zeros(8), packed=p) for p in (PackedWeight(), None))
     assert ours.dtype == torch.bfloat16 and relative_error(ours, plain.double()) <= FLOOR[torch.bfloat16]
+
+
+def test_fakes_take_the_operation_and_leave_no_fake_behind():
+    conv, x, bias, kept = Conv(random_weight(8, 8, 1).float()), torch.randn(2, 4, 4, 8), torch.zeros(8), PackedWeight()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert conv_bias_act(torch.empty(2, 4, 4, 8), conv, bias, packed=kept).shape == (2, 4, 4, 8)
+    assert kept._weight is None
+    plain = conv_bias_act(x, conv, bias)
+    torch.testing.assert_close(conv_bias_act(x, conv, bias, packed=kept), plain)

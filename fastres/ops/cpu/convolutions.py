@@ -12,15 +12,12 @@ from torch import Tensor
 
 from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
-from fastres.ops.cpu import passes, products
-from fastres.ops.library import LibraryConvolutions, add_residual, nchw, nhwc, padded
+from fastres.ops.cpu import onednn, passes, products
+from fastres.ops.library import LibraryConvolutions, add_residual, nchw, padded
 
 # What one part's tensors may take of the last-level cache, and the weights' share of them up to which parts pay: each
 # part reads and reorders the weights again.
 PART_BYTES, WEIGHTS_SHARE = 16 * 2**20, 8
-
-_mkldnn = torch.ops.mkldnn
-_FUSES_ADDITION = torch.backends.mkldnn.is_available() and hasattr(_mkldnn, "_convolution_pointwise")
 
 
 class PartedConvolutions(LibraryConvolutions):
@@ -56,20 +53,11 @@ class PartedConvolutions(LibraryConvolutions):
         residual: Tensor | None = None,
         relu: bool = True,
     ) -> Tensor:
-        """``relu(conv2d(x, w) + bias (+ residual))``, all but the ReLU in one call of oneDNN where PyTorch has it.
-
-        oneDNN's own ReLU would save 2 to 5% of the time, but makes 0 of NaN.
-        """
-        if residual is None or not _FUSES_ADDITION:
+        """``relu(conv2d(x, w) + bias (+ residual))``, the addition in oneDNN's call where PyTorch has it."""
+        if residual is None or not onednn.AVAILABLE:
             return super().conv_bias_act(x, w, bias, stride, pad, residual, relu)
         x, padding = padded(x, pad)
-        geometry = bias.to(x.dtype), padding, [stride] * 2, [1, 1], 1
-        y = nhwc(
-            _mkldnn._convolution_pointwise.binary(
-                nchw(x), nchw(residual), nchw(w), *geometry, "add", 1.0, None, [], ""
-            )
-        )
-        return y.relu_() if relu else y
+        return onednn.conv_bias_act(x, nchw(w), bias, stride, padding, residual, relu)
 
     def bn_add_relu_conv(
         self,

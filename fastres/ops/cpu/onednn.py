@@ -1,0 +1,32 @@
+"""oneDNN's convolution with bias and addition in one call, which PyTorch has for its compiler."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastres.ops.library import nchw, nhwc
+
+mkldnn = torch.ops.mkldnn
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_convolution_pointwise")
+
+
+def conv_bias_act(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: list[int], residual: Tensor | None, relu: bool
+) -> Tensor:
+    """``relu(conv2d(x, weight) + bias (+ residual))``, all but the ReLU in the call.
+
+    oneDNN's own ReLU would save 2 to 6% of the time, but makes 0 of NaN.
+
+    Args:
+        x, residual: [N, H, W, C] and like the result.
+        weight: [C', C, KH, KW], plain or packed.
+        padding: of rows and of columns, on both sides.
+    """
+    geometry = weight, bias.to(x.dtype), padding, [stride] * 2, [1, 1], 1
+    if residual is None:
+        y = mkldnn._convolution_pointwise(nchw(x), *geometry, "none", [], "")
+    else:
+        y = mkldnn._convolution_pointwise.binary(nchw(x), nchw(residual), *geometry, "add", 1.0, None, [], "")
+    y = nhwc(y)
+    return y.relu_() if relu else y

@@ -116,8 +116,7 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
     config, path, begun = ranks.of_first(lambda: run_of(args, ranks))
     device = machine.pick_device(rank_device(config.device, ranks))
     accepted_options(config.model)  # an unknown model should not wait for the data
-    if device.type == "cpu":
-        (machine.keep_freed_memory if config.keep == "all" else machine.return_freed_memory)()
+    machine.treat_freed_memory(device, config.keep)
     folder = RunFolder(path, resume=begun) if ranks.first else Onlooker(path)
     try:
         with ranks.going_on(path):
@@ -157,8 +156,7 @@ def sweep(args: argparse.Namespace) -> int:
     """Train a recipe with several seeds and options, and print means and standard errors."""
     base = preset("fast" if args.preset is None else args.preset).replace(**given_options(args))
     variants = sweeps.grid(sweeps.parse_setting(text) for text in args.set)
-    if machine.pick_device(base.device).type == "cpu":
-        machine.keep_freed_memory()
+    machine.treat_freed_memory(machine.pick_device(base.device), base.keep)
     folder = Path(args.out or f"sweeps/{args.preset or 'fast'}-{time.strftime('%Y%m%d-%H%M%S')}")
     outcomes = sweeps.sweep(
         base,

@@ -11,7 +11,7 @@ import torch
 
 from bench.trace import kernels
 from bench.workloads import Setting
-from fastres.measure import Step, Workload, interleaved, synchronize
+from fastres.measure import Step, Workload, all_of, interleaved, synchronize
 
 NAMES = ("resnet50 224", "notebook", "resnet50 CIFAR", "resnet110")
 PEERS = ("eager", "compile", "fused", "fused graph")
@@ -34,9 +34,7 @@ def look_into(setting: Setting, workload: Workload, peer: str) -> dict[str, Any]
     """Step time, the time that the host needs to give a step out, and `kernels`."""
     torch._dynamo.reset()
     step = Step(workload, peer, setting.device, setting.dtype, setting.backend)
-    timing = interleaved({peer: step}, setting.device, setting.warmup, setting.rounds)[peer]
-    if isinstance(timing, Exception):
-        raise timing
+    timing = all_of(interleaved({peer: step}, setting.device, setting.warmup, setting.rounds))[peer]
     return {
         "workload": workload.model,
         "batch": workload.batch,

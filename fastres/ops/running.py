@@ -39,11 +39,12 @@ def update_running(
             check_device(tensor, name, coef.device)
     if not statistics:
         return
-    factors = [_correction(one) for one in statistics]
-    unbiased = list(torch._foreach_mul([coef[VAR] for coef, _ in statistics], factors))
-    for index, (coef, _) in enumerate(statistics):
-        if coef.shape[0] > COUNT:  # synchronised: how many pixels there were only the device knows
-            unbiased[index] = coef[VAR] * (coef[COUNT] / (coef[COUNT] - 1))
+    biased, factors = [coef[VAR] for coef, _ in statistics], [_correction(one) for one in statistics]
+    numbers = [factor for factor in factors if not isinstance(factor, Tensor)]
+    if len(numbers) == len(factors):
+        unbiased = list(torch._foreach_mul(biased, numbers))
+    else:
+        unbiased = [var * factor for var, factor in zip(biased, factors, strict=True)]
     running = [*running_means, *running_vars]
     batch = [
         value.to(tensor.dtype).view_as(tensor)
@@ -56,7 +57,9 @@ def update_running(
         tensor.lerp_(value, momentum)
 
 
-def _correction(statistics: Statistics) -> float:
-    """From the biased to the unbiased variance; 1 where `update_running` finds it on the device."""
+def _correction(statistics: Statistics) -> float | Tensor:
+    """From the biased to the unbiased variance; synchronised statistics' number of pixels only the device knows."""
     coef, count = statistics
-    return 1.0 if coef.shape[0] > COUNT else count / (count - 1)
+    if coef.shape[0] > COUNT:
+        return coef[COUNT] / (coef[COUNT] - 1)
+    return count / (count - 1)

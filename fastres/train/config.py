@@ -16,8 +16,15 @@ from fastres.train.progressive import parse_progressive
 from fastres.train.schedule import parse_milestones
 
 
-def option(default: Any, help: str, *, kind: type, choices: tuple | None = None, low: float | None = None,
-           high: float | None = None) -> Any:  # fmt: skip
+def option(
+    default: Any,
+    help: str,
+    *,
+    kind: type,
+    choices: tuple | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
     """A dataclass field that knows its ``--help`` line, its scalar type and its valid values."""
     return field(
         default=default, metadata={"help": help, "kind": kind, "choices": choices, "low": low, "high": high}

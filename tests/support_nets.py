@@ -12,6 +12,7 @@ from fastres.nn import fuse
 from fastres.reference.cifar import CifarResNet
 from fastres.reference.notebook import NotebookResNet
 from fastres.reference.preact import PreActResNet
+from fastres.reference.speed import SpeedResNet
 from fastres.reference.resnet import BasicBlock, Bottleneck, ResNet
 
 SMALL = {
@@ -23,6 +24,7 @@ SMALL = {
     "notebook-gamma": lambda: NotebookResNet(gamma=True, relu_logits=True),
     "preact": lambda: PreActResNet(20),
     "preact-plain": lambda: PreActResNet(11, residual=False),
+    "speed": lambda: SpeedResNet(widths=(8, 12, 16), stem=10),
     "torchvision": lambda: torchvision.models.ResNet(
         torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10
     ),

@@ -17,6 +17,7 @@ from fastres.ops.layers import output_hw
 from fastres.reference import cifar, notebook, preact
 from fastres.reference.resnet import BasicBlock as EagerBasicBlock
 from fastres.reference.resnet import Bottleneck as EagerBottleneck
+from fastres.reference.speed import Widen as EagerWiden
 
 LONGEST = 8  # blocks in a chain
 
@@ -123,6 +124,11 @@ def _joins(before: nn.Module, block: nn.Module) -> bool:
     )
 
 
+def conv_numbers(block: nn.Module) -> list[int]:
+    """Of ``conv1``, ``conv2`` and ``conv3`` those that a block has."""
+    return [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+
+
 def has_shortcut(block: nn.Module) -> bool:
     """Whether a block is residual; torchvision's always are."""
     return getattr(block, "residual", True)
@@ -146,8 +152,7 @@ class _FusedResidual(nn.Module):
 
     def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """Convolutions with their BatchNorms."""
-        count = 3 if hasattr(self, "conv3") else 2
-        return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, count + 1)]
+        return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in conv_numbers(self)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to channels-last [N, C', H', W']."""
@@ -164,6 +169,10 @@ class Bottleneck(_FusedResidual, EagerBottleneck):
 
 class NotebookBlock(_FusedResidual, notebook.NotebookBlock):
     """`fastres.reference.notebook.NotebookBlock`, fused."""
+
+
+class Widen(_FusedResidual, EagerWiden):
+    """`fastres.reference.speed.Widen`, fused."""
 
 
 class TorchvisionBasicBlock(_FusedResidual, torchvision_resnet.BasicBlock):

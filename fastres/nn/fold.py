@@ -16,6 +16,7 @@ from fastres.ops import bn_relu, conv_bias_act
 from fastres.ops.cpu import PackedWeight
 from fastres.reference import cifar, notebook, preact
 from fastres.reference.resnet import BasicBlock, Bottleneck, ResNet
+from fastres.reference.speed import Widen, WidenAndHalve
 
 _RESIDUAL_BLOCKS = (
     BasicBlock,
@@ -24,7 +25,15 @@ _RESIDUAL_BLOCKS = (
     torchvision_resnet.BasicBlock,
     torchvision_resnet.Bottleneck,
 )
-_NETWORKS = (ResNet, cifar.CifarResNet, notebook.NotebookResNet, torchvision_resnet.ResNet)
+# Modules whose conv1, bn1 and relu follow one another, whatever else they have.
+_FIRST_LAYERS = (
+    ResNet,
+    cifar.CifarResNet,
+    notebook.NotebookResNet,
+    torchvision_resnet.ResNet,
+    Widen,
+    WidenAndHalve,
+)
 
 
 class _Inference(nn.Module):
@@ -155,7 +164,7 @@ def fold(model: nn.Module) -> nn.Module:
                 setattr(parent, name, FoldedBlock(child))
             elif type(child) is preact.PreActBottleneck:
                 setattr(parent, name, FoldedPreActBottleneck(child))
-            elif type(child) in _NETWORKS:
+            elif type(child) in _FIRST_LAYERS:
                 child.conv1 = FoldedConv(child.conv1, child.bn1, relu=True)
                 child.bn1 = child.relu = nn.Identity()
             else:

@@ -8,17 +8,20 @@ import torch
 import torchvision
 from torch import nn
 
-from fastres.nn import blocks, networks
+from fastres.nn import blocks, networks, stem
 from fastres.nn.norm import unsupported
 from fastres.ops.residual import KEEP
 from fastres.reference import cifar, notebook, preact
 from fastres.reference.resnet import BasicBlock, Bottleneck, ResNet
+from fastres.reference.speed import SpeedResNet, WhiteningConv, Widen, WidenAndHalve
 
 _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     BasicBlock: blocks.BasicBlock,
     Bottleneck: blocks.Bottleneck,
     notebook.NotebookBlock: blocks.NotebookBlock,
     preact.PreActBottleneck: blocks.PreActBottleneck,
+    Widen: blocks.Widen,
+    WidenAndHalve: stem.WidenAndHalve,
     torchvision.models.resnet.BasicBlock: blocks.TorchvisionBasicBlock,
     torchvision.models.resnet.Bottleneck: blocks.TorchvisionBottleneck,
 }
@@ -27,6 +30,7 @@ _NETWORKS: dict[type[nn.Module], type[nn.Module]] = {
     cifar.CifarResNet: networks.CifarResNet,
     notebook.NotebookResNet: networks.NotebookResNet,
     preact.PreActResNet: networks.PreActResNet,
+    SpeedResNet: networks.SpeedResNet,
     torchvision.models.ResNet: networks.TorchvisionResNet,
 }
 _EAGER = {fused: eager for eager, fused in (_BLOCKS | _NETWORKS).items()}
@@ -93,8 +97,7 @@ def _block_reason(block: nn.Module) -> str | None:
     """Why the block must stay eager; None: it need not."""
     if not isinstance(block.relu, nn.ReLU):
         return f"{type(block.relu).__name__} is not nn.ReLU"
-    count = 3 if hasattr(block, "conv3") else 2
-    pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in range(1, count + 1)]
+    pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in blocks.conv_numbers(block)]
     if isinstance(block, preact.PreActBottleneck) and block.downsample is not None:
         pairs.append((block.downsample, None))
     return next(filter(None, (unsupported(*pair) for pair in pairs)), None)
@@ -106,6 +109,8 @@ def _network_is_fusable(network: nn.Module) -> bool:
         return False
     if isinstance(network, preact.PreActResNet):
         return all(type(block) is blocks.PreActBottleneck for block in networks.blocks_of(network))
+    if isinstance(network, SpeedResNet):
+        return type(network.conv1) is WhiteningConv
     return unsupported(network.conv1, network.bn1) is None
 
 

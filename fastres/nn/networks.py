@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from fastres.nn.blocks import has_hooks, in_chains
 from fastres.nn.norm import norm_of, to_nhwc, track
-from fastres.nn.stem import fused_stem
+from fastres.nn.stem import fused_conv_relu, fused_stem
 from fastres.ops import bn_relu, global_avg_pool
 from fastres.reference import cifar, notebook, preact
 from fastres.reference.checkpointing import run_blocks
 from fastres.reference.resnet import ResNet as EagerResNet
+from fastres.reference.speed import SpeedResNet as EagerSpeedResNet
 
 
 class _FusedNetwork(nn.Module):
@@ -66,3 +67,13 @@ class PreActResNet(preact.PreActResNet):
         x, statistics = bn_relu(to_nhwc(x), norm_of(self.bn), coef)
         track([self.bn], [statistics])
         return self.fc(global_avg_pool(x))
+
+
+class SpeedResNet(EagerSpeedResNet):
+    """`fastres.reference.speed.SpeedResNet`, fused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, num_classes] of images [N, 3, H, W]."""
+        x = fused_conv_relu(x, self.conv1)
+        x = run_blocks(self.blocks(), x, self.checkpoint_every, in_chains)
+        return self.fc(global_avg_pool(to_nhwc(x)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastres.nn.blocks import fused_residual
-from fastres.nn.norm import layer_of, to_nchw, to_nhwc, track
-from fastres.ops import stem
+from fastres.nn.norm import conv_of, layer_of, to_nchw, to_nhwc, track
+from fastres.ops import Layer, Norm, residual_chain, stem
 from fastres.ops.layers import Pad, output_hw
 from fastres.reference.notebook import SameMaxPool2d, same_padding
+from fastres.reference.speed import WidenAndHalve as EagerWidenAndHalve
 
 
 def fused_stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module | None) -> Tensor:
@@ -26,6 +27,15 @@ def fused_stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module |
     out, statistics = stem(nhwc, layer, *_pool_geometry(pool, hw))
     track([bn], [statistics])
     return to_nchw(out)
+
+
+def fused_conv_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``relu(conv(x))`` of a convolution with bias, to the operations a frozen BatchNorm of mean 0 and variance 1."""
+    nhwc = to_nhwc(x)
+    weight, stride, pad = conv_of(conv, tuple(nhwc.shape[1:3]))
+    zeros = conv.bias.new_zeros(conv.out_channels)
+    norm = Norm(None, conv.bias, zeros, zeros + 1, eps=0.0)
+    return to_nchw(residual_chain(nhwc, [[Layer(weight, norm, stride, pad)]])[0])
 
 
 def pool_is_fusable(pool: nn.Module) -> bool:
@@ -54,6 +64,14 @@ def _pool_geometry(pool: nn.MaxPool2d | SameMaxPool2d, hw: tuple[int, int]) -> t
         size if isinstance(size, int) else size[0] for size in (pool.kernel_size, pool.stride, pool.padding)
     )
     return kernel, stride, (padding,) * 4
+
+
+class WidenAndHalve(EagerWidenAndHalve):
+    """`fastres.reference.speed.WidenAndHalve`, fused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to channels-last [N, C', H/2, W/2]."""
+        return fused_stem(x, self.conv1, self.bn1, None if min(x.shape[2:]) == 1 else self.maxpool)
 
 
 class Stem(nn.Module):

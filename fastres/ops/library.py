@@ -101,6 +101,8 @@ class LibraryConvolutions:
         The residual is like x, or its first channels are added to every ``residual_stride``-th pixel of dx; ``spare``:
         nobody needs it afterwards, so that dx may take its memory.
         """
+        if not need_dx and not need_dw:
+            return None, None, None
         dy = dz if abc is None else self._apply(dz, y, abc)
         a = x if coef is None else self._normalise(x, coef)
         dx, dw = convolve_backward(dy, a, w, stride, pad, need_dx, need_dw)

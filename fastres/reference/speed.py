@@ -6,7 +6,6 @@ as in Page 2019, "How to train your ResNet"; most of its arithmetic is at 15x15 
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.reference.checkpointing import run_blocks
@@ -25,26 +24,42 @@ class WhiteningConv(nn.Conv2d):
 
 
 class Widen(nn.Module):
-    """``relu(bn(pool(conv(x))))``: 3x3 convolution, and 2x2 max-pool where it halves.
+    """``relu(bn(conv(x)))`` with a 3x3 convolution.
 
-    [N, inputs, H, W] to [N, outputs, H/2, W/2]; a side of one pixel is not halved.
+    [N, inputs, H, W] to [N, outputs, H, W].
     """
 
-    def __init__(self, inputs: int, outputs: int, halve: bool):
+    residual, downsample = False, None  # to what knows residual blocks: one without a shortcut
+
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv, self.halve = conv3x3(inputs, outputs), halve
-        self.bn = nn.BatchNorm2d(outputs)
+        self.conv1 = conv3x3(inputs, outputs)
+        self.bn1 = nn.BatchNorm2d(outputs)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        if self.halve:
-            x = F.max_pool2d(x, 2, ceil_mode=min(x.shape[2:]) == 1)
-        return self.relu(self.bn(x))
+        """See above."""
+        return self.relu(self.bn1(self.conv1(x)))
+
+
+class WidenAndHalve(Widen):
+    """`Widen` and a 2x2 max-pool behind it.
+
+    [N, inputs, H, W] to [N, outputs, H/2, W/2]; an image one pixel high or wide is not halved.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.maxpool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See above."""
+        x = super().forward(x)
+        return x if min(x.shape[2:]) == 1 else self.maxpool(x)
 
 
 class SpeedResNet(nn.Module):
-    """Whitening convolution, ReLU, three stages of a `Widen` and a basic block, global average pool, linear.
+    """Whitening convolution, ReLU, three stages that widen and have a basic block, global average pool, linear.
 
     Args:
         num_classes: logits [N, num_classes].
@@ -57,7 +72,7 @@ class SpeedResNet(nn.Module):
         self,
         num_classes: int = 10,
         widths: tuple[int, ...] = (32, 64, 128),
-        stem: int = 54,
+        stem: int = 48,
         checkpoint_every: int = 0,
     ):
         super().__init__()
@@ -65,17 +80,21 @@ class SpeedResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.checkpoint_every = checkpoint_every
         self.stages = nn.ModuleList(
-            nn.Sequential(Widen(inputs, width, halve=stage > 0), BasicBlock(width, width))
+            nn.Sequential((WidenAndHalve if stage else Widen)(inputs, width), BasicBlock(width, width))
             for stage, (inputs, width) in enumerate(zip((stem, *widths), widths))
         )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], num_classes)
         init_weights(self)
 
+    def blocks(self) -> list[nn.Module]:
+        """The layers of all stages in order."""
+        return [layer for stage in self.stages for layer in stage]
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, 3, H, W]."""
         x = self.relu(self.conv1(x))
-        x = run_blocks([layer for stage in self.stages for layer in stage], x, self.checkpoint_every)
+        x = run_blocks(self.blocks(), x, self.checkpoint_every)
         return self.fc(self.avgpool(x).flatten(1))
 
 

@@ -16,7 +16,7 @@ def fresh(monkeypatch, tmp_path):
     """An empty cache folder, a source that compiles at once, and nothing loaded yet."""
     source = tmp_path / "source.cpp"
     source.write_text("#include <vector>\nextern \"C\" int fastres_answer() { return 42; }\n")
-    monkeypatch.setattr(build, "_SOURCE", source)
+    monkeypatch.setattr(build, "_SOURCES", (source,))
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
     build._loaded.cache_clear()
     yield

@@ -1,4 +1,4 @@
-"""Compile ``passes.cpp`` for this machine, once, and load it."""
+"""Compile the C++ sources for this machine, once, and load them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from fastres.ops.cache import cache_folder
 
-_SOURCE = Path(__file__).with_name("passes.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("passes.cpp", "weight_grad.cpp"))
 # not -ffast-math: it lets the compiler take it that nothing is NaN or infinite, and those must go through as in PyTorch
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
 # -march=native names the CPU on x86, -mcpu=native on ARM; the plain line is for compilers that know neither
@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
 def _loaded() -> ctypes.CDLL | str:
     """The compiled passes, or in one line why there are none.
 
-    The library is kept in the cache folder under a name made of its source, the compiler and the CPU. ``$CXX`` names
+    The library is kept in the cache folder under a name made of its sources, the compiler and the CPU. ``$CXX`` names
     the compiler, else the first of c++, g++ and clang++ is taken.
     """
     try:
@@ -71,7 +71,8 @@ def _compiler() -> str:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
-    parts = [_SOURCE.read_bytes(), compiler.encode(), version, _cpu().encode(), torch.__version__.encode()]
+    sources = [source.read_bytes() for source in _SOURCES]
+    parts = [*sources, compiler.encode(), version, _cpu().encode(), torch.__version__.encode()]
     return hashlib.sha256(b"\0".join([*parts, repr(_FLAGS).encode()])).hexdigest()[:16]
 
 
@@ -94,7 +95,7 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         for cpu in _FOR_THIS_CPU:
-            command = [compiler, *_FLAGS, *cpu, str(_SOURCE), *_openmp(), "-o", str(built)]
+            command = [compiler, *_FLAGS, *cpu, *map(str, _SOURCES), *_openmp(), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
             if result.returncode == 0:
                 break

@@ -96,6 +96,8 @@ class PartedConvolutions(LibraryConvolutions):
         spare: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, sums, dw), see `fastres.ops.library.LibraryConvolutions.conv_backward`."""
+        if not need_dx and not need_dw:
+            return None, None, None
         below, sums, dw = end if coef is None else (x, coef), [], None
         parts = _parts(x, dz, w)
         in_residual = spare and residual is not None and residual.shape == x.shape and residual_stride == 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.geometry import Pad, is_pointwise, output_hw
 from fastres.kernels.types import Moments
 from fastres.ops import aten
 from fastres.ops.cpu.build import library
@@ -171,6 +171,26 @@ def patches(x: Tensor, coef: Tensor | None, like: Tensor, kernel: int, stride: i
     result = x.new_empty(like.numel() // like.shape[3], kernel * kernel * x.shape[3])
     _pass("patches", x, coef, _window(x, like, kernel, stride, pad), result)
     return result
+
+
+@cache
+def has_weight_grad() -> bool:
+    """Whether `weight_grad` is there: on CPUs with AVX512-BF16 and without AMX."""
+    function = library().fastres_has_weight_grad
+    function.restype = ctypes.c_bool
+    return function()
+
+
+def weight_grad(x: Tensor, coef: Tensor | None, dy: Tensor, w: Tensor, stride: int, pad: Pad) -> Tensor:
+    """Gradient in fp32 of w [K, KH, KW, C] in the convolution of relu(x*scale + shift) or x, all bf16."""
+    (n, height, width, channels), (_, out_height, out_width, outputs) = x.shape, dy.shape
+    pitch = [height * width * channels, width * channels, channels]
+    if is_pointwise(w.shape[1:3], pad):  # as one without stride over the pixels that it reads
+        height, width, stride, pitch = out_height, out_width, 1, [pitch[0], pitch[1] * stride, pitch[2] * stride]
+    sizes = [n, height, width, channels, *pitch, out_height, out_width, outputs, *w.shape[1:3], stride, *pad[:2]]
+    dw = torch.empty(w.shape)
+    _call("weight_grad", x, coef, dy, torch.tensor(sizes), dw, torch.get_num_threads())
+    return dw
 
 
 def _backward_sums(

@@ -1,0 +1,110 @@
+"""The compiled weight gradient in bf16: against fp64, its units of images and rows, threads, infinities, its use."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from support_conv import Problem, problems
+from support_fused import FLOOR, relative_error
+from support_kernels import few_examples
+
+from fastres.ops import aten, cpu
+from fastres.ops.cpu import passes, products
+
+pytestmark = pytest.mark.skipif(
+    cpu.unavailable() is not None or not passes.has_weight_grad(), reason="no AVX512-BF16, or AMX"
+)
+BF16 = torch.bfloat16
+
+
+def made(*sizes, normalised=True):
+    """Input, coefficients, gradient at the output and weight of a problem of bf16 tensors."""
+    problem = Problem(*sizes, dtype=BF16, seed=1, rank=0)
+    return problem.x(), problem.coef() if normalised else None, problem.y(7), problem.w(), problem.stride, problem.pad
+
+
+def exact(x, coef, dy, w, stride, pad):
+    """In fp64; and PyTorch's own gradient in bf16."""
+    results = []
+    for dtype in (torch.float64, BF16):
+        a = x.to(dtype) if coef is None else aten.bn_add_relu(x.to(dtype), coef.to(torch.promote_types(dtype, coef.dtype)))
+        leaf = w.to(dtype).permute(0, 3, 1, 2).contiguous().requires_grad_()
+        padded = F.pad(a.to(dtype), (0, 0, pad[1], pad[3], pad[0], pad[2])).permute(0, 3, 1, 2)
+        y = F.conv2d(padded, leaf, stride=stride)
+        (grad,) = torch.autograd.grad(y, leaf, dy.to(dtype).permute(0, 3, 1, 2))
+        results.append(grad.permute(0, 2, 3, 1))
+    return results
+
+
+def assert_good(arguments):
+    reference, eager = exact(*arguments)
+    ours = passes.weight_grad(*arguments)
+    assert ours.dtype == torch.float32 and ours.shape == reference.shape
+    # only the normalised input is rounded before the products
+    bound = 2e-6 if arguments[1] is None else max(relative_error(eager, reference), FLOOR[BF16] / 4)
+    assert relative_error(ours, reference) <= bound
+
+
+@few_examples
+@given(problems(), st.booleans(), st.sampled_from([5, 17, 48, 54, 70, 130]))
+def test_drawn_problems(problem, normalised, inputs):
+    problem = problem._replace(dtype=BF16, inputs=inputs)
+    coef = problem.coef() if normalised else None
+    assert_good((problem.x(), coef, problem.y(7), problem.w(), problem.stride, problem.pad))
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (9, (12, 10), 64, 64, 3, 1, (1, 1, 1, 1)),  # several units of pairs of images, the last one odd
+        (3, (48, 47), 80, 20, 3, 1, (1, 1, 1, 1)),  # several units of rows
+        (2, (49, 50), 72, 24, 5, 2, (2, 2, 2, 2)),
+        (2, (60, 61), 96, 130, 1, 2, (0, 0, 0, 0)),
+        (64, (2, 2), 200, 100, 3, 1, (1, 1, 1, 1)),  # most taps are padding
+    ],
+    ids=str,
+)
+def test_units(sizes, normalised):
+    assert_good(made(*sizes, normalised=normalised))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    arguments, before, results = made(7, (24, 23), 40, 36, 3, 1, (1, 1, 1, 1)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(passes.weight_grad(*arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_nan_and_infinity_reach_only_their_channels():
+    x, coef, dy, w, stride, pad = made(3, (5, 4), 20, 10, 3, 1, (1, 1, 1, 1))
+    for value in (float("nan"), float("inf")):
+        bad = x.clone()
+        bad[2, 2, 2, 5] = value  # of the image without a partner
+        dw = passes.weight_grad(bad, None, dy.abs() + 1, w, stride, pad)
+        broken = (~dw.isfinite()).flatten(0, 2).any(0)
+        assert broken.tolist() == [channel == 5 for channel in range(20)]
+    frozen = torch.zeros(5, 20)
+    frozen[3] = 1
+    bad[2, 2, 2, 5] = -float("inf")  # which ReLU makes 0
+    assert passes.weight_grad(bad, frozen, dy, w, stride, pad).isfinite().all()
+
+
+@pytest.mark.parametrize("inputs, kernel, normalised, used", [(64, 3, True, True), (64, 3, False, True), (64, 1, True, True),
+                                                              (64, 1, False, False), (3, 3, False, False)])
+def test_where_it_is_used(inputs, kernel, normalised, used, monkeypatch):
+    """Elsewhere, as on a CPU that lacks it, the gradients are PyTorch's and the same but for rounding."""
+    x, coef, dy, w, stride, pad = made(3, (8, 9), inputs, 24, kernel, 2, (kernel // 2,) * 4, normalised=normalised)
+    calls, real = [], passes.weight_grad
+    monkeypatch.setattr(passes, "weight_grad", lambda *arguments: calls.append(1) or real(*arguments))
+    dx, dw = products.backward(dy, x, coef, w, stride, pad, None, True, True)
+    assert bool(calls) == used
+    monkeypatch.setattr(passes, "has_weight_grad", lambda: False)
+    other_dx, other_dw = products.backward(dy, x, coef, w, stride, pad, None, True, True)
+    assert len(calls) == used and torch.equal(dx, other_dx)
+    assert relative_error(dw, other_dw.double()) < FLOOR[BF16]

@@ -12,8 +12,8 @@ from fastres.nn import fuse
 from fastres.reference.cifar import CifarResNet
 from fastres.reference.notebook import NotebookResNet
 from fastres.reference.preact import PreActResNet
-from fastres.reference.speed import SpeedResNet
 from fastres.reference.resnet import BasicBlock, Bottleneck, ResNet
+from fastres.reference.speed import SpeedResNet
 
 SMALL = {
     "cifar": lambda: CifarResNet(14, width=8),

@@ -230,7 +230,27 @@ void max_pool(const T* y, const float* scale, const float* shift, const Window& 
   }
 }
 
-// The gradient at y's BatchNorm output: each pixel sums the windows that it won, tap after tap.
+// The gradient at y's BatchNorm output where windows neither overlap nor leave padding: each pixel has one or none.
+template <typename T>
+void max_pool_backward_apart(const T* dout, const uint8_t* index, const Window& s, T* grad, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t line = 0; line < s.n * s.height; ++line) {
+    const int64_t image = line / s.height, row = line % s.height, out_row = row / s.stride;
+    const int64_t columns = out_row < s.out_height ? std::min(s.width, s.out_width * s.stride) : 0;
+    T* to = grad + line * s.width * s.c;
+    for (int64_t column = 0; column < columns; ++column, to += s.c) {
+      const uint8_t tap = uint8_t(row % s.stride * s.stride + column % s.stride);
+      const int64_t pixel = ((image * s.out_height + out_row) * s.out_width + column / s.stride) * s.c;
+      const T* from = dout + pixel;
+      const uint8_t* winner = index + pixel;
+#pragma omp simd
+      for (int64_t i = 0; i < s.c; ++i) store(to + i, winner[i] == tap ? load(from[i]) : 0.f);
+    }
+    std::memset(to, 0, (s.width - columns) * s.c * sizeof(T));
+  }
+}
+
+// The same of any windows: each pixel sums those that it won, tap after tap.
 template <typename T>
 void max_pool_backward(const T* dout, const uint8_t* index, const Window& s, T* grad, int64_t threads) {
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
@@ -435,7 +455,8 @@ extern "C" void fastres_backward_coef(const float* sums, const float* coef, int6
                                                    T* grad, int64_t threads) {                                         \
     Window s;                                                                                                          \
     std::memcpy(&s, window, sizeof s);                                                                                 \
-    max_pool_backward(dout, index, s, grad, threads);                                                                  \
+    const bool apart = s.kernel == s.stride && s.top == 0 && s.left == 0;                                              \
+    (apart ? max_pool_backward_apart<T> : max_pool_backward<T>)(dout, index, s, grad, threads);                        \
   }                                                                                                                    \
   extern "C" void fastres_patches_##NAME(const T* x, const float* coef, const int64_t* window, T* out,                 \
                                          int64_t threads) {                                                            \

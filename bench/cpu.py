@@ -3,8 +3,8 @@
 Peers are eager PyTorch in both layouts and torch.compile, in fp32 and bf16, each with the C library's allocator as it comes
 and with `fastres.train.machine.keep_freed_memory`; for the least memory also with `return_freed_memory`, as the memory mode
 ``--keep fewer`` of `fastres train` has it. Each runs in a process of its own, as the state of the allocator's heap is part
-of what is measured; the processes take turns. The limit is the time of PyTorch's own convolutions on the network's
-shapes.
+of what is measured; the processes take turns. There are two limits: the time of PyTorch's own convolutions on the network's
+shapes, and that of their arithmetic at the rate of a large matrix product.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ ALLOCATORS: dict[str, Callable[[], Any]] = {
 OUR_ALLOCATORS = {"fused": ("kept",), "fused fewer": ("kept", "returned"), "folded": ("kept",)}
 INFERENCE_PEERS = ("eager NCHW", "eager", "compile", "compile frozen")
 CPU = torch.device("cpu")
+PRODUCT = 3072  # rows and columns
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -69,6 +70,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 found["peak_mib"][label] = memory["peak_mib"] - memory["idle_mib"]
     found["convolutions"] = {
         precision: in_own_process(_convolutions, workload, precision, args.threads) for precision in args.precisions
+    }
+    found["products"] = {
+        precision: in_own_process(_products, precision, args.threads) for precision in args.precisions
     }
     return found
 
@@ -170,17 +174,28 @@ def _memory(workload: Workload, peer: str, precision: str, allocator: str, threa
     return peak_memory(workload, peer, CPU, machine.DTYPES[precision])
 
 
-def _convolutions(workload: Workload, precision: str, threads: int) -> dict[str, float]:
-    """Seconds of all convolutions of a step by PyTorch's own, best layout: forward, and the gradients that are needed."""
+def _products(precision: str, threads: int) -> float:
+    """FLOP/s of a product of square matrices that no cache keeps."""
     _prepare("kept", threads)
-    dtype, layers = machine.DTYPES[precision], []
+    a, b = torch.randn(2, PRODUCT, PRODUCT, dtype=machine.DTYPES[precision])
+    found = all_of(interleaved({"product": partial(torch.mm, a, b)}, CPU, warmup=2, rounds=5))
+    return 2 * PRODUCT**3 / found["product"].median
+
+
+def _convolutions(workload: Workload, precision: str, threads: int) -> dict[str, float]:
+    """All convolutions of a step, forward, and the gradients that are needed: seconds by PyTorch's own in the best layout,
+    and FLOPs, products with padding included.
+    """
+    _prepare("kept", threads)
+    dtype, layers, outputs = machine.DTYPES[precision], [], []
     model = workload.build()
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda conv, inputs: layers.append((conv, inputs[0].shape)))
+            module.register_forward_hook(lambda conv, inputs, y: outputs.append(y.shape[2] * y.shape[3]))
     with torch.no_grad():
         model(workload.inputs(CPU)[0])
-    seconds, timed = {"forward": 0.0, "backward": 0.0}, {}
+    seconds, timed, flops = {"forward": 0.0, "backward": 0.0}, {}, {"forward": 0.0, "backward": 0.0}
     for index, (conv, shape) in enumerate(layers):
         padding = conv.padding if not isinstance(conv.padding, str) else (0, 0)
         key = (shape, conv.weight.shape, conv.stride, padding, index > 0)
@@ -188,7 +203,10 @@ def _convolutions(workload: Workload, precision: str, threads: int) -> dict[str,
             timed[key] = _convolution(*key, dtype)
         for part, value in zip(seconds, timed[key]):
             seconds[part] += value
-    return seconds
+        forward = 2.0 * conv.weight.numel() * shape[0] * outputs[index]
+        flops["forward"] += forward
+        flops["backward"] += forward * (2 if index > 0 else 1)
+    return {**seconds, **{f"{part}_flops": value for part, value in flops.items()}}
 
 
 def _convolution(
@@ -214,6 +232,7 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
         "training": min(convolutions.values()),
         "inference": min(s["forward"] for s in one["convolutions"].values()),
     }
+    parts = {"training": ("forward_flops", "backward_flops"), "inference": ("forward_flops",)}
     for kind, ours in (("training", OURS), ("inference", ("folded",))):
         rates = {label: batch / time["median"] for label, time in one[kind].items() if "median" in time}
         mine = {label: rate for label, rate in rates.items() if label.startswith(ours)}
@@ -226,6 +245,9 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
             "images_per_second": mine[best],
             **{name: {"name": label, "ratio": mine[best] / rates[label]} for name, label in peers.items()},
             "of_the_convolutions": mine[best] / (batch / limits[kind]),
+            "of_the_products": mine[best] / batch * min(
+                sum(one["convolutions"][p][part] for part in parts[kind]) / rate for p, rate in one["products"].items()
+            ),
         }
     ratios = _memory_ratios(one["peak_mib"])
     found["peak_memory_ratio"] = {label: ratio for label, ratio in ratios.items() if label.startswith(OURS)}
@@ -238,7 +260,14 @@ def _memory_ratios(peak: dict[str, float]) -> dict[str, float]:
     return {label: value / lowest for label, value in peak.items()}
 
 
-COLUMNS = ("", "images/s", "of the best peer", "of it with kept memory", "of the convolutions alone")
+COLUMNS = (
+    "",
+    "images/s",
+    "of the best peer",
+    "of it with kept memory",
+    "of the convolutions alone",
+    "of their arithmetic as products",
+)
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -250,7 +279,8 @@ def table(found: list[dict[str, Any]]) -> str:
             f = facts[kind]
             ratios = [f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})" for p in ("peer", "peer with kept memory")]
             name = f"{one['workload']}, {kind}: {f['best'].rpartition(', ')[0]}"
-            rows.append([name, f"{f['images_per_second']:.1f}", *ratios, f"{f['of_the_convolutions']:.2f}"])
+            limits = [f"{f[limit]:.2f}" for limit in ("of_the_convolutions", "of_the_products")]
+            rows.append([name, f"{f['images_per_second']:.1f}", *ratios, *limits])
     memory = [
         [f"{one['workload']}: {label}", f"{one['peak_mib'][label]:.0f}", f"{ratio:.2f}", _rate(one, label)]
         for one in found

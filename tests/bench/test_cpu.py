@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cpu
 from fastres.measure import Workload
@@ -17,6 +18,23 @@ def test_folded_inference_is_the_networks():
 def test_convolutions_are_timed():
     seconds = cpu._convolutions(TINY, "fp32", 1)
     assert 0 < seconds["forward"] and 0 < seconds["backward"]
+
+
+def test_convolutions_flops_are_counted():
+    """The network's own count, less its last layer and what the first layer's input would take."""
+    counter = FlopCounterMode(display=False)
+    model = TINY.build()
+    images, _ = TINY.inputs(torch.device("cpu"))
+    with counter:
+        model(images).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    found = cpu._convolutions(TINY, "fp32", 1)
+    convolutions = counts[torch.ops.aten.convolution], counts[torch.ops.aten.convolution_backward]
+    assert (found["forward_flops"], found["backward_flops"]) == convolutions
+
+
+def test_products_rate_is_measured():
+    assert cpu._products("fp32", 1) > 1e8
 
 
 def found():
@@ -37,7 +55,11 @@ def found():
             "fused, bf16, kept memory": 80.0,
             "fused fewer, bf16, returned memory": 60.0,
         },
-        "convolutions": {"fp32": {"forward": 0.4, "backward": 0.8}, "bf16": {"forward": 0.2, "backward": 0.4}},
+        "convolutions": {
+            "fp32": {"forward": 0.4, "backward": 0.8, "forward_flops": 1e9, "backward_flops": 2e9},
+            "bf16": {"forward": 0.2, "backward": 0.4, "forward_flops": 1e9, "backward_flops": 2e9},
+        },
+        "products": {"fp32": 5e9, "bf16": 1e10},
     }
 
 
@@ -50,6 +72,8 @@ def test_ours_against_the_best_peer():
     assert training["peer with kept memory"]["ratio"] == pytest.approx(1.2)
     assert training["of_the_convolutions"] == pytest.approx(0.6 / (1 / 1.5))
     assert facts["inference"]["of_the_convolutions"] == pytest.approx(0.2 / (1 / 1.5))
+    assert training["of_the_products"] == pytest.approx(0.3 / (1 / 1.5))
+    assert facts["inference"]["of_the_products"] == pytest.approx(0.1 / (1 / 1.5))
     ratios = {"fused, bf16, kept memory": 0.8, "fused fewer, bf16, returned memory": 0.6}
     assert facts["peak_memory_ratio"] == pytest.approx(ratios)
 

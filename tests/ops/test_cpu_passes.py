@@ -90,7 +90,10 @@ class TestAgainstFp64:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel, stride, pad", [(3, 2, (1, 1, 1, 1)), (3, 2, (0, 0, 1, 1)), (2, 2, (0,) * 4), (3, 3, (0,) * 4), (3, 1, (1,) * 4)])
+@pytest.mark.parametrize(
+    "kernel, stride, pad",
+    [(3, 2, (1, 1, 1, 1)), (3, 2, (0, 0, 1, 1)), (2, 2, (0,) * 4), (3, 3, (0,) * 4), (3, 1, (1,) * 4)],
+)
 def test_max_pool(kernel, stride, pad, dtype):
     y, statistics = torch.randn(2, 9, 8, 17, dtype=dtype), coef(17)
     out, index = passes.bn_relu_max_pool(y, statistics, kernel, stride, pad)

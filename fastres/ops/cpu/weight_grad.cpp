@@ -5,8 +5,10 @@
 // instruction multiplies pairs that share a 32-bit lane: here of two images, so that pixels pair up whatever the stride and
 // the width, and a tap's windows end where padding begins instead of multiplying zeros. Units of pairs of images and rows
 // are copied into lanes, x normalised on the way, as many as a core's cache keeps; each tile of dw (one tap, some outputs
-// k and channels c) is summed in registers over a unit, then added to dw. Tiles are disjoint and units are in order, so
-// the result does not depend on the number of threads.
+// k and channels c) is summed in registers over a unit, then added to dw. The order of additions depends on nothing but
+// the number of threads.
+
+#include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -23,6 +25,7 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kMostVectors = 4;        // of channels in a tile
 constexpr int64_t kGradLanes = 8;          // of a pixel in a panel of outputs
 constexpr int64_t kUnitBytes = 768 << 10;  // of a unit's lanes
+constexpr int64_t kOwnBytes = 8 << 20;      // of all threads' own dw
 
 struct Problem {
   int64_t n, height, width, c;                     // of x
@@ -155,65 +158,129 @@ void tile(const Problem& p, const Unit& u, const uint32_t* x, const uint32_t* dy
 using Tile = void (*)(const Problem&, const Unit&, const uint32_t*, const uint32_t*, int64_t, int64_t, int64_t, int64_t,
                       bool, float*);
 
+// How a problem is cut, and the pieces of its work.
 template <int kOutputs>
-void weight_grad(const uint16_t* x, Norm norm, const uint16_t* dy, const Problem& p, float* dw, int64_t threads) {
-  constexpr Tile kTiles[] = {tile<1, kOutputs>, tile<2, kOutputs>, tile<3, kOutputs>,
-                             tile<kOutputs == 6 ? 4 : 3, kOutputs>};
-  const int64_t pairs = up(p.n, 2), taps = p.kernel_h * p.kernel_w;
-  const int64_t vectors = up(p.c, kLanes), panel = std::min(vectors, kMostVectors) * kLanes;
-  const int64_t c_panels = up(p.c, panel), last = vectors * kLanes - (c_panels - 1) * panel;
-  const int64_t k_panels = up(p.k, kOutputs), stored_c = vectors * kLanes, stored_k = k_panels * kGradLanes;
-  // a unit is a few pairs of images, or some rows of one pair
-  const int64_t row_bytes = 4 * (p.stride * p.width * stored_c + p.out_width * stored_k);
-  const int64_t fit = std::max<int64_t>(1, kUnitBytes / row_bytes);
-  const int64_t outs = up(p.out_height, up(p.out_height, std::min(fit, p.out_height)));
-  const int64_t group = up(pairs, up(pairs, std::clamp<int64_t>(fit / p.out_height, 1, pairs)));
-  const int64_t bands = up(p.out_height, outs), groups = up(pairs, group);
-  const int64_t most_rows = std::min(p.height, (outs - 1) * p.stride + p.kernel_h);
-  const int64_t x_lanes = group * most_rows * p.width * stored_c;
-  uint32_t* const all_x = lanes(up(x_lanes, kLanes) * kLanes + group * outs * p.out_width * stored_k);
-  uint32_t* const all_dy = all_x + up(x_lanes, kLanes) * kLanes;
+struct Plan {
+  static constexpr Tile kTiles[] = {tile<1, kOutputs>, tile<2, kOutputs>, tile<3, kOutputs>,
+                                    tile<kOutputs == 6 ? 4 : 3, kOutputs>};
+  const uint16_t *x, *dy;
+  const Norm norm;
+  const Problem p;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const int64_t vectors = up(p.c, kLanes), panel = std::min(vectors, kMostVectors) * kLanes, c_panels = up(p.c, panel);
+  const int64_t last = vectors * kLanes - (c_panels - 1) * panel;  // channels of the last panel in memory
+  const int64_t k_panels = up(p.k, kOutputs);
+  const int64_t row_lanes = p.stride * p.width * vectors * kLanes + p.out_width * k_panels * kGradLanes;
+  const int64_t fit = std::max<int64_t>(1, kUnitBytes / 4 / row_lanes);  // rows of dy
+  const int64_t rows = up(p.n, 2) * p.out_height;                        // of all pairs
+  const int64_t dw_size = p.k * taps * p.c;
 
-#pragma omp parallel num_threads(int(threads))
-  for (int64_t number = 0; number < groups * bands; ++number) {
+  // The first unit of rows from `begin` to `end`: whole pairs, or some rows of one.
+  Unit unit(int64_t begin, int64_t end) const {
     Unit u;
-    u.first_pair = number / bands * group;
-    u.pairs = std::min(group, pairs - u.first_pair);
-    u.first_out = number % bands * outs;
-    u.outs = std::min(outs, p.out_height - u.first_out);
+    u.first_pair = begin / p.out_height, u.first_out = begin % p.out_height;
+    u.outs = std::min(p.out_height - u.first_out, end - begin), u.pairs = 1;
+    if (u.outs == p.out_height && fit >= p.out_height) {
+      const int64_t whole = (end - begin) / p.out_height;
+      u.pairs = up(whole, up(whole, fit / p.out_height));
+    } else {
+      u.outs = up(u.outs, up(u.outs, fit));
+    }
     u.first_row = std::clamp<int64_t>(u.first_out * p.stride - p.top, 0, p.height - 1);
     const int64_t end_row = (u.first_out + u.outs - 1) * p.stride - p.top + p.kernel_h;
     u.rows = std::clamp<int64_t>(end_row, u.first_row + 1, p.height) - u.first_row;
-    const int64_t x_pixels = u.pairs * u.rows * p.width, dy_pixels = u.pairs * u.outs * p.out_width;
-#pragma omp for schedule(static)
-    for (int64_t line = 0; line < u.pairs * (u.rows + u.outs); ++line) {
-      const int64_t pair = line / (u.rows + u.outs), at = line % (u.rows + u.outs), even = 2 * (u.first_pair + pair);
-      const bool both = even + 1 < p.n;
-      if (at < u.rows) {
-        const uint16_t* from = x + even * p.image_pitch + (u.first_row + at) * p.row_pitch;
-        const auto run = norm.scale ? interleave_channels<true> : interleave_channels<false>;
-        for (int64_t c = 0; c < p.c; c += panel) {
-          const int64_t wide = c + panel < p.c ? panel : last;
-          const Norm here{norm.scale ? norm.scale + c : nullptr, norm.scale ? norm.shift + c : nullptr};
-          run(from + c, both ? from + p.image_pitch + c : nullptr, p.column_pitch, p.width, std::min(panel, p.c - c), wide,
-              here, all_x + x_pixels * c + (pair * u.rows + at) * p.width * wide);
-        }
-      } else {
-        const int64_t out = at - u.rows, size = p.out_height * p.out_width * p.k;
-        const uint16_t* from = dy + even * size + (u.first_out + out) * p.out_width * p.k;
-        interleave_outputs<kOutputs>(from, both ? from + size : nullptr, p.out_width, p.k, dy_pixels * kGradLanes,
-                                     all_dy + (pair * u.outs + out) * p.out_width * kGradLanes);
-      }
+    return u;
+  }
+
+  // Lanes of x before those of dy.
+  int64_t x_lanes(const Unit& u) const { return u.pairs * u.rows * p.width * vectors * kLanes; }
+
+  // Most lanes of any unit.
+  int64_t most_lanes() const {
+    const int64_t pairs = std::max<int64_t>(1, fit / p.out_height), outs = std::min(fit, p.out_height);
+    const int64_t most_rows = std::min(p.height, (outs - 1) * p.stride + p.kernel_h);
+    return pairs * (most_rows * p.width * vectors * kLanes + outs * p.out_width * k_panels * kGradLanes);
+  }
+
+  int64_t lines(const Unit& u) const { return u.pairs * (u.rows + u.outs); }
+
+  // Copy one row of x or of dy into lanes.
+  void copy(const Unit& u, int64_t line, uint32_t* lane) const {
+    const int64_t pair = line / (u.rows + u.outs), at = line % (u.rows + u.outs), even = 2 * (u.first_pair + pair);
+    const bool both = even + 1 < p.n;
+    if (at >= u.rows) {
+      const int64_t out = at - u.rows, size = p.out_height * p.out_width * p.k;
+      const uint16_t* from = dy + even * size + (u.first_out + out) * p.out_width * p.k;
+      interleave_outputs<kOutputs>(from, both ? from + size : nullptr, p.out_width, p.k,
+                                   u.pairs * u.outs * p.out_width * kGradLanes,
+                                   lane + x_lanes(u) + (pair * u.outs + out) * p.out_width * kGradLanes);
+      return;
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < c_panels * taps * k_panels; ++job) {
-      const int64_t c = job / (taps * k_panels) * panel, tap = job / k_panels % taps, k = job % k_panels;
+    const uint16_t* from = x + even * p.image_pitch + (u.first_row + at) * p.row_pitch;
+    const auto run = norm.scale ? interleave_channels<true> : interleave_channels<false>;
+    for (int64_t c = 0; c < p.c; c += panel) {
       const int64_t wide = c + panel < p.c ? panel : last;
-      kTiles[wide / kLanes - 1](p, u, all_x + x_pixels * c, all_dy + dy_pixels * k * kGradLanes, tap / p.kernel_w,
-                                tap % p.kernel_w, p.c - c, p.k - k * kOutputs, number == 0,
-                                dw + (k * kOutputs * taps + tap) * p.c + c);
+      const Norm here{norm.scale ? norm.scale + c : nullptr, norm.scale ? norm.shift + c : nullptr};
+      run(from + c, both ? from + p.image_pitch + c : nullptr, p.column_pitch, p.width, std::min(panel, p.c - c), wide,
+          here, lane + u.pairs * u.rows * p.width * c + (pair * u.rows + at) * p.width * wide);
     }
   }
+
+  int64_t tiles() const { return c_panels * taps * k_panels; }
+
+  // Sum up one tile of dw.
+  void multiply(const Unit& u, int64_t job, const uint32_t* lane, bool is_first, float* dw) const {
+    const int64_t c = job / (taps * k_panels) * panel, tap = job / k_panels % taps, k = job % k_panels;
+    const int64_t wide = c + panel < p.c ? panel : last;
+    const uint32_t* of_dy = lane + x_lanes(u) + u.pairs * u.outs * p.out_width * k * kGradLanes;
+    kTiles[wide / kLanes - 1](p, u, lane + u.pairs * u.rows * p.width * c, of_dy, tap / p.kernel_w, tap % p.kernel_w,
+                              p.c - c, p.k - k * kOutputs, is_first, dw + (k * kOutputs * taps + tap) * p.c + c);
+  }
+};
+
+// Threads share the rows; each adds up units of its own, which no other core's cache has, in a dw of its own.
+template <int kOutputs>
+void apart(const Plan<kOutputs>& plan, float* dw, int64_t threads) {
+  const std::unique_ptr<float[]> others(new float[(threads - 1) * plan.dw_size]);
+#pragma omp parallel num_threads(int(threads))
+  {
+    const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t begin = plan.rows * thread / team, end = plan.rows * (thread + 1) / team;
+    float* own = thread ? others.get() + (thread - 1) * plan.dw_size : dw;
+    uint32_t* lane = lanes(plan.most_lanes());
+    if (begin == end) std::fill(own, own + plan.dw_size, 0.f);
+    for (int64_t row = begin; row < end;) {
+      const Unit u = plan.unit(row, end);
+      for (int64_t line = 0; line < plan.lines(u); ++line) plan.copy(u, line, lane);
+      for (int64_t job = 0; job < plan.tiles(); ++job) plan.multiply(u, job, lane, row == begin, own);
+      row += u.pairs * u.outs;
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < plan.dw_size; ++i)
+      for (int64_t other = 0; other < team - 1; ++other) dw[i] += others[other * plan.dw_size + i];
+  }
+}
+
+// Threads share the tiles of one dw, where it is too large for one each.
+template <int kOutputs>
+void together(const Plan<kOutputs>& plan, float* dw, int64_t threads) {
+  uint32_t* const lane = lanes(plan.most_lanes());
+#pragma omp parallel num_threads(int(threads))
+  for (int64_t row = 0; row < plan.rows;) {
+    const Unit u = plan.unit(row, plan.rows);
+#pragma omp for schedule(static)
+    for (int64_t line = 0; line < plan.lines(u); ++line) plan.copy(u, line, lane);
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < plan.tiles(); ++job) plan.multiply(u, job, lane, row == 0, dw);
+    row += u.pairs * u.outs;
+  }
+}
+
+template <int kOutputs>
+void weight_grad(const uint16_t* x, Norm norm, const uint16_t* dy, const Problem& p, float* dw, int64_t threads) {
+  const Plan<kOutputs> plan{x, dy, norm, p};
+  (plan.dw_size * 4 * threads <= kOwnBytes ? apart<kOutputs> : together<kOutputs>)(plan, dw, threads);
 }
 
 }  // namespace

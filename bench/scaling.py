@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from bench.record import RESULTS, write_results
-from bench.tables import markdown
+from bench.tables import fill, markdown
 from fastres.models import create_model
 
 GPUS = (8, 16, 64, 256, 1024)
@@ -122,15 +122,6 @@ def volumes(predictions: dict[str, Any]) -> str:
     return markdown(["a step of", "gradients, MB", "exchanges of `--sync-bn`", "together, kB"], rows)
 
 
-def with_tables(page: str, tables: dict[str, str]) -> str:
-    """The page with each table between its marks ``<!-- name -->`` and ``<!-- end -->``."""
-    for name, text in tables.items():
-        begin, end = f"<!-- {name} -->\n", "<!-- end -->"
-        before, after = page.split(begin)
-        page = f"{before}{begin}{text}\n{end}{after.split(end, 1)[1]}"
-    return page
-
-
 def steps(predictions: dict[str, Any]) -> str:
     """Every step as a row."""
     head = ["network", "GPUs", "images a GPU", "batch", "compute ms", "gradients ms", "statistics ms", "images/s"]
@@ -158,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     write_results(args.out, {"kind": "prediction", "assumed": cluster._asdict(), "predictions": predictions})
     parts = {"volume": volumes(predictions), "steps": steps(predictions)}
     print("\n\n".join(parts.values()))
-    args.page.write_text(with_tables(args.page.read_text(), parts))
+    args.page.write_text(fill(args.page.read_text(), parts))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from bench import report
@@ -12,6 +11,7 @@ from bench.report import counted, single, training
 from bench.report.campaign import CAMPAIGN, models
 from bench.report.common import read
 from bench.report.plots import plots
+from bench.tables import fill
 from fastres.atomic import atomic_write
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -50,16 +50,6 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         found |= {name: make(folder) for name, make in CAMPAIGN.items()}
         found["models"] = models(folder, counted.bytes_an_image(results))
     return {name: text for name, text in found.items() if text}
-
-
-def fill(text: str, found: dict[str, str]) -> str:
-    """The text with its marked sections replaced."""
-
-    def replaced(match: re.Match) -> str:
-        name = match[1]
-        return f"<!-- bench:{name} -->\n{found[name]}\n<!-- /bench:{name} -->" if name in found else match[0]
-
-    return re.sub(r"<!-- bench:([\w-]+) -->.*?<!-- /bench:\1 -->", replaced, text, flags=re.DOTALL)
 
 
 def relative(found: dict[str, str], page: Path) -> dict[str, str]:

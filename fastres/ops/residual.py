@@ -397,9 +397,15 @@ def residual_backward(
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
         return dz, y, abc, *below(i), weights[i], strides[i], pad_of(pads, i)
 
-    def end_backward(block: int, dout: Tensor, out: Tensor | None, ours: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        i = starts[block + 1] - 1
-        shortcut = (y_of(starts[-1]), coefs[-1]) if projection and block == 0 else (None, None)
+    def end_backward(
+        block: int, dout: Tensor, out: Tensor | None, ours: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """dz with the sums of the last layer's BatchNorm, if it is there, and of the projection's."""
+        i, projected = starts[block + 1] - 1, projection and block == 0
+        if projected and not keep_all:
+            dz, sums, _ = p.bn_add_relu_backward(dout, out, y_of(starts[-1]), coefs[-1], in_place=ours)
+            return dz, None, sums
+        shortcut = (y_of(starts[-1]), coefs[-1]) if projected else (None, None)
         return p.bn_add_relu_backward(dout, out, y_of(i), coefs[i], *shortcut, in_place=ours)
 
     norm_grads, dws = [None] * (2 * len(weights)), [None] * len(weights)
@@ -412,6 +418,9 @@ def residual_backward(
                 p, *layer(last, dz, shortcut_sums), need_x, need_weights[last]
             )
             again.pop(last, None)
+            if not keep_all:  # only now, so that this output and the projection's never are in memory together
+                i = starts[1] - 1
+                dz, sums, _ = p.bn_add_relu_backward(dz, None, y_of(i), coefs[i], in_place=True)
         for i in reversed(range(*starts[block : block + 2])):
             residual = end = None
             if i == starts[block]:
@@ -422,7 +431,9 @@ def residual_backward(
             given = residual, need_x or i > 0, need_weights[i], end, 1 if residual is None else step
             dz, sums, dws[i] = p.conv_backward(*layer(i, dz, sums), *given, spare=True)
             again.pop(i, None)
+            residual = given = None
         if projection and block == 1:
+            dshortcut = None  # before what comes next needs memory
             dz, sums, shortcut_sums = end_backward(0, dz, inputs[1], ours=True)
     grads = [dz] * need_x + [dshortcut] * need_added + [dw for dw in dws if dw is not None]
     return [torch.cat(norm_grads), *grads]

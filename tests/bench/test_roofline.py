@@ -9,9 +9,9 @@ from torch import nn
 
 from bench import count_triton, growth, roofline
 from bench.blocks import Part, fused, parts_of, train
-from bench.report import __main__ as report
 from bench.report import common, counted, single
 from bench.roofline import Launch, Machine, convolution_flops, fused_step, predict, with_flops
+from bench.tables import fill
 from bench.traffic import StepTraffic, as_record
 from fastres.measure import Workload
 from fastres.reference.resnet import Bottleneck, conv1x1
@@ -176,9 +176,9 @@ def test_growth_measures_its_points(tmp_path, monkeypatch):
 
 def test_sections_of_the_readme_are_filled_and_others_left():
     text = "a\n<!-- bench:models -->\nold\n<!-- /bench:models -->\nb <!-- bench:memory -->kept<!-- /bench:memory -->"
-    filled = report.fill(text, {"models": "new"})
+    filled = fill(text, {"models": "new"})
     assert filled == text.replace("old", "new")
-    assert report.fill(filled, {"models": "new"}) == filled
+    assert fill(filled, {"models": "new"}) == filled
 
 
 def test_the_operations_of_a_step_are_counted_from_shapes():

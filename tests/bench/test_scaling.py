@@ -6,7 +6,8 @@ import pytest
 
 from bench import scaling
 from bench.record import RESULTS
-from bench.scaling import BUCKET, Cluster, Network, all_reduce, step, volume, with_tables
+from bench.scaling import BUCKET, Cluster, Network, all_reduce, step, volume
+from bench.tables import fill
 
 FREE = Cluster(latency=0.0, hop=0.0)
 
@@ -39,10 +40,11 @@ def test_launches_do_not_shrink():
 
 def test_the_page_is_filled_in(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- volume -->\nold\n<!-- end -->\nb\n<!-- steps -->\n<!-- end -->\nc\n")
+    page.write_text("a\n<!-- bench:volume -->\nold\n<!-- /bench:volume -->\nb\n<!-- bench:steps -->\n<!-- /bench:steps -->\nc\n")
     scaling.main(["--page", str(page), "--out", str(tmp_path / "scaling.json")])
     text, found = page.read_text(), json.loads((tmp_path / "scaling.json").read_text())
-    assert "old" not in text and text.startswith("a\n<!-- volume -->\n| a step of") and text.endswith("<!-- end -->\nc\n")
+    assert "old" not in text
+    assert text.startswith("a\n<!-- bench:volume -->\n| a step of") and text.endswith("<!-- /bench:steps -->\nc\n")
     for name, gpus in (("resnet50", 1024), ("resnet110", 8)):
         assert f"| {name} | {gpus} | 256 |" in text
         assert found["predictions"][name]["gradients_bytes"] == volume(name)[0]
@@ -52,4 +54,4 @@ def test_the_page_stands_as_computed():
     """docs/scaling.md and scaling.json are of one run."""
     found = json.loads((RESULTS / "scaling.json").read_text())["predictions"]
     text = (RESULTS.parents[1] / "docs" / "scaling.md").read_text()
-    assert with_tables(text, {"volume": scaling.volumes(found), "steps": scaling.steps(found)}) == text
+    assert fill(text, {"volume": scaling.volumes(found), "steps": scaling.steps(found)}) == text

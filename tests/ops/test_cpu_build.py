@@ -2,13 +2,14 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastres import ops
 from fastres.ops import cpu
-from fastres.ops.cpu import build
+from fastres.ops.cpu import build, passes
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,16 @@ def test_a_damaged_library_is_compiled_again(compiler, tmp_path, monkeypatch):
 def test_another_compiler_or_cpu_has_its_own_library(compiler, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "_cpu", lambda: "another CPU")
     assert again() is None and len(compiled(tmp_path)) == 2
+
+
+def test_a_plain_cpu_has_no_weight_gradient(compiler, monkeypatch):
+    """What needs AVX512-BF16 is left out where the compiler may not take it for granted."""
+    source = Path(build.__file__).with_name("weight_grad.cpp")
+    monkeypatch.setattr(build, "_SOURCES", (source,))
+    monkeypatch.setattr(build, "_FOR_THIS_CPU", ((),))
+    passes.has_weight_grad.cache_clear()
+    assert again() is None and not passes.has_weight_grad()
+    passes.has_weight_grad.cache_clear()
 
 
 def test_no_compiler(monkeypatch):

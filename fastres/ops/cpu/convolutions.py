@@ -105,6 +105,7 @@ class PartedConvolutions(LibraryConvolutions):
         if need_dx and len(parts) > 1:
             dx = residual if in_residual else dz.new_empty(x.shape)
         for images in parts:
+            dy = dx_part = dw_part = None  # those of the part before are free now
             dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], _at(y, images), abc)
             to = _at(dx, images)
             room = None if in_residual else to

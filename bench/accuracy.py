@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -61,12 +61,12 @@ def plain_rows(config: TrainConfig, dataset: Dataset, workers: int, target: floa
         whiten(model, dataset)
     optimizer = build_optimizer(config, model, scaled=False, device=torch.device("cpu"))
     train, test = plain.loaders(dataset, config.batch_size, config.crop_pad, "reflect", workers)
-    steps = config.epochs * len(train)
+    epochs, smoothing = cast(int, config.epochs), config.label_smoothing
+    steps = epochs * len(train)
 
     def set_rate(step: int) -> None:
         set_lr(optimizer, lr_factor(config.schedule, step, steps, config.warmup))
 
-    epochs, smoothing = config.epochs, config.label_smoothing
     return plain.train(model, optimizer, set_rate, train, test, epochs, smoothing, target, limit)
 
 
@@ -140,7 +140,9 @@ def run_one(name: str, args: argparse.Namespace) -> None:
     dataset = data.limit(data.load(args.data), args.limit_train, args.limit_test)
     config = preset(args.preset).replace(seed=args.seed, device="cpu")
     if args.epochs:
-        config = config.replace(epochs=args.epochs)
+        config = config.replace(epochs=args.epochs, steps=None)
+    if config.epochs is None:
+        raise SystemExit(f"preset {args.preset} is measured in steps: add --epochs")
     content = {"settings": settings_of(args, dataset, config), "load_5_minutes": {}, "results": {}}
     if args.out.exists():
         before = json.loads(args.out.read_text())

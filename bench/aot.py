@@ -118,7 +118,7 @@ def _inference(model: nn.Module) -> Callable[[Tensor, torch.dtype], None]:
 
 @contextmanager
 def _convolutions_in_tf32(allowed: bool) -> Iterator[None]:
-    switch = torch.backends.cudnn.conv
+    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, switch.fp32_precision = switch.fp32_precision, "tf32" if allowed else "ieee"
     try:
         yield

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -54,10 +54,10 @@ def traffic(module: nn.Module, x: Tensor, dtype: torch.dtype) -> list[CallTraffi
     """Traffic of the compiled forward and backward of a channels-last module under autocast; nothing is computed."""
     found: list[CallTraffic] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         return compile_fx.compile_fx(graph, inputs, inner_compile=schedule)
 
-    def schedule(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable:
+    def schedule(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
         with _fake_h100(found):
             try:
                 compile_fx.compile_fx_inner(_on_cuda(graph), _inputs(graph), **options)
@@ -143,7 +143,7 @@ def _fake_h100(found: list[CallTraffic]) -> Iterator[None]:
             (interface.Worker, "get_device_properties", staticmethod(answer(_H100))),
             (DeviceProperties, "create", answer(properties)),
             (compile_fx, "_check_triton_bf16_support", answer(None)),
-            (torch._C, "_select_conv_backend", answer(torch._C._ConvBackend.Cudnn)),
+            (torch._C, "_select_conv_backend", answer(torch._C._ConvBackend.Cudnn)),  # type: ignore[attr-defined]
             (torch._C, "_conv_determine_backend_memory_format", answer(torch.channels_last)),
             (torch._inductor.scheduler, "has_triton", answer(True)),
             (torch._subclasses.fake_tensor, "init_gpu_context", answer(None)),
@@ -159,6 +159,6 @@ def _kernels(node: BaseSchedulerNode) -> list[CallTraffic]:
     if not loaded + stored:
         return []
     if "convolution_backward" in name:
-        gradient = node.node.inputs[0]
+        gradient = cast(Any, node.node).inputs[0]
         loaded += gradient.get_layout().storage_size() * gradient.get_dtype().itemsize
     return [CallTraffic(name, int(loaded), int(stored))]

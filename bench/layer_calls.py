@@ -66,7 +66,7 @@ def bottleneck_calls(
         pad = (kernel // 2,) * 4
         flops = 2 * y.numel() * inputs * kernel * kernel
         nchw = [t.permute(0, 3, 1, 2) for t in (x, w, dz)]
-        bare = partial(F.conv2d, nchw[0], nchw[1], None, 1, kernel // 2)
+        bare: Callable[[], Any] = partial(F.conv2d, nchw[0], nchw[1], None, 1, kernel // 2)
         yield _call(f"conv {name}", device, "conv", (x, w, 1, pad, below), flops, bare)
         bare = partial(bare_backward, nchw[2], nchw[0], nchw[1], (1, 1), (kernel // 2,) * 2)
         arguments = (dz, y, abc, x, below, w, 1, pad, residual)
@@ -86,7 +86,7 @@ def _call(
     flops: int = 0,
     bare: Callable[[], Any] | None = None,
 ) -> Call:
-    candidates = {
+    candidates: dict[str, Callable[[], Any]] = {
         which: partial(getattr(space, op), *arguments)
         for which, space in implementations(device).items()
         if hasattr(space, op)

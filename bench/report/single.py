@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import cpu, growth
+from bench import cpu, growth, levers
 from bench.report.common import busy, machine_line, picture, read
 from bench.tables import markdown
 
@@ -30,4 +30,15 @@ def on_a_cpu(path: Path) -> str | None:
     return (
         f"Measured on {machine_line(record)}.{busy(record['load_average'], record['threads'])}\n\n"
         f"{cpu.table(record['workloads'])}"
+    )
+
+
+def levers_of_a_cpu(path: Path) -> str | None:
+    """What each lever of the CPU's implementation is worth."""
+    record = read(path)
+    if not record:
+        return None
+    return (
+        f"{record['settings']['precision']}, measured on {machine_line(record)}."
+        f"{busy(record['load_average'], record['threads'])}\n\n{levers.table(record['workloads'])}"
     )

@@ -33,7 +33,7 @@ def describe(setting: Setting) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "fast_bf16": machine.has_fast_bf16(setting.device),
-        "convolutions_in_tf32": torch.backends.cudnn.conv.fp32_precision,
+        "convolutions_in_tf32": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
     }
     if setting.device.type == "cuda":
         found = torch.cuda.get_device_properties(setting.device)

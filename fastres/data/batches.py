@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -151,7 +152,8 @@ class Batches:
 
     def _size(self) -> tuple[int, int]:
         """Height and width of the images in the end."""
-        return (self.augment.resize,) * 2 if self.augment.resize else tuple(self.split.images.shape[-2:])
+        height, width = self.split.images.shape[-2:]
+        return (self.augment.resize, self.augment.resize) if self.augment.resize else (height, width)
 
     def _images(self, index: Tensor, index_on_device: Tensor, draws: Draws, epoch: int, size: int | None) -> Tensor:
         augment, images = self.augment, self.split.images
@@ -167,11 +169,17 @@ class Batches:
         elif augment.resize:
             images = resize(images, augment.resize)
         images = normalise(images, self.mean, self.std, self.dtype)
-        if augment.cutout:
+        if draws.hole_y is not None and draws.hole_x is not None:
             centres = (self._send(draws.hole_y), height), (self._send(draws.hole_x), width)
             y, x = (centre * side // full for (centre, full), side in zip(centres, images.shape[-2:]))
             cutout(images, y, x, -(-augment.cutout * images.shape[-1] // width))
         return images
+
+    @overload
+    def _send(self, choices: Tensor) -> Tensor: ...
+
+    @overload
+    def _send(self, choices: None) -> None: ...
 
     def _send(self, choices: Tensor | None) -> Tensor | None:
         """Copy to the device without a wait for it."""

@@ -74,11 +74,10 @@ def _write(path: Path, state: str, dataset: Dataset) -> None:
             identity=np.array([FORMAT, state, dataset.label]),
             classes=np.array(dataset.classes),
             statistics=np.array([dataset.mean, dataset.std]),
-            **{
-                f"{name}_{part}": array.numpy()
-                for name, split in (("train", dataset.train), ("test", dataset.test))
-                for part, array in (("images", split.images.permute(0, 2, 3, 1)), ("labels", split.labels))
-            },
+            train_images=dataset.train.images.permute(0, 2, 3, 1).numpy(),
+            train_labels=dataset.train.labels.numpy(),
+            test_images=dataset.test.images.permute(0, 2, 3, 1).numpy(),
+            test_labels=dataset.test.labels.numpy(),
         )
 
 

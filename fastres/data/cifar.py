@@ -71,7 +71,7 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it calls {module}.{name}, which no batch needs") from None
 
 
-def _text(value: object) -> object:
+def _text(value: bytes | str) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
@@ -102,7 +102,7 @@ def _read_batch(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     found = type(images).__name__
     if isinstance(images, np.ndarray):
         found = f"{images.dtype} {list(images.shape)}"
-    if not re.fullmatch(r"uint8 \[[1-9]\d*, 3072\]", found):
+    if not isinstance(images, np.ndarray) or not re.fullmatch(r"uint8 \[[1-9]\d*, 3072\]", found):
         raise DataError(f"{path}: 'data' is {found}, not uint8 [n, 3072]: {REMEDY}")
     try:
         labels = np.array(labels)

@@ -68,8 +68,8 @@ class Dataset:
     test: Split
     classes: tuple[str, ...]
     label: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def make_dataset(train: Split, test: Split, classes: tuple[str, ...], label: str) -> Dataset:

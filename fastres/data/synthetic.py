@@ -37,7 +37,7 @@ def _box(u: np.ndarray, v: np.ndarray, half_width: int, half_height: int) -> np.
 
 def _sides(u: np.ndarray, v: np.ndarray, normals: Sequence[tuple[float, float]], distance: int) -> np.ndarray:
     """How many of the half planes hold a point."""
-    return np.sum([(a * u + b * v < 256 * distance).astype(np.int8) for a, b in normals], axis=0, dtype=np.int8)
+    return np.add.reduce([(a * u + b * v < 256 * distance).astype(np.int8) for a, b in normals], axis=0, dtype=np.int8)
 
 
 # Each shape tells which points (u, v) are in it; most of it lies in a circle of radius 256.

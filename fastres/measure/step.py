@@ -102,7 +102,7 @@ class Step:
                 fuse(self.model, self.peer.keep)
             except ValueError as error:
                 raise FastresError(str(error)) from error
-        self.model.to(device, memory_format=layout)
+        self.model.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.network: Callable[[Tensor], Tensor] = self.model
         if self.peer.compile is not None:
             self.network = torch.compile(self.model, mode=self.peer.compile, backend=backend, dynamic=False)

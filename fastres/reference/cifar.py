@@ -34,6 +34,10 @@ class CifarResNet(nn.Module):
         ValueError: for a depth that is not 6n + 2.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self,
         depth: int,

@@ -68,7 +68,7 @@ def batch_norm(channels: int, gamma: bool) -> nn.BatchNorm2d:
     """slim's `batch_norm`: with ``gamma`` False the scale is 1 and no parameter."""
     norm = nn.BatchNorm2d(channels, eps=EPSILON, momentum=1 - DECAY)
     if not gamma:
-        norm.weight = None
+        norm.register_parameter("weight", None)
     return norm
 
 
@@ -89,7 +89,7 @@ class NotebookBlock(nn.Module):
         self.bn3 = batch_norm(outputs, gamma)
         self.relu = nn.ReLU(inplace=True)
         self.residual = residual
-        self.downsample = None
+        self.downsample: nn.Module | None = None
         if residual and inputs != outputs:
             self.downsample = nn.Sequential(conv1x1(inputs, outputs, stride), batch_norm(outputs, gamma))
         elif residual and stride != 1:

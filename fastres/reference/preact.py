@@ -57,6 +57,10 @@ class PreActResNet(nn.Module):
         ValueError: for a depth that is not 9n + 2.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(self, depth: int, num_classes: int = 10, residual: bool = True, checkpoint_every: int = 0):
         super().__init__()
         blocks_a_stage, rest = divmod(depth - 2, 9)

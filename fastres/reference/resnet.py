@@ -124,7 +124,7 @@ class ResNet(nn.Module):
         super().__init__()
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-            pool = nn.MaxPool2d(3, stride=2, padding=1)
+            pool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         elif stem in ("cifar", "halving"):
             self.conv1 = conv3x3(3, 64, stride=2 if stem == "halving" else 1)
             pool = nn.Identity()
@@ -162,7 +162,7 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-DEPTHS = {
+DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),

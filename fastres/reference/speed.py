@@ -6,6 +6,8 @@ as in Page 2019, "How to train your ResNet"; most of its arithmetic is at 15x15 
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from fastres.reference.checkpointing import run_blocks
@@ -20,7 +22,7 @@ class WhiteningConv(nn.Conv2d):
 
     def __init__(self, outputs: int):
         super().__init__(3, outputs, 3, stride=2)
-        nn.init.zeros_(self.bias)
+        nn.init.zeros_(cast(Tensor, self.bias))
 
 
 class Widen(nn.Module):
@@ -64,7 +66,7 @@ class SpeedResNet(nn.Module):
     Args:
         num_classes: logits [N, num_classes].
         widths: channels of each stage; every stage but the first halves the image.
-        stem: filters of the first layer; 54 are all directions of a 3x3 patch of 3 channels, with both signs.
+        stem: filters of the first layer; 48 are 24 of the 27 directions of a 3x3 patch of 3 channels, with both signs.
         checkpoint_every: see `run_blocks`.
     """
 
@@ -89,7 +91,7 @@ class SpeedResNet(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The layers of all stages in order."""
-        return [layer for stage in self.stages for layer in stage]
+        return [layer for stage in self.stages for layer in stage.children()]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, 3, H, W]."""

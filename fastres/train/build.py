@@ -54,7 +54,8 @@ def build_model(config: TrainConfig, dataset: Dataset, device: torch.device) -> 
     model = create(config.model, num_classes=len(dataset.classes), **options)
     if config.whiten:
         whiten(model, dataset)
-    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
 def build_batches(
@@ -82,7 +83,7 @@ def build_batches(
             if smaller > size:
                 raise DataError(f"--progressive {config.progressive}: {smaller} exceeds the images' {size} pixels")
     augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size)
-    common = dict(
+    common: dict[str, Any] = dict(
         mean=dataset.mean, std=dataset.std, augment=augment, seed=config.seed, device=device,
         share=(ranks.rank, ranks.count),
     )  # fmt: skip

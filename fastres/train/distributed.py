@@ -13,7 +13,7 @@ from datetime import timedelta
 from inspect import signature
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,7 @@ class Ranks:
         values = [make() if self.first else None]
         if self.count > 1:
             dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
-        return values[0]
+        return cast(T, values[0])
 
     def local_first(self, make: Callable[[], T]) -> T:
         """What ``make()`` returns, on each machine's first rank before the others: they find its cache filled."""
@@ -95,14 +95,15 @@ class Ranks:
         """
         if self.count == 1:
             return network
-        wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True, **{_BUFFERS: False})
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFERS: False}
+        wrapped = DistributedDataParallel(network, **options)
         if sync_bn:  # not before: on CPUs PyTorch's wrapper refuses it, though the fused operations have it there
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return wrapped
 
     def without_exchange(self, network: nn.Module) -> Any:
         """Context in which a `wrap`-ped network only accumulates gradients."""
-        return nullcontext() if self.count == 1 else network.no_sync()
+        return nullcontext() if self.count == 1 else cast(DistributedDataParallel, network).no_sync()
 
     @torch.no_grad()
     def average_buffers(self, network: nn.Module) -> None:

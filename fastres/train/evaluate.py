@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,23 @@ class Scores:
     loss: float
     accuracy: float
     tta_accuracy: float | None = None
+
+
+@overload
+def evaluate(
+    model: nn.Module, batches: Batches, dtype: torch.dtype, tta: bool, *, ranks: Ranks = ALONE
+) -> Scores: ...
+
+
+@overload
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    dtype: torch.dtype,
+    tta: bool,
+    stopped: Callable[[], bool],
+    ranks: Ranks = ALONE,
+) -> Scores | None: ...
 
 
 @torch.inference_mode()

@@ -6,13 +6,16 @@ PyTorch's own ``torch.optim.Muon`` takes matrices only, so each kernel [O, I, h,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:  # which imports this module
+    from fastres.train.optimizer import SGDW
 
-def hidden_kernels(model: nn.Module) -> list[nn.Parameter]:
+
+def hidden_kernels(model: nn.Module) -> list[Tensor]:
     """The trainable convolution kernels of a network but the first one, which sees pixels and not features."""
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     return [conv.weight for conv in convs[1:] if conv.weight.requires_grad and conv.groups == 1]
@@ -36,9 +39,7 @@ class MuonBesideSGD:
         ValueError: for a kernel whose memory is laid out otherwise.
     """
 
-    def __init__(
-        self, sgd: torch.optim.Optimizer, kernels: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
-    ):
+    def __init__(self, sgd: SGDW, kernels: list[Tensor], lr: float, momentum: float, weight_decay: float):
         self.sgd, self.kernels = sgd, kernels
         self._channels_last = [not kernel.is_contiguous() for kernel in kernels]
         self._matrices = [

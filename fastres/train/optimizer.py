@@ -78,7 +78,7 @@ def make_optimizer(
     ]
     kind = {"foreach": True} if scaled else {"fused": True}
     sgd = SGDW(groups, lr=lr, momentum=momentum, nesterov=nesterov, **kind)
-    return MuonBesideSGD(sgd, kernels, **muon) if kernels else sgd
+    return MuonBesideSGD(sgd, kernels, **muon) if muon and kernels else sgd
 
 
 def set_lr(optimizer: SGDW | MuonBesideSGD, factor: float) -> None:

@@ -63,7 +63,7 @@ def load_trained(path: Path, device: torch.device) -> Trained:
     except KeyError as error:
         raise CheckpointError(f"checkpoint {path} lacks {error}: take another one or train again") from error
     load_weights(model, weights, path)
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     if pick_backend("auto", device) == "fused":
         model = fold(model)
     return Trained(model, path, **facts)

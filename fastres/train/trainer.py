@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Trainer:
             machine.check_compile(self.device)
 
         self.train_batches, self.val_batches = build_batches(config, dataset, self.device, ranks)
-        self.total_steps = config.steps or config.epochs * len(self.train_batches)
+        self.total_steps = config.steps or cast(int, config.epochs) * len(self.train_batches)
         self.stages = parse_progressive(config.progressive) if config.progressive else ()
         self.milestones = parse_milestones(config.milestones)
 

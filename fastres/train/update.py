@@ -31,7 +31,7 @@ class Update:
         average: follows the network, if there is one.
     """
 
-    network: nn.Module
+    network: Callable[[Tensor], Tensor]
     parameters: list[nn.Parameter]
     optimizer: Any
     scaler: torch.amp.GradScaler

@@ -130,3 +130,9 @@ def test_scripts_from_end_to_end(script, more, tmp_path, capsys):
     assert [entry["runs"] for entry in read["summary"]] == [2, 2]
     shown = capsys.readouterr().out
     assert f"{read['summary'][0]['val_accuracy']['mean']:.2%}"[:4] in shown
+
+
+def test_a_preset_of_steps_needs_epochs(tmp_path):
+    arguments = [*TINY, "--target", "0.5", "--preset", "notebook", "--contestants", "fastres"]
+    with pytest.raises(SystemExit, match="preset notebook is measured in steps: add --epochs"):
+        accuracy.main([*arguments, "--out", str(tmp_path / "results.json")])

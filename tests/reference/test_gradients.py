@@ -33,7 +33,7 @@ def test_checkpointing_changes_nothing(name, every):
     recomputed.checkpoint_every = every
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     results = train_step(recomputed, x)
-    assert results["bn1.num_batches_tracked" if "preact" not in name else "bn.num_batches_tracked"] == 1
+    assert all(value == 1 for key, value in results.items() if key.endswith("num_batches_tracked"))
     assert_same(results, train_step(stored, x), 1e-12)
     recomputed.eval(), stored.eval()
     assert torch.equal(recomputed(x), stored(x))

@@ -15,8 +15,8 @@ def test_shapes_and_size():
     for part, side in ((model.conv1, 15), *zip(model.stages, (15, 7, 3))):
         x = part(x)
         assert x.shape[2:] == (side, side)
-    kernels = 9 * sum(i * o + 2 * o * o for i, o in ((54, 32), (32, 64), (64, 128)))
-    others = 54 * (27 + 1) + 3 * 2 * (32 + 64 + 128) + (128 + 1) * 7
+    kernels = 9 * sum(i * o + 2 * o * o for i, o in ((48, 32), (32, 64), (64, 128)))
+    others = 48 * (27 + 1) + 3 * 2 * (32 + 64 + 128) + (128 + 1) * 7
     assert sum(p.numel() for p in model.parameters()) == kernels + others
 
 

@@ -1,0 +1,180 @@
+"""What each lever of the CPU's implementation is worth: ``python -m bench.levers``.
+
+A fused training step with all of them, and again with one taken away, in turn in one process, as the difference of two
+steps is what is asked for; eager PyTorch's step beside them. Then the network's convolutions, forward, in each layout that
+PyTorch has for them and with weights that are packed beforehand or at every call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cpu import WORKLOADS
+from bench.record import RESULTS, write_results
+from bench.tables import markdown
+from fastres import ops
+from fastres.measure import Workload, all_of, interleaved
+from fastres.measure.step import Step
+from fastres.nn import blocks
+from fastres.ops.cpu import convolutions, onednn, passes, products
+from fastres.train import machine
+
+CPU = torch.device("cpu")
+
+
+def levers() -> dict[str, Callable[[], Any]]:
+    """Contexts that each take one lever away, by what is left then."""
+    no_parts = {"PART_BYTES": 2**60}
+    return {
+        "all": contextlib.nullcontext,
+        "ATen's passes": partial(ops.implementation, "aten"),
+        "whole batches": partial(mock.patch.multiple, convolutions, **no_parts),
+        "oneDNN's weight gradients": partial(mock.patch.object, passes, "has_weight_grad", lambda: False),
+        "oneDNN's 1x1 convolutions": partial(mock.patch.object, products, "_is_product", lambda w, pad: False),
+        "blocks one by one": partial(mock.patch.object, blocks, "LONGEST", 1),
+        "no gradient in another's memory": _apart,
+    }
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Every gradient in memory of its own."""
+    parted = convolutions.PartedConvolutions
+    backward, end = parted.conv_backward, passes.bn_add_relu_backward
+
+    def conv_backward(self: Any, *arguments: Any, spare: bool = False, **options: Any) -> Any:
+        return backward(self, *arguments, **options)
+
+    def bn_add_relu_backward(*arguments: Any, in_place: bool = False) -> Any:
+        return end(*arguments)
+
+    with (
+        mock.patch.object(parted, "conv_backward", conv_backward),
+        mock.patch.object(passes, "bn_add_relu_backward", bn_add_relu_backward),
+        fresh_primitives(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def fresh_primitives() -> Iterator[None]:
+    """The primitives looked up again inside, and again afterwards."""
+    from fastres.ops import select
+
+    select._primitives.cache_clear()
+    try:
+        yield
+    finally:
+        select._primitives.cache_clear()
+
+
+def steps(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """The training steps that are compared."""
+    fused = Step(workload, "fused", CPU, dtype)
+
+    def without(context: Callable[[], Any]) -> Tensor:
+        with context():
+            return fused._run()  # not called, as that chooses an implementation itself
+
+    calls: dict[str, Callable[[], Tensor]] = {name: partial(without, context) for name, context in levers().items()}
+    return {**calls, "eager": Step(workload, "eager", CPU, dtype)}
+
+
+def convolution_calls(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """All convolutions of a forward pass, one after the other, by layout of the activations and of the weights."""
+    layers: list[tuple[torch.nn.Conv2d, torch.Size]] = []
+    model = workload.build()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda conv, inputs: layers.append((conv, inputs[0].shape)))
+    with torch.no_grad():
+        model(workload.inputs(CPU)[0])
+    calls: dict[str, list[Callable[[], Any]]] = {}
+    for conv, shape in layers:
+        padding = [0, 0] if isinstance(conv.padding, str) else list(conv.padding)
+        plain = torch.randn(shape, dtype=dtype), conv.weight.detach().to(dtype)
+        last = tuple(t.to(memory_format=torch.channels_last) for t in plain)
+        geometry = list(conv.stride), padding
+        for layout, (x, w) in (("NCHW", plain), ("NHWC", last)):
+            calls.setdefault(layout, []).append(partial(F.conv2d, x, w, None, *geometry))
+        blocked = plain[0].to_mkldnn(), _packed(plain[1], shape, conv, padding)
+        calls.setdefault("blocked, weights packed", []).append(partial(F.conv2d, *blocked, None, *geometry))
+        packed = _packed(last[1], shape, conv, padding)
+        calls.setdefault("NHWC, weights packed", []).append(
+            partial(_pointwise, last[0], packed, None, padding, list(conv.stride), [1, 1], 1, "none", [], "")
+        )
+    return {name: partial(_run_all, found) for name, found in calls.items()}
+
+
+def _pointwise(*arguments: Any) -> Tensor:
+    return onednn.mkldnn._convolution_pointwise(*arguments)
+
+
+def _packed(weight: Tensor, shape: torch.Size, conv: torch.nn.Conv2d, padding: list[int]) -> Tensor:
+    return onednn.mkldnn._reorder_convolution_weight(weight, padding, list(conv.stride), [1, 1], 1, list(shape))
+
+
+def _run_all(calls: list[Callable[[], Any]]) -> None:
+    with torch.no_grad():
+        for call in calls:
+            call()
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Steps and convolutions of each workload in milliseconds, and how many times as long as with all levers or in NHWC."""
+    lines = []
+    for one in found:
+        for kind, first in (("steps", "all"), ("convolutions", "NHWC")):
+            for name, time in one[kind].items():
+                factor = time["median"] / one[kind][first]["median"]
+                what = f"step, {name}" if kind == "steps" else f"convolutions forward, {name}"
+                lines.append([f"{one['workload']}: {what}", f"{1e3 * time['median']:.1f}", f"{factor:.2f}"])
+    return markdown(["", "ms", "times as long"], lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.levers", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["resnet50", "notebook"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS / "levers-cpu.json", help="result file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table, write the results."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    machine.keep_freed_memory()
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    dtype, load, found = machine.DTYPES[args.precision], os.getloadavg()[0], []
+    for name in args.workloads:
+        workload = WORKLOADS[name]
+        kinds: dict[str, dict[str, Callable[[], Any]]] = {
+            "steps": steps(workload, dtype),
+            "convolutions": convolution_calls(workload, dtype),
+        }
+        times = {
+            kind: {n: t._asdict() for n, t in all_of(interleaved(calls, CPU, warmup=1, rounds=args.rounds)).items()}
+            for kind, calls in kinds.items()
+        }
+        found.append({"workload": name, **times})
+        write_results(args.out, {"settings": settings, "load_average": load, "workloads": found})
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

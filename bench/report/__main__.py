@@ -43,7 +43,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "rate": training.rates(results / "rate-cpu.json"),
         "runs": training.runs(results / "accuracy-cpu.json"),
         "loop": training.shares(results / "loop-cpu.json"),
-        "time-to-accuracy": training.time_to_accuracy(results / "time-to-accuracy-cpu.json"),
+        "time-to-accuracy": training.time_to_accuracy(results),
         "ablation": training.levers(results / "ablation-cpu.json"),
         "parity": training.backends(results / "parity-cpu.json"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from bench import ablation, accuracy, loop, parity
 from bench.report.common import busy, machine_line, read
@@ -71,16 +72,20 @@ def shares(path: Path) -> str | None:
     return f"{where}\n\n{loop.table(record['loop'])}"
 
 
-def time_to_accuracy(path: Path) -> str | None:
-    """Seconds of training to an accuracy."""
-    record = read(path)
-    if not record or "fastres" not in record["results"]:
-        return None
+def time_to_accuracy(results: Path) -> str | None:
+    """Seconds of training to an accuracy, for each that was measured, the highest first."""
+    records = [read(path) for path in results.glob("time-to-accuracy*-cpu.json")]
+    measured = [record for record in records if record and "fastres" in record["results"]]
+    measured.sort(key=lambda record: -record["settings"]["target"])
+    return "\n\n".join(map(_to_one_accuracy, measured)) or None
+
+
+def _to_one_accuracy(record: dict[str, Any]) -> str:
     settings = record["settings"]
     warning = busy(max(record["load_5_minutes"].values()), settings["threads"] + settings["workers"])
     return (
-        f"{settings['target']:.2%} on {settings['data']}, measured on {machine_line(record)}.{warning}\n\n"
-        f"{accuracy.table(record['results'], settings['target'])}"
+        f"{settings['target']:.2%} on {settings['data']}, {settings['options']['epochs']} epochs of the preset, measured on "
+        f"{machine_line(record)}.{warning}\n\n{accuracy.table(record['results'], settings['target'])}"
     )
 
 

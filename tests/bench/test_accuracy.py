@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from bench import ablation, accuracy, parity, plain
+from bench.record import write_results
+from bench.report import training
 from fastres import ops
 from fastres.data.dataset import make_dataset
 from fastres.data.synthetic import CLASSES, LABEL, synthetic_split
@@ -136,3 +138,16 @@ def test_a_preset_of_steps_needs_epochs(tmp_path):
     arguments = [*TINY, "--target", "0.5", "--preset", "notebook", "--contestants", "fastres"]
     with pytest.raises(SystemExit, match="preset notebook is measured in steps: add --epochs"):
         accuracy.main([*arguments, "--out", str(tmp_path / "results.json")])
+
+
+def test_the_report_has_every_target(tmp_path):
+    """The highest first; a file whose preset has not run yet is left out."""
+    rows = [{"val_accuracy": 0.9, "train_seconds": 20.0}]
+    for name, target, results in (("", 0.8, {"fastres": rows}), ("-85", 0.85, {"fastres": rows}), ("-90", 0.9, {})):
+        settings = {"target": target, "data": "drawn", "threads": 2, "workers": 2, "options": {"epochs": 14}}
+        record = {"settings": settings, "load_5_minutes": {"fastres": 1.0}, "results": results}
+        write_results(tmp_path / f"time-to-accuracy{name}-cpu.json", record)
+    text = training.time_to_accuracy(tmp_path)
+    assert text.index("85.00% on drawn, 14 epochs of the preset") < text.index("80.00% on drawn") and "90.00% on" not in text
+    assert text.count("| fastres | 20 | 90.00% | 1.0x |") == 2
+    assert training.time_to_accuracy(tmp_path / "empty") is None

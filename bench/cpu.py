@@ -245,10 +245,11 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
             "images_per_second": mine[best],
             **{name: {"name": label, "ratio": mine[best] / rates[label]} for name, label in peers.items()},
             "of_the_convolutions": mine[best] / (batch / limits[kind]),
-            "of_the_products": mine[best] / batch * min(
-                sum(one["convolutions"][p][part] for part in parts[kind]) / rate for p, rate in one["products"].items()
-            ),
         }
+        if "products" in one:  # which results of before have not
+            flops = {p: sum(one["convolutions"][p][part] for part in parts[kind]) for p in one["products"]}
+            fastest = min(flops[p] / rate for p, rate in one["products"].items())
+            found[kind]["of_the_products"] = mine[best] / (batch / fastest)
     ratios = _memory_ratios(one["peak_mib"])
     found["peak_memory_ratio"] = {label: ratio for label, ratio in ratios.items() if label.startswith(OURS)}
     return found
@@ -279,7 +280,7 @@ def table(found: list[dict[str, Any]]) -> str:
             f = facts[kind]
             ratios = [f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})" for p in ("peer", "peer with kept memory")]
             name = f"{one['workload']}, {kind}: {f['best'].rpartition(', ')[0]}"
-            limits = [f"{f[limit]:.2f}" for limit in ("of_the_convolutions", "of_the_products")]
+            limits = [f"{f[limit]:.2f}" if limit in f else "" for limit in ("of_the_convolutions", "of_the_products")]
             rows.append([name, f"{f['images_per_second']:.1f}", *ratios, *limits])
     memory = [
         [f"{one['workload']}: {label}", f"{one['peak_mib'][label]:.0f}", f"{ratio:.2f}", _rate(one, label)]

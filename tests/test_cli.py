@@ -167,7 +167,7 @@ def test_a_run_without_a_checkpoint_yet_starts_again(run, tmp_path, capsys):
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_training_leaves_no_run(number, status, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)  # to this thread: os.kill may go to another, and be heard too late
 
     monkeypatch.setattr(data, "load", interrupted)
     try:

@@ -182,28 +182,37 @@ def _products(precision: str, threads: int) -> float:
     return 2 * PRODUCT**3 / found["product"].median
 
 
+def convolutions_of(workload: Workload) -> list[tuple[nn.Conv2d, torch.Size, tuple[int, int], int]]:
+    """Every convolution of a forward pass in order: itself, its input's shape, its padding in numbers, its output's pixels."""
+    found: list[tuple[nn.Conv2d, torch.Size, tuple[int, int], int]] = []
+
+    def note(conv: nn.Conv2d, inputs: tuple[Tensor], y: Tensor) -> None:
+        padding = (0, 0) if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1])
+        found.append((conv, inputs[0].shape, padding, y.shape[2] * y.shape[3]))
+
+    model = workload.build()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model(workload.inputs(CPU)[0])
+    return found
+
+
 def _convolutions(workload: Workload, precision: str, threads: int) -> dict[str, float]:
     """All convolutions of a step, forward, and the gradients that are needed: seconds by PyTorch's own in the best layout,
     and FLOPs, products with padding included.
     """
     _prepare("kept", threads)
-    dtype, layers, outputs = machine.DTYPES[precision], [], []
-    model = workload.build()
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_pre_hook(lambda conv, inputs: layers.append((conv, inputs[0].shape)))
-            module.register_forward_hook(lambda conv, inputs, y: outputs.append(y.shape[2] * y.shape[3]))
-    with torch.no_grad():
-        model(workload.inputs(CPU)[0])
+    dtype = machine.DTYPES[precision]
     seconds, timed, flops = {"forward": 0.0, "backward": 0.0}, {}, {"forward": 0.0, "backward": 0.0}
-    for index, (conv, shape) in enumerate(layers):
-        padding = conv.padding if not isinstance(conv.padding, str) else (0, 0)
+    for index, (conv, shape, padding, pixels) in enumerate(convolutions_of(workload)):
         key = (shape, conv.weight.shape, conv.stride, padding, index > 0)
         if key not in timed:
             timed[key] = _convolution(*key, dtype)
         for part, value in zip(seconds, timed[key]):
             seconds[part] += value
-        forward = 2.0 * conv.weight.numel() * shape[0] * outputs[index]
+        forward = 2.0 * conv.weight.numel() * shape[0] * pixels
         flops["forward"] += forward
         flops["backward"] += forward * (2 if index > 0 else 1)
     return {**seconds, **{f"{part}_flops": value for part, value in flops.items()}}

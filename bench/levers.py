@@ -20,26 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cpu import WORKLOADS
+from bench.cpu import CPU, WORKLOADS, convolutions_of
 from bench.record import RESULTS, write_results
 from bench.tables import markdown
 from fastres import ops
 from fastres.measure import Workload, all_of, interleaved
 from fastres.measure.step import Step
 from fastres.nn import blocks
+from fastres.ops import cpu, select
 from fastres.ops.cpu import convolutions, onednn, passes, products
 from fastres.train import machine
-
-CPU = torch.device("cpu")
 
 
 def levers() -> dict[str, Callable[[], Any]]:
     """Contexts that each take one lever away, by what is left then."""
-    no_parts = {"PART_BYTES": 2**60}
     return {
         "all": contextlib.nullcontext,
         "ATen's passes": partial(ops.implementation, "aten"),
-        "whole batches": partial(mock.patch.multiple, convolutions, **no_parts),
+        "whole batches": partial(mock.patch.object, convolutions, "PART_BYTES", 2**60),
         "oneDNN's weight gradients": partial(mock.patch.object, passes, "has_weight_grad", lambda: False),
         "oneDNN's 1x1 convolutions": partial(mock.patch.object, products, "_is_product", lambda w, pad: False),
         "blocks one by one": partial(mock.patch.object, blocks, "LONGEST", 1),
@@ -70,8 +68,6 @@ def _apart() -> Iterator[None]:
 @contextlib.contextmanager
 def fresh_primitives() -> Iterator[None]:
     """The primitives looked up again inside, and again afterwards."""
-    from fastres.ops import select
-
     select._primitives.cache_clear()
     try:
         yield
@@ -93,36 +89,22 @@ def steps(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], Tens
 
 def convolution_calls(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     """All convolutions of a forward pass, one after the other, by layout of the activations and of the weights."""
-    layers: list[tuple[torch.nn.Conv2d, torch.Size]] = []
-    model = workload.build()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_pre_hook(lambda conv, inputs: layers.append((conv, inputs[0].shape)))
-    with torch.no_grad():
-        model(workload.inputs(CPU)[0])
     calls: dict[str, list[Callable[[], Any]]] = {}
-    for conv, shape in layers:
-        padding = [0, 0] if isinstance(conv.padding, str) else list(conv.padding)
+    for conv, shape, padding, _ in convolutions_of(workload):
         plain = torch.randn(shape, dtype=dtype), conv.weight.detach().to(dtype)
         last = tuple(t.to(memory_format=torch.channels_last) for t in plain)
-        geometry = list(conv.stride), padding
+        stride, pad = conv.stride[0], list(padding)
+        geometry = [stride] * 2, pad
         for layout, (x, w) in (("NCHW", plain), ("NHWC", last)):
             calls.setdefault(layout, []).append(partial(F.conv2d, x, w, None, *geometry))
-        blocked = plain[0].to_mkldnn(), _packed(plain[1], shape, conv, padding)
+        blocked = plain[0].to_mkldnn(), cpu.PackedWeight().of(plain[1], plain[0], stride, pad)
         calls.setdefault("blocked, weights packed", []).append(partial(F.conv2d, *blocked, None, *geometry))
-        packed = _packed(last[1], shape, conv, padding)
+        packed = cpu.PackedWeight().of(last[1], last[0], stride, pad)
+        pointwise = onednn.mkldnn._convolution_pointwise
         calls.setdefault("NHWC, weights packed", []).append(
-            partial(_pointwise, last[0], packed, None, padding, list(conv.stride), [1, 1], 1, "none", [], "")
+            partial(pointwise, last[0], packed, None, pad, [stride] * 2, [1, 1], 1, "none", [], "")
         )
     return {name: partial(_run_all, found) for name, found in calls.items()}
-
-
-def _pointwise(*arguments: Any) -> Tensor:
-    return onednn.mkldnn._convolution_pointwise(*arguments)
-
-
-def _packed(weight: Tensor, shape: torch.Size, conv: torch.nn.Conv2d, padding: list[int]) -> Tensor:
-    return onednn.mkldnn._reorder_convolution_weight(weight, padding, list(conv.stride), [1, 1], 1, list(shape))
 
 
 def _run_all(calls: list[Callable[[], Any]]) -> None:

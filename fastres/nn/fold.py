@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
-from fastres.nn.blocks import is_projection
+from fastres.nn.blocks import conv_numbers, is_projection
 from fastres.nn.fuse import unfuse
 from fastres.nn.norm import conv_of, norm_of, to_nchw, to_nhwc, unsupported
 from fastres.ops import bn_relu, conv_bias_act
@@ -96,9 +96,8 @@ class FoldedBlock(_Inference):
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        count = 3 if hasattr(block, "conv3") else 2
         self.convs = nn.ModuleList(
-            FoldedConv(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), relu=True) for i in range(1, count + 1)
+            FoldedConv(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), relu=True) for i in conv_numbers(block)
         )
         self.residual = getattr(block, "residual", True)
         shortcut = block.downsample

@@ -25,7 +25,7 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kMostVectors = 4;        // of channels in a tile
 constexpr int64_t kGradLanes = 8;          // of a pixel in a panel of outputs
 constexpr int64_t kUnitBytes = 768 << 10;  // of a unit's lanes
-constexpr int64_t kOwnBytes = 8 << 20;      // of all threads' own dw
+constexpr int64_t kOwnBytes = 8 << 20;     // of all threads' own dw
 
 struct Problem {
   int64_t n, height, width, c;                     // of x
@@ -202,6 +202,9 @@ struct Plan {
     return pairs * (most_rows * p.width * vectors * kLanes + outs * p.out_width * k_panels * kGradLanes);
   }
 
+  // Lanes of a pixel in the panel that begins with channel c.
+  int64_t lanes_from(int64_t c) const { return c + panel < p.c ? panel : last; }
+
   int64_t lines(const Unit& u) const { return u.pairs * (u.rows + u.outs); }
 
   // Copy one row of x or of dy into lanes.
@@ -219,7 +222,7 @@ struct Plan {
     const uint16_t* from = x + even * p.image_pitch + (u.first_row + at) * p.row_pitch;
     const auto run = norm.scale ? interleave_channels<true> : interleave_channels<false>;
     for (int64_t c = 0; c < p.c; c += panel) {
-      const int64_t wide = c + panel < p.c ? panel : last;
+      const int64_t wide = lanes_from(c);
       const Norm here{norm.scale ? norm.scale + c : nullptr, norm.scale ? norm.shift + c : nullptr};
       run(from + c, both ? from + p.image_pitch + c : nullptr, p.column_pitch, p.width, std::min(panel, p.c - c), wide,
           here, lane + u.pairs * u.rows * p.width * c + (pair * u.rows + at) * p.width * wide);
@@ -231,7 +234,7 @@ struct Plan {
   // Sum up one tile of dw.
   void multiply(const Unit& u, int64_t job, const uint32_t* lane, bool is_first, float* dw) const {
     const int64_t c = job / (taps * k_panels) * panel, tap = job / k_panels % taps, k = job % k_panels;
-    const int64_t wide = c + panel < p.c ? panel : last;
+    const int64_t wide = lanes_from(c);
     const uint32_t* of_dy = lane + x_lanes(u) + u.pairs * u.outs * p.out_width * k * kGradLanes;
     kTiles[wide / kLanes - 1](p, u, lane + u.pairs * u.rows * p.width * c, of_dy, tap / p.kernel_w, tap % p.kernel_w,
                               p.c - c, p.k - k * kOutputs, is_first, dw + (k * kOutputs * taps + tap) * p.c + c);

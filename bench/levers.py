@@ -97,9 +97,9 @@ def convolution_calls(workload: Workload, dtype: torch.dtype) -> dict[str, Calla
         geometry = [stride] * 2, pad
         for layout, (x, w) in (("NCHW", plain), ("NHWC", last)):
             calls.setdefault(layout, []).append(partial(F.conv2d, x, w, None, *geometry))
-        blocked = plain[0].to_mkldnn(), cpu.PackedWeight().of(plain[1], plain[0], stride, pad)
+        blocked = plain[0].to_mkldnn(), cpu.packed_weight(plain[1], plain[0], stride, pad)
         calls.setdefault("blocked, weights packed", []).append(partial(F.conv2d, *blocked, None, *geometry))
-        packed = cpu.PackedWeight().of(last[1], last[0], stride, pad)
+        packed = cpu.packed_weight(last[1], last[0], stride, pad)
         pointwise = onednn.mkldnn._convolution_pointwise
         calls.setdefault("NHWC, weights packed", []).append(
             partial(pointwise, last[0], packed, None, pad, [stride] * 2, [1, 1], 1, "none", [], "")

@@ -12,8 +12,8 @@ from torchvision.models import resnet as torchvision_resnet
 from fastres.nn.blocks import conv_numbers, is_projection
 from fastres.nn.fuse import unfuse
 from fastres.nn.norm import conv_of, norm_of, to_nchw, to_nhwc, unsupported
-from fastres.ops import bn_relu, conv_bias_act
-from fastres.ops.cpu import PackedWeight
+from fastres.ops import bn_relu, conv_bias_act, conv_bias_act_again
+from fastres.ops.cpu import PackedConv
 from fastres.reference import cifar, notebook, preact
 from fastres.reference.resnet import BasicBlock, Bottleneck, ResNet
 from fastres.reference.speed import Widen, WidenAndHalve
@@ -80,11 +80,14 @@ class FoldedConv(_Inference):
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(torch.promote_types(dtype, torch.float32)))
         self.relu = relu
-        self.packed = PackedWeight()
+        self.packed = PackedConv()
         self.training = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, C, H, W] and residual [N, C', H', W'] to channels-last [N, C', H', W']."""
+        y = conv_bias_act_again(x, self.weight, self.bias, residual, self.relu, self.packed)
+        if y is not None:
+            return y
         nhwc = to_nhwc(x)
         conv = conv_of(self.geometry, tuple(nhwc.shape[1:3]))._replace(weight=self.weight)
         added = None if residual is None else to_nhwc(residual)

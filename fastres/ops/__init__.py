@@ -1,7 +1,7 @@
 """Fused operations and their gradients on NHWC tensors; torch.compile keeps each of them whole."""
 
 from fastres.ops.bn_relu import bn_relu
-from fastres.ops.conv_bias_act import conv_bias_act
+from fastres.ops.conv_bias_act import conv_bias_act, conv_bias_act_again
 from fastres.ops.global_avg_pool import global_avg_pool
 from fastres.ops.layers import Conv, Identity, Layer, Norm, Statistics, symmetric
 from fastres.ops.preact import preact_block
@@ -18,6 +18,7 @@ __all__ = [
     "Statistics",
     "bn_relu",
     "conv_bias_act",
+    "conv_bias_act_again",
     "global_avg_pool",
     "implementation",
     "preact_block",

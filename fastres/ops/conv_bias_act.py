@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastres.ops.cpu import PackedWeight
+from fastres.ops import cpu
 from fastres.ops.layers import (
     Conv,
     Pad,
@@ -16,7 +16,7 @@ from fastres.ops.layers import (
     nhwc_weight,
     output_hw,
 )
-from fastres.ops.select import primitives
+from fastres.ops.select import is_cpp, primitives
 
 
 def conv_bias_act(
@@ -25,7 +25,7 @@ def conv_bias_act(
     bias: Tensor,
     residual: Tensor | None = None,
     relu: bool = True,
-    packed: PackedWeight | None = None,
+    packed: cpu.PackedConv | None = None,
 ) -> Tensor:
     """``relu(conv(x) + bias (+ residual))``, not differentiable.
 
@@ -33,7 +33,7 @@ def conv_bias_act(
         x: [N, H, W, C].
         bias: [C'], of any floating-point dtype.
         residual: [N, H', W', C'].
-        packed: where a CPU keeps the weight in its own layout from call to call; the caller's, one a weight.
+        packed: where a CPU keeps what calls have in common; the caller's, one a convolution.
 
     Raises:
         RuntimeError: as `torch.nn.functional.conv2d` raises it.
@@ -50,12 +50,29 @@ def conv_bias_act(
         check_shortcut(residual, shape, x)
     x = in_autocast(x).contiguous()
     residual = None if residual is None else in_autocast(residual).contiguous()
-    if packed is not None and _is_run(x) and not conv.weight.is_inference():
+    if packed is not None and _is_run(x) and not (conv.weight.is_inference() or bias.is_inference()):
         p = primitives(x)
         if hasattr(p, "packed_conv_bias_act"):
             return p.packed_conv_bias_act(x, conv.weight, packed, bias, conv.stride, conv.pad, residual, relu)
     weight = nhwc_weight(conv.weight, x.dtype)
     return conv_bias_act_forward(x, weight, bias.contiguous(), conv.stride, list(conv.pad), residual, relu)
+
+
+def conv_bias_act_again(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, packed: cpu.PackedConv
+) -> Tensor | None:
+    """`conv_bias_act` of what is like the last call with ``packed``, without looking at it twice.
+
+    Args:
+        x, residual: [N, C, H, W] and like the result.
+        weight: [C', C, KH, KW].
+
+    Returns:
+        [N, C', H', W'] in channels-last memory; None where `conv_bias_act` is to be called.
+    """
+    if torch.is_autocast_enabled("cpu") or not (_is_run(x) and is_cpp(x)):
+        return None
+    return packed.again(x, weight, bias, residual, relu)
 
 
 def _is_run(x: Tensor) -> bool:

@@ -76,6 +76,11 @@ def primitives(x: Tensor) -> Primitives:
     return _primitives(_on_cpu(x))
 
 
+def is_cpp(x: Tensor) -> bool:
+    """Whether the compiled passes serve tensors like x."""
+    return primitives(x) is _primitives("cpp")
+
+
 def _on_cpu(x: Tensor, required: bool = False) -> str:
     """``"cpp"`` where it takes tensors like x and could be compiled, else ``"aten"``."""
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES:

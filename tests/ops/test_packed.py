@@ -2,14 +2,16 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
 from support_fused import FLOOR, random_weight, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastres.ops import Conv, conv_bias_act, cpu, implementation
-from fastres.ops.cpu import PackedWeight, onednn, packed
+from fastres.nn.fold import FoldedConv
+from fastres.ops import Conv, conv_bias_act, conv_bias_act_again, cpu, implementation
+from fastres.ops.cpu import PackedConv, onednn, packed
 
 pytestmark = pytest.mark.skipif(not packed.AVAILABLE or cpu.unavailable() is not None, reason="no oneDNN or no compiler")
 
@@ -30,7 +32,7 @@ def packed_calls(monkeypatch) -> list:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, stride, pad", [(1, 1, (0,) * 4), (1, 2, (0,) * 4), (3, 1, (1,) * 4), (3, 2, (0, 0, 1, 1))])
 def test_give_what_plain_ones_give(kernel, stride, pad, dtype):
-    weight, bias, kept = random_weight(16, 24, kernel).to(dtype), torch.randn(24), PackedWeight()
+    weight, bias, kept = random_weight(16, 24, kernel).to(dtype), torch.randn(24), PackedConv()
     for n, size in ((2, 8), (1, 8), (2, 8), (2, 11)):
         x = torch.randn(n, size, size - 1, 16).to(dtype)
         added = torch.randn_like(conv_bias_act(x, Conv(weight, stride, pad), bias))
@@ -42,7 +44,7 @@ def test_give_what_plain_ones_give(kernel, stride, pad, dtype):
 
 
 def test_are_made_once_and_again_where_the_weight_has_changed(monkeypatch):
-    conv, x, bias, kept = Conv(random_weight(8, 8, 1).float()), torch.randn(1, 4, 4, 8), torch.zeros(8), PackedWeight()
+    conv, x, bias, kept = Conv(random_weight(8, 8, 1).float()), torch.randn(1, 4, 4, 8), torch.zeros(8), PackedConv()
     calls = packed_calls(monkeypatch)
     for _ in range(3):
         first = conv_bias_act(x, conv, bias, None, False, kept)
@@ -52,26 +54,66 @@ def test_are_made_once_and_again_where_the_weight_has_changed(monkeypatch):
     other = conv._replace(weight=-conv.weight)
     torch.testing.assert_close(conv_bias_act(x, other, bias, None, False, kept), -2 * first)
     assert len(calls) == 3
-    assert copy.deepcopy(kept)._weight is pickle.loads(pickle.dumps(kept))._weight is None
+    assert copy.deepcopy(kept)._constants is pickle.loads(pickle.dumps(kept))._constants is None
+
+
+@pytest.mark.parametrize("stride, pad", [(1, (1,) * 4), (2, (0, 0, 1, 1))])
+def test_a_repeated_call_is_not_looked_at_twice(monkeypatch, stride, pad):
+    conv, bias, kept = Conv(random_weight(8, 8, 3).float(), stride, pad), torch.randn(8), PackedConv()
+    x = torch.randn(2, 6, 6, 8)
+    first = conv_bias_act(x, conv, bias, packed=kept)
+    monkeypatch.setattr(sys.modules["fastres.ops.conv_bias_act"], "conv_shape", None)
+    image = x.permute(0, 3, 1, 2)
+    again = conv_bias_act_again(image, conv.weight, bias, None, True, kept)
+    torch.testing.assert_close(again.permute(0, 2, 3, 1), first, rtol=0, atol=0)
+    assert again.is_contiguous(memory_format=torch.channels_last)
+    others = {
+        "batch": (image[:1], None, True),
+        "layout": (image.contiguous(), None, True),
+        "dtype": (image.bfloat16(), None, True),
+        "residual": (image, torch.zeros_like(again), True),
+        "relu": (image, None, False),
+    }
+    for what, (x, residual, relu) in others.items():
+        assert conv_bias_act_again(x, conv.weight, bias, residual, relu, kept) is None, what
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv_bias_act_again(image, conv.weight, bias, None, True, kept) is None
+    with implementation("aten"):
+        assert conv_bias_act_again(image, conv.weight, bias, None, True, kept) is None
+    bias.add_(1)
+    assert conv_bias_act_again(image, conv.weight, bias, None, True, kept) is None
+
+
+def test_a_folded_convolution_refuses_the_second_time_what_it_refuses_the_first():
+    conv = FoldedConv(torch.nn.Conv2d(8, 8, 1, bias=False), None, relu=False)
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        assert conv(x, x).shape == x.shape
+    with pytest.raises(RuntimeError, match="size of the shortcut"):
+        conv(x, x[:1])
+    with pytest.raises(RuntimeError, match="to have 8 channels"):
+        conv(x[:, :4])
+    conv.weight.zero_()
+    torch.testing.assert_close(conv(x, x), x)
 
 
 def test_keep_nan():
     x = torch.full((1, 2, 2, 8), float("nan"))
     conv = Conv(random_weight(8, 8, 1).float())
-    assert conv_bias_act(x, conv, torch.zeros(8), packed=PackedWeight()).isnan().all()
+    assert conv_bias_act(x, conv, torch.zeros(8), packed=PackedConv()).isnan().all()
 
 
 def test_are_cast_under_autocast():
     conv, x = Conv(random_weight(8, 8, 1).float()), torch.randn(1, 4, 4, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, plain = (conv_bias_act(x, conv, torch.zeros(8), packed=p) for p in (PackedWeight(), None))
+        ours, plain = (conv_bias_act(x, conv, torch.zeros(8), packed=p) for p in (PackedConv(), None))
     assert ours.dtype == torch.bfloat16 and relative_error(ours, plain.double()) <= FLOOR[torch.bfloat16]
 
 
 def test_fakes_take_the_operation_and_leave_no_fake_behind():
-    conv, x, bias, kept = Conv(random_weight(8, 8, 1).float()), torch.randn(2, 4, 4, 8), torch.zeros(8), PackedWeight()
+    conv, x, bias, kept = Conv(random_weight(8, 8, 1).float()), torch.randn(2, 4, 4, 8), torch.zeros(8), PackedConv()
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert conv_bias_act(torch.empty(2, 4, 4, 8), conv, bias, packed=kept).shape == (2, 4, 4, 8)
-    assert kept._weight is None
+    assert kept._constants is None
     plain = conv_bias_act(x, conv, bias)
     torch.testing.assert_close(conv_bias_act(x, conv, bias, packed=kept), plain)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from fastres.ops.cpu import packed, passes
 from fastres.ops.cpu.build import unavailable
 from fastres.ops.cpu.convolutions import PartedConvolutions
-from fastres.ops.cpu.packed import PackedWeight
+from fastres.ops.cpu.packed import PackedConv, packed_weight
 
 _PASSES = (
     "moments finalize running_coef bn_add_relu bn_add_relu_backward bn_sums bn_backward_coef "
@@ -18,7 +18,7 @@ _CONVOLUTIONS = "conv bn_add_relu_conv conv_dgrad conv_wgrad conv_backward conv_
 
 DTYPES = tuple(passes.DTYPES)
 
-__all__ = ["DTYPES", "PackedWeight", "primitives", "unavailable"]
+__all__ = ["DTYPES", "PackedConv", "packed_weight", "primitives", "unavailable"]
 
 
 def primitives() -> SimpleNamespace:

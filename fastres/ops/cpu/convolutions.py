@@ -13,7 +13,7 @@ from torch import Tensor
 from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
 from fastres.ops.cpu import onednn, passes, products
-from fastres.ops.library import LibraryConvolutions, add_residual, nchw, padded
+from fastres.ops.library import LibraryConvolutions, add_residual, nchw, nhwc, padded
 
 # What one part's tensors may take of the last-level cache, and the weights' share of them up to which parts pay: each
 # part reads and reorders the weights again.
@@ -57,7 +57,7 @@ class PartedConvolutions(LibraryConvolutions):
         if residual is None or not onednn.AVAILABLE:
             return super().conv_bias_act(x, w, bias, stride, pad, residual, relu)
         x, padding = padded(x, pad)
-        return onednn.conv_bias_act(x, nchw(w), bias, stride, padding, residual, relu)
+        return nhwc(onednn.conv_bias_act(nchw(x), nchw(w), bias.to(x.dtype), stride, padding, nchw(residual), relu))
 
     def bn_add_relu_conv(
         self,

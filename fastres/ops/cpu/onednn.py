@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres.ops.library import nchw, nhwc
-
 mkldnn = torch.ops.mkldnn
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_convolution_pointwise")
 
@@ -19,14 +17,14 @@ def conv_bias_act(
     oneDNN's own ReLU would save 2 to 6% of the time, but makes 0 of NaN.
 
     Args:
-        x, residual: [N, H, W, C] and like the result.
+        x, residual: [N, C, H, W] in channels-last memory and like the result.
         weight: [C', C, KH, KW], plain or packed.
+        bias: of x's dtype.
         padding: of rows and of columns, on both sides.
     """
-    geometry = weight, bias.to(x.dtype), padding, [stride] * 2, [1, 1], 1
+    geometry = weight, bias, padding, [stride] * 2, [1, 1], 1
     if residual is None:
-        y = mkldnn._convolution_pointwise(nchw(x), *geometry, "none", [], "")
+        y = mkldnn._convolution_pointwise(x, *geometry, "none", [], "")
     else:
-        y = mkldnn._convolution_pointwise.binary(nchw(x), nchw(residual), *geometry, "add", 1.0, None, [], "")
-    y = nhwc(y)
+        y = mkldnn._convolution_pointwise.binary(x, residual, *geometry, "add", 1.0, None, [], "")
     return y.relu_() if relu else y

@@ -1,56 +1,90 @@
-"""Weights in oneDNN's own layout: a convolution reorders plain ones at every call, which is most of a small batch's time."""
+"""Inference convolutions that keep what calls share: the weight in oneDNN's own layout, and the checked arguments.
+
+A convolution reorders plain weights at every call, which is most of a small batch's time; looking at the arguments is most
+of the rest.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad
 from fastres.ops.cpu import onednn
-from fastres.ops.library import nchw, padded
+from fastres.ops.library import nchw, nhwc, padded
 
 AVAILABLE = onednn.AVAILABLE and hasattr(onednn.mkldnn, "_reorder_convolution_weight")
 
 
-class PackedWeight:
-    """The packed form of one constant weight, for the last shape that it met; packed again where the weight has changed.
+def packed_weight(weight: Tensor, x: Tensor, stride: int, padding: list[int]) -> Tensor:
+    """The weight [C', C, KH, KW] in x's dtype and the layout that suits x [N, C, H, W]."""
+    return onednn.mkldnn._reorder_convolution_weight(
+        weight.to(x.dtype), padding, [stride] * 2, [1, 1], 1, list(x.shape)
+    )
+
+
+class PackedConv:
+    """One convolution with constant weight and bias, ready for calls like the last one; made ready again for others.
 
     A copy of it starts empty, so that networks are copied and saved without.
     """
 
     def __init__(self):
+        self._constants: tuple[Tensor, Tensor] | None = None
         self._key: tuple | None = None
-        self._weight: Tensor | None = None
-        self._packed: Tensor | None = None
+        self._call: Callable[[Tensor, Tensor | None], Tensor]
 
-    def of(self, weight: Tensor, x: Tensor, stride: int, padding: list[int]) -> Tensor:
-        """The weight in the layout that suits x.
+    @torch.no_grad()
+    def first(
+        self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, pad: Pad, residual: Tensor | None, relu: bool
+    ) -> Tensor:
+        """The same as `again`, with what is to be prepared for it."""
+        inner, padding = padded(nhwc(x), pad)
+        copied, dtype_bias = any(pad) and not any(padding), bias.to(x.dtype)
+        packed = packed_weight(weight, nchw(inner), stride, padding)
+
+        def call(x: Tensor, residual: Tensor | None) -> Tensor:
+            x = nchw(padded(nhwc(x), pad)[0]) if copied else x
+            return onednn.conv_bias_act(x, packed, dtype_bias, stride, padding, residual, relu)
+
+        self._constants, self._key, self._call = (weight, bias), _key(x, weight, bias, residual, relu), call
+        return call(x, residual)
+
+    @torch.no_grad()
+    def again(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
+        """The result [N, C', H', W'], in channels-last memory; None where anything differs from the last call.
 
         Args:
-            weight: [C', C, KH, KW].
-            x: [N, C, H, W].
+            x, residual: [N, C, H, W] and like the result, in channels-last memory.
+            weight, bias: the tensors of the last call.
         """
-        key = (weight._version, x.shape, x.dtype, stride, *padding)
-        if self._packed is None or weight is not self._weight or key != self._key:
-            shape = list(x.shape)
-            self._packed = onednn.mkldnn._reorder_convolution_weight(
-                weight.to(x.dtype), padding, [stride] * 2, [1, 1], 1, shape
-            )
-            self._weight, self._key = weight, key
-        return self._packed
+        if self._constants is None or weight is not self._constants[0] or bias is not self._constants[1]:
+            return None
+        return self._call(x, residual) if self._key == _key(x, weight, bias, residual, relu) else None
 
-    def __deepcopy__(self, memo: dict) -> PackedWeight:
-        return PackedWeight()
+    def __deepcopy__(self, memo: dict) -> PackedConv:
+        return PackedConv()
 
     def __reduce__(self) -> tuple:
-        return PackedWeight, ()
+        return PackedConv, ()
 
 
-@torch.no_grad()
+def _key(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> tuple:
+    """All of a call that its preparation depends on, but for the values of x and of the residual."""
+    added = None if residual is None else _form(residual)
+    return _form(x), added, relu, weight._version, bias._version
+
+
+def _form(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
 def packed_conv_bias_act(
     x: Tensor,
     weight: Tensor,
-    packed: PackedWeight,
+    packed: PackedConv,
     bias: Tensor,
     stride: int,
     pad: Pad,
@@ -58,5 +92,6 @@ def packed_conv_bias_act(
     relu: bool = True,
 ) -> Tensor:
     """`fastres.ops.aten.conv_bias_act` of the weight [C', C, KH, KW]."""
-    x, padding = padded(x, pad)
-    return onednn.conv_bias_act(x, packed.of(weight, nchw(x), stride, padding), bias, stride, padding, residual, relu)
+    x, residual = nchw(x), None if residual is None else nchw(residual)
+    y = packed.again(x, weight, bias, residual, relu)
+    return nhwc(packed.first(x, weight, bias, stride, pad, residual, relu) if y is None else y)

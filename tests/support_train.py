@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.data import Dataset, Split
 from fastres.train import TrainConfig, Trainer
@@ -55,3 +56,18 @@ def tiny_trainer(folder, **changes) -> Trainer:
 def same_weights(a: dict, b: dict) -> bool:
     """Whether two state_dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
+
+
+class NoWait(TorchDispatchMode):
+    """Counts operations whose result goes to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += [func.overloadpacket.__name__] if func.overloadpacket.__name__ in WAITS else []
+        return func(*args, **(kwargs or {}))

@@ -148,8 +148,6 @@ class TrainConfig:
             raise FastresError("--nesterov needs a --momentum above 0: add --no-nesterov")
         if self.optimizer == "muon" and not self.decoupled:
             raise FastresError("--optimizer muon has decoupled weight decay only: leave out --no-decoupled")
-        if self.optimizer == "muon" and self.cuda_graph:
-            raise FastresError("--cuda-graph cannot hold muon, whose rate is a number on the host: add --optimizer sgd")
         parse_milestones(self.milestones)
         if self.progressive is not None:
             parse_progressive(self.progressive)

@@ -1,7 +1,8 @@
 """Muon for convolution kernels: momentum whose update is orthogonalised (Jordan et al. 2024).
 
-PyTorch's own ``torch.optim.Muon`` takes matrices only, so each kernel [O, I, h, w] is lent to it as the matrix
-[O, I*h*w] in the same memory.
+PyTorch's own ``torch.optim.Muon`` takes matrices only and a learning rate on the host. So each kernel [O, I, h, w] has a
+matrix [O, I*h*w] of zeros, which Muon moves at rate 1; the kernel is moved by that at the rate of the present step, which
+may be a tensor on the device.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ def hidden_kernels(model: nn.Module) -> list[Tensor]:
 
 
 def as_matrix(kernel: Tensor, channels_last: bool) -> Tensor:
-    """[O, I, h, w] as [O, I*h*w], of kernels that lie in channels_last memory as [O, h*w*I]."""
+    """[O, I, h, w] as [O, I*h*w], or of channels_last memory as [O, h*w*I]: a view, in that memory."""
     return (kernel.permute(0, 2, 3, 1) if channels_last else kernel).flatten(1)
+
+
+def as_kernel(matrix: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """The inverse of `as_matrix`: a view like the kernel [O, I, h, w]."""
+    outputs, inputs, height, width = like.shape
+    if channels_last:
+        return matrix.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+    return matrix.view(like.shape)
 
 
 class MuonBesideSGD:
@@ -31,25 +40,27 @@ class MuonBesideSGD:
 
     Args:
         sgd: of the other parameters; counts its steps as `fastres.train.optimizer.SGDW` does.
-        kernels: [O, I, h, w], each contiguous in memory or in channels_last memory.
+        kernels: [O, I, h, w].
         lr: peak learning rate of Muon.
         momentum, weight_decay: of Muon; the decay is decoupled, ``1 - lr * weight_decay``.
-
-    Raises:
-        ValueError: for a kernel whose memory is laid out otherwise.
+        lr_on: keep the learning rate as a tensor on this device, for a CUDA graph; None: as a number.
     """
 
-    def __init__(self, sgd: SGDW, kernels: list[Tensor], lr: float, momentum: float, weight_decay: float):
-        self.sgd, self.kernels = sgd, kernels
+    def __init__(
+        self,
+        sgd: SGDW,
+        kernels: list[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        lr_on: torch.device | None = None,
+    ):
+        self.sgd, self.kernels, self.decay = sgd, kernels, weight_decay
         self._channels_last = [not kernel.is_contiguous() for kernel in kernels]
-        self._matrices = [
-            nn.Parameter(as_matrix(kernel.detach(), last)) for kernel, last in zip(kernels, self._channels_last)
-        ]
-        for kernel, matrix in zip(kernels, self._matrices):
-            if kernel.data_ptr() != matrix.data_ptr():
-                raise ValueError(f"a kernel {list(kernel.shape)} with strides {kernel.stride()} is not one matrix")
-        self.muon = torch.optim.Muon(self._matrices, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self._kernel_group: dict[str, Any] = {"params": kernels, "peak": lr, "lr": lr}
+        self._moves = [nn.Parameter(torch.zeros_like(kernel.detach().flatten(1))) for kernel in kernels]
+        self.muon = torch.optim.Muon(self._moves, lr=1.0, momentum=momentum, weight_decay=0.0)
+        rate = lr if lr_on is None else torch.tensor(lr, device=lr_on)
+        self._kernel_group: dict[str, Any] = {"params": kernels, "peak": lr, "lr": rate}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -61,18 +72,31 @@ class MuonBesideSGD:
         """Calls of `step` in this process."""
         return self.sgd.taken
 
+    @torch.no_grad()
     def step(self) -> None:
         """One step of both."""
         self.sgd.step()
-        for kernel, matrix, last in zip(self.kernels, self._matrices, self._channels_last):
-            matrix.grad = None if kernel.grad is None else as_matrix(kernel.grad, last)
-        self.muon.param_groups[0]["lr"] = self._kernel_group["lr"]
+        kernels, moves, views = [], [], []
+        for kernel, move, last in zip(self.kernels, self._moves, self._channels_last):
+            move.grad = None if kernel.grad is None else as_matrix(kernel.grad, last)
+            if move.grad is not None:
+                kernels.append(kernel)
+                moves.append(move)
+                views.append(as_kernel(move, kernel, last))
+        if not kernels:
+            return
+        torch._foreach_zero_(moves)
         self.muon.step()
+        lr = self._kernel_group["lr"]
+        if self.decay:
+            torch._foreach_mul_(kernels, 1 - lr * self.decay)
+        torch._foreach_mul_(moves, lr)
+        torch._foreach_add_(kernels, views)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient."""
         self.sgd.zero_grad(set_to_none)
-        for parameter in (*self.kernels, *self._matrices):
+        for parameter in (*self.kernels, *self._moves):
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,3 +113,4 @@ class MuonBesideSGD:
             raise ValueError("no state of Muon")
         self.sgd.load_state_dict(state["sgd"])
         self.muon.load_state_dict(state["muon"])
+        self.muon.param_groups[0].update(lr=1.0, weight_decay=0.0)  # others in a state that an earlier version saved

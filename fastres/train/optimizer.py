@@ -52,7 +52,7 @@ def make_optimizer(
             which PyTorch's fused step would not let it.
         decoupled: whether the decay is apart from the momentum.
         bias_lr: factor of the learning rate of every bias, those of BatchNorm too.
-        muon: options of `torch.optim.Muon` for the kernels behind the first layer; None: SGD for all.
+        muon: options of `MuonBesideSGD` for the kernels behind the first layer; None: SGD for all.
         lr_on: keep learning rates as tensors on this device, for a CUDA graph; None: as numbers.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -78,7 +78,7 @@ def make_optimizer(
     ]
     kind = {"foreach": True} if scaled else {"fused": True}
     sgd = SGDW(groups, lr=lr, momentum=momentum, nesterov=nesterov, **kind)
-    return MuonBesideSGD(sgd, kernels, **muon) if muon and kernels else sgd
+    return MuonBesideSGD(sgd, kernels, **muon, lr_on=lr_on) if muon and kernels else sgd
 
 
 def set_lr(optimizer: SGDW | MuonBesideSGD, factor: float) -> None:

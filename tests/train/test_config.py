@@ -39,7 +39,6 @@ def test_the_notebook_preset_is_the_notebook():
         (dict(compile=1), "is not of type bool"),
         (dict(optimizer="adam"), "choose from sgd, muon"),
         (dict(optimizer="muon", decoupled=False), "leave out --no-decoupled"),
-        (dict(optimizer="muon", cuda_graph=True), "--cuda-graph cannot hold muon"),
         (dict(muon_momentum=1.5), "--muon-momentum 1.5 is too large"),
         (dict(bias_lr=-1.0), "--bias-lr -1.0 is too small"),
         (dict(milestones="0.5,0.4"), "--milestones '0.5,0.4' must be growing shares"),

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from support_train import NoWait
 from torch import nn
 
 from fastres.train.muon import MuonBesideSGD, as_matrix, hidden_kernels
-from fastres.train.optimizer import make_optimizer, set_lr
+from fastres.train.optimizer import SGDW, make_optimizer, set_lr
 
 MUON = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
 
@@ -84,10 +85,46 @@ def test_a_saved_state_goes_on_bit_for_bit():
         again.load_state_dict(saved["sgd"])
 
 
-def test_a_kernel_that_is_no_matrix_in_memory_is_refused():
-    kernel = nn.Parameter(torch.randn(4, 6, 3, 3).transpose(0, 1))
-    with pytest.raises(ValueError, match=r"\[6, 4, 3, 3\] with strides"):
-        MuonBesideSGD(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), [kernel], **MUON)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "neither"])
+def test_moves_as_pytorchs_muon_moves_the_matrix(layout):
+    kernel = nn.Parameter(torch.randn(4, 6, 3, 3))
+    if layout == "channels_last":
+        kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+    elif layout == "neither":
+        kernel.data = kernel.data.transpose(2, 3).contiguous().transpose(2, 3)
+    matrix = nn.Parameter(as_matrix(kernel.detach(), layout == "channels_last").clone())
+    theirs = torch.optim.Muon([matrix], lr=0.1, momentum=0.9, weight_decay=0.5)
+    rest = SGDW([{"params": [nn.Parameter(torch.ones(1))], "decay": 0.0}], lr=0.1)
+    ours = MuonBesideSGD(rest, [kernel], **MUON)
+    for seed in range(3):
+        gradient = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(seed))
+        kernel.grad, matrix.grad = gradient, as_matrix(gradient, layout == "channels_last")
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[-1]["lr"] = 0.1 / (seed + 1)
+            optimizer.step()
+    torch.testing.assert_close(as_matrix(kernel.detach(), layout == "channels_last"), matrix.detach(), rtol=0, atol=1e-6)
+
+
+def test_rates_on_the_device_move_it_as_numbers_do_and_are_not_read():
+    models, options = [network(), network()], (0.1, 0.9, True, 0.01, False)
+    device = torch.device("cpu")
+    optimizers = [make_optimizer(m, *options, muon=MUON, lr_on=on) for m, on in zip(models, (None, device))]
+    for factor in (1.0, 0.5):
+        for model, optimizer in zip(models, optimizers):
+            set_lr(optimizer, factor)
+            with NoWait() as waits:
+                learn(model, optimizer)
+            assert waits.seen == []
+    assert all(isinstance(group["lr"], torch.Tensor) for group in optimizers[1].param_groups)
+    for ours, theirs in zip(models[1].parameters(), models[0].parameters()):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_kernel_without_gradient_stays():
+    model = network()
+    before, optimizer = copy.deepcopy(model.state_dict()), optimizer_of(model)
+    optimizer.step()
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
 
 
 def test_an_overflow_in_fp16_skips_muon_too():

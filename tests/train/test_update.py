@@ -2,27 +2,12 @@
 
 import pytest
 import torch
-from support_train import same_weights, tiny_trainer
-from torch.utils._python_dispatch import TorchDispatchMode
+from support_train import NoWait, same_weights, tiny_trainer
 
 from fastres.errors import FastresError
 from fastres.train.evaluate import all_finite
 from fastres.train.signals import StopRequest
 from fastres.train.update import GraphedUpdate
-
-WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
-
-
-class NoWait(TorchDispatchMode):
-    """Counts operations whose result goes to the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen += [func.overloadpacket.__name__] if func.overloadpacket.__name__ in WAITS else []
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +57,9 @@ def test_a_graph_needs_a_gpu(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["eager", "fused"])
-@pytest.mark.parametrize("changes", [dict(ema=0.9, clip=1.0), dict(progressive="8:0.5", accumulate=2)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(ema=0.9, clip=1.0), dict(progressive="8:0.5", accumulate=2), dict(optimizer="muon")], ids=str
+)
 def test_a_graph_learns_the_same(tmp_path, backend, changes):
     common = dict(device="cuda", backend=backend, epochs=4, deterministic=True, **changes)
     plain = tiny_trainer(tmp_path / "plain", **common)

@@ -48,6 +48,7 @@ NETWORKS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "resnet20": ("resnet20", (128, 3, 32, 32), {}),  # resnet110 has the same layers, only more of them
     "preact_resnet164": ("preact_resnet164", (128, 3, 32, 32), {}),  # and so has preact_resnet1001
     "notebook": ("notebook", (64, 3, 96, 96), {}),
+    "speed": ("speed", (256, 3, 32, 32), {}),
 }
 CHANNELS, PADDING = {"C", "CIN", "COUT"}, {"TOP", "LEFT"}  # compile-time arguments that do not make a row of their own
 PRECISIONS = {  # name: dtype, and whether fp32 may be rounded to tf32

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_are_made_once_and_again_where_the_weight_has_changed(monkeypatch):
     other = conv._replace(weight=-conv.weight)
     torch.testing.assert_close(conv_bias_act(x, other, bias, None, False, kept), -2 * first)
     assert len(calls) == 3
-    assert copy.deepcopy(kept)._constants is pickle.loads(pickle.dumps(kept))._constants is None
+    assert copy.deepcopy(kept)._ready is pickle.loads(pickle.dumps(kept))._ready is None
 
 
 @pytest.mark.parametrize("stride, pad", [(1, (1,) * 4), (2, (0, 0, 1, 1))])
@@ -97,6 +98,16 @@ def test_a_folded_convolution_refuses_the_second_time_what_it_refuses_the_first(
     torch.testing.assert_close(conv(x, x), x)
 
 
+def test_threads_share_a_folded_convolution():
+    conv = FoldedConv(torch.nn.Conv2d(8, 8, 3, padding=1, bias=False), None, relu=True)
+    images = [torch.randn(n, 8, 5, 5).to(memory_format=torch.channels_last) for n in (1, 2, 3, 4)]
+    expected = [conv(x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(25):
+            for ours, theirs in zip(pool.map(conv, images), expected):
+                torch.testing.assert_close(ours, theirs)
+
+
 def test_keep_nan():
     x = torch.full((1, 2, 2, 8), float("nan"))
     conv = Conv(random_weight(8, 8, 1).float())
@@ -114,6 +125,6 @@ def test_fakes_take_the_operation_and_leave_no_fake_behind():
     conv, x, bias, kept = Conv(random_weight(8, 8, 1).float()), torch.randn(2, 4, 4, 8), torch.zeros(8), PackedConv()
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert conv_bias_act(torch.empty(2, 4, 4, 8), conv, bias, packed=kept).shape == (2, 4, 4, 8)
-    assert kept._constants is None
+    assert kept._ready is None
     plain = conv_bias_act(x, conv, bias)
     torch.testing.assert_close(conv_bias_act(x, conv, bias, packed=kept), plain)

@@ -28,13 +28,11 @@ def packed_weight(weight: Tensor, x: Tensor, stride: int, padding: list[int]) ->
 class PackedConv:
     """One convolution with constant weight and bias, ready for calls like the last one; made ready again for others.
 
-    A copy of it starts empty, so that networks are copied and saved without.
+    A copy of it starts empty, so that networks are copied and saved without. Threads may share it.
     """
 
     def __init__(self):
-        self._constants: tuple[Tensor, Tensor] | None = None
-        self._key: tuple | None = None
-        self._call: Callable[[Tensor, Tensor | None], Tensor]
+        self._ready: tuple[Tensor, Tensor, tuple, Callable[[Tensor, Tensor | None], Tensor]] | None = None
 
     @torch.no_grad()
     def first(
@@ -49,7 +47,7 @@ class PackedConv:
             x = nchw(padded(nhwc(x), pad)[0]) if copied else x
             return onednn.conv_bias_act(x, packed, dtype_bias, stride, padding, residual, relu)
 
-        self._constants, self._key, self._call = (weight, bias), _key(x, weight, bias, residual, relu), call
+        self._ready = weight, bias, _key(x, weight, bias, residual, relu), call
         return call(x, residual)
 
     @torch.no_grad()
@@ -60,9 +58,11 @@ class PackedConv:
             x, residual: [N, C, H, W] and like the result, in channels-last memory.
             weight, bias: the tensors of the last call.
         """
-        if self._constants is None or weight is not self._constants[0] or bias is not self._constants[1]:
+        ready = self._ready  # looked up once: another thread may replace it
+        if ready is None or ready[0] is not weight or ready[1] is not bias:
             return None
-        return self._call(x, residual) if self._key == _key(x, weight, bias, residual, relu) else None
+        _, _, key, call = ready
+        return call(x, residual) if key == _key(x, weight, bias, residual, relu) else None
 
     def __deepcopy__(self, memo: dict) -> PackedConv:
         return PackedConv()

@@ -76,7 +76,9 @@ class MuonBesideSGD:
     def step(self) -> None:
         """One step of both."""
         self.sgd.step()
-        kernels, moves, views = [], [], []
+        kernels: list[Tensor] = []
+        moves: list[Tensor] = []
+        views: list[Tensor] = []
         for kernel, move, last in zip(self.kernels, self._moves, self._channels_last):
             move.grad = None if kernel.grad is None else as_matrix(kernel.grad, last)
             if move.grad is not None:

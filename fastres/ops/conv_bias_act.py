@@ -70,7 +70,7 @@ def conv_bias_act_again(
     Returns:
         [N, C', H', W'] in channels-last memory; None where `conv_bias_act` is to be called.
     """
-    if torch.is_autocast_enabled("cpu") or not (_is_run(x) and is_cpp(x)):
+    if not (_is_run(x) and packed.is_ready) or torch.is_autocast_enabled("cpu") or not is_cpp(x):
         return None
     return packed.again(x, weight, bias, residual, relu)
 

@@ -55,6 +55,11 @@ def test_are_made_once_and_again_where_the_weight_has_changed(monkeypatch):
     other = conv._replace(weight=-conv.weight)
     torch.testing.assert_close(conv_bias_act(x, other, bias, None, False, kept), -2 * first)
     assert len(calls) == 3
+    for stride, pad in ((2, (0,) * 4), (1, (1,) * 4)):
+        moved = other._replace(stride=stride, pad=pad)
+        torch.testing.assert_close(
+            conv_bias_act(x, moved, bias, None, False, kept), conv_bias_act(x, moved, bias, None, False)
+        )
     assert copy.deepcopy(kept)._ready is pickle.loads(pickle.dumps(kept))._ready is None
 
 

@@ -7,6 +7,7 @@ of the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ def packed_weight(weight: Tensor, x: Tensor, stride: int, padding: list[int]) ->
     )
 
 
+class _Ready(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    geometry: tuple[int, Pad]
+    key: tuple
+    call: Callable[[Tensor, Tensor | None], Tensor]
+
+
 class PackedConv:
     """One convolution with constant weight and bias, ready for calls like the last one; made ready again for others.
 
@@ -32,37 +41,53 @@ class PackedConv:
     """
 
     def __init__(self):
-        self._ready: tuple[Tensor, Tensor, tuple, Callable[[Tensor, Tensor | None], Tensor]] | None = None
+        self._ready: _Ready | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there was a call."""
+        return self._ready is not None
 
     @torch.no_grad()
     def first(
         self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, pad: Pad, residual: Tensor | None, relu: bool
     ) -> Tensor:
         """The same as `again`, with what is to be prepared for it."""
-        inner, padding = padded(nhwc(x), pad)
-        copied, dtype_bias = any(pad) and not any(padding), bias.to(x.dtype)
+        whole = nhwc(x)
+        inner, padding = padded(whole, pad)
+        copied, dtype_bias = inner is not whole, bias.to(x.dtype)
         packed = packed_weight(weight, nchw(inner), stride, padding)
 
         def call(x: Tensor, residual: Tensor | None) -> Tensor:
             x = nchw(padded(nhwc(x), pad)[0]) if copied else x
             return onednn.conv_bias_act(x, packed, dtype_bias, stride, padding, residual, relu)
 
-        self._ready = weight, bias, _key(x, weight, bias, residual, relu), call
+        self._ready = _Ready(weight, bias, (stride, pad), _key(x, weight, bias, residual, relu), call)
         return call(x, residual)
 
     @torch.no_grad()
-    def again(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
+    def again(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        geometry: tuple[int, Pad] | None = None,
+    ) -> Tensor | None:
         """The result [N, C', H', W'], in channels-last memory; None where anything differs from the last call.
 
         Args:
             x, residual: [N, C, H, W] and like the result, in channels-last memory.
             weight, bias: the tensors of the last call.
+            geometry: stride and padding; None: those of the last call.
         """
         ready = self._ready  # looked up once: another thread may replace it
-        if ready is None or ready[0] is not weight or ready[1] is not bias:
+        if ready is None or ready.weight is not weight or ready.bias is not bias:
             return None
-        _, _, key, call = ready
-        return call(x, residual) if key == _key(x, weight, bias, residual, relu) else None
+        if geometry not in (None, ready.geometry) or ready.key != _key(x, weight, bias, residual, relu):
+            return None
+        return ready.call(x, residual)
 
     def __deepcopy__(self, memo: dict) -> PackedConv:
         return PackedConv()
@@ -93,5 +118,5 @@ def packed_conv_bias_act(
 ) -> Tensor:
     """`fastres.ops.aten.conv_bias_act` of the weight [C', C, KH, KW]."""
     x, residual = nchw(x), None if residual is None else nchw(residual)
-    y = packed.again(x, weight, bias, residual, relu)
+    y = packed.again(x, weight, bias, residual, relu, (stride, pad))
     return nhwc(packed.first(x, weight, bias, stride, pad, residual, relu) if y is None else y)

@@ -145,7 +145,7 @@ class _PreactBlock(torch.autograd.Function):
         weights, rest = rest[: n + projection], rest[n + projection :]
         need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[10:]
         need_weights = need_parameters[4 * n :]
-        norm_grads, *grads = preact_backward(
+        found = preact_backward(
             dout.contiguous(),
             x,
             rest[2 * n :],
@@ -158,8 +158,9 @@ class _PreactBlock(torch.autograd.Function):
             [need_x, *need_weights],
             ctx.group,
         )
-        grads.reverse()
-        dx = grads.pop() if need_x else None
+        grads = iter(found)  # in the order of needs
+        norm_grads = next(grads)
+        dx = next(grads) if need_x else None
         channels = [c.shape[1] for c in rest[n : 2 * n] for _ in range(2)]
         pairs = norm_grads.split(channels)
         parameters = []
@@ -169,7 +170,7 @@ class _PreactBlock(torch.autograd.Function):
                 parameters.append(pairs[2 * i + j].to(ctx.dtypes[4 * i + j]) if needed else None)
             parameters += [None, None]
         for need, dtype in zip(need_weights, ctx.dtypes[4 * n :]):
-            parameters.append(weight_grad(grads.pop(), dtype) if need else None)
+            parameters.append(weight_grad(next(grads), dtype) if need else None)
         return dx, *[None] * 9, *parameters
 
 

@@ -199,7 +199,7 @@ class _ResidualChain(torch.autograd.Function):
         weights, gammas, coefs, saved = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
         need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[13:])
         need_weights = need_parameters[::5]
-        norm_grads, *grads = residual_backward(
+        found = residual_backward(
             dout.contiguous(),
             out,
             [x, *saved[:inner]],
@@ -213,16 +213,17 @@ class _ResidualChain(torch.autograd.Function):
             [need_x, need_added, *need_weights],
             ctx.group,
         )
-        grads.reverse()
-        dx = grads.pop() if need_x else None
-        dadded = grads.pop() if need_added else None
+        grads = iter(found)  # in the order of needs
+        norm_grads = next(grads)
+        dx = next(grads) if need_x else None
+        dadded = next(grads) if need_added else None
         channels = [weight.shape[0] for weight in weights for _ in range(2)]
         pairs = norm_grads.split(channels)
         parameters = []
         for i in range(n):
             weight_dtype, gamma_dtype, beta_dtype = ctx.dtypes[5 * i : 5 * i + 3]
             parameters += [
-                weight_grad(grads.pop(), weight_dtype) if need_weights[i] else None,
+                weight_grad(next(grads), weight_dtype) if need_weights[i] else None,
                 pairs[2 * i].to(gamma_dtype) if need_parameters[5 * i + 1] else None,
                 pairs[2 * i + 1].to(beta_dtype) if need_parameters[5 * i + 2] else None,
                 None,

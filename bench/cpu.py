@@ -155,7 +155,7 @@ class Inference:
         self.frozen, self.autocast = peer == "compile frozen", dtype
         if peer in ("compile frozen", "folded"):
             model, self.images, self.autocast = model.to(dtype), self.images.to(dtype), torch.float32
-        model = model.to(memory_format=layout)
+        model = model.to(memory_format=layout)  # type: ignore[call-overload]
         self.model = torch.compile(model, dynamic=False) if "compile" in peer else model
 
     def __call__(self) -> Tensor:

@@ -79,7 +79,7 @@ class PartStep:
         how, device = PEERS[peer], setting.device
         layout = torch.channels_last if how.channels_last else torch.contiguous_format
         module = fused(part) if how.fused else copy.deepcopy(part.modules)
-        module = module.to(device).to(memory_format=layout)
+        module = module.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.parameters = list(module.parameters())
         self.run: Callable[[Tensor], Tensor] | nn.Module = module
         if how.compile is not None:

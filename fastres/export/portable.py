@@ -27,7 +27,7 @@ def portable(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model) if folded else fold(model)
     for module in model.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))
-    return model.to(
+    return model.to(  # type: ignore[call-overload]
         memory_format=torch.contiguous_format
     )  # of channels-last weights, torch.export.save warns
 

@@ -1,4 +1,7 @@
-"""Every tensor that a launcher makes is made here, so that tests can poison and fence all of them."""
+"""Every tensor that a launcher, a pass or an operation makes is made here, or by PyTorch out of another one.
+
+Nothing depends on PyTorch's default dtype and device, and tests can poison and fence what launchers write.
+"""
 
 import torch
 from torch import Tensor
@@ -6,4 +9,14 @@ from torch import Tensor
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised contiguous tensor on ``like``'s device, in its dtype unless told otherwise."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
+
+
+def filled(like: Tensor, value: float, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The like of `empty`, each element ``value``."""
+    return like.new_full(shape, value, dtype=dtype)
+
+
+def indices(like: Tensor, count: int) -> Tensor:
+    """int64 0 ... count - 1 on ``like``'s device."""
+    return torch.arange(count, dtype=torch.int64, device=like.device)

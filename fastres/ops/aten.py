@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastres.kernels.buffers import filled, indices
 from fastres.kernels.types import Moments
 from fastres.ops.library import LibraryConvolutions, add_shortcut, nchw, nhwc
 
@@ -31,10 +32,10 @@ def statistics_dtype(activations: torch.dtype) -> torch.dtype:
 def moments(y: Tensor) -> Moments:
     """Per-channel statistics of y [N, H, W, C] by M-tiles (one tile on a GPU), two passes over each tile."""
     tiles, fold = _tiles(y)
-    unused = torch.zeros(2, fold * y.shape[3], dtype=statistics_dtype(y.dtype), device=y.device)
+    unused = filled(y, 0, 2, fold * y.shape[3], dtype=statistics_dtype(y.dtype))
     pairs = [torch.batch_norm_update_stats(tile, *unused, 0.0) for tile in tiles]
     mean, var = (torch.stack(part).view(-1, y.shape[3]) for part in zip(*pairs))
-    count = torch.full((len(tiles) * fold,), tiles[0].shape[2], dtype=unused.dtype, device=y.device)
+    count = filled(unused, tiles[0].shape[2], len(tiles) * fold)
     count[-fold:] = tiles[-1].shape[2]
     return Moments(count, mean, var * count[:, None])
 
@@ -153,8 +154,8 @@ def bn_relu_max_pool(
     a = F.pad(bn_add_relu(y, coef), (0, 0, left, right, top, bottom), value=-float("inf"))
     out, flat = F.max_pool2d(nchw(a), kernel, stride, return_indices=True)
     padded_width = left + width + right
-    rows = torch.arange(out.shape[2], device=y.device)[:, None] * stride
-    columns = torch.arange(out.shape[3], device=y.device) * stride
+    rows = indices(y, out.shape[2])[:, None] * stride
+    columns = indices(y, out.shape[3]) * stride
     tap = (flat // padded_width - rows) * kernel + flat % padded_width - columns
     return nhwc(out), nhwc(tap.to(torch.uint8))
 
@@ -168,13 +169,14 @@ def bn_relu_max_pool_backward(
     """
     (n, height, width, channels), (_, out_height, out_width, _) = y.shape, dout.shape
     top, left, _, _ = pad
-    padded = torch.zeros(
+    padded = filled(
+        y,
+        0,
         n,
         max(height + top, (out_height - 1) * stride + kernel),
         max(width + left, (out_width - 1) * stride + kernel),
         channels,
         dtype=statistics_dtype(y.dtype),
-        device=y.device,
     )
     for tap in range(kernel * kernel):
         rows = slice(tap // kernel, tap // kernel + (out_height - 1) * stride + 1, stride)

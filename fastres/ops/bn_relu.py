@@ -19,6 +19,7 @@ from fastres.ops.layers import (
     norm_vectors,
     pixels,
 )
+from fastres.ops.operation import operation
 from fastres.ops.select import primitives
 
 
@@ -80,7 +81,7 @@ class _BNReLU(torch.autograd.Function):
         )
 
 
-@torch.library.custom_op("fastres::bn_relu_forward", mutates_args=())
+@operation("bn_relu_forward")
 def bn_relu_forward(
     x: Tensor,
     coef: Tensor | None,
@@ -102,7 +103,7 @@ def _(x, coef, gamma, beta, running_mean, running_var, eps, group=None):
     return torch.empty_like(x), x.new_empty(rows(running_mean, group), x.shape[3], dtype=statistics_dtype(x.dtype))
 
 
-@torch.library.custom_op("fastres::bn_relu_backward", mutates_args=())
+@operation("bn_relu_backward")
 def bn_relu_backward(
     dout: Tensor, x: Tensor, out: Tensor, coef: Tensor, gamma: Tensor | None, trained: bool, group: str | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from fastres.ops.layers import (
     nhwc_weight,
     output_hw,
 )
+from fastres.ops.operation import operation
 from fastres.ops.select import is_cpp, primitives
 
 
@@ -80,7 +81,7 @@ def _is_run(x: Tensor) -> bool:
     return type(x) is Tensor and _get_current_dispatch_mode() is None and not torch.compiler.is_compiling()
 
 
-@torch.library.custom_op("fastres::conv_bias_act", mutates_args=())
+@operation("conv_bias_act")
 def conv_bias_act_forward(
     x: Tensor, w: Tensor, bias: Tensor, stride: int, pad: list[int], residual: Tensor | None, relu: bool
 ) -> Tensor:

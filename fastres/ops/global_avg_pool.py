@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastres.ops.layers import check_activations, nchw_size
+from fastres.ops.operation import operation
 from fastres.ops.select import primitives
 
 
@@ -37,7 +38,7 @@ class _GlobalAvgPool(torch.autograd.Function):
         return global_avg_pool_backward(dout.contiguous(), *ctx.hw)
 
 
-@torch.library.custom_op("fastres::global_avg_pool_forward", mutates_args=())
+@operation("global_avg_pool_forward")
 def global_avg_pool_forward(x: Tensor) -> Tensor:
     """[N, C] of [N, H, W, C]."""
     return primitives(x).global_avg_pool(x)
@@ -48,7 +49,7 @@ def _(x):
     return x.new_empty(x.shape[0], x.shape[3])
 
 
-@torch.library.custom_op("fastres::global_avg_pool_backward", mutates_args=())
+@operation("global_avg_pool_backward")
 def global_avg_pool_backward(dout: Tensor, height: int, width: int) -> Tensor:
     """[N, height, width, C] of [N, C]."""
     return primitives(dout).global_avg_pool_backward(dout, (height, width))

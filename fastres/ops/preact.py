@@ -32,6 +32,7 @@ from fastres.ops.layers import (
     pixels,
     weight_grad,
 )
+from fastres.ops.operation import operation
 from fastres.ops.projection import projection_backward
 from fastres.ops.select import primitives
 
@@ -174,7 +175,7 @@ class _PreactBlock(torch.autograd.Function):
         return dx, *[None] * 9, *parameters
 
 
-@torch.library.custom_op("fastres::preact_forward", mutates_args=())
+@operation("preact_forward")
 def preact_forward(
     x: Tensor,
     coef: Tensor | None,
@@ -236,7 +237,7 @@ def _(x, coef, weights, norms, strides, pads, eps, identity, projection, next_co
     return [y, *(ys[:-1] if recording else []), *coefs]
 
 
-@torch.library.custom_op("fastres::preact_backward", mutates_args=())
+@operation("preact_backward")
 def preact_backward(
     dout: Tensor,
     x: Tensor,

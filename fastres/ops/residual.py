@@ -45,6 +45,7 @@ from fastres.ops.layers import (
     pixels,
     weight_grad,
 )
+from fastres.ops.operation import operation
 from fastres.ops.projection import projection_backward
 from fastres.ops.select import primitives
 
@@ -232,7 +233,7 @@ class _ResidualChain(torch.autograd.Function):
         return dx, dadded, *[None] * 11, *parameters
 
 
-@torch.library.custom_op("fastres::residual_forward", mutates_args=())
+@operation("residual_forward")
 def residual_forward(
     x: Tensor,
     added: Tensor | None,
@@ -334,7 +335,7 @@ def _(
     return [outs[-1], *([*outs[:-1], *ys] if recording else []), *coefs]
 
 
-@torch.library.custom_op("fastres::residual_backward", mutates_args=())
+@operation("residual_backward")
 def residual_backward(
     dout: Tensor,
     out: Tensor | None,

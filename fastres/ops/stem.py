@@ -26,6 +26,7 @@ from fastres.ops.layers import (
     pixels,
     weight_grad,
 )
+from fastres.ops.operation import operation
 from fastres.ops.select import primitives
 
 
@@ -111,7 +112,7 @@ class _Stem(torch.autograd.Function):
         )
 
 
-@torch.library.custom_op("fastres::stem_forward", mutates_args=())
+@operation("stem_forward")
 def stem_forward(
     x: Tensor,
     w: Tensor,
@@ -143,7 +144,7 @@ def _(x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kerne
     return out, torch.empty_like(out, dtype=torch.uint8), x.new_empty(n, *hw, channels), coef
 
 
-@torch.library.custom_op("fastres::stem_backward", mutates_args=())
+@operation("stem_backward")
 def stem_backward(
     dout: Tensor,
     index: Tensor,

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastres.kernels.buffers import empty
+
 COUNT = 5  # row behind a BatchNorm's five coefficients: how many pixels all ranks had together
 
 
@@ -22,7 +24,7 @@ def merge(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, Te
         group: name of the process group; all its ranks call this in the same order.
     """
     channels = mean.shape[0]
-    sums = torch.empty(2 * channels + 1, dtype=torch.float64, device=mean.device)
+    sums = empty(mean, 2 * channels + 1, dtype=torch.float64)
     first, second, total = sums.split([channels, channels, 1])
     first.copy_(mean)
     torch.addcmul(var.double(), first, first, out=second)

@@ -59,7 +59,7 @@ class MuonBesideSGD:
         self._channels_last = [not kernel.is_contiguous() for kernel in kernels]
         self._moves = [nn.Parameter(torch.zeros_like(kernel.detach().flatten(1))) for kernel in kernels]
         self.muon = torch.optim.Muon(self._moves, lr=1.0, momentum=momentum, weight_decay=0.0)
-        rate = lr if lr_on is None else torch.tensor(lr, device=lr_on)
+        rate = lr if lr_on is None else torch.tensor(lr, dtype=torch.float32, device=lr_on)
         self._kernel_group: dict[str, Any] = {"params": kernels, "peak": lr, "lr": rate}
 
     @property

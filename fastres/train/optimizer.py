@@ -69,7 +69,7 @@ def make_optimizer(
         {
             "params": params,
             "peak": peak,
-            "lr": peak if lr_on is None else torch.tensor(peak, device=lr_on),
+            "lr": peak if lr_on is None else torch.tensor(peak, dtype=torch.float32, device=lr_on),
             "decay": decay if decoupled else 0.0,
             "weight_decay": 0.0 if decoupled else weight_decay,
         }

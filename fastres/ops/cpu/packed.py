@@ -15,6 +15,7 @@ from torch import Tensor
 from fastres.kernels.geometry import Pad
 from fastres.ops.cpu import onednn
 from fastres.ops.library import nchw, nhwc, padded
+from fastres.ops.operation import without_autocast
 
 AVAILABLE = onednn.AVAILABLE and hasattr(onednn.mkldnn, "_reorder_convolution_weight")
 
@@ -106,6 +107,7 @@ def _form(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
+@without_autocast
 def packed_conv_bias_act(
     x: Tensor,
     weight: Tensor,

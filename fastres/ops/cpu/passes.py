@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastres.kernels.buffers import empty, filled
 from fastres.kernels.geometry import Pad, is_pointwise, output_hw
 from fastres.kernels.types import Moments
 from fastres.ops import aten
 from fastres.ops.cpu.build import library
+from fastres.ops.cpu.native import call, integers, pointer
 from fastres.ops.library import add_shortcut
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -31,32 +33,54 @@ def moments(y: Tensor) -> Moments:
     return result
 
 
+_counts: dict[tuple[int, int], Tensor] = {}  # rows of each block, of so many pixels by so many rows
+
+
 def new_moments(y: Tensor) -> Moments:
     """Where the statistics of y's blocks of rows go; the counts are there already."""
     pixels, channels, rows = _sizes(y)
-    count = _counts(pixels, rows)
-    return Moments(count, *torch.empty(2, count.shape[0], channels).unbind())
-
-
-@cache
-def _counts(pixels: int, rows: int) -> Tensor:
-    """Rows of each block."""
-    count = torch.full((-(-pixels // rows),), float(rows))
-    count[-1] -= count.shape[0] * rows - pixels
-    return count
+    blocks = -(-pixels // rows)
+    count = _counts.get((pixels, rows))
+    if count is None:
+        count = _counts[pixels, rows] = filled(y, rows, blocks, dtype=torch.float32)
+        count[-1] -= blocks * rows - pixels
+    return Moments(count, *empty(y, 2, blocks, channels, dtype=torch.float32).unbind())
 
 
 def store_moments(y: Tensor, residual: Tensor | None, out: Tensor | None, moments: Moments) -> None:
     """``out = y (+ residual)``, y itself where out is None, and what is stored there reduced to ``moments``."""
     pixels, channels, rows = _sizes(y)
-    _pass("moments", y, residual, out, pixels, channels, rows, moments.mean, moments.m2)
+    like, statistics = _pointers(y), -(-pixels // rows) * channels
+    _pass(
+        "moments",
+        y,
+        like(y),
+        like(residual),
+        like(out),
+        pixels,
+        channels,
+        rows,
+        _floats(moments.mean, statistics),
+        _floats(moments.m2, statistics),
+    )
 
 
 def finalize(moments: Moments, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
     """Merge the blocks (Chan et al. 1979) in fp64; coefficients [5, C]: mean, biased variance, rstd, scale, shift."""
     blocks, channels = moments.mean.shape
-    coef, gamma, beta = torch.empty(5, channels), _vector(gamma), _vector(beta)
-    _call("finalize", *moments, gamma, beta, eps, blocks, channels, coef)
+    coef, gamma, beta = empty(moments.mean, 5, channels), _vector(gamma), _vector(beta)
+    call(
+        "finalize",
+        _floats(moments.count, blocks),
+        _floats(moments.mean, blocks * channels),
+        _floats(moments.m2, blocks * channels),
+        _floats(gamma, channels),
+        _floats(beta, channels),
+        eps,
+        blocks,
+        channels,
+        _floats(coef, 5 * channels),
+    )
     return coef
 
 
@@ -81,7 +105,9 @@ def store_bn_add_relu(
 ) -> Tensor:
     """`bn_add_relu` into ``out``."""
     pixels, channels, rows = _sizes(y)
-    _pass("normalise", y, coef, shortcut, shortcut_coef, relu, out, pixels, channels, rows)
+    like = _pointers(y)
+    coefs = _floats(coef, 5 * channels), _floats(shortcut_coef, 5 * channels)
+    _pass("normalise", y, like(y), coefs[0], like(shortcut), coefs[1], relu, like(out), pixels, channels, rows)
     return out
 
 
@@ -112,7 +138,7 @@ def bn_sums(dz: Tensor, y: Tensor, coef: Tensor) -> Tensor:
 def new_sums(dz: Tensor) -> Tensor:
     """[T, 2, C] for the sums of dz's blocks of rows."""
     pixels, channels, rows = _sizes(dz)
-    return torch.empty(-(-pixels // rows), 2, channels)
+    return empty(dz, -(-pixels // rows), 2, channels, dtype=torch.float32)
 
 
 def store_relu_backward(
@@ -133,8 +159,19 @@ def bn_backward_coef(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm's backward as ``dy = A*dz + B*y + C``, and the gradients of gamma and beta; added up in fp64."""
     blocks, _, channels = sums.shape
-    abc, dgamma, dbeta = torch.empty(3, channels), torch.empty(channels), torch.empty(channels)
-    _call("backward_coef", sums, coef, blocks, channels, float(count), training, abc, dgamma, dbeta)
+    abc, dgamma, dbeta = empty(sums, 3, channels), empty(sums, channels), empty(sums, channels)
+    call(
+        "backward_coef",
+        _floats(sums, blocks * 2 * channels),
+        _floats(coef, 5 * channels),
+        blocks,
+        channels,
+        count,
+        training,
+        _floats(abc, 3 * channels),
+        _floats(dgamma, channels),
+        _floats(dbeta, channels),
+    )
     return abc, dgamma, dbeta
 
 
@@ -142,7 +179,8 @@ def bn_backward_apply(dz: Tensor, y: Tensor | None, abc: Tensor, residual: Tenso
     """``A*dz + B*y + C (+ residual)``; y None: ``A*dz``, as B and C are 0."""
     out = torch.empty_like(dz)
     pixels, channels, rows = _sizes(dz)
-    _pass("backward_apply", dz, y, abc, residual, out, pixels, channels, rows)
+    like, abc_at = _pointers(dz), _floats(abc, 3 * channels)
+    _pass("backward_apply", dz, like(dz), like(y), abc_at, like(residual), like(out), pixels, channels, rows)
     return out
 
 
@@ -151,7 +189,9 @@ def bn_relu_max_pool(y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad
     n, height, width, channels = y.shape
     out = y.new_empty(n, *output_hw((height, width), (kernel, kernel), stride, pad), channels)
     index = torch.empty_like(out, dtype=torch.uint8)
-    _pass("max_pool", y, coef, _window(y, out, kernel, stride, pad), out, index)
+    coef_at, window = _floats(coef, 5 * channels), _window(y, out, kernel, stride, pad)
+    index_at = pointer(index, torch.uint8, out.numel())
+    _pass("max_pool", y, _pointers(y)(y), coef_at, window, _pointers(out)(out), index_at)
     return out, index
 
 
@@ -160,8 +200,8 @@ def bn_relu_max_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient at BatchNorm's output, masked by the ReLU, and BatchNorm's sums."""
     dz, sums = torch.empty_like(y), new_sums(y)
-    window = _window(y, dout, kernel, stride, pad)
-    _pass("max_pool_backward", dout, index, window, dz)
+    index_at, window = pointer(index, torch.uint8, dout.numel()), _window(y, dout, kernel, stride, pad)
+    _pass("max_pool_backward", y, pointer(dout, y.dtype, index.numel()), index_at, window, _pointers(y)(dz))
     _backward_sums(dz, None, y, coef, (y, coef), (None, None), dz, sums, None)
     return dz, sums
 
@@ -169,7 +209,8 @@ def bn_relu_max_pool_backward(
 def patches(x: Tensor, coef: Tensor | None, like: Tensor, kernel: int, stride: int, pad: Pad) -> Tensor:
     """What each window of relu(x*scale + shift) or x reads: [pixels of ``like``, kernel*kernel*C], 0 outside of x."""
     result = x.new_empty(like.numel() // like.shape[3], kernel * kernel * x.shape[3])
-    _pass("patches", x, coef, _window(x, like, kernel, stride, pad), result)
+    coef_at, window = _floats(coef, 5 * x.shape[3]), _window(x, like, kernel, stride, pad)
+    _pass("patches", x, _pointers(x)(x), coef_at, window, _pointers(result)(result))
     return result
 
 
@@ -188,8 +229,16 @@ def weight_grad(x: Tensor, coef: Tensor | None, dy: Tensor, w: Tensor, stride: i
     if is_pointwise(w.shape[1:3], pad):  # as one without stride over the pixels that it reads
         height, width, stride, pitch = out_height, out_width, 1, [pitch[0], pitch[1] * stride, pitch[2] * stride]
     sizes = [n, height, width, channels, *pitch, out_height, out_width, outputs, *w.shape[1:3], stride, *pad[:2]]
-    dw = torch.empty(w.shape)
-    _call("weight_grad", x, coef, dy, torch.tensor(sizes), dw, torch.get_num_threads())
+    dw = empty(w, *w.shape, dtype=torch.float32)
+    call(
+        "weight_grad",
+        pointer(x, torch.bfloat16, x.numel()),
+        _floats(coef, 5 * channels),
+        pointer(dy, torch.bfloat16, dy.numel()),
+        integers(sizes),
+        _floats(dw, dw.numel()),
+        torch.get_num_threads(),
+    )
     return dw
 
 
@@ -205,8 +254,24 @@ def _backward_sums(
     second_sums: Tensor | None,
 ) -> None:
     pixels, channels, rows = _sizes(dout)
+    like, count = _pointers(dout), -(-pixels // rows) * 2 * channels
     _pass(
-        "backward_sums", dout, residual, ref, ref_coef, *first, *second, dz, sums, second_sums, pixels, channels, rows
+        "backward_sums",
+        dout,
+        like(dout),
+        like(residual),
+        like(ref),
+        _floats(ref_coef, 5 * channels),
+        like(first[0]),
+        _floats(first[1], 5 * channels),
+        like(second[0]),
+        _floats(second[1], 5 * channels),
+        like(dz),
+        _floats(sums, count),
+        _floats(second_sums, count),
+        pixels,
+        channels,
+        rows,
     )
 
 
@@ -221,38 +286,23 @@ def _sizes(y: Tensor) -> tuple[int, int, int]:
     return y.numel() // channels, channels, block_rows(channels, y.element_size())
 
 
-def _window(y: Tensor, out: Tensor, kernel: int, stride: int, pad: Pad) -> Tensor:
-    return torch.tensor([*y.shape, *out.shape[1:3], kernel, stride, pad[0], pad[1]])
+def _window(y: Tensor, out: Tensor, kernel: int, stride: int, pad: Pad) -> ctypes.Array:
+    return integers([*y.shape, *out.shape[1:3], kernel, stride, pad[0], pad[1]])
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def _pass(name: str, activations: Tensor, *rest: Any) -> None:
+def _pointers(y: Tensor) -> partial:
+    """`pointer` of tensors of y's dtype and size."""
+    return partial(pointer, dtype=y.dtype, size=y.numel())
+
+
+def _floats(tensor: Tensor | None, size: int) -> int | None:
+    return pointer(tensor, torch.float32, size)
+
+
+def _pass(name: str, activations: Tensor, *arguments: Any) -> None:
     """Call the pass for the activations' dtype, in as many threads as PyTorch's own."""
-    _call(f"{name}_{DTYPES[activations.dtype]}", activations, *rest, torch.get_num_threads())
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Call a function of the library; tensors are contiguous, None is a null pointer."""
-    function = _functions.get(name) or _declared(name, arguments)
-    function(*[_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments])
-
-
-def _address(tensor: Tensor) -> int:
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()
-
-
-_C_TYPES = {int: ctypes.c_int64, float: ctypes.c_double, bool: ctypes.c_bool}
-_functions: dict[str, Any] = {}
-
-
-def _declared(name: str, arguments: tuple) -> Any:
-    """The function, its arguments' types told once by the first call's."""
-    function = getattr(library(), f"fastres_{name}")
-    function.restype = None
-    function.argtypes = [_C_TYPES.get(type(argument), ctypes.c_void_p) for argument in arguments]
-    _functions[name] = function
-    return function
+    call(name, *arguments, torch.get_num_threads(), suffix=f"_{DTYPES[activations.dtype]}")

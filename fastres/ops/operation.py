@@ -1,0 +1,42 @@
+"""How an operation's body is registered: torch.compile keeps it whole, and what it computes depends on its arguments alone."""
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Body = TypeVar("Body", bound=Callable)
+
+
+def operation(name: str) -> Callable[[Callable], Any]:
+    """Decorator: register a body that changes none of its arguments as the custom operation ``fastres::name``."""
+
+    def register(body: Callable) -> Any:
+        return torch.library.custom_op(f"fastres::{name}", mutates_args=())(without_autocast(body))
+
+    return register
+
+
+def without_autocast(body: Body) -> Body:
+    """The body, in the dtypes of its arguments whatever autocast its caller is in.
+
+    A backward pass runs under the autocast state of whoever asked for gradients, not under that of the forward pass: a
+    convolution recomputed there would come out in another dtype than the tensors around it.
+    """
+
+    @wraps(body)
+    def run(*args: Any, **options: Any) -> Any:
+        device = device_type(args)
+        if not torch.is_autocast_enabled(device):
+            return body(*args, **options)
+        with torch.autocast(device, enabled=False):
+            return body(*args, **options)
+
+    return run  # type: ignore[return-value]
+
+
+def device_type(arguments: Iterable[Any]) -> str:
+    """Of the first tensor among the arguments."""
+    return next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")

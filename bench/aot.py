@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -31,12 +32,13 @@ from bench.launches import Specialisation, recorded
 from bench.record import write_results
 from bench.sass import SHARED_LIMIT, Resources, resources
 from fastres.atomic import atomic_write
+from fastres.kernels.resources import shared_memory_of
 from fastres.models import create_model
 from fastres.models.fused import create_fused_model
 from fastres.nn import fold
 from fastres.ops.timing import choices_path
 
-ARCHITECTURES = tuple(SHARED_LIMIT)
+ARCHITECTURES = 80, 89, 90, 100  # by default; sm_86 and sm_120 take what sm_89 takes
 RANKS = 3  # as many configurations as a launcher offers at most; one with fewer repeats its last
 # Networks that have every kernel and every width between them, with the shape of a batch and the model's options.
 NETWORKS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -74,17 +76,20 @@ class Row:
         return [self.error] if self.resources is None else self.resources.faults(self.arch)
 
 
-def specialisations(network: str, precision: str, ranks: Iterable[int] = range(RANKS)) -> set[Specialisation]:
+def specialisations(
+    network: str, precision: str, ranks: Iterable[int] = range(RANKS), shared: int | None = None
+) -> set[Specialisation]:
     """All that a training step (also with the memory mode, and with frozen BatchNorm) and inference launch.
 
     Args:
         network, precision: keys of `NETWORKS` and `PRECISIONS`.
+        shared: bytes of shared memory that a program can have on the device, by which configurations are chosen; None: any.
     """
     name, shape, options = NETWORKS[network]
     dtype, tf32 = PRECISIONS[precision]
     images = torch.empty(shape).contiguous(memory_format=torch.channels_last)
     found: set[Specialisation] = set()
-    with _convolutions_in_tf32(tf32):
+    with _convolutions_in_tf32(tf32), shared_memory_of(shared):
         for rank in ranks:
             for run in _runs(name, options):
                 with recorded(rank) as launches:
@@ -264,7 +269,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="whose layers (all)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="(all)")
-    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=list(ARCHITECTURES), help="(all)")
+    archs = " ".join(map(str, ARCHITECTURES))
+    parser.add_argument(
+        "--arch", nargs="+", type=int, choices=SHARED_LIMIT, default=list(ARCHITECTURES), help=f"({archs})"
+    )
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only kernels whose names begin so")
     parser.add_argument("--rank", nargs="+", type=int, default=list(range(RANKS)), help="of the configurations (all)")
     parser.add_argument("--every-shape", action="store_true", help="every number of channels, not the largest only")
@@ -274,29 +282,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def launched(options: argparse.Namespace) -> Iterator[tuple[set[Specialisation], list[int]]]:
+    """What devices of the same shared memory launch, with their architectures."""
+    limit_of = SHARED_LIMIT.__getitem__
+    for limit, archs in itertools.groupby(sorted(options.arch, key=limit_of), limit_of):
+        found: set[Specialisation] = set()
+        for network, precision in itertools.product(options.network, options.precision):
+            found |= specialisations(network, precision, options.rank, limit)
+        if options.kernel:
+            found = {one for one in found if one.kernel.startswith(tuple(options.kernel))}
+        yield found, list(archs)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compile, print the table, say what must not be shipped."""
     options = parse(argv)
-    found: set[Specialisation] = set()
-    for network in options.network:
-        for precision in options.precision:
-            found |= specialisations(network, precision, options.rank)
-    if options.kernel:
-        found = {one for one in found if one.kernel.startswith(tuple(options.kernel))}
-    chosen = list(found) if options.every_shape else representatives(found)
+    everything: set[Specialisation] = set()
     rows = []
-    for row in compile_all(chosen, options.arch, options.processes):
-        rows.append(row)
-        print(f"\r{len(rows)} of {len(chosen) * len(options.arch)}", end="", file=sys.stderr, flush=True)
+    for found, archs in launched(options):
+        everything |= found
+        chosen = list(found) if options.every_shape else representatives(found)
+        for row in compile_all(chosen, archs, options.processes):
+            rows.append(row)
+            print(f"\r{len(rows)} compiled", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     rows.sort(key=cells)
     print(table([cells(row) for row in rows], options.markdown))
     faulty = [row for row in rows if row.faults]
-    print(f"\n{len(rows)} compiled from {len(found)} specialisations, {len(faulty)} not to be shipped")
+    print(f"\n{len(rows)} compiled from {len(everything)} specialisations, {len(faulty)} not to be shipped")
     for row in faulty:
         print("  " + " ".join(cells(row)))
     if options.json:
-        write_results(options.json, {"specialisations": len(found), "rows": [as_record(row) for row in rows]})
+        write_results(options.json, {"specialisations": len(everything), "rows": [as_record(row) for row in rows]})
     return bool(faulty)
 
 

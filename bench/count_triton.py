@@ -127,7 +127,7 @@ def _tiles_given(tiles: list[Config]) -> Iterator[None]:
     with ExitStack() as patches:
         for name in ("conv", "dgrad", "wgrad"):
             module = sys.modules[f"fastres.kernels.{name}"]
-            patches.enter_context(mock.patch.object(module, "at_rank", lambda found, rank: next(given)))
+            patches.enter_context(mock.patch.object(module, "at_rank", lambda found, rank, fits: next(given)))
         yield
 
 

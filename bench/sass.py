@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import triton
 
 # Shared memory a block can have, bytes (CUDA C++ Programming Guide, technical specifications by compute capability).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {
+    80: 163 * 1024,  # A100
+    86: 99 * 1024,  # GeForce RTX 30, A40
+    89: 99 * 1024,  # GeForce RTX 40, L40
+    90: 227 * 1024,  # H100
+    100: 227 * 1024,  # B200
+    120: 99 * 1024,  # GeForce RTX 50
+}
 
 _LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E\S*")
 _STORE = re.compile(r"\bSTG\.E\S*")

@@ -1,12 +1,13 @@
 """Tile configurations of the convolution kernels, chosen from plain tables by shape and dtype.
 
-Every entry compiles for sm_80, sm_90 and sm_100 without a spill (``bench/aot.py``): 128x128 tiles with 4 warps do not.
+Every entry compiles for sm_80, sm_90 and sm_100 without a spill (``bench/aot.py``): 128x128 tiles with 4 warps do not. On
+sm_86, sm_89 and sm_120, which have less shared memory, those are passed over that do not fit (`fastres.kernels.resources`).
 `triton.autotune` is left out on purpose: it needs a GPU to import under, and times inside the first step of training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype) -> lis
     return [_config(*tile, depth, dtype) for tile in sorted(tiles, key=lambda tile: tile != first)]
 
 
-def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype) -> list[Config]:
+def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype, flat: bool = False) -> list[Config]:
     """Configurations of a weight gradient, the one to take first.
 
     Args:
@@ -68,10 +69,13 @@ def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype) -> l
         columns: channels of a tap, or taps times channels.
         pixels: summed over.
         dtype: of the operands.
+        flat: whether a column is a tap and a channel: its pixel's place is then computed for each column, in registers of
+            their own, so that 128 do not do (the 7x7 stem spills 104 bytes with Triton 3.6, none with 168).
     """
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
     tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype)
-    return [_config(*tile, pixels, dtype) for tile in tiles]
+    configs = [_config(*tile, pixels, dtype) for tile in tiles]
+    return [one._replace(most_registers=max(one.most_registers, 168)) for one in configs] if flat else configs
 
 
 def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -99,12 +103,22 @@ def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Confi
     return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages, registers)
 
 
-def at_rank(configs: list[Config], rank: int) -> Config:
-    """The configuration of that rank, or the last one."""
-    config = configs[min(rank, len(configs) - 1)]
+def at_rank(configs: list[Config], rank: int, fits: Callable[[Config], bool] = lambda config: True) -> Config:
+    """The configuration of that rank, or the last one; if it does not fit, the next that does, behind the last the first.
+
+    Where none fits it is that of the rank: its launch tells what is missing.
+    """
+    rank = min(rank, len(configs) - 1)
+    config = next((one for one in configs[rank:] + configs[:rank] if fits(one)), configs[rank])
     for listed in _listening.get():
         listed.append(config)
     return config
+
+
+def withdraw(config: Config) -> None:
+    """Strike out the configuration that `taken` listed last: its launch was refused."""
+    for listed in _listening.get():
+        assert listed.pop() == config
 
 
 _listening: ContextVar[tuple[list[Config], ...]] = ContextVar("listening", default=())
@@ -112,7 +126,7 @@ _listening: ContextVar[tuple[list[Config], ...]] = ContextVar("listening", defau
 
 @contextmanager
 def taken() -> Iterator[list[Config]]:
-    """The configurations that launchers take inside, in order: what tells a rank from the last one repeated."""
+    """The configurations that launchers take inside, in order: what tells a rank from another one repeated."""
     listed: list[Config] = []
     token = _listening.set((*_listening.get(), listed))
     try:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv, output_hw
+from fastres.kernels.resources import Demand, falling_back, fitting
 from fastres.kernels.tiles import bn, relu, store_moments, within
 from fastres.kernels.types import Moments
 
@@ -210,6 +211,7 @@ def bn_add_relu_conv(
     return out, *_launch(y, w, 1, pad, rank, coef=coef, moments=moments, **joined)
 
 
+@falling_back
 def _launch(
     x: Tensor,
     w: Tensor,
@@ -230,7 +232,18 @@ def _launch(
     out_height, out_width = output_hw((height, width), (kh, kw), stride, pad)
     rows, flat = n * out_height * out_width, cin < LEAST
     depth = kh * kw * cin if flat else cin
-    config = at_rank(conv_configs(rows, cout, depth, x.dtype), rank)
+    demand = Demand(
+        kernel="conv_kernel",
+        device=x.device,
+        dtype=x.dtype,
+        rows=1 if shortcut is None else 2,
+        columns=1,
+        vectors=2 * ((coef is not None) + (shortcut_coef is not None)),
+        made_rows=coef is not None,
+        made_columns=False,
+        depth=kh * kw * cin,
+    )
+    config = at_rank(conv_configs(rows, cout, depth, x.dtype), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     y = buffers.empty(x, n, out_height, out_width, cout)
     count = mean = m2 = None

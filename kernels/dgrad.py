@@ -10,6 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv
+from fastres.kernels.resources import Demand, falling_back, fitting
 from fastres.kernels.tiles import (
     MEAN,
     bn,
@@ -175,6 +176,7 @@ def conv_dgrad_kernel(
         store_sums(dz, dz * (x - mean[None, :]), coef_ptr, sums_ptr, tile, n, n_ok, CIN)
 
 
+@falling_back
 def conv_dgrad(
     dz: Tensor,
     y: Tensor | None,
@@ -209,7 +211,18 @@ def conv_dgrad(
     _, kh, kw, cin = w.shape
     height, width = input_hw
     rows = n * cdiv(height, stride) * cdiv(width, stride)  # in the largest group
-    config = at_rank(conv_configs(rows * stride**2, cin, cout, dz.dtype), rank)
+    demand = Demand(
+        kernel="conv_dgrad_kernel",
+        device=dz.device,
+        dtype=dz.dtype,
+        rows=1 if y is None else 2,
+        columns=1,
+        vectors=0 if abc is None else 1 if y is None else 3,
+        made_rows=abc is not None,
+        made_columns=False,
+        depth=kh * kw * cout,
+    )
+    config = at_rank(conv_configs(rows * stride**2, cin, cout, dz.dtype), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     dx = buffers.empty(dz, n, height, width, cin)
     strided = residual is not None and residual.shape != dx.shape

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, at_rank, precision, splits, wgrad_configs
 from fastres.kernels.geometry import Pad, cdiv
+from fastres.kernels.resources import Demand, falling_back, fitting
 from fastres.kernels.tiles import SCALE, SHIFT, bn_backward, frozen_bn_backward, relu
 
 
@@ -126,6 +127,7 @@ def sum_parts_kernel(parts_ptr, out_ptr, size, parts, BLOCK: tl.constexpr):
     tl.store(out_ptr + i, total, mask=ok)
 
 
+@falling_back
 def conv_wgrad(
     dz: Tensor,
     y: Tensor | None,
@@ -149,7 +151,18 @@ def conv_wgrad(
     kh, kw = kernel_hw
     pixels, flat = n * out_height * out_width, cin < LEAST
     columns = kh * kw * cin if flat else cin
-    config = at_rank(wgrad_configs(cout, columns, pixels, dz.dtype), rank)
+    demand = Demand(
+        kernel="conv_wgrad_kernel",
+        device=dz.device,
+        dtype=dz.dtype,
+        rows=1 if y is None else 2,
+        columns=1,
+        vectors=0,
+        made_rows=abc is not None,
+        made_columns=coef is not None,
+        depth=pixels,
+    )
+    config = at_rank(wgrad_configs(cout, columns, pixels, dz.dtype, flat), rank, fitting(demand))
     programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)
     steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config.block_k))
     parts = cdiv(pixels, config.block_k * steps)

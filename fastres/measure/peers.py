@@ -83,4 +83,4 @@ def forced(implementation: str) -> Iterator[None]:
 def _library_primitives(device: torch.device) -> select.Primitives:
     triton = select._triton()
     library = LibraryConvolutions(triton.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums)
-    return select.Primitives({"library": library, "triton": triton})
+    return select.Primitives({"library": library, "triton": triton}, device=device)

@@ -66,7 +66,7 @@ def primitives(x: Tensor) -> Primitives:
         return _primitives(_on_cpu(x, required=True))
     if x.device.type == "cuda":
         timed = mode == "auto" and os.environ.get("FASTRES_TIMED", "1") != "0"
-        return _timed_primitives(x.device) if timed else _primitives("triton")
+        return _timed_primitives(x.device) if timed else _triton_primitives(x.device)
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
         return _primitives("triton")
     if mode == "triton":
@@ -98,16 +98,21 @@ class Primitives:
         candidates: namespaces of primitives by name, the preferred one first. One that lacks a primitive is no
             candidate for it.
         choices: how to choose among several; None takes the first.
+        device: the CUDA device of the tensors, which each call makes the current one: Triton launches and events go to
+            that, wherever the tensors are. None: no CUDA device.
     """
 
-    def __init__(self, candidates: dict[str, Any], choices: TimedChoices | None = None):
-        self._candidates, self._choices = candidates, choices
+    def __init__(
+        self, candidates: dict[str, Any], choices: TimedChoices | None = None, device: torch.device | None = None
+    ):
+        self._candidates, self._choices, self._device = candidates, choices, device
         self._chosen: dict[tuple, Callable] = {}
 
     def __getattr__(self, op: str) -> Callable:
         able = {name: getattr(space, op) for name, space in self._candidates.items() if hasattr(space, op)}
         if not able:
             raise AttributeError(f"none of {', '.join(self._candidates)} has the primitive {op!r}")
+        call: Callable
         if self._choices is not None and len(able) > 1:
             call = partial(self._call, op, able)
         else:  # the same for all shapes: nothing to look up
@@ -115,6 +120,8 @@ class Primitives:
             names = _sole.setdefault(op, [])
             if name not in names:
                 names.append(name)
+        if self._device is not None:
+            call = _on_device(self._device, call)
         setattr(self, op, call)
         return call
 
@@ -142,6 +149,11 @@ def _primitives(name: str) -> Primitives:
 
 
 @cache
+def _triton_primitives(device: torch.device) -> Primitives:
+    return Primitives({"triton": _triton()}, device=device)
+
+
+@cache
 def _timed_primitives(device: torch.device) -> Primitives:
     triton = _triton()
     library = LibraryConvolutions(triton.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums)
@@ -149,7 +161,19 @@ def _timed_primitives(device: torch.device) -> Primitives:
     candidates = {"triton": triton, "library": library, "triton dgrad, library wgrad": mixed}
     for rank in range(1, RANKS):
         candidates[f"triton, tiles {rank + 1}"] = _other_tiles(rank)
-    return Primitives(candidates, TimedChoices(choices_path(), machine_key(device)))
+    return Primitives(candidates, TimedChoices(choices_path(), machine_key(device)), device)
+
+
+def _on_device(device: torch.device, call: Callable) -> Callable:
+    """The call with ``device`` as the current CUDA device; where it is that already, this costs one look."""
+
+    def guarded(*args: Any, **options: Any) -> Any:
+        if torch.cuda.current_device() == device.index:
+            return call(*args, **options)
+        with torch.cuda.device(device):
+            return call(*args, **options)
+
+    return guarded
 
 
 @cache

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from bench.aot import ARCHITECTURES, as_record, compile_all, specialisations
 from bench.launches import Specialisation, recorded
+from bench.sass import SHARED_LIMIT
 
 
 @triton.jit
@@ -37,10 +38,21 @@ def probe() -> list[dict]:
 
 
 def main() -> None:
-    """The largest variant of each kernel, with and without a shortcut; of the 3x3 convolutions that of 256 channels."""
-    found = specialisations("resnet50 ImageNet", "bf16", ranks=[0])
-    chosen = {(one.kernel, "shortcut_ptr" in one.pointers): one for one in sorted(found, key=_demand)}
-    rows = list(compile_all(chosen.values(), ARCHITECTURES))
+    """The largest variant of each kernel, with and without a shortcut; of the 3x3 convolutions that of 256 channels.
+
+    Moreover the weight gradients of the 7x7 stem, and on devices of little shared memory the kernels that could not have
+    their first tiles there, each once.
+    """
+    rows = []
+    for limit in sorted({SHARED_LIMIT[arch] for arch in ARCHITECTURES}):
+        archs = [arch for arch in ARCHITECTURES if SHARED_LIMIT[arch] == limit]
+        found = specialisations("resnet50 ImageNet", "bf16", ranks=[0], shared=limit)
+        stems = {one for one in found if one.kernel == "conv_wgrad_kernel" and one.constants["KH"] == 7}
+        if limit == min(SHARED_LIMIT.values()):
+            smaller = found - specialisations("resnet50 ImageNet", "bf16", ranks=[0])
+            found, stems = smaller, set()
+        chosen = {(one.kernel, "shortcut_ptr" in one.pointers): one for one in sorted(found, key=_demand)}
+        rows += compile_all({*chosen.values(), *stems}, archs)
     print(json.dumps({"probe": probe(), "rows": [as_record(row) for row in rows]}))
 
 

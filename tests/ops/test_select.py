@@ -1,5 +1,6 @@
 """Which implementation runs, and how that is chosen and seen."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,53 @@ def test_nothing_is_timed_inside_a_graph_capture(monkeypatch):
     choices = Choices()
     spaces = {name: SimpleNamespace(op=lambda x, name=name: name) for name in ("first", "second")}
     assert Primitives(spaces, choices).op(torch.ones(1)) == "first" and not choices.keys
+
+
+class CurrentDevice:
+    """Stands for the current CUDA device of a machine that has several, the first one at the start."""
+
+    def __init__(self, monkeypatch):
+        self.index, self.switches = 0, 0
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.index)
+        monkeypatch.setattr(torch.cuda, "device", self.switched)
+
+    @contextmanager
+    def switched(self, device):
+        before, self.index = self.index, torch.device(device).index
+        self.switches += 1
+        try:
+            yield
+        finally:
+            self.index = before
+
+
+def test_a_primitive_runs_on_its_tensors_device(monkeypatch):
+    """Where there is one candidate, in the timing of several, and in the call of the one that was chosen."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    current = CurrentDevice(monkeypatch)
+    seen = []
+    spaces = {name: SimpleNamespace(op=lambda x: seen.append(current.index)) for name in ("first", "second")}
+    spaces["first"].sole = spaces["first"].op
+    for index in (1, 0):
+        both = Primitives(spaces, Choices(), torch.device("cuda", index))
+        both.op(torch.ones(1))
+        both.op(torch.ones(1))
+        both.sole(torch.ones(1))
+        assert seen == [index] * 5
+        seen.clear()
+    assert current.index == 0 and current.switches == 3  # none where the device is the current one
+
+
+def test_an_error_leaves_the_current_device_as_it_was(monkeypatch):
+    current = CurrentDevice(monkeypatch)
+
+    def fail(x):
+        assert current.index == 1
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        Primitives({"one": SimpleNamespace(op=fail)}, device=torch.device("cuda", 1)).op(torch.ones(1))
+    assert current.index == 0
 
 
 def test_joint_backward_is_dgrad_and_wgrad():

@@ -46,21 +46,22 @@ def finalize(moments: Moments, gamma: Tensor | None, beta: Tensor | None, eps: f
     total = count.sum()
     merged = (count[:, None] * mean).sum(0) / total
     var = (m2 + count[:, None] * (mean - merged).square()).sum(0) / total
-    return _coefficients(merged, var, gamma, beta, eps, moments.mean.dtype)
+    return coefficients_of(merged, var, gamma, beta, eps, moments.mean.dtype)
 
 
 def running_coef(
     running_mean: Tensor, running_var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> Tensor:
     """Coefficients [5, C] of a BatchNorm that normalises by its running statistics."""
-    return _coefficients(
+    return coefficients_of(
         running_mean.double(), running_var.double(), gamma, beta, eps, statistics_dtype(running_mean.dtype)
     )
 
 
-def _coefficients(
+def coefficients_of(
     mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
+    """Coefficients [5, C] in ``dtype`` from the mean and the biased variance in fp64."""
     rstd = torch.rsqrt(var + eps)
     scale = rstd if gamma is None else rstd * gamma
     shift = -mean * scale if beta is None else beta - mean * scale

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastres.ops import again, plain
 from fastres.ops.aten import statistics_dtype
 from fastres.ops.coefficients import backward_coefficients, coefficients, rows
 from fastres.ops.layers import (
@@ -14,6 +14,7 @@ from fastres.ops.layers import (
     check_activations,
     check_coef,
     check_norm,
+    contiguous,
     group_of,
     in_autocast,
     norm_vectors,
@@ -24,7 +25,7 @@ from fastres.ops.select import primitives
 
 
 def bn_relu(x: Tensor, norm: Norm, coef: Tensor | None = None) -> tuple[Tensor, Statistics]:
-    """``relu(bn(x))`` of x [N, H, W, C], differentiable once, with the BatchNorm's `Statistics`.
+    """``relu(bn(x))`` of x [N, H, W, C], differentiable, with the BatchNorm's `Statistics`.
 
     Args:
         coef: [5, C] that begins with x's mean and biased variance, this rank's own; None: they are reduced from x
@@ -39,6 +40,8 @@ def bn_relu(x: Tensor, norm: Norm, coef: Tensor | None = None) -> tuple[Tensor, 
         check_coef(coef, x.shape[3], x.device)
         coef = coef.contiguous()
     x = in_autocast(x).contiguous()
+    if plain.is_needed(x):
+        return plain.bn_relu(x, norm)
     out, used = _BNReLU.apply(x, coef, norm.eps, group_of([norm]), *norm_vectors(norm))
     return out, Statistics(used, pixels(x.shape))
 
@@ -61,12 +64,17 @@ class _BNReLU(torch.autograd.Function):
         ctx.mark_non_differentiable(used)
         ctx.trained, ctx.group = running_mean is None, group
         ctx.dtypes = None if gamma is None else gamma.dtype, None if beta is None else beta.dtype
+        ctx.given, ctx.eps = again.given([gamma, beta, running_mean, running_var]), eps
         return out, used
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dx, norm_grads = bn_relu_backward(dout.contiguous(), *ctx.saved_tensors, ctx.trained, ctx.group)
+        saved = contiguous(ctx.saved_tensors)
+        if again.is_differentiated(dout):
+            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+            dx, *parameters = again.bn_relu(ctx.given, saved[0], dout, needs, ctx.eps, ctx.group)
+            return dx, None, None, None, *parameters
+        dx, norm_grads = bn_relu_backward(dout.contiguous(), *saved, ctx.trained, ctx.group)
         dgamma, dbeta = norm_grads.chunk(2)
         need_gamma, need_beta = ctx.needs_input_grad[4:6]
         return (

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastres.ops import cpu
+from fastres.ops import cpu, plain
 from fastres.ops.layers import (
     Conv,
     Pad,
@@ -28,7 +28,7 @@ def conv_bias_act(
     relu: bool = True,
     packed: cpu.PackedConv | None = None,
 ) -> Tensor:
-    """``relu(conv(x) + bias (+ residual))``, not differentiable.
+    """``relu(conv(x) + bias (+ residual))``; where a gradient may be wanted, in PyTorch's own functions.
 
     Args:
         x: [N, H, W, C].
@@ -51,6 +51,8 @@ def conv_bias_act(
         check_shortcut(residual, shape, x)
     x = in_autocast(x).contiguous()
     residual = None if residual is None else in_autocast(residual).contiguous()
+    if is_recorded(x, conv.weight, bias, residual) or plain.is_needed(x, residual):
+        return plain.conv_bias_act(x, conv, bias, residual, relu)
     if packed is not None and _is_run(x) and not (conv.weight.is_inference() or bias.is_inference()):
         p = primitives(x)
         if hasattr(p, "packed_conv_bias_act"):
@@ -73,7 +75,14 @@ def conv_bias_act_again(
     """
     if not (_is_run(x) and packed.is_ready) or torch.is_autocast_enabled("cpu") or not is_cpp(x):
         return None
+    if is_recorded(x, weight, bias, residual) or plain.is_transformed():
+        return None
     return packed.again(x, weight, bias, residual, relu)
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_run(x: Tensor) -> bool:

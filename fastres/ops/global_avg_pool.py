@@ -4,15 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastres.ops import again, plain
 from fastres.ops.layers import check_activations, nchw_size
 from fastres.ops.operation import operation
 from fastres.ops.select import primitives
 
 
 def global_avg_pool(x: Tensor) -> Tensor:
-    """Mean over the pixels of x [N, H, W, C]: [N, C] in x's dtype, accumulated in fp32; differentiable once.
+    """Mean over the pixels of x [N, H, W, C]: [N, C] in x's dtype, accumulated in fp32; differentiable.
 
     Raises:
         RuntimeError: as `torch.nn.functional.adaptive_avg_pool2d` raises it.
@@ -23,7 +23,8 @@ def global_avg_pool(x: Tensor) -> Tensor:
             "global_avg_pool(): Expected input to have non-zero size for non-batch dimensions, but input has sizes "
             f"{nchw_size(tuple(x.shape))}"
         )
-    return _GlobalAvgPool.apply(x.contiguous())
+    x = x.contiguous()
+    return plain.global_avg_pool(x) if plain.is_needed(x) else _GlobalAvgPool.apply(x)
 
 
 class _GlobalAvgPool(torch.autograd.Function):
@@ -33,9 +34,11 @@ class _GlobalAvgPool(torch.autograd.Function):
         return global_avg_pool_forward(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Tensor:
-        return global_avg_pool_backward(dout.contiguous(), *ctx.hw)
+        height, width = ctx.hw
+        if again.is_differentiated(dout):
+            return (dout / (height * width))[:, None, None].expand(-1, height, width, -1)
+        return global_avg_pool_backward(dout.contiguous(), height, width)
 
 
 @operation("global_avg_pool_forward")

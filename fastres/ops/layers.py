@@ -6,12 +6,13 @@ Errors are worded as PyTorch words them for the same mistake in ``F.conv2d`` and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad, cdiv, output_hw
+from fastres.ops.operation import has_autocast
 
 Shape = tuple[int, ...]  # N, H, W, C
 
@@ -77,7 +78,7 @@ def pad_of(pads: Sequence[int], i: int) -> Pad:
 def in_autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on for its device; fp64 and what already is stay as they are."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if has_autocast(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -112,7 +113,7 @@ def check_strided(tensor: Tensor, name: str) -> None:
 def check_like(tensor: Tensor, name: str, x: Tensor) -> None:
     """Raises RuntimeError for another device than x's, or outside autocast another dtype."""
     check_device(tensor, name, x.device)
-    if x.dtype != tensor.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != tensor.dtype and not has_autocast(x.device.type):
         raise RuntimeError(f"Input type ({x.dtype}) and {name} type ({tensor.dtype}) should be the same")
 
 
@@ -200,8 +201,7 @@ def check_norm(norm: Norm, shape: Shape, device: torch.device) -> None:
     Raises:
         RuntimeError: where a parameter or a running statistic has not as many elements as there are channels, or is on
             another device, or one of the running statistics is missing.
-        ValueError: where batch statistics would have fewer than two values a channel, synchronised ones fewer than one
-            of this rank.
+        ValueError: where batch statistics would be of one value a channel, synchronised ones of none of this rank.
     """
     names = ("weight", "bias", "running_mean", "running_var")
     for name, tensor in zip(names, norm[:4]):
@@ -213,7 +213,7 @@ def check_norm(norm: Norm, shape: Shape, device: torch.device) -> None:
     if (norm.running_mean is None) != (norm.running_var is None):
         missing = "running_mean" if norm.running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode")
-    if norm.running_mean is None and pixels(shape) < (2 if norm.group is None else 1):
+    if norm.running_mean is None and pixels(shape) == (1 if norm.group is None else 0):
         raise ValueError(
             f"Expected more than {0 if norm.group else 1} value per channel when training, got input size "
             f"{torch.Size(nchw_size(shape))}"
@@ -243,6 +243,11 @@ def norm_vectors(norm: Norm) -> list[Tensor | None]:
 def contiguous_vector(tensor: Tensor) -> Tensor:
     """[C] without gaps, the tensor itself where it is that."""
     return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.reshape(-1).contiguous()
+
+
+def contiguous(tensors: Sequence[Any]) -> list[Any]:
+    """Saved tensors without gaps: hooks may hand back others than those that were saved."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def pixels(shape: Shape) -> int:

@@ -1,6 +1,7 @@
 """How an operation's body is registered: torch.compile keeps it whole, and what it computes depends on its arguments alone."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -29,12 +30,22 @@ def without_autocast(body: Body) -> Body:
     @wraps(body)
     def run(*args: Any, **options: Any) -> Any:
         device = device_type(args)
-        if not torch.is_autocast_enabled(device):
+        if not has_autocast(device):
             return body(*args, **options)
-        with torch.autocast(device, enabled=False):
+        with no_autocast(device):
             return body(*args, **options)
 
     return run  # type: ignore[return-value]
+
+
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off; nothing where it is off."""
+    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast is on for the device; never for 'meta', which PyTorch has none for."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def device_type(arguments: Iterable[Any]) -> str:

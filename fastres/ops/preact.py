@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastres.ops import again, plain
 from fastres.ops.aten import statistics_dtype
 from fastres.ops.coefficients import backward_coefficients, coefficients, rows
 from fastres.ops.layers import (
@@ -22,6 +22,7 @@ from fastres.ops.layers import (
     check_input,
     check_norm,
     check_shortcut_shape,
+    contiguous,
     conv_shape,
     group_of,
     in_autocast,
@@ -44,7 +45,7 @@ def preact_block(
     coef: Tensor | None = None,
     next_coef: bool = False,
 ) -> tuple[Tensor, Tensor | None, list[Statistics]]:
-    """Pre-activation block, differentiable once.
+    """Pre-activation block, differentiable.
 
     Args:
         x: [N, H, W, C].
@@ -65,6 +66,8 @@ def preact_block(
     convs = [*layers, shortcut] if projection else list(layers)
     counts = _check(x, layers, shortcut, coef)
     x = in_autocast(x).contiguous()
+    if plain.is_needed(x):
+        return plain.preact_block(x, layers, x if identity else shortcut, next_coef)
     parameters = [t for layer in layers for t in norm_vectors(layer.norm)] + [c.weight for c in convs]
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     out, *coefs = _PreactBlock.apply(
@@ -136,13 +139,19 @@ class _PreactBlock(torch.autograd.Function):
         ctx.shortcut, ctx.group = (identity, projection), group
         ctx.trained = [mean is None for mean in norms[2::4]]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        ctx.given, ctx.eps = again.given(parameters) if recording else None, eps
         return out, *coefs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         n, (_, projection) = len(ctx.trained), ctx.shortcut
-        x, *rest = ctx.saved_tensors
+        x, *rest = contiguous(ctx.saved_tensors)
+        if again.is_differentiated(dout):
+            (strides, pads), (identity, _) = ctx.geometry, ctx.shortcut
+            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[10:]]
+            geometry = dict(strides=strides, pads=pads, eps=ctx.eps, identity=identity, projection=projection)
+            dx, *parameters = again.preact_block(ctx.given, x, dout, needs, group=ctx.group, **geometry)
+            return dx, *[None] * 9, *parameters
         weights, rest = rest[: n + projection], rest[n + projection :]
         need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[10:]
         need_weights = need_parameters[4 * n :]

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastres.kernels.geometry import is_pointwise
+from fastres.ops import again, plain
 from fastres.ops.aten import statistics_dtype
 from fastres.ops.coefficients import backward_coefficients, coefficients, rows
 from fastres.ops.layers import (
@@ -34,6 +34,7 @@ from fastres.ops.layers import (
     check_input,
     check_shortcut,
     check_shortcut_shape,
+    contiguous,
     group_of,
     identity_shape,
     in_autocast,
@@ -61,7 +62,7 @@ def residual_block(
     relu: bool = True,
     keep: str = "all",
 ) -> tuple[Tensor, list[Statistics]]:
-    """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut)``, differentiable once: a `residual_chain` of one block."""
+    """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut)``, differentiable: a `residual_chain` of one block."""
     return residual_chain(x, [layers], shortcut, relu, keep)
 
 
@@ -73,7 +74,7 @@ def residual_chain(
     keep: str = "all",
     identities: Sequence[Identity] | None = None,
 ) -> tuple[Tensor, list[Statistics]]:
-    """A residual block ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut)`` and more of them, differentiable once.
+    """A residual block ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut)`` and more of them, differentiable.
 
     Args:
         x: [N, H, W, C].
@@ -102,6 +103,8 @@ def residual_chain(
     shapes = _check(x, blocks, shortcut, identities)
     x = in_autocast(x).contiguous()
     added = None if identity or projection or shortcut is None else in_autocast(shortcut).contiguous()
+    if plain.is_needed(x, added):
+        return plain.residual_chain(x, blocks, shortcut if added is None else added, relu, identities)
     parameters = [tensor for layer in every_layer for tensor in (layer.weight, *norm_vectors(layer.norm))]
     recording = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, added, *parameters)
@@ -190,13 +193,16 @@ class _ResidualChain(torch.autograd.Function):
         ctx.kinds, ctx.group = (*kinds, keep_all), group
         ctx.trained = [mean is None for mean in parameters[3::5]]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        ctx.given = again.given(parameters) if recording else None
+        ctx.form = eps, relu, added is not None
         return out, *coefs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         n, inner = len(ctx.trained), len(ctx.geometry[0]) - 1
-        x, out, *rest = ctx.saved_tensors
+        x, out, *rest = contiguous(ctx.saved_tensors)
+        if again.is_differentiated(dout):
+            return _ResidualChain._differentiable(ctx, x, rest[3 * n] if inner else out, dout)
         weights, gammas, coefs, saved = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
         need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[13:])
         need_weights = need_parameters[::5]
@@ -230,6 +236,30 @@ class _ResidualChain(torch.autograd.Function):
                 None,
                 None,
             ]
+        return dx, dadded, *[None] * 11, *parameters
+
+    @staticmethod
+    def _differentiable(ctx: Any, x: Tensor, result: Tensor | None, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """The same gradients; ``result`` is the first block's, None without ReLU."""
+        (depths, strides, pads, steps), (eps, relu, has_added) = ctx.geometry, ctx.form
+        identity, projection, _ = ctx.kinds
+        dx, dadded, *parameters = again.residual_chain(
+            ctx.given,
+            x,
+            result,
+            dout,
+            [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[13:]],
+            has_added,
+            depths=depths,
+            strides=strides,
+            pads=pads,
+            steps=steps,
+            eps=eps,
+            identity=identity,
+            projection=projection,
+            relu=relu,
+            group=ctx.group,
+        )
         return dx, dadded, *[None] * 11, *parameters
 
 

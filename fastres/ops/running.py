@@ -37,6 +37,10 @@ def update_running(
             if tensor.numel() != coef.shape[1]:
                 raise RuntimeError(f"{name} should contain {coef.shape[1]} elements not {tensor.numel()}")
             check_device(tensor, name, coef.device)
+    if not all(count for _, count in statistics):  # an empty batch moves nothing
+        filled = [place for place, (_, count) in enumerate(statistics) if count]
+        running_means, running_vars = [running_means[i] for i in filled], [running_vars[i] for i in filled]
+        statistics, momenta = [statistics[i] for i in filled], [momenta[i] for i in filled]
     if not statistics:
         return
     biased, factors = [coef[VAR] for coef, _ in statistics], [_correction(one) for one in statistics]

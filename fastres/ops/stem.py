@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastres.ops import again, plain
 from fastres.ops.aten import statistics_dtype
 from fastres.ops.coefficients import backward_coefficients, coefficients, rows
 from fastres.ops.layers import (
@@ -17,6 +17,7 @@ from fastres.ops.layers import (
     Pad,
     Statistics,
     check_input,
+    contiguous,
     group_of,
     in_autocast,
     layer_shape,
@@ -31,7 +32,7 @@ from fastres.ops.select import primitives
 
 
 def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[Tensor, Statistics]:
-    """``max_pool(relu(bn(conv(x))))``, differentiable once, with the BatchNorm's `Statistics`.
+    """``max_pool(relu(bn(conv(x))))``, differentiable, with the BatchNorm's `Statistics`.
 
     Args:
         x: [N, H, W, C].
@@ -48,8 +49,11 @@ def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[T
         raise RuntimeError(f"pad should be at most half of effective kernel size, but got pad={pad}, kernel_size={kernel}")
     if min(output_hw(shape[1:3], (kernel, kernel), stride, pad)) < 1:
         raise RuntimeError(f"Given input size: ({shape[3]}x{shape[1]}x{shape[2]}). Output size is too small")
+    x = in_autocast(x).contiguous()
+    if plain.is_needed(x):
+        return plain.stem(x, layer, kernel, stride, pad)
     out, coef = _Stem.apply(
-        in_autocast(x).contiguous(),
+        x,
         layer.stride,
         layer.pad,
         layer.norm.eps,
@@ -90,14 +94,23 @@ class _Stem(torch.autograd.Function):
         ctx.geometry = stride, pad, pool_kernel, pool_stride, pool_pad
         ctx.trained, ctx.group = running_mean is None, group
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, gamma, beta)]
+        ctx.given, ctx.eps = again.given([weight, gamma, beta, running_mean, running_var]), eps
         return out, coef
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[0], *ctx.needs_input_grad[8:11]
+        saved = contiguous(ctx.saved_tensors)
+        if again.is_differentiated(dout):
+            stride, pad, pool_kernel, pool_stride, pool_pad = ctx.geometry
+            pool = dict(pool_kernel=pool_kernel, pool_stride=pool_stride, pool_pad=pool_pad)
+            needs = [need_x, *ctx.needs_input_grad[8:]]
+            dx, *parameters = again.stem(
+                ctx.given, saved[1], dout, needs, ctx.group, stride=stride, pad=pad, eps=ctx.eps, **pool
+            )
+            return dx, *[None] * 7, *parameters
         norm_grads, *grads = stem_backward(
-            dout.contiguous(), *ctx.saved_tensors, *ctx.geometry, ctx.trained, need_x, need_weight, ctx.group
+            dout.contiguous(), *saved, *ctx.geometry, ctx.trained, need_x, need_weight, ctx.group
         )
         dgamma, dbeta = norm_grads.chunk(2)
         dtypes = ctx.dtypes

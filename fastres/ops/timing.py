@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from fastres.atomic import atomic_write
 from fastres.kernels.configs import taken
+from fastres.ops.agreement import coarsest, difference
 from fastres.ops.cache import cache_folder
 
 Timer = Callable[[Callable[[], Any]], float]
@@ -46,11 +48,15 @@ def choices_path() -> Path:
 class TimedChoices:
     """Winners by key, measured when first asked for.
 
-    A candidate that takes the very tiles of an earlier one is left out. One that fails (too little shared memory, say)
-    loses and its error is kept beside the times; when all fail, the first one's error is raised. Processes share the
-    file: each writes what it read together with what it measured, and of two that write at once one loses some
-    measurements, never the file. What in it is no choice is left out with a warning and measured again, by this machine or
-    by the one it belongs to.
+    A candidate that takes the very tiles of an earlier one is left out. One that fails (no kernel for a shape, say) loses
+    and its error is kept beside the times; when all fail, the first one's error is raised. One whose result is not that of
+    the first (`fastres.ops.agreement`) loses with a warning; how far each is from it is kept too. A choice in which a
+    candidate ran out of memory holds for this process only, as the next may have more. An error after which the device
+    computes no more (an illegal address, say) is raised, as nothing can be timed behind it.
+
+    Processes share the file: each writes what it read together with what it measured, and of two that write at once one
+    loses some measurements, never the file. What in it is no choice is left out with a warning and measured again, by this
+    machine or by the one it belongs to.
 
     Args:
         path: the JSON file, made with its folder when first written.
@@ -60,33 +66,64 @@ class TimedChoices:
 
     def __init__(self, path: Path, machine: str, timer: Timer = gpu_milliseconds):
         self._path, self._machine, self._timer = path, machine, timer
-        self._known = self._read().get(machine, {})
+        known = self._read().get(machine, {})
+        # an earlier version kept those that ran out of memory as losers
+        self._known = {key: entry for key, entry in known.items() if not any(map(_tells_of_memory, _errors(entry)))}
 
     def choose(self, key: str, candidates: Mapping[str, Callable[[], Any]]) -> str:
         """Name of the fastest of ``candidates``, calls by name."""
         entry = self._known.get(key)
         if entry is None or entry["winner"] not in candidates:
-            self._known[key] = entry = self._measure(candidates)
-            self._write(key, entry)
+            self._known[key] = entry = self._measure(key, candidates)
+            short = [name for name, text in entry["errors"].items() if _tells_of_memory(text)]
+            if not short:
+                self._write(key, entry)
+            else:
+                _warn(
+                    f"{', '.join(short)} ran out of memory in the timing of {key}: this process takes {entry['winner']}, the "
+                    "next one times again"
+                )
         return entry["winner"]
 
-    def _measure(self, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-        times, errors, seen = {}, {}, []
+    def _measure(self, key: str, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+        times: dict[str, float] = {}
+        differences: dict[str, float] = {}
+        errors: dict[str, Exception] = {}
+        seen: list[Any] = []
+        first: tuple[str, Any] | None = None
         for name, call in candidates.items():
             try:
                 with taken() as tiles:
-                    call()
-                if not tiles or tiles not in seen:
-                    times[name] = self._timer(call)
+                    result = call()
+                if tiles and tiles in seen:
+                    continue
                 seen.append(tiles)
+                if first is None:
+                    first = name, result
+                else:
+                    dtype = coarsest([first[1], result, getattr(call, "args", ())])
+                    differences[name], fault = difference(first[1], result, dtype)
+                    if fault is not None:
+                        raise DifferentResult(f"{fault}, compared with {first[0]!r}")
+                result = None
+                times[name] = self._timer(call)
             except Exception as error:
-                errors[name] = error
+                errors[name] = error.with_traceback(None)  # which would keep tensors alive
+                if _lost_device(error):
+                    _warn(f"{name!r} of {key}, or a kernel before it, broke the CUDA device: {error}")
+                    raise
+                if isinstance(error, DifferentResult):
+                    _warn(
+                        f"WRONG RESULT: {name!r} of {key}: its {error}. It is not used. One of the two is wrong: please "
+                        "report this with the versions of PyTorch, Triton and the driver"
+                    )
         if not times:
             raise next(iter(errors.values()))
         return {
             "winner": min(times, key=times.__getitem__),
             "milliseconds": times,
-            "errors": {name: f"{type(error).__name__}: {error}"[:200] for name, error in errors.items()},
+            "differences": {name: min(size, sys.float_info.max) for name, size in differences.items()},
+            "errors": {name: f"{type(error).__name__}: {error}"[:300] for name, error in errors.items()},
         }
 
     def _read(self) -> dict[str, Any]:
@@ -119,6 +156,52 @@ class TimedChoices:
                 file.write(json.dumps(content, indent=1, sort_keys=True).encode())
         except OSError as error:
             _warn(f"{self._path} cannot be written ({error}): the choice holds for this process")
+
+
+class DifferentResult(Exception):
+    """A candidate did not compute what the first one did."""
+
+
+def _errors(entry: dict[str, Any]) -> list[str]:
+    """The texts of a choice's errors; none where they are damaged, as nothing but this depends on them."""
+    errors = entry.get("errors")
+    return [str(text) for text in errors.values()] if isinstance(errors, dict) else []
+
+
+def _tells_of_memory(text: str) -> bool:
+    """Whether an error is that of too little device memory: PyTorch's, CUDA's or Triton's own, or a library's."""
+    text = text.lower()
+    words = "outofmemoryerror", "out of memory", "cudaerrormemoryallocation", "alloc_failed", "allocation_failed"
+    return any(word in text for word in words)
+
+
+# What CUDA says of errors that end a process's use of the device (CUDA Runtime API, cudaError).
+_STICKY = (
+    "illegal memory access",
+    "illegal address",
+    "misaligned address",
+    "illegal instruction",
+    "invalid program counter",
+    "invalid address space",
+    "global/shared address space",
+    "hardware stack error",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "uncorrectable",
+)
+
+
+def _lost_device(error: Exception) -> bool:
+    """Whether the device computes no more in this process: by the error's words, or because it does not answer."""
+    if any(words in str(error) for words in _STICKY):
+        return True
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+    return False
 
 
 def _sound(content: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:

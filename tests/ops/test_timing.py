@@ -4,6 +4,7 @@ import json
 import math
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -84,6 +85,121 @@ def test_configurations_are_listed_for_all_who_ask():
             at_rank(few, 1)
     at_rank(few, 0)
     assert (outer, inner) == (few, few[1:])
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cudaErrorMemoryAllocation"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_too_little_memory_is_a_loss_for_this_process_only(error, tmp_path):
+    path = tmp_path / "choices.json"
+    times = {"x": error, "y": 5.0}
+    timer, calls = fake_timer(times)
+    choices = TimedChoices(path, "gpu", timer)
+    choices.choose("other", candidates("y"))
+    with pytest.warns(UserWarning, match="x ran out of memory in the timing of op: this process takes y, the next one"):
+        assert choices.choose("op", candidates("x", "y")) == "y"
+    assert choices.choose("op", candidates("x", "y")) == "y" and calls == ["y", "x", "y"]
+    assert json.loads(path.read_text())["gpu"].keys() == {"other"}
+    times["x"] = 1.0
+    assert TimedChoices(path, "gpu", timer).choose("op", candidates("x", "y")) == "x"
+
+
+def test_a_loss_by_memory_that_is_in_the_file_is_timed_again(tmp_path):
+    path = tmp_path / "choices.json"
+    lost = {**GOOD, "winner": "y", "milliseconds": {"y": 2.0}, "errors": {"x": "OutOfMemoryError: CUDA out of memory."}}
+    path.write_text(json.dumps({"gpu": {"op": lost, "sound": GOOD}}))
+    timer, calls = fake_timer({"x": 1.0, "y": 2.0})
+    choices = TimedChoices(path, "gpu", timer)
+    assert choices.choose("sound", candidates("x", "y")) == "x" and not calls
+    assert choices.choose("op", candidates("x", "y")) == "x" and len(calls) == 2
+    assert json.loads(path.read_text())["gpu"]["op"]["errors"] == {}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "Triton Error [CUDA]: misaligned address",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: device-side assert triggered",
+        "CUDA error: the launch timed out and was terminated",
+    ],
+)
+def test_an_error_that_breaks_the_device_is_raised(words, tmp_path):
+    timer, calls = fake_timer({"w": 3.0, "x": RuntimeError(words), "y": 1.0})
+    with pytest.warns(UserWarning, match="'x' of op, or a kernel before it"), pytest.raises(RuntimeError, match=words[-20:]):
+        TimedChoices(tmp_path / "choices.json", "gpu", timer).choose("op", candidates("w", "x", "y"))
+    assert calls == ["w", "x"] and not (tmp_path / "choices.json").exists()
+
+
+def test_an_error_after_which_the_device_does_not_answer_is_raised(tmp_path, monkeypatch):
+    def synchronize():
+        raise RuntimeError("CUDA error: unknown")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    timer, _ = fake_timer({"x": ValueError("something"), "y": 1.0})
+    with pytest.warns(UserWarning, match="broke the CUDA device"), pytest.raises(ValueError, match="something"):
+        TimedChoices(tmp_path / "choices.json", "gpu", timer).choose("op", candidates("x", "y"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert TimedChoices(tmp_path / "choices.json", "gpu", timer).choose("op", candidates("x", "y")) == "y"
+
+
+def results(**values):
+    """Candidates that return these, and a timer by which later ones are faster."""
+    calls = {name: partial(lambda value: value, value) for name, value in values.items()}
+    times = iter(range(10, 0, -1))
+    return calls, lambda call: float(next(times))
+
+
+def test_a_candidate_of_another_result_loses_with_a_warning(tmp_path):
+    path, y = tmp_path / "choices.json", torch.randn(2, 8, 8, 16).bfloat16()
+    wrong = y.clone()
+    wrong[:, -1] = 0
+    calls, timer = results(triton=(y, None), library=(wrong, None), near=(y * 1.005, None))
+    with pytest.warns(UserWarning, match=r"WRONG RESULT: 'library' of conv\(2x8x8x16\): its result\[0\] is further") as said:
+        assert TimedChoices(path, "gpu", timer).choose("conv(2x8x8x16)", calls) == "near"
+    assert len(said) == 1
+    entry = json.loads(path.read_text())["gpu"]["conv(2x8x8x16)"]
+    assert entry["milliseconds"].keys() == {"triton", "near"} and entry["errors"].keys() == {"library"}
+    assert 0.2 < entry["differences"]["library"] < 0.5 and 0 < entry["differences"]["near"] < 0.01
+    calls, timer = results(triton=(y, None), library=(wrong, None), near=(y, None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TimedChoices(path, "gpu", timer).choose("conv(2x8x8x16)", calls) == "near"
+
+
+def test_a_candidate_of_another_shape_loses(tmp_path):
+    path = tmp_path / "choices.json"
+    calls, timer = results(triton=torch.ones(4, 2), library=torch.ones(2, 4))
+    with pytest.warns(UserWarning, match=r"float32 \[2, 4\] on cpu and not float32 \[4, 2\]"):
+        assert TimedChoices(path, "gpu", timer).choose("op", calls) == "triton"
+    assert math.isfinite(json.loads(path.read_text())["gpu"]["op"]["differences"]["library"])
+
+
+def test_the_first_that_runs_is_compared_with(tmp_path):
+    def failing():
+        raise RuntimeError("no kernel")
+
+    calls, timer = results(second=torch.ones(64), third=torch.zeros(64))
+    with pytest.warns(UserWarning, match="compared with 'second'"):
+        choices = TimedChoices(tmp_path / "choices.json", "gpu", timer)
+        assert choices.choose("op", {"first": failing, **calls}) == "second"
+
+
+def test_results_of_16_bit_operands_are_compared_as_such(tmp_path):
+    """A weight gradient is fp32, but a library rounds it to the operands' dtype before."""
+    dw, x = torch.randn(256), torch.ones(1).bfloat16()
+    calls = {name: partial(lambda x, value: value, x, value) for name, value in (("a", dw), ("b", dw.bfloat16().float()))}
+    timer = results()[1]
+    assert TimedChoices(tmp_path / "choices.json", "gpu", timer).choose("op", calls) == "b"
 
 
 def test_the_error_is_raised_when_all_fail(tmp_path):

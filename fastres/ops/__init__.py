@@ -1,5 +1,6 @@
 """Fused operations and their gradients on NHWC tensors; torch.compile keeps each of them whole."""
 
+from fastres.ops import flops as _flops  # noqa: F401 - registers its formulas
 from fastres.ops.bn_relu import bn_relu
 from fastres.ops.conv_bias_act import conv_bias_act, conv_bias_act_again
 from fastres.ops.global_avg_pool import global_avg_pool

@@ -72,10 +72,7 @@ class FusedChain(nn.Module):
         """[N, C, H, W] to [N, C', H', W']."""
         if not self.preact:
             return in_chains(self.blocks, x)
-        coef = self.coef
-        for block in self.blocks:
-            x, coef = block((x, coef))
-        return x
+        return in_chains(self.blocks, (x, self.coef))[0]
 
 
 def fused(part: Part, keep: str = "all") -> nn.Module:

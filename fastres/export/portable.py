@@ -6,12 +6,10 @@ import copy
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.nn import fold
 from fastres.nn.fold import FoldedConv, FoldedPreActBottleneck
-from fastres.nn.norm import conv_of
 
 
 def portable(model: nn.Module) -> nn.Module:
@@ -58,13 +56,7 @@ class FromPixels(nn.Module):
 
 class _PlainConv(FoldedConv):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        _, stride, (top, left, bottom, right) = conv_of(self.geometry, (x.shape[2], x.shape[3]))
-        padding = (top, left)
-        if padding != (bottom, right):  # TensorFlow's 'SAME'
-            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-        y = F.conv2d(x, self.weight, self.bias.to(x.dtype), stride, padding)
-        y = y if residual is None else y + residual
-        return torch.relu(y) if self.relu else y
+        return self.plain(x, residual)
 
 
 class _PlainPreActBottleneck(FoldedPreActBottleneck):

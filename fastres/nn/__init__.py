@@ -1,8 +1,25 @@
 """Fused modules with the state_dicts of their eager originals, and the ways from one to the other."""
 
-from fastres.nn.blocks import BasicBlock, Bottleneck, ConvBNReLU, PreActBottleneck
-from fastres.nn.fold import fold
+from fastres.nn.adapters import BasicBlock, Bottleneck, ConvBNReLU, PreActBottleneck, Stem
+from fastres.nn.fold import fold, repack
 from fastres.nn.fuse import fuse, unfuse
-from fastres.nn.stem import Stem
+from fastres.nn.report import Report, report
+from fastres.nn.structure import Block, Stages, register_block, register_network
 
-__all__ = ["BasicBlock", "Bottleneck", "ConvBNReLU", "PreActBottleneck", "Stem", "fold", "fuse", "unfuse"]
+__all__ = [
+    "BasicBlock",
+    "Block",
+    "Bottleneck",
+    "ConvBNReLU",
+    "PreActBottleneck",
+    "Report",
+    "Stages",
+    "Stem",
+    "fold",
+    "fuse",
+    "register_block",
+    "register_network",
+    "repack",
+    "report",
+    "unfuse",
+]

@@ -1,30 +1,32 @@
-"""The blocks of `fastres.reference` and torchvision with a fused forward: same constructors, children and state.
+"""The fused forward of residual blocks, one by one and several at once.
 
-A block's ``nn.Conv2d`` and ``nn.BatchNorm2d`` children hold the parameters and the modes; they are not called, so their
-hooks do not run (the block's own do).
+Where a block's convolutions, BatchNorms and activations may be bypassed (see `fastres.nn.bypass`) they hold the
+parameters and the modes, and are not called; where not, that block runs its eager forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet as torchvision_resnet
 
-from fastres.nn.norm import conv_of, group_of, layer_of, norm_of, to_nchw, to_nhwc, track, unsupported
+from fastres.nn.bypass import SHORTCUTS, first_reason, has_hooks, say_once, unsupported, watched
+from fastres.nn.classes import Fused, form
+from fastres.nn.norm import conv_of, group_of, layer_of, norm_of, to_nchw, to_nhwc, track
+from fastres.nn.structure import Block, is_block, projection_of, structure_of
 from fastres.ops import Identity, Layer, preact_block, residual_chain
 from fastres.ops.layers import output_hw
-from fastres.reference import cifar, notebook, preact
-from fastres.reference.resnet import BasicBlock as EagerBasicBlock
-from fastres.reference.resnet import Bottleneck as EagerBottleneck
-from fastres.reference.speed import Widen as EagerWiden
 
 LONGEST = 8  # blocks in a chain
+
+Pairs = Sequence[tuple[nn.Module, nn.Module]]
 
 
 def fused_residual(
     x: Tensor,
-    blocks: Sequence[Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]],
+    blocks: Sequence[Pairs],
     shortcut: nn.Module | None = None,
     residual: bool = True,
     relu: bool = True,
@@ -32,6 +34,8 @@ def fused_residual(
     identities: Sequence[Identity] | None = None,
 ) -> Tensor:
     """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))`` and the update of the running statistics.
+
+    Where the convolutions and BatchNorms may not be bypassed they are called one by one.
 
     Args:
         x: [N, C, H, W], channels-last unless a copy is wanted.
@@ -41,6 +45,44 @@ def fused_residual(
         residual: whether it has a shortcut at all.
         relu, keep, identities: see `residual_chain`.
     """
+    reason = first_reason(unsupported(*pair) for pairs in blocks for pair in pairs)
+    if reason is not None:
+        say_once(blocks[0][0][0], reason, "the eager forward of a block")
+    if reason is not None or watched(x):
+        return _eager_residual(x, blocks, shortcut, residual, relu, identities)
+    return _fused_residual(x, blocks, shortcut, residual, relu, keep, identities)
+
+
+def _eager_residual(
+    x: Tensor,
+    blocks: Sequence[Pairs],
+    shortcut: nn.Module | None,
+    residual: bool,
+    relu: bool,
+    identities: Sequence[Identity] | None,
+) -> Tensor:
+    for index, pairs in enumerate(blocks):
+        y = x
+        for number, (conv, bn) in enumerate(pairs):
+            y = bn(conv(F.relu(y) if number else y))
+        if residual and index == 0:
+            y = y + (x if shortcut is None else shortcut(x))
+        elif residual:
+            step, added = (Identity() if identities is None else identities[index - 1])
+            y = y + F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, 0, added))
+        x = F.relu(y) if relu or index < len(blocks) - 1 else y
+    return x
+
+
+def _fused_residual(
+    x: Tensor,
+    blocks: Sequence[Pairs],
+    shortcut: nn.Module | None,
+    residual: bool,
+    relu: bool,
+    keep: str = "all",
+    identities: Sequence[Identity] | None = None,
+) -> Tensor:
     nhwc = to_nhwc(x)
     hw = tuple(nhwc.shape[1:3])
     chain: list[list[Layer]] = []
@@ -52,97 +94,138 @@ def fused_residual(
             chain[-1].append(layer)
     norms = [bn for pairs in blocks for _, bn in pairs]
     added: Tensor | Layer | Identity | None = None
-    if residual and identity_of(shortcut) is not None:
-        added = identity_of(shortcut)
-    elif residual and is_projection(shortcut):
-        added = layer_of(*shortcut, tuple(nhwc.shape[1:3]))
-        norms.append(shortcut[1])
-    elif residual:
-        added = to_nhwc(shortcut(x))
+    if residual:
+        identity, projection = identity_of(shortcut), projection_of(shortcut)
+        if identity is not None:
+            added = identity
+        elif projection is not None:
+            added = layer_of(*projection, tuple(nhwc.shape[1:3]))
+            norms.append(projection[1])
+        else:
+            added = to_nhwc(shortcut(x))
     out, statistics = residual_chain(nhwc, chain, added, relu, keep, identities)
     track(norms, statistics)
     return to_nchw(out)
-
-
-def is_projection(shortcut: nn.Module) -> bool:
-    """Whether it is a convolution and a BatchNorm that the fused operation can take in."""
-    return isinstance(shortcut, nn.Sequential) and len(shortcut) == 2 and unsupported(*shortcut) is None
 
 
 def identity_of(shortcut: nn.Module | None) -> Identity | None:
     """What a shortcut without parameters does, if the fused operation can do it; None as shortcut is x itself."""
     if shortcut is None:
         return Identity()
-    if type(shortcut) is notebook.Subsample:
-        return Identity(shortcut.stride)
-    if type(shortcut) is cifar.PaddedShortcut:
-        return Identity(shortcut.stride, shortcut.added)
-    return None
+    if SHORTCUTS.of(type(shortcut)) is None or SHORTCUTS.reason(shortcut) is not None:
+        return None
+    return Identity(shortcut.stride, getattr(shortcut, "added", 0))
 
 
-def fused_chain(x: Tensor, blocks: Sequence[_FusedResidual]) -> Tensor:
-    """The blocks in order as one operation; all but the first have identity shortcuts, see `chains`."""
-    first, *others = blocks
-    pairs = [block.pairs() for block in blocks]
-    identities = [identity_of(block.downsample) for block in others]
-    return fused_residual(x, pairs, first.downsample, has_shortcut(first), keep=first.keep, identities=identities)
+class Link(NamedTuple):
+    """Blocks that run as one operation, with the structure of each; without structures: a module that is called."""
+
+    blocks: list[nn.Module]
+    structures: list[Block]
 
 
-def chains(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """The blocks in order, grouped into what `fused_chain` can do at once.
+def chains(blocks: Sequence[nn.Module]) -> list[Link]:
+    """The blocks in order, grouped into what runs at once.
 
     A block joins the one before if its shortcut is an `Identity`, both keep the same for backward, take statistics over
-    the same ranks and no hook waits for either. Chains are at most `LONGEST` blocks, so that gradients come early enough
-    to be exchanged meanwhile.
+    the same ranks and nothing waits for the call of either. Chains are at most `LONGEST` blocks, so that gradients come
+    early enough to be exchanged meanwhile.
     """
-    groups: list[list[nn.Module]] = []
+    links: list[Link] = []
     for block in blocks:
-        if groups and len(groups[-1]) < LONGEST and _joins(groups[-1][-1], block):
-            groups[-1].append(block)
+        structure = None if must_be_called(block) else _structure(block)
+        if structure is None:
+            links.append(Link([block], []))
+        elif links and links[-1].structures and len(links[-1].blocks) < LONGEST and _joins(links[-1], block, structure):
+            links[-1].blocks.append(block)
+            links[-1].structures.append(structure)
         else:
-            groups.append([block])
-    return groups
+            links.append(Link([block], [structure]))
+    return links
 
 
-def in_chains(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Apply blocks in order, chains of them at once."""
-    for chain in chains(blocks):
-        x = chain[0](x) if len(chain) == 1 else fused_chain(x, chain)
-    return x
+def in_chains(blocks: Sequence[nn.Module], x: Any) -> Any:
+    """Apply blocks in order, chains of them at once.
+
+    Args:
+        x: [N, C, H, W]; or a pair of it and the ``coef`` of `fastres.ops.preact_block`, or None: then the result is such
+            a pair too, for what begins with the BatchNorm of x.
+    """
+    paired = isinstance(x, tuple)
+    x, coef = x if paired else (x, None)
+    if watched(x):
+        for block in blocks:
+            x = block(x)
+        return (x, None) if paired else x
+    links = chains(blocks)
+    for index, (members, structures) in enumerate(links):
+        if not structures:
+            x, coef = members[0](x), None
+        elif structures[0].preactivation:
+            x, coef = _preactivation(x, structures[0], coef, paired or index < len(links) - 1)
+        else:
+            x, coef = _chain(x, members, structures), None
+    return (x, coef) if paired else x
 
 
-def _joins(before: nn.Module, block: nn.Module) -> bool:
-    fused = isinstance(before, _FusedResidual) and isinstance(block, _FusedResidual)
+def must_be_called(module: nn.Module) -> bool:
+    """Whether a block's own call may not be left out."""
     return (
-        fused
-        and before.keep == block.keep
-        and group_of(before.bn1) == group_of(block.bn1)
-        and identity_of(block.downsample) is not None
-        and has_shortcut(block)
-        and not has_hooks(before)
-        and not has_hooks(block)
+        type(module).forward is not FusedBlock.forward
+        or has_hooks(module)
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
     )
 
 
-def conv_numbers(block: nn.Module) -> list[int]:
-    """Of ``conv1``, ``conv2`` and ``conv3`` those that a block has."""
-    return [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+def _structure(block: nn.Module) -> Block | None:
+    structure, reason = structure_of(block)
+    if reason is not None:
+        say_once(block, reason)
+    return structure
 
 
-def has_shortcut(block: nn.Module) -> bool:
-    """Whether a block is residual; torchvision's always are."""
-    return getattr(block, "residual", True)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something waits for the module's own call."""
-    return any(
-        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+def _joins(link: Link, block: nn.Module, structure: Block) -> bool:
+    before = link.structures[-1]
+    return (
+        not before.preactivation
+        and not structure.preactivation
+        and before.relu
+        and structure.residual
+        and link.blocks[-1].keep == block.keep
+        and group_of(before.layers[0][1]) == group_of(structure.layers[0][1])
+        and identity_of(structure.shortcut) is not None
     )
 
 
-class _FusedResidual(nn.Module):
-    """Forward of a block with ``conv1``, ``bn1``, ..., ``downsample`` and perhaps ``residual``.
+def _chain(x: Tensor, blocks: Sequence[nn.Module], structures: Sequence[Block]) -> Tensor:
+    first, *others = structures
+    identities = [identity_of(one.shortcut) for one in others]
+    pairs = [one.layers for one in structures]
+    relu = structures[-1].relu
+    return _fused_residual(x, pairs, first.shortcut, first.residual, relu, blocks[0].keep, identities)
+
+
+def _preactivation(x: Tensor, block: Block, coef: Tensor | None, next_coef: bool) -> tuple[Tensor, Tensor | None]:
+    """A pre-activation block of [N, C, H, W], and with ``next_coef`` what the next BatchNorm needs to know of the result."""
+    nhwc = to_nhwc(x)
+    first = hw = tuple(nhwc.shape[1:3])
+    layers = []
+    for conv, bn in block.layers:
+        layers.append(layer_of(conv, bn, hw))
+        hw = output_hw(hw, conv.kernel_size, layers[-1].stride, layers[-1].pad)
+    shortcut = None
+    if block.residual:
+        shortcut = nhwc if block.shortcut is None else conv_of(block.shortcut, first)
+    by_batch = norm_of(block.layers[0][1]).running_mean is None
+    out, coef, statistics = preact_block(nhwc, layers, shortcut, coef, next_coef and by_batch)
+    track([bn for _, bn in block.layers], statistics)
+    return to_nchw(out), coef
+
+
+@form(is_block)
+class FusedBlock(Fused):
+    """The fused forward of a block.
 
     Attributes:
         keep: what stays for backward, ``"all"`` or ``"fewer"``, see `residual_chain`.
@@ -150,92 +233,13 @@ class _FusedResidual(nn.Module):
 
     keep = "all"
 
-    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """Convolutions with their BatchNorms."""
-        return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in conv_numbers(self)]
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[N, C, H, W] to channels-last [N, C', H', W']."""
-        return fused_chain(x, [self])
-
-
-class BasicBlock(_FusedResidual, EagerBasicBlock):
-    """`fastres.reference.resnet.BasicBlock`, fused."""
-
-
-class Bottleneck(_FusedResidual, EagerBottleneck):
-    """`fastres.reference.resnet.Bottleneck`, fused."""
-
-
-class NotebookBlock(_FusedResidual, notebook.NotebookBlock):
-    """`fastres.reference.notebook.NotebookBlock`, fused."""
-
-
-class Widen(_FusedResidual, EagerWiden):
-    """`fastres.reference.speed.Widen`, fused."""
-
-
-class TorchvisionBasicBlock(_FusedResidual, torchvision_resnet.BasicBlock):
-    """``torchvision.models.resnet.BasicBlock``, fused."""
-
-
-class TorchvisionBottleneck(_FusedResidual, torchvision_resnet.Bottleneck):
-    """``torchvision.models.resnet.Bottleneck``, fused."""
-
-
-class PreActBottleneck(preact.PreActBottleneck):
-    """`fastres.reference.preact.PreActBottleneck`, fused.
-
-    Its BatchNorm in front needs the statistics of x, which the block before has on chip as it writes x. So a pair
-    (x, coef) in gives such a pair out; a tensor gives a tensor, at the price of one more pass over x.
-    """
-
-    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """Convolutions with the BatchNorms of their inputs."""
-        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-
-    def forward(self, x: Tensor | tuple[Tensor, Tensor | None]) -> Tensor | tuple[Tensor, Tensor | None]:
-        """[N, C, H, W] to channels-last [N, C', H', W'], or both with the `preact_block`'s coef."""
-        chained = isinstance(x, tuple)
-        x, coef = x if chained else (x, None)
-        nhwc = to_nhwc(x)
-        first, hw, layers = tuple(nhwc.shape[1:3]), tuple(nhwc.shape[1:3]), []
-        for conv, bn in self.pairs():
-            layers.append(layer_of(conv, bn, hw))
-            hw = output_hw(hw, conv.kernel_size, layers[-1].stride, layers[-1].pad)
-        shortcut = None
-        if self.residual:
-            shortcut = nhwc if self.downsample is None else conv_of(self.downsample, first)
-        by_batch = norm_of(self.bn1).running_mean is None
-        out, out_coef, statistics = preact_block(nhwc, layers, shortcut, coef, chained and by_batch)
-        track([bn for _, bn in self.pairs()], statistics)
-        return (to_nchw(out), out_coef) if chained else to_nchw(out)
-
-
-class ConvBNReLU(nn.Module):
-    """Convolution without bias, BatchNorm and, unless ``relu`` is False, ReLU.
-
-    Args:
-        inputs, outputs: channels of x [N, inputs, H, W] and of the result.
-        kernel, stride: of the convolution.
-        padding: on all sides; None: half the kernel.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int,
-        stride: int = 1,
-        padding: int | None = None,
-        relu: bool = True,
-    ):
-        super().__init__()
-        padding = kernel // 2 if padding is None else padding
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, inputs, H, W] to channels-last [N, outputs, H', W']."""
-        return fused_residual(x, [[(self.conv, self.bn)]], residual=False, relu=self.relu)
+        if not isinstance(self, FusedBlock):  # its fused class was taken off, and somebody kept this method
+            return type(self).forward(self, x, *args, **kwargs)
+        structure = None if args or kwargs or watched(x) else _structure(self)
+        if structure is None:
+            return super().forward(x, *args, **kwargs)
+        if structure.preactivation:
+            return _preactivation(x, structure, None, False)[0]
+        return _chain(x, [self], [structure])

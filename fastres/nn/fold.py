@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet as torchvision_resnet
+from torch.autograd import forward_ad
 
-from fastres.nn.blocks import conv_numbers, is_projection
+from fastres.nn.bypass import has_hooks, logger, unsupported, watched
 from fastres.nn.fuse import unfuse
-from fastres.nn.norm import conv_of, norm_of, to_nchw, to_nhwc, unsupported
-from fastres.ops import bn_relu, conv_bias_act, conv_bias_act_again
+from fastres.nn.networks import STEM, opened_reason, parts_of
+from fastres.nn.norm import geometry_of, norm_of, to_nchw, to_nhwc
+from fastres.nn.report import Report, survey
+from fastres.nn.structure import Block, is_block, is_network, projection_of, structure_of, tell
+from fastres.ops import Conv, bn_relu, conv_bias_act, conv_bias_act_again
 from fastres.ops.cpu import PackedConv
-from fastres.reference import cifar, notebook, preact
-from fastres.reference.resnet import BasicBlock, Bottleneck, ResNet
-from fastres.reference.speed import Widen, WidenAndHalve
-
-_RESIDUAL_BLOCKS = (
-    BasicBlock,
-    Bottleneck,
-    notebook.NotebookBlock,
-    torchvision_resnet.BasicBlock,
-    torchvision_resnet.Bottleneck,
-)
-# Modules whose conv1, bn1 and relu follow one another, whatever else they have.
-_FIRST_LAYERS = (
-    ResNet,
-    cifar.CifarResNet,
-    notebook.NotebookResNet,
-    torchvision_resnet.ResNet,
-    Widen,
-    WidenAndHalve,
-)
 
 
 class _Inference(nn.Module):
@@ -47,6 +32,10 @@ class _Inference(nn.Module):
 class FoldedConv(_Inference):
     """``relu(conv(x) + bias (+ residual))`` of a convolution and the BatchNorm behind it.
 
+    Differentiable in x and residual, then by PyTorch's own convolution. On a CPU the weight is kept in oneDNN's layout
+    too. That a weight or bias was changed is noticed, but for writes that PyTorch does not see: through ``.data`` in place,
+    NumPy, or another process that shares the memory; call `repack` after those.
+
     Args:
         conv: the convolution.
         bn: with running statistics; None: bias 0.
@@ -59,24 +48,24 @@ class FoldedConv(_Inference):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, relu: bool):
+    def __init__(self, conv: nn.Module, bn: nn.Module | None, relu: bool):
         super().__init__()
         if reason := unsupported(conv, bn):
             raise ValueError(f"cannot fold: {reason}")
-        weight = conv.weight.detach()
-        if bn is None:
-            bias = torch.zeros(len(weight), device=weight.device)
-        else:
-            if bn.running_mean is None:
-                raise ValueError("cannot fold a BatchNorm without running statistics")
-            scale = torch.rsqrt(bn.running_var.double() + bn.eps)
-            scale = scale if bn.weight is None else scale * bn.weight.detach()
-            bias = -bn.running_mean * scale
-            bias = bias if bn.bias is None else bias + bn.bias.detach()
-            weight = weight * scale[:, None, None, None]
-        self.geometry = copy.deepcopy(conv)
-        self.geometry.register_parameter("weight", None)
-        dtype = conv.weight.dtype
+        with torch.no_grad():
+            weight = conv.weight.detach()
+            if bn is None:
+                bias = torch.zeros(len(weight), device=weight.device)
+            else:
+                if bn.running_mean is None:
+                    raise ValueError("cannot fold a BatchNorm without running statistics")
+                scale = torch.rsqrt(bn.running_var.double() + bn.eps)
+                scale = scale if bn.weight is None else scale * bn.weight.detach()
+                bias = -bn.running_mean * scale
+                bias = bias if bn.bias is None else bias + bn.bias.detach()
+                weight = weight * scale[:, None, None, None]
+            dtype = conv.weight.dtype
+        self.geometry = geometry_of(conv)
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(torch.promote_types(dtype, torch.float32)))
         self.relu = relu
@@ -85,28 +74,69 @@ class FoldedConv(_Inference):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, C, H, W] and residual [N, C', H', W'] to channels-last [N, C', H', W']."""
-        y = conv_bias_act_again(x, self.weight, self.bias, residual, self.relu, self.packed)
-        if y is not None:
-            return y
+        if type(x) is Tensor and not _is_differentiated(x, residual):
+            y = conv_bias_act_again(x, self.weight, self.bias, residual, self.relu, self.packed)
+            if y is not None:
+                return y
+        if watched(x) or _is_differentiated(x, residual):
+            return self.plain(x, residual)
         nhwc = to_nhwc(x)
-        conv = conv_of(self.geometry, tuple(nhwc.shape[1:3]))._replace(weight=self.weight)
+        conv = Conv(self.weight, self.geometry.stride, self.geometry.pad(tuple(nhwc.shape[1:3])))
         added = None if residual is None else to_nhwc(residual)
         return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.relu, self.packed))
+
+    def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same in PyTorch's own operations."""
+        geometry = self.geometry
+        padding = () if geometry.same or isinstance(geometry.padding, str) else geometry.padding
+        if not padding:
+            top, left, bottom, right = geometry.pad((x.shape[2], x.shape[3]))
+            padding = (top, left)
+            if padding != (bottom, right):
+                x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        y = F.conv2d(x, self.weight, self.bias.to(x.dtype), geometry.stride, padding)
+        y = y if residual is None else y + residual
+        return torch.relu(y) if self.relu else y
+
+    def repack(self) -> None:
+        """Forget what was made of the weight and the bias."""
+        self.packed.clear()
+
+
+def repack(model: nn.Module) -> nn.Module:
+    """Let a folded network notice that its weights were changed behind PyTorch's back, see `FoldedConv`; returns it."""
+    for module in model.modules():
+        if isinstance(module, FoldedConv):
+            module.repack()
+    return model
+
+
+def _is_differentiated(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the operation, which has no derivative, will not do."""
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 class FoldedBlock(_Inference):
     """A residual block of folded convolutions; the last one adds the shortcut."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: Block):
         super().__init__()
+        last = len(block.layers) - 1
         self.convs = nn.ModuleList(
-            FoldedConv(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), relu=True) for i in conv_numbers(block)
+            FoldedConv(conv, bn, relu=block.relu or index < last) for index, (conv, bn) in enumerate(block.layers)
         )
-        self.residual = getattr(block, "residual", True)
-        shortcut = block.downsample
-        if shortcut is not None and is_projection(shortcut):
-            shortcut = FoldedConv(*shortcut, relu=False)
-        self.downsample = shortcut
+        self.residual = block.residual
+        shortcut = block.shortcut
+        projection = projection_of(shortcut)
+        self.downsample = shortcut if projection is None else FoldedConv(*projection, relu=False)
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,20 +148,17 @@ class FoldedBlock(_Inference):
 
 
 class FoldedPreActBottleneck(_Inference):
-    """A pre-activation bottleneck: the BatchNorm in front stays a pass of its own, the others are folded."""
+    """A pre-activation block: the BatchNorm in front stays a pass of its own, the others are folded."""
 
-    def __init__(self, block: preact.PreActBottleneck):
+    def __init__(self, block: Block):
         super().__init__()
-        self.bn = block.bn1
+        self.bn = block.layers[0][1]
+        norms = [bn for _, bn in block.layers[1:]] + [None]
         self.convs = nn.ModuleList(
-            [
-                FoldedConv(block.conv1, block.bn2, relu=True),
-                FoldedConv(block.conv2, block.bn3, relu=True),
-                FoldedConv(block.conv3, None, relu=False),
-            ]
+            FoldedConv(conv, bn, relu=bn is not None) for (conv, _), bn in zip(block.layers, norms, strict=True)
         )
         self.residual = block.residual
-        self.downsample = None if block.downsample is None else FoldedConv(block.downsample, None, relu=False)
+        self.downsample = None if block.shortcut is None else FoldedConv(block.shortcut, None, relu=False)
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,39 +171,89 @@ class FoldedPreActBottleneck(_Inference):
 
     def enter(self, x: Tensor) -> Tensor:
         """``relu(bn(x))``, as the operation that is fused."""
+        if watched(x):
+            return torch.relu(self.bn(x))
         return to_nchw(bn_relu(to_nhwc(x), norm_of(self.bn))[0])
 
 
 def fold(model: nn.Module) -> nn.Module:
     """A copy for inference, BatchNorms folded into the convolutions; its state_dict has names of its own.
 
+    What `fuse` leaves eager stays eager here too, in evaluation mode; a line is logged that says what (logger ``fastres``).
+
     Args:
-        model: a torchvision or `fastres.reference` ResNet, fused or eager.
+        model: as `fuse` takes it, fused or eager.
 
     Raises:
-        ValueError: where there is nothing to fold, or something that cannot be.
+        ValueError: where there is nothing to fold, or a BatchNorm has no running statistics.
     """
     model = unfuse(copy.deepcopy(model)).eval().requires_grad_(False)
     holder = nn.Module()
     holder.model = model  # so that a block given alone has a parent too
-    found = 0
-    for parent in list(holder.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in _RESIDUAL_BLOCKS:
-                setattr(parent, name, FoldedBlock(child))
-            elif type(child) is preact.PreActBottleneck:
-                setattr(parent, name, FoldedPreActBottleneck(child))
-            elif type(child) in _FIRST_LAYERS:
-                child.conv1 = FoldedConv(child.conv1, child.bn1, relu=True)
-                child.bn1 = child.relu = nn.Identity()
-            else:
-                continue
-            found += 1
-    if not found:
+    found = survey(model, planned=True)
+    if not found.found:
+        why = f" ({found.reasons()})" if found.left else ""
         raise ValueError(
-            f"{type(model).__name__} has nothing to fold: fold takes torchvision's and fastres.reference's ResNets"
+            f"{type(model).__name__} has nothing to fold{why}: fold takes torchvision's and fastres.reference's ResNets, "
+            "and what fastres.nn.register_block knows"
         )
+    found.fused_blocks = found.stems = found.heads = 0
+    _fold_blocks(holder, found)
+    for module in list(holder.modules()):
+        if is_network(type(module)):
+            _fold_stems(module, found)
+    logger.log(logging.WARNING if found.left else logging.INFO, "%s", str(found).replace(": fused", ": folded", 1))
     return holder.model.eval()
+
+
+def _fold_blocks(holder: nn.Module, found: Report) -> None:
+    folded: dict[nn.Module, nn.Module] = {}
+    for parent in list(holder.modules()):
+        for name, child in parent._modules.items():
+            if child is None or not is_block(type(child)):
+                continue
+            if child not in folded and not (has_hooks(child) or "forward" in child.__dict__):
+                structure, _ = structure_of(child)
+                if structure is not None:
+                    folded[child] = (FoldedPreActBottleneck if structure.preactivation else FoldedBlock)(structure)
+                    found.fused_blocks += 1
+            parent._modules[name] = folded.get(child, child)
+
+
+def _fold_stems(network: nn.Module, found: Report) -> None:
+    steps, reason = tell(network)
+    if reason is not None:
+        return
+    parts = parts_of(steps, lambda module: False)
+    occurrences = [id(step) for part in parts for step in part.steps]
+    places = _places(network)
+    for part in parts:
+        if part.kind != STEM:
+            continue
+        where = [places.get(id(step), []) for step in part.steps[:3]]
+        if any(len(place) != 1 for place in where[:2]) or any(occurrences.count(id(s)) > 1 for s in part.steps[:2]):
+            continue
+        (conv_at, name), (norm_at, norm_name) = where[0][0], where[1][0]
+        conv_at._modules[name] = FoldedConv(part.steps[0], part.steps[1], relu=True)
+        norm_at._modules[norm_name] = nn.Identity()
+        if len(where[2]) == 1 and occurrences.count(id(part.steps[2])) == 1:  # else ReLU twice is ReLU
+            activation_at, activation_name = where[2][0]
+            activation_at._modules[activation_name] = nn.Identity()
+        found.stems += 1
+
+
+def _places(network: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where the steps of a network stand: in itself, or in the containers that it opens."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    parents = [network]
+    while parents:
+        parent = parents.pop()
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.Sequential) and opened_reason(child) is None:
+                parents.append(child)
+            elif child is not None:
+                places.setdefault(id(child), []).append((parent, name))
+    return places
 
 
 def _in_order(convs: Sequence[nn.Module], x: Tensor) -> Tensor:

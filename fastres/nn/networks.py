@@ -1,79 +1,196 @@
-"""The networks of `fastres.reference` and torchvision with a fused stem and head; `fastres.nn.fuse` makes them."""
+"""The fused forward of networks and of ``nn.Sequential``: steps in order, in which stem, chains of blocks and head fuse.
+
+What is fused is decided at each forward, part by part; every step that no part takes in is called.
+"""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-import torchvision
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 from torch import Tensor, nn
 
-from fastres.nn.blocks import has_hooks, in_chains
-from fastres.nn.norm import norm_of, to_nhwc, track
+from fastres.nn.blocks import FusedBlock, in_chains
+from fastres.nn.bypass import (
+    ACTIVATIONS,
+    AVERAGES,
+    CONTAINERS,
+    IDENTITIES,
+    NORMS,
+    activation_reason,
+    average_reason,
+    conv_reason,
+    norm_reason,
+    pool_reason,
+    say_once,
+    watched,
+)
+from fastres.nn.classes import Fused, form
+from fastres.nn.norm import norm_of, to_nchw, to_nhwc, track
 from fastres.nn.stem import fused_conv_relu, fused_stem
+from fastres.nn.structure import Stages, Step, is_network, tell
 from fastres.ops import bn_relu, global_avg_pool
-from fastres.reference import cifar, notebook, preact
 from fastres.reference.checkpointing import run_blocks
-from fastres.reference.resnet import ResNet as EagerResNet
-from fastres.reference.speed import SpeedResNet as EagerSpeedResNet
+from fastres.reference.speed import WhiteningConv
+
+STEM, BIASED, BLOCKS, NORM, AVERAGE, CALL = "stem", "biased", "blocks", "norm", "average", "call"
 
 
-class _FusedNetwork(nn.Module):
-    """Forward of a network of ``conv1``, ``bn1``, perhaps ``maxpool``, ``layer1``, ... and ``fc``."""
+class Part(NamedTuple):
+    """Steps that run as one, or are called.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, 3, H, W]."""
-        x = fused_stem(x, self.conv1, self.bn1, getattr(self, "maxpool", None))
-        x = self._stages(x)
-        logits = self.fc(global_avg_pool(to_nhwc(x)))
-        return F.relu(logits) if getattr(self, "relu_logits", False) else logits
+    Attributes:
+        kind: ``STEM`` (convolution, BatchNorm, ReLU, perhaps a pool), ``BIASED`` (convolution with bias, ReLU),
+            ``BLOCKS``, ``NORM`` (BatchNorm and ReLU behind pre-activation blocks), ``AVERAGE`` (global) or ``CALL``.
+        reason: where steps are called that look like one of these: why.
+        stages: of ``BLOCKS`` that are a `Stages` its checkpoint_every, or -1 where that is 0.
+    """
 
-    def _stages(self, x: Tensor) -> Tensor:
-        return run_blocks(blocks_of(self), x, self.checkpoint_every, in_chains)
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The blocks of ``layer1``, ``layer2``, ... in order."""
-    stages = [getattr(network, f"layer{i}") for i in range(1, 5) if hasattr(network, f"layer{i}")]
-    return [block for stage in stages for block in stage]
+    kind: str
+    steps: list[Any]
+    reason: str | None = None
+    stages: int = 0
 
 
-class ResNet(_FusedNetwork, EagerResNet):
-    """`fastres.reference.resnet.ResNet`, fused."""
+def parts_of(steps: Sequence[Step], blocks: Callable[[nn.Module], bool] | None = None) -> list[Part]:
+    """Group the steps of a network.
+
+    Args:
+        blocks: whether a module is a fused block; None: by its class.
+    """
+    flat = _opened(steps)
+    parts: list[Part] = []
+    while flat:
+        part, taken = _first_part(flat, parts, blocks or _is_fused_block)
+        flat = flat[taken:]
+        if part.kind == BLOCKS and parts and parts[-1].kind == BLOCKS and part.stages == parts[-1].stages == 0:
+            parts[-1].steps.extend(part.steps)
+        else:
+            parts.append(part)
+    return parts
 
 
-class CifarResNet(_FusedNetwork, cifar.CifarResNet):
-    """`fastres.reference.cifar.CifarResNet`, fused."""
+def _opened(steps: Sequence[Step]) -> list[Any]:
+    """The steps with those of every ``nn.Sequential`` among them that nothing waits for, and without those that are None."""
+    flat: list[Any] = []
+    for step in steps:
+        if isinstance(step, nn.Sequential) and opened_reason(step) is None:
+            flat.extend(_opened(list(step._modules.values())))
+        elif step is not None:
+            flat.append(step)
+    return flat
 
 
-class NotebookResNet(_FusedNetwork, notebook.NotebookResNet):
-    """`fastres.reference.notebook.NotebookResNet`, fused."""
+def opened_containers(steps: Sequence[Step]) -> list[nn.Module]:
+    """Every ``nn.Sequential`` among the steps whose modules stand for it."""
+    found: list[nn.Module] = []
+    for step in steps:
+        if isinstance(step, nn.Sequential) and opened_reason(step) is None:
+            found += [step, *opened_containers(list(step._modules.values()))]
+    return found
 
 
-class TorchvisionResNet(_FusedNetwork, torchvision.models.ResNet):
-    """``torchvision.models.ResNet``, fused; stages that have hooks are called."""
-
-    def _stages(self, x: Tensor) -> Tensor:
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            plain = type(stage) is nn.Sequential and not has_hooks(stage)
-            x = in_chains(stage, x) if plain else stage(x)
-        return x
+def opened_reason(container: nn.Module) -> str | None:
+    """Why an ``nn.Sequential`` must be called, though its modules may be bypassed."""
+    if container._compiled_call_impl is not None:
+        return "an nn.Sequential is compiled"
+    return CONTAINERS.reason(container)
 
 
-class PreActResNet(preact.PreActResNet):
-    """`fastres.reference.preact.PreActResNet`, fused: each block hands the statistics of its result to the next."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, 3, H, W]."""
-        x, coef = run_blocks(blocks_of(self), (self.conv1(x), None), self.checkpoint_every)
-        x, statistics = bn_relu(to_nhwc(x), norm_of(self.bn), coef)
-        track([self.bn], [statistics])
-        return self.fc(global_avg_pool(x))
+def _is_fused_block(module: nn.Module) -> bool:
+    return isinstance(module, FusedBlock)
 
 
-class SpeedResNet(EagerSpeedResNet):
-    """`fastres.reference.speed.SpeedResNet`, fused."""
+def _first_part(
+    steps: list[Any], before: list[Part], is_fused: Callable[[nn.Module], bool]
+) -> tuple[Part, int]:
+    """What the steps begin with, and how many of them that are."""
+    step = steps[0]
+    if isinstance(step, Stages):
+        return Part(BLOCKS, list(step.blocks), None, max(step.checkpoint_every, 0) or -1), 1
+    if not isinstance(step, nn.Module):
+        return Part(CALL, [step]), 1
+    if is_fused(step):
+        return Part(BLOCKS, [step]), 1
+    if AVERAGES.of(type(step)) is not None:
+        reason = average_reason(step)
+        return Part(CALL if reason else AVERAGE, [step], reason), 1
+    if len(steps) > 2 and _is_norm(steps[1]) and _is_activation(steps[2]):
+        return _first_layers(steps)
+    if len(steps) > 1 and _is_norm(step) and _is_activation(steps[1]) and before and before[-1].kind == BLOCKS:
+        reason = norm_reason(step) or activation_reason(steps[1])
+        return (Part(CALL, [step], reason), 1) if reason else (Part(NORM, steps[:2]), 2)
+    if len(steps) > 1 and type(step) is WhiteningConv and _is_activation(steps[1]):
+        reason = conv_reason(step, bias=True) or activation_reason(steps[1])
+        return (Part(CALL, [step], reason), 1) if reason else (Part(BIASED, steps[:2]), 2)
+    return Part(CALL, [step]), 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, 3, H, W]."""
-        x = fused_conv_relu(x, self.conv1)
-        x = run_blocks(self.blocks(), x, self.checkpoint_every, in_chains)
-        return self.fc(global_avg_pool(to_nhwc(x)))
+
+def _first_layers(steps: list[Any]) -> tuple[Part, int]:
+    """A convolution, a BatchNorm and an activation, and the pool behind them."""
+    conv, norm, activation = steps[:3]
+    reason = conv_reason(conv) or norm_reason(norm) or activation_reason(activation)
+    if reason:
+        return Part(CALL, [conv], reason), 1
+    taken = 3
+    if len(steps) > 3 and isinstance(steps[3], nn.Module):
+        pool = steps[3]
+        taken += pool_reason(pool) is None or (isinstance(pool, nn.Identity) and IDENTITIES.reason(pool) is None)
+    return Part(STEM, steps[:taken]), taken
+
+
+def _is_norm(step: Any) -> bool:
+    return isinstance(step, nn.Module) and (NORMS.of(type(step)) is not None or "Norm" in type(step).__name__)
+
+
+def _is_activation(step: Any) -> bool:
+    return isinstance(step, nn.Module) and (
+        ACTIVATIONS.of(type(step)) is not None or type(step).__module__ == nn.ReLU.__module__
+    )
+
+
+def run_parts(parts: Sequence[Part], x: Tensor) -> Tensor:
+    """Apply them in order."""
+    coef = None  # what the last block knows of x's statistics
+    for index, (kind, steps, _, stages) in enumerate(parts):
+        if kind == BLOCKS:
+            paired = index + 1 < len(parts) and parts[index + 1].kind == NORM
+            x = run_blocks(steps, (x, None) if paired else x, max(stages, 0), in_chains)
+            if paired:
+                x, coef = x
+        elif kind == STEM:
+            x = fused_stem(x, steps[0], steps[1], steps[3] if len(steps) > 3 else None)
+        elif kind == BIASED:
+            x = fused_conv_relu(x, steps[0])
+        elif kind == NORM:
+            nhwc, statistics = bn_relu(to_nhwc(x), norm_of(steps[0]), coef)
+            track([steps[0]], [statistics])
+            x = to_nchw(nhwc)
+        elif kind == AVERAGE and x.dim() == 4:
+            x = global_avg_pool(to_nhwc(x))[:, :, None, None]
+        else:
+            for step in steps:
+                x = step(x)
+    return x
+
+
+@form(is_network)
+class FusedNetwork(Fused):
+    """The fused forward of a network, or of an ``nn.Sequential``."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits [N, num_classes], or whatever the last step gives, of images [N, 3, H, W]."""
+        if not isinstance(self, FusedNetwork):  # its fused class was taken off, and somebody kept this method
+            return type(self).forward(self, x, *args, **kwargs)
+        steps = None
+        if not (args or kwargs or watched(x)):
+            steps, reason = tell(self)
+            if reason is not None:
+                say_once(self, reason)
+        if steps is None:
+            return super().forward(x, *args, **kwargs)
+        parts = parts_of(steps)
+        for part in parts:
+            if part.reason is not None:
+                say_once(self, part.reason, "a part of its eager forward")
+        return run_parts(parts, x)

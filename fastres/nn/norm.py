@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.ops import Conv, Layer, Norm, Statistics, update_running
+from fastres.ops.layers import Pad
 from fastres.reference.notebook import SameConv2d, same_padding
 
 
@@ -28,29 +31,47 @@ def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def conv_of(conv: nn.Conv2d, hw: tuple[int, int]) -> Conv:
+class Geometry(NamedTuple):
+    """A convolution's sizes."""
+
+    kernel_size: tuple[int, int]
+    stride: int
+    padding: tuple[int, int] | str
+    same: bool  # TensorFlow's 'SAME', which depends on the input
+
+    def pad(self, hw: tuple[int, int]) -> Pad:
+        """Padding on each side for an input of height and width ``hw``."""
+        kernel_h, kernel_w = self.kernel_size
+        if self.same:
+            rows, columns = (same_padding(size, k, self.stride) for size, k in zip(hw, self.kernel_size))
+            return rows[0], columns[0], rows[1], columns[1]
+        if self.padding == "same":
+            return (kernel_h - 1) // 2, (kernel_w - 1) // 2, kernel_h // 2, kernel_w // 2
+        if self.padding == "valid":
+            return 0, 0, 0, 0
+        return *self.padding, *self.padding
+
+
+def geometry_of(conv: nn.Module) -> Geometry:
+    """Of a convolution that is not `unsupported`."""
+    return Geometry(conv.kernel_size, conv.stride[0], conv.padding, isinstance(conv, SameConv2d))
+
+
+def conv_of(conv: nn.Module, hw: tuple[int, int]) -> Conv:
     """The convolution as it meets an input of height and width ``hw``."""
-    (kernel_h, kernel_w), stride = conv.kernel_size, conv.stride[0]
-    if isinstance(conv, SameConv2d):
-        rows, columns = same_padding(hw[0], kernel_h, stride), same_padding(hw[1], kernel_w, stride)
-        pad = (rows[0], columns[0], rows[1], columns[1])
-    elif conv.padding == "same":
-        pad = ((kernel_h - 1) // 2, (kernel_w - 1) // 2, kernel_h // 2, kernel_w // 2)
-    elif conv.padding == "valid":
-        pad = (0, 0, 0, 0)
-    else:
-        pad = (*conv.padding, *conv.padding)
-    return Conv(conv.weight, stride, pad)
+    geometry = geometry_of(conv)
+    return Conv(conv.weight, geometry.stride, geometry.pad(hw))
 
 
-def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
+def norm_of(bn: nn.Module) -> Norm:
     """The BatchNorm in its present mode: by the batch when training or without running statistics, or else frozen."""
-    if bn.training or bn.running_mean is None:
+    frozen = isinstance(bn, FrozenBatchNorm2d)
+    if not frozen and (bn.training or bn.running_mean is None):
         return Norm(bn.weight, bn.bias, eps=bn.eps, group=group_of(bn))
     return Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
 
 
-def group_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> str | None:
+def group_of(bn: nn.Module) -> str | None:
     """Name of the process group that it takes its statistics over, as ``nn.SyncBatchNorm`` does when training."""
     if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available() and dist.is_initialized()):
         return None
@@ -58,14 +79,14 @@ def group_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> str | None:
     return group.group_name if group.size() > 1 else None
 
 
-def layer_of(conv: nn.Conv2d, bn: nn.BatchNorm2d, hw: tuple[int, int]) -> Layer:
+def layer_of(conv: nn.Module, bn: nn.Module, hw: tuple[int, int]) -> Layer:
     """Convolution and BatchNorm as they meet an input of height and width ``hw``."""
     weight, stride, pad = conv_of(conv, hw)
     return Layer(weight, norm_of(bn), stride, pad)
 
 
 @torch.no_grad()
-def track(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], statistics: Sequence[Statistics]) -> None:
+def track(norms: Sequence[nn.Module], statistics: Sequence[Statistics]) -> None:
     """Update running statistics and counters as ``nn.BatchNorm2d.forward`` does, in the same modes, all at once.
 
     A recomputing checkpoint repeats them, as it repeats those of
@@ -75,7 +96,7 @@ def track(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], statistics: Sequen
     tracking = [
         (bn, used)
         for bn, used in zip(norms, statistics, strict=True)
-        if bn.training and bn.track_running_stats and bn.running_mean is not None
+        if bn.training and not isinstance(bn, FrozenBatchNorm2d) and bn.track_running_stats and bn.running_mean is not None
     ]
     if len({bn for bn, _ in tracking}) < len(tracking):  # one that is used twice moves twice, one after the other
         for bn, used in tracking:
@@ -92,32 +113,8 @@ def track(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], statistics: Sequen
     )
 
 
-def _momentum(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> float | Tensor:
+def _momentum(bn: nn.Module) -> float | Tensor:
     """Weight of this batch; of a cumulative average on the device, so without waiting for it."""
     if bn.momentum is not None:
         return bn.momentum
     return 0.0 if bn.num_batches_tracked is None else 1.0 / bn.num_batches_tracked.to(bn.running_mean.dtype)
-
-
-def unsupported(conv: nn.Conv2d, bn: nn.BatchNorm2d | nn.SyncBatchNorm | None = None) -> str | None:
-    """Why the fused operations cannot stand for the modules; None: they can."""
-    if not isinstance(conv, nn.Conv2d) or (
-        type(conv).forward not in (nn.Conv2d.forward, SameConv2d.forward)
-    ):
-        return f"{type(conv).__name__} is not nn.Conv2d"
-    if conv.groups != 1:
-        return f"a convolution has groups={conv.groups}"
-    if conv.dilation != (1, 1):
-        return f"a convolution has dilation={conv.dilation}"
-    if conv.bias is not None:
-        return "a convolution has a bias"
-    if conv.stride[0] != conv.stride[1]:
-        return f"a convolution has stride={conv.stride}"
-    if conv.padding_mode != "zeros":
-        return f"a convolution has padding_mode={conv.padding_mode!r}"
-    if bn is not None and not (
-        isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))
-        and type(bn).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
-    ):
-        return f"{type(bn).__name__} is not nn.BatchNorm2d"
-    return None

@@ -44,20 +44,30 @@ class Widen(nn.Module):
         return self.relu(self.bn1(self.conv1(x)))
 
 
-class WidenAndHalve(Widen):
-    """`Widen` and a 2x2 max-pool behind it.
+class HalvingPool(nn.MaxPool2d):
+    """2x2 max-pool; an image one pixel high or wide is not halved."""
 
-    [N, inputs, H, W] to [N, outputs, H/2, W/2]; an image one pixel high or wide is not halved.
+    def __init__(self):
+        super().__init__(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C, H/2, W/2]."""
+        return x if min(x.shape[2:]) == 1 else super().forward(x)
+
+
+class WidenAndHalve(Widen):
+    """`Widen` and a `HalvingPool` behind it.
+
+    [N, inputs, H, W] to [N, outputs, H/2, W/2].
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
-        self.maxpool = nn.MaxPool2d(2)
+        self.maxpool = HalvingPool()
 
     def forward(self, x: Tensor) -> Tensor:
         """See above."""
-        x = super().forward(x)
-        return x if min(x.shape[2:]) == 1 else self.maxpool(x)
+        return self.maxpool(super().forward(x))
 
 
 class SpeedResNet(nn.Module):

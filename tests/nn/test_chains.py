@@ -7,14 +7,18 @@ from support_nets import assert_same, perturbed, train_step
 
 from fastres.models.fused import create_fused_model
 from fastres.nn import fuse, unfuse
-from fastres.nn.blocks import LONGEST, chains, has_hooks
-from fastres.nn.networks import blocks_of
+from fastres.nn.blocks import LONGEST, chains
+from fastres.nn.bypass import has_hooks
 from fastres.reference.cifar import CifarResNet
 from fastres.reference.notebook import NotebookResNet
 
 
+def blocks_of(network) -> list:
+    return [block for name, stage in network.named_children() if name.startswith("layer") for block in stage]
+
+
 def sizes(network) -> list[int]:
-    return [len(chain) for chain in chains(blocks_of(network))]
+    return [len(chain.blocks) for chain in chains(blocks_of(network))]
 
 
 def test_the_stages_of_a_bottleneck_network_are_chains():

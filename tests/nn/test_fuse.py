@@ -5,26 +5,28 @@ import torch
 import torchvision
 from torch import nn
 
+import fastres.nn
 from fastres.nn import fuse, unfuse
-from fastres.nn.blocks import TorchvisionBottleneck
-from fastres.reference.preact import PreActResNet
+from fastres.nn.blocks import FusedBlock
+from fastres.nn.networks import FusedNetwork
+from fastres.reference.preact import PreActBottleneck, PreActResNet
 
 
 def torchvision_network(**options):
     return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=2, **options)
 
 
-def test_grouped_and_dilated_blocks_stay_eager_with_a_warning():
-    with pytest.warns(UserWarning, match="left unfused: Bottleneck: a convolution has groups=32"):
-        model = fuse(torchvision_network(groups=32, width_per_group=4))
+def test_grouped_and_dilated_blocks_stay_eager_and_a_line_is_logged(caplog):
+    model = fuse(torchvision_network(groups=32, width_per_group=4))
+    (said,) = caplog.messages
+    assert said.startswith("ResNet: fused 0 of 4 blocks, 1 stem, 1 head; left layer1.0 and 3 more (a convolution has groups=32")
     assert type(model.layer1[0]) is torchvision.models.resnet.Bottleneck
-    with pytest.warns(UserWarning, match="dilation"):
-        model = fuse(torchvision_network(replace_stride_with_dilation=[False, True, True]))
-    assert type(model.layer1[0]) is TorchvisionBottleneck
+    model = fuse(torchvision_network(replace_stride_with_dilation=[False, True, True]))
+    assert "dilation" in caplog.messages[-1]
+    assert isinstance(model.layer1[0], FusedBlock)
     x = torch.randn(2, 3, 64, 64)
     eager = unfuse(model.eval())(x)
-    with pytest.warns(UserWarning):
-        torch.testing.assert_close(fuse(model)(x), eager)
+    torch.testing.assert_close(fuse(model)(x), eager)
 
 
 def test_other_norms_and_activations_stay_eager():
@@ -49,15 +51,15 @@ def test_subclasses_keep_their_own_forward():
 
 def test_networks_inside_other_modules_are_found():
     model = fuse(nn.ModuleDict({"trunk": torchvision_network(), "head": nn.Linear(2, 2)}))
-    assert type(model["trunk"].layer1[0]) is TorchvisionBottleneck
+    assert isinstance(model["trunk"].layer1[0], FusedBlock)
 
 
-def test_one_eager_block_keeps_a_preactivation_network_eager_outside_its_other_blocks():
+def test_one_eager_block_in_a_preactivation_network_leaves_the_others_fused(caplog):
     model = PreActResNet(20)
     model.layer2[0].conv2 = nn.Conv2d(32, 32, 3, 2, 1, groups=2, bias=False)
-    with pytest.warns(UserWarning, match="groups=2"):
-        fuse(model)
-    assert type(model) is PreActResNet
+    fuse(model)
+    assert "fused 5 of 6 blocks, 1 head; left layer2.0 (a convolution has groups=2)" in caplog.text
+    assert type(model.layer2[0]) is PreActBottleneck and isinstance(model, FusedNetwork)
     x = torch.randn(2, 3, 16, 16)
     model.eval()
     torch.testing.assert_close(model(x), unfuse(model)(x))
@@ -66,8 +68,8 @@ def test_one_eager_block_keeps_a_preactivation_network_eager_outside_its_other_b
 def test_a_changed_head_is_respected():
     model = torchvision_network()
     model.avgpool = nn.AdaptiveMaxPool2d(1)
-    fuse(model.eval())
-    assert type(model) is torchvision.models.ResNet
+    report = str(fastres.nn.report(fuse(model.eval())))
+    assert report == "ResNet: fused 4 of 4 blocks, 1 stem"
     x = torch.randn(2, 3, 40, 40)
     torch.testing.assert_close(model(x), unfuse(model)(x))
 

@@ -4,7 +4,7 @@ import torch
 from support_nets import assert_same, train_step
 
 from fastres.models import create_fused_model, create_model
-from fastres.nn import blocks
+from fastres.nn import BasicBlock
 
 
 def test_shapes_and_size():
@@ -25,7 +25,7 @@ def test_fused_blocks_compute_the_same():
     eager = create_model("speed").double()
     fused = create_fused_model("speed").double()
     fused.load_state_dict(eager.state_dict())
-    assert type(fused.stages[1][1]) is blocks.BasicBlock
+    assert type(fused.stages[1][1]) is BasicBlock
     x = torch.randn(4, 3, 16, 16).double()
     assert_same(train_step(fused, x), train_step(eager, x), 1e-10)
 

@@ -30,6 +30,7 @@ def packed_weight(weight: Tensor, x: Tensor, stride: int, padding: list[int]) ->
 class _Ready(NamedTuple):
     weight: Tensor
     bias: Tensor
+    memory: tuple[Tensor, Tensor]  # theirs, held so that no other tensor gets the same address meanwhile
     geometry: tuple[int, Pad]
     key: tuple
     call: Callable[[Tensor, Tensor | None], Tensor]
@@ -37,6 +38,9 @@ class _Ready(NamedTuple):
 
 class PackedConv:
     """One convolution with constant weight and bias, ready for calls like the last one; made ready again for others.
+
+    So it is after writes in place and for other memory (``.data = ...``). Writes that no version counts, through ``.data``,
+    NumPy or shared memory, need `clear`.
 
     A copy of it starts empty, so that networks are copied and saved without. Threads may share it.
     """
@@ -63,7 +67,8 @@ class PackedConv:
             x = nchw(padded(nhwc(x), pad)[0]) if copied else x
             return onednn.conv_bias_act(x, packed, dtype_bias, stride, padding, residual, relu)
 
-        self._ready = _Ready(weight, bias, (stride, pad), _key(x, weight, bias, residual, relu), call)
+        memory = weight.detach(), bias.detach()
+        self._ready = _Ready(weight, bias, memory, (stride, pad), _key(x, weight, bias, residual, relu), call)
         return call(x, residual)
 
     @torch.no_grad()
@@ -90,6 +95,10 @@ class PackedConv:
             return None
         return ready.call(x, residual)
 
+    def clear(self) -> None:
+        """Prepare anew at the next call; for a weight or bias that was changed where its version does not count it."""
+        self._ready = None
+
     def __deepcopy__(self, memo: dict) -> PackedConv:
         return PackedConv()
 
@@ -100,7 +109,8 @@ class PackedConv:
 def _key(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> tuple:
     """All of a call that its preparation depends on, but for the values of x and of the residual."""
     added = None if residual is None else _form(residual)
-    return _form(x), added, relu, weight._version, bias._version
+    constants = weight._version, weight.data_ptr(), bias._version, bias.data_ptr()
+    return _form(x), added, relu, constants
 
 
 def _form(tensor: Tensor) -> tuple:

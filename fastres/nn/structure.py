@@ -1,0 +1,167 @@
+"""What blocks and networks are made of, told by an adapter a class.
+
+An adapter is a function from a module to its structure; it is asked anew at every forward, so that a module that was
+exchanged or configured otherwise is seen. Subclasses that change nothing in the forward share their base's adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastres.nn.bypass import (
+    CONTAINERS,
+    SHORTCUTS,
+    Known,
+    absent_reason,
+    activation_reason,
+    unsupported,
+)
+
+
+class Block(NamedTuple):
+    """A residual block: all that its forward does.
+
+    ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))``, or with ``preactivation``
+    ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``.
+    """
+
+    layers: Sequence[tuple[nn.Module, nn.Module]]  # each convolution with the BatchNorm behind it, or in front of it
+    activations: Sequence[nn.Module] = ()  # the ReLU modules that the forward calls
+    # None: x itself, or a module: nn.Sequential(convolution, BatchNorm) joins the operation, others are called. With
+    # preactivation a convolution of the rectified x.
+    shortcut: nn.Module | None = None
+    residual: bool = True  # whether it has a shortcut at all
+    relu: bool = True  # whether ReLU ends it
+    preactivation: bool = False
+    absent: Sequence[nn.Module | None] = ()  # what the forward calls besides, which must do nothing for now
+    opened: Sequence[nn.Module] = ()  # modules in it that hold those above and whose own forward calls them
+
+
+class Stages(NamedTuple):
+    """A step of a network: blocks that its forward calls one after the other, see `run_blocks`."""
+
+    blocks: Sequence[nn.Module]
+    checkpoint_every: int = 0
+
+
+Step = nn.Module | Stages | Callable[[Tensor], Tensor]
+
+
+class Entry(NamedTuple):
+    """What is registered for a class."""
+
+    known: Known
+    adapter: Callable[[Any], Any]
+    is_block: bool  # else a network
+
+
+_entries: dict[type, Entry] = {}
+_found: dict[type, Entry | None] = {}
+
+
+def register_block(cls: type[nn.Module], adapter: Callable[[Any], Block]) -> None:
+    """Let `fuse` and `fold` know blocks of a class of one's own, and of subclasses that keep its forward.
+
+    Args:
+        cls: takes [N, C, H, W] as the only argument of its forward.
+        adapter: from a block to the `Block` that says what its forward does. Every module that the forward calls must
+            be in it: those that are not are no longer called, and hooks on them do not run.
+    """
+    _register(cls, adapter, True)
+
+
+def register_network(cls: type[nn.Module], adapter: Callable[[Any], Sequence[Step]]) -> None:
+    """Let `fuse` and `fold` know networks of a class of one's own, so that their stem, chains of blocks and head fuse.
+
+    Args:
+        cls: takes [N, C, H, W] as the only argument of its forward.
+        adapter: from a network to all that its forward does: modules and functions in the order in which they are
+            called, each with the result of the one before. ReLU must be a module.
+    """
+    _register(cls, adapter, False)
+
+
+def _register(cls: type[nn.Module], adapter: Callable[[Any], Any], is_block: bool) -> None:
+    _entries[cls] = Entry(Known(cls), adapter, is_block)
+    _found.clear()
+
+
+def registered_classes() -> list[type]:
+    """Those with an adapter."""
+    return list(_entries)
+
+
+def entry_of(cls: type) -> Entry | None:
+    """What is registered for a class or its nearest base."""
+    if cls not in _found:
+        _found[cls] = next((_entries[base] for base in cls.__mro__ if base in _entries), None)
+    return _found[cls]
+
+
+def is_block(cls: type) -> bool:
+    """Whether the class, or its nearest base that is registered, is registered as a block."""
+    entry = entry_of(cls)
+    return entry is not None and entry.is_block
+
+
+def is_network(cls: type) -> bool:
+    """Whether the class, or its nearest base that is registered, is registered as a network."""
+    entry = entry_of(cls)
+    return entry is not None and not entry.is_block
+
+
+def tell(module: nn.Module) -> tuple[Any, str | None]:
+    """The structure of a module of a registered class; or None and why its adapter does not hold for it."""
+    entry = entry_of(type(module))
+    if entry is None:
+        return None, "no adapter is registered"
+    if reason := entry.known.changed(module):
+        return None, reason
+    try:
+        return entry.adapter(module), None
+    except AttributeError as error:  # a part was taken away
+        return None, str(error)
+
+
+def structure_of(block: nn.Module) -> tuple[Block | None, str | None]:
+    """What a block is made of for now; or None and why it must run its eager forward."""
+    structure, reason = tell(block)
+    if reason is None:
+        reason = structure_reason(structure)
+    return (structure, None) if reason is None else (None, reason)
+
+
+def structure_reason(block: Block) -> str | None:
+    """Why a fused operation cannot stand for the modules of a block."""
+    for activation in block.activations:
+        if reason := activation_reason(activation):
+            return reason
+    for conv, norm in block.layers:
+        if reason := unsupported(conv, norm):
+            return reason
+    for module in block.absent:
+        if reason := absent_reason(module):
+            return reason
+    for container in block.opened:
+        if reason := CONTAINERS.reason(container):
+            return reason
+    if block.preactivation and block.residual and block.shortcut is not None:
+        return unsupported(block.shortcut)
+    return None
+
+
+def projection_of(shortcut: Any) -> tuple[nn.Module, nn.Module] | None:
+    """Convolution and BatchNorm of a shortcut that joins the fused operation; None: it is called."""
+    if shortcut is None or CONTAINERS.of(type(shortcut)) is None or len(shortcut) != 2:
+        return None
+    if CONTAINERS.reason(shortcut) or unsupported(*shortcut):
+        return None
+    return shortcut[0], shortcut[1]
+
+
+def is_parameterless(shortcut: nn.Module) -> bool:
+    """Whether a shortcut is one of `fastres.reference`'s that take pixels and add zeros."""
+    return SHORTCUTS.reason(shortcut) is None

@@ -83,7 +83,7 @@ def preact_block(
         group_of([layer.norm for layer in layers]),
         *parameters,
     )
-    out_coef = coefs.pop() if next_coef else None
+    coefs, out_coef = (coefs[:-1], coefs[-1]) if next_coef else (coefs, None)  # torch.compile of 2.11 has no pop here
     return out, out_coef, [Statistics(coef, count) for coef, count in zip(coefs, counts)]
 
 

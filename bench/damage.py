@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 
 from fastres import data
-from fastres.data.cache import cached
+from fastres.data.cache import Cache
 from fastres.data.cifar import FILES, FOLDER, META, TEST, TRAIN
-from fastres.data.dataset import Dataset, make_dataset
-from fastres.data.folder import read_image
+from fastres.data.dataset import Dataset, make_parts
+from fastres.data.decode import read_image
 from fastres.data.sources import GENUINE
 from fastres.data.synthetic import CLASSES, synthetic_split
 from fastres.errors import FastresError
@@ -127,11 +127,12 @@ def checkpoint(folder: Path, times: int, seed: int) -> list[str]:
 def image_cache(folder: Path, times: int, seed: int) -> list[str]:
     """A file of decoded images, which is built anew with a warning where it is damaged."""
     split = synthetic_split(16)
-    dataset = make_dataset(split, split, CLASSES, "drawn")
+    parts = make_parts({"train": split, "test": split}, CLASSES)
     said: list[str] = []
 
     def read() -> Dataset:
-        return cached(folder, "key", "state", lambda: dataset, said.append)
+        kept = Cache(folder, said.append).parts("0" * 64, 32, lambda: parts)
+        return Dataset(kept.splits["train"], kept.splits["test"], kept.classes, "drawn", kept.mean, kept.std)
 
     read()
     (file,) = folder.iterdir()

@@ -31,6 +31,9 @@ from fastres.train.signals import terminate_orderly
 from fastres.train.trained import find_checkpoint, load_trained
 
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+DATA_OPTIONS = (  # those that `load_data` reads
+    "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test",
+)  # fmt: skip
 # A resumed run keeps its options, but it may move to another machine.
 CHANGED_BY_RESUME = {"device", "data", "data_root", "compile", "backend", "keep"}
 
@@ -70,10 +73,18 @@ def given_options(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name in OPTIONS}
 
 
-def load_data(config: TrainConfig, image_size: int | None, ranks: Ranks = ALONE) -> data.Dataset:
+def load_data(config: TrainConfig, ranks: Ranks = ALONE) -> data.Dataset:
     """Load a dataset, say which one it is, and keep a fixed random part of it where that was asked for."""
     dataset = ranks.local_first(
-        lambda: data.load(config.data, root=config.data_root, image_size=image_size, say=partial(say, ranks))
+        lambda: data.load(
+            config.data,
+            root=config.data_root,
+            image_size=config.image_size,
+            say=partial(say, ranks),
+            val_share=config.val_share,
+            val_seed=config.val_seed,
+            skip_bad=config.skip_bad,
+        )
     )
     return data.limit(dataset, config.limit_train, config.limit_test)
 
@@ -120,7 +131,7 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
     folder = RunFolder(path, resume=begun) if ranks.first else Onlooker(path)
     try:
         with ranks.going_on(path):
-            trainer = Trainer(config, load_data(config, config.image_size, ranks), folder, ranks=ranks)
+            trainer = Trainer(config, load_data(config, ranks), folder, ranks=ranks)
             if ranks.of_first(folder.last.exists):
                 trainer.resume()
             elif begun:
@@ -145,7 +156,8 @@ def describe(trainer: Trainer) -> None:
     trainer.folder.write_config(config, {**facts, "job": trainer.ranks.job})
     print(
         f"{config.model}, {facts['parameters']:,} parameters | {dataset.label}, {len(dataset.train)} + "
-        f"{len(dataset.test)} images | {facts['device']}, {facts['dtype']}, {facts['backend']}"
+        f"{len(dataset.validation)} images{f', {len(dataset.test)} for the test' if dataset.val is not None else ''}, "
+        f"{trainer.image_size}x{trainer.image_size} | {facts['device']}, {facts['dtype']}, {facts['backend']}"
         f"{f', {trainer.ranks.count} ranks' if trainer.ranks.count > 1 else ''} | "
         f"{trainer.total_steps} steps | {trainer.folder.path}",
         flush=True,
@@ -178,9 +190,9 @@ class DataCache:
         self._dataset: data.Dataset | None = None
 
     def __call__(self, config: TrainConfig) -> data.Dataset:
-        key = (config.data, config.data_root, config.image_size, config.limit_train, config.limit_test)
+        key = tuple(getattr(config, name) for name in DATA_OPTIONS)
         if self._dataset is None or key != self._key:
-            self._key, self._dataset = key, load_data(config, config.image_size)
+            self._key, self._dataset = key, load_data(config)
         return self._dataset
 
 
@@ -189,17 +201,24 @@ def eval_(args: argparse.Namespace) -> int:
     given = given_options(args)
     device = machine.pick_device(given.get("device", "auto"))
     trained = load_trained(find_checkpoint(args.checkpoint), device)
-    config = TrainConfig.from_dict(trained.options).replace(**given)
-    dataset = load_data(config.replace(limit_train=None), trained.image_size)
-    if list(dataset.classes) != trained.classes:
-        raise FastresError(
-            f"{trained.path} tells apart {', '.join(trained.classes)}, but the data has {', '.join(dataset.classes)}: "
-            "name the data it was trained for with --data"
-        )
+    saved = TrainConfig.from_dict(trained.options)
+    config = saved.replace(**given)
+    split, label = data.load_test(
+        config.data,
+        config.data_root,
+        trained.classes,
+        trained.image_size,
+        trained.stored_size,
+        say=partial(say, ALONE),
+        val_share=config.val_share if same_data(config.data, saved.data) else given.get("val_share"),
+        val_seed=config.val_seed,
+        skip_bad=config.skip_bad,
+    )
+    split, label = data.limit_split(split, config.limit_test, "test", label)
     dtype = machine.pick_dtype(config.precision, device)
     batches = data.Batches(
-        dataset.test,
-        min(config.eval_batch_size, len(dataset.test)),
+        split,
+        min(config.eval_batch_size, len(split)),
         mean=trained.mean,
         std=trained.std,
         augment=data.Augment(resize=trained.image_size),
@@ -209,13 +228,18 @@ def eval_(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     scores = evaluate(trained.model, batches, dtype, config.tta)
     averaged = "" if scores.tta_accuracy is None else f", with mirror images {scores.tta_accuracy:.2%}"
-    rate = len(dataset.test) / (time.perf_counter() - start)
+    rate = len(split) / (time.perf_counter() - start)
     print(
-        f"loss {scores.loss:.4f}  accuracy {scores.accuracy:.2%}{averaged}  on {dataset.label}, "
-        f"{len(dataset.test)} test images  "
+        f"loss {scores.loss:.4f}  accuracy {scores.accuracy:.2%}{averaged}  on {label}, "
+        f"{len(split)} test images  "
         f"({rate:.0f} images/s, {trained.path}, epoch {trained.epoch})"
     )
     return 0
+
+
+def same_data(one: str, other: str) -> bool:
+    """Whether two values of --data mean the same: then what was kept for validation must not be trained on."""
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 @torch.inference_mode()
@@ -223,10 +247,9 @@ def predict(args: argparse.Namespace) -> int:
     """Print the most probable classes of image files."""
     device = machine.pick_device(getattr(args, "device", "auto"))
     trained = load_trained(find_checkpoint(args.checkpoint), device)
-    images = data.read_images(args.images, trained.image_size).to(device)
-    probabilities = predict_logits(
-        trained.model, data.normalise(images, trained.mean, trained.std), getattr(args, "tta", False)
-    ).softmax(1)
+    images = data.read_images(args.images, trained.stored_size).to(device)
+    inputs = data.normalise(data.resize(images, trained.image_size), trained.mean, trained.std)
+    probabilities = predict_logits(trained.model, inputs, getattr(args, "tta", False)).softmax(1)
     for path, row in zip(args.images, probabilities):
         top = row.topk(min(args.top, len(trained.classes)))
         guesses = "  ".join(f"{trained.classes[i]} {p:.1%}" for p, i in zip(top.values.tolist(), top.indices.tolist()))
@@ -270,7 +293,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command("eval", eval_)
     sub.add_argument("checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
-    add_options(sub, ("data", "data_root", "limit_test", "eval_batch_size", "tta", "device", "precision"))
+    add_options(sub, ("data", "data_root", "val_share", "val_seed", "skip_bad", "limit_test", "eval_batch_size", "tta"))
+    add_options(sub, ("device", "precision"))
 
     sub = command("predict", predict)
     sub.add_argument("images", nargs="+", metavar="IMAGE", help="image file")

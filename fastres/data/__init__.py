@@ -2,9 +2,9 @@
 
 from fastres.data.augment import Augment, crop_and_flip, cutout, normalise, resize
 from fastres.data.batches import Batches
-from fastres.data.dataset import DataError, Dataset, Split, limit
-from fastres.data.folder import read_images
-from fastres.data.sources import load
+from fastres.data.dataset import DataError, Dataset, Split, limit, limit_split
+from fastres.data.decode import read_images
+from fastres.data.sources import load, load_test
 
 __all__ = [
     "Augment",
@@ -15,7 +15,9 @@ __all__ = [
     "crop_and_flip",
     "cutout",
     "limit",
+    "limit_split",
     "load",
+    "load_test",
     "normalise",
     "read_images",
     "resize",

@@ -1,20 +1,25 @@
-"""Decoded images kept as one file, so that they are decoded once."""
+"""Decoded images kept as files that are named after the content of what was decoded, so that they are decoded once."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastres.atomic import atomic_write
-from fastres.data.dataset import Dataset, Split, first_line
+from fastres.data.dataset import Parts, Split, first_line
+from fastres.data.size import Sides
 
-FORMAT = "fastres-images-1"
+FORMAT = "fastres-images-2"
+ENTRY = ".images.json"
 
 
 def default_folder() -> Path:
@@ -22,78 +27,143 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres"
 
 
-def fingerprint(files: Iterable[os.DirEntry | Path]) -> str:
-    """A hash of the files' paths, sizes and modification times: another one after any change to them."""
-    digest = hashlib.sha256()
-    for file in files:
-        status = file.stat()
-        digest.update(
-            f"{os.fspath(file)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
-        )
-    return digest.hexdigest()
+def digest(*parts: str | bytes) -> str:
+    """A hash of texts and bytes, in hexadecimal: another one after any change to them or to where one ends."""
+    found = hashlib.sha256()
+    for part in parts:
+        raw = part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")
+        found.update(len(raw).to_bytes(8, "little") + raw)
+    return found.hexdigest()
 
 
-def cached(
-    folder: Path | None, key: str, state: str, build: Callable[[], Dataset], say: Callable[[str], None]
-) -> Dataset:
-    """The dataset of a cache file, or the one that ``build`` makes, which is then kept.
+@dataclass(frozen=True)
+class Facts:
+    """What is known of files without decoding them: a hash of their content, and how large the images are."""
 
-    A file that is damaged or cannot be written costs a warning and the time to decode, never the run.
+    content: str
+    sides: Sides | None = None
+
+
+class Cache:
+    """A folder with decoded images and, for each place where files were, what they held.
+
+    Files that lie in another place, or were copied, have the same content and are not decoded again. A cache file that
+    is damaged or cannot be written costs a warning and the time to decode, never the run.
 
     Args:
-        folder: where cache files are; None: build and keep nothing.
-        key: what names the data; there is one file a key.
-        state: fingerprint of the data; a file of another one is built anew.
-        build: decodes the data.
+        folder: where the files are; None: nothing is kept.
         say: takes a warning of one line.
     """
-    if folder is None:
-        return build()
-    path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}.npz"
-    try:
-        dataset = _read(path, state)
-    except (FileNotFoundError, NotADirectoryError):
-        dataset = None
-    except Exception as error:  # a damaged archive can raise anything
-        say(f"warning: cache file {path} cannot be used ({first_line(error)}): decoding the images again")
-        dataset = None
-    if dataset is None:
-        dataset = build()
+
+    def __init__(self, folder: Path | None, say: Callable[[str], None]):
+        self.folder, self.say = folder, say
+
+    def facts(self, place: str, state: str, find: Callable[[], Facts]) -> Facts:
+        """What the files of a place hold.
+
+        Args:
+            place: what names it; there is one entry a place, and the images of its former content are removed.
+            state: names, sizes, inodes and times of the files: where any place had the same, nothing is read.
+            find: reads the files.
+        """
+        if self.folder is None:
+            return find()
+        path = self.folder / f"{digest(place)[:24]}{ENTRY}"
+        entries = {entry: self._entry(entry) for entry in sorted(self.folder.glob(f"*{ENTRY}"), key=lambda e: e != path)}
+        hit = next((entry for entry, content in entries.items() if content and content["state"] == state), None)
+        facts = find() if hit is None else _facts(entries[hit] or {})
+        former = entries.pop(path, None)
+        if hit != path:
+            content = {"state": state, **asdict(facts)}
+            self._keep(path, json.dumps({**content, "checksum": _checksum(content)}).encode())
+        held = {content["content"] for content in entries.values() if content is not None} | {facts.content}
+        if former is not None and former["content"] not in held:
+            for old in self.folder.glob(f"{former['content'][:24]}-*.npz"):
+                old.unlink(missing_ok=True)
+        return facts
+
+    def parts(self, content: str, size: int, build: Callable[[], Parts]) -> Parts:
+        """The decoded images of a content at a size, from their file or from ``build``, which are then kept."""
+        if self.folder is None:
+            return build()
+        path = self.folder / f"{content[:24]}-{size}.npz"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(path, state, dataset)
+            return _read(path, f"{content} {size}")
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except Exception as error:  # a damaged archive can raise anything
+            self.say(f"warning: cache file {path} cannot be used ({first_line(error)}): decoding the images again")
+        parts = build()
+        self._keep(path, parts, f"{content} {size}")
+        return parts
+
+    def _entry(self, path: Path) -> dict[str, Any] | None:
+        try:
+            content = json.loads(path.read_bytes())
+            if content.pop("checksum") != _checksum(content):
+                raise ValueError("checksum")
+            _facts(content)
+            return content
+        except FileNotFoundError:  # another process removed it
+            return None
+        except Exception as error:  # a damaged file can raise anything
+            self.say(f"warning: cache file {path} cannot be used ({first_line(error)}): reading the images again")
+            path.unlink(missing_ok=True)
+            return None
+
+    def _keep(self, path: Path, content: bytes | Parts, identity: str = "") -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    np.savez(file, **_arrays(content, identity))  # type: ignore[arg-type]
         except OSError as error:
-            say(f"warning: cannot keep decoded images in {folder} ({first_line(error)}): going on without")
-    return dataset
+            self.say(
+                f"warning: cannot keep decoded images in {path.parent} ({first_line(error)}): going on without"
+            )
+            self.folder = None  # one warning is enough
 
 
-def _write(path: Path, state: str, dataset: Dataset) -> None:
-    with atomic_write(path) as file:
-        np.savez(
-            file,
-            identity=np.array([FORMAT, state, dataset.label]),
-            classes=np.array(dataset.classes),
-            statistics=np.array([dataset.mean, dataset.std]),
-            train_images=dataset.train.images.permute(0, 2, 3, 1).numpy(),
-            train_labels=dataset.train.labels.numpy(),
-            test_images=dataset.test.images.permute(0, 2, 3, 1).numpy(),
-            test_labels=dataset.test.labels.numpy(),
-        )
+def _checksum(content: dict[str, Any]) -> str:
+    return digest(FORMAT, json.dumps(content, sort_keys=True))
 
 
-def _read(path: Path, state: str) -> Dataset | None:
-    """The dataset in a file, or None where it is of another state; any exception means damage."""
+def _facts(content: dict[str, Any]) -> Facts:
+    sides = content["sides"]
+    return Facts(content["content"], None if sides is None else Sides(**sides))
+
+
+def _arrays(parts: Parts, identity: str) -> dict[str, np.ndarray]:
+    arrays = {
+        "identity": np.array([FORMAT, identity, str(parts.genuine)]),
+        "classes": np.array(parts.classes),
+        "statistics": np.array([parts.mean, parts.std]),
+        "bad": np.array([number for number, _ in parts.bad], np.int64),
+        "reasons": np.array([reason for _, reason in parts.bad], np.str_),
+        "splits": np.array(list(parts.splits)),
+    }
+    for name, split in parts.splits.items():
+        arrays[f"{name}_images"] = split.images.permute(0, 2, 3, 1).numpy()
+        arrays[f"{name}_labels"] = split.labels.numpy()
+    return arrays
+
+
+def _read(path: Path, identity: str) -> Parts:
+    """The parts in a file; any exception but that there is none means damage."""
     with zipfile.ZipFile(path) as archive:
         if bad := archive.testzip():
             raise ValueError(f"checksum of {bad}")
     with np.load(path, allow_pickle=False) as arrays:
-        form, kept, label = arrays["identity"].tolist()
-        if (form, kept) != (FORMAT, state):
-            return None
-        train, test = [
-            Split(torch.from_numpy(arrays[f"{name}_images"]).permute(0, 3, 1, 2),
-                  torch.from_numpy(arrays[f"{name}_labels"]))
-            for name in ("train", "test")
-        ]  # fmt: skip
+        form, kept, genuine = arrays["identity"].tolist()
+        if (form, kept) != (FORMAT, identity):
+            raise ValueError("it is of other images")
+        splits = {
+            name: Split(torch.from_numpy(arrays[f"{name}_images"]).permute(0, 3, 1, 2),
+                        torch.from_numpy(arrays[f"{name}_labels"]))
+            for name in arrays["splits"].tolist()
+        }  # fmt: skip
         mean, std = arrays["statistics"].tolist()
-        return Dataset(train, test, tuple(arrays["classes"].tolist()), label, tuple(mean), tuple(std))
+        faults = tuple(zip(arrays["bad"].tolist(), arrays["reasons"].tolist()))
+        return Parts(splits, tuple(arrays["classes"].tolist()), tuple(mean), tuple(std), faults, genuine == "True")

@@ -62,6 +62,9 @@ class Dataset:
     ``label`` says what an accuracy was reached on. ``mean`` and ``std`` are of the training images, per
     channel, on the pixels' scale 0..255; the std of a constant channel is given as 1, so that it is
     normalised to 0.
+
+    ``val``: images that pick the best epoch, where ``test`` shall pick nothing; None: ``test`` picks.
+    ``image_size``: pixels a side that the images are meant to be seen at, which may be more than are stored; None: any.
     """
 
     train: Split
@@ -70,22 +73,69 @@ class Dataset:
     label: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    val: Split | None = None
+    image_size: int | None = None
+
+    @property
+    def validation(self) -> Split:
+        """The split that is evaluated after each epoch."""
+        return self.test if self.val is None else self.val
 
 
-def make_dataset(train: Split, test: Split, classes: tuple[str, ...], label: str) -> Dataset:
+@dataclass(frozen=True)
+class Parts:
+    """What a source holds, as it was found: some of the splits "train", "val", "test" and "all", the first of which has
+    the statistics ``mean`` and ``std``.
+
+    ``bad``: number of each file that could not be read, counted through the splits, and why; it has no image here.
+    ``genuine``: whether the checksums are those of the published set.
+    """
+
+    splits: dict[str, Split]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bad: tuple[tuple[int, str], ...] = ()
+    genuine: bool = False
+
+
+def make_parts(
+    splits: dict[str, Split],
+    classes: tuple[str, ...],
+    bad: tuple[tuple[int, str], ...] = (),
+    genuine: bool = False,
+) -> Parts:
+    """Parts with the statistics of the first one."""
+    first = next(iter(splits.values()))
+    return Parts(splits, classes, *channel_statistics(first.images), bad, genuine)
+
+
+def make_dataset(
+    train: Split,
+    test: Split,
+    classes: tuple[str, ...],
+    label: str,
+    val: Split | None = None,
+    image_size: int | None = None,
+) -> Dataset:
     """A dataset with the statistics of its training images.
 
     Raises:
-        DataError: for a label that has no class.
+        DataError: for a label that has no class, or splits of several sizes.
     """
-    for name, split in (("training", train), ("test", test)):
+    for name, split in (("training", train), ("test", test), ("validation", test if val is None else val)):
+        if split.images.shape[1:] != train.images.shape[1:]:
+            raise DataError(
+                f"{label}: {name} images have {list(split.images.shape[2:])} pixels, training images "
+                f"{list(train.images.shape[2:])}: bring them to one size"
+            )
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= len(classes):
             wrong = low if low < 0 else high
             raise DataError(
                 f"{label}: {name} label {wrong} is outside 0..{len(classes) - 1}: correct the labels"
             )
-    return Dataset(train, test, tuple(classes), label, *channel_statistics(train.images))
+    return Dataset(train, test, tuple(classes), label, *channel_statistics(train.images), val, image_size)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -106,16 +156,42 @@ def take_images(images: Tensor, index: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
 
 
+def limit_split(split: Split, count: int | None, name: str, label: str) -> tuple[Split, str]:
+    """At most ``count`` images of a split, drawn at random but always the same; the label says so."""
+    if count is not None and count < 1:
+        raise DataError(f"a limit of {count} {name} images leaves none: give at least 1")
+    if count is None or count >= len(split):
+        return split, label
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    return split.subset(order[:count]), f"{label}, {count} of {len(split)} {name} images"
+
+
 def limit(dataset: Dataset, train: int | None = None, test: int | None = None) -> Dataset:
-    """At most ``train`` and ``test`` images, drawn at random but always the same; the label says so."""
-    label, splits = dataset.label, []
-    for name, split, count in (("train", dataset.train, train), ("test", dataset.test, test)):
-        if count is not None and count < 1:
-            raise DataError(f"a limit of {count} {name} images leaves none: give at least 1")
-        if count is not None and count < len(split):
-            order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-            label += f", {count} of {len(split)} {name} images"
-            split = split.subset(order[:count])
-        splits.append(split)
-    train_split, test_split = splits
-    return make_dataset(train_split, test_split, dataset.classes, label)
+    """At most ``train`` training images and ``test`` images of each other split, drawn as `limit_split` does."""
+    train_split, label = limit_split(dataset.train, train, "train", dataset.label)
+    test_split, label = limit_split(dataset.test, test, "test", label)
+    val = dataset.val
+    if val is not None:
+        val, label = limit_split(val, test, "validation", label)
+    return make_dataset(train_split, test_split, dataset.classes, label, val, dataset.image_size)
+
+
+def divide(split: Split, share: float, seed: int, classes: tuple[str, ...]) -> tuple[Split, Split]:
+    """A split less a share of each class, and that share: drawn at random, the same for the same seed.
+
+    Raises:
+        DataError: for a share that is not between 0 and 1, or a class of one image, which cannot be on both sides.
+    """
+    if not 0 < share < 1:
+        raise DataError(f"a share of {share:g} for validation is not between 0 and 1: give one such as 0.2")
+    generator = torch.Generator().manual_seed(seed)
+    rest, kept = [], []
+    for label in split.labels.unique().tolist():
+        of_class = (split.labels == label).nonzero()[:, 0]
+        if len(of_class) < 2:
+            raise DataError(f"class {classes[label]!r} has one image, which --val-share cannot divide: add some")
+        order = of_class[torch.randperm(len(of_class), generator=generator)]
+        count = min(max(1, round(share * len(of_class))), len(of_class) - 1)
+        kept.append(order[:count])
+        rest.append(order[count:])
+    return tuple(split.subset(torch.cat(part).sort().values) for part in (rest, kept))  # type: ignore[return-value]

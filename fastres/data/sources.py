@@ -4,115 +4,216 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastres.data import cifar, download, folder, synthetic
-from fastres.data.cache import cached, default_folder, fingerprint
-from fastres.data.dataset import DataError, Dataset, make_dataset
+import torch
+
+from fastres.data import cifar, decode, download, layout, synthetic
+from fastres.data.cache import Cache, Facts, default_folder, digest
+from fastres.data.dataset import DataError, Dataset, Parts, Split, divide, make_dataset, make_parts
+from fastres.data.size import Sides, seen_side, stored_side
+from fastres.data.tree import entries, named, normal, stamp, walk
 
 logger = logging.getLogger(__name__)
 SOURCES = ("auto", "cifar10", "synthetic")
-IMAGE_SIZE = 32
 SYNTHETIC_SIZES = 10_000, 2_000
 GENUINE = "CIFAR-10"
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a source holds, what it is called, and the size at which its images are meant to be seen; None: any."""
+
+    parts: Parts
+    label: str
+    image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a source.
+
+    image_size: pixels a side that the images are to be seen at; None: the rule of `fastres.data.size` decides.
+    stored: pixels a side that a folder's images are decoded to, at most; None: what `stored_side` says.
+    val_share: share of each class that is kept from training for validation.
+    skip_bad: go on without the files that cannot be read.
+    training: whether there must be what a network can be trained and validated with.
+    """
+
+    image_size: int | None = None
+    stored: int | None = None
+    val_share: float | None = None
+    skip_bad: bool = False
+    training: bool = True
+
+
 class Loader:
-    """Reads any source, through one cache folder and with one way to speak."""
+    """Reads any source, through one cache and with one way to speak."""
 
-    def __init__(self, image_size: int | None, cache_folder: Path | None, say: Callable[[str], None]):
-        self.image_size, self.cache_folder, self.say = image_size, cache_folder, say
+    def __init__(self, wanted: Wanted, cache: Cache, say: Callable[[str], None]):
+        self.wanted, self.cache, self.say = wanted, cache, say
 
-    def cifar10(self, root: Path) -> Dataset:
+    def cifar10(self, root: Path) -> Found:
         """CIFAR-10 as published, from ``root`` or from the network."""
         batches = root / cifar.FOLDER
         why = f"CIFAR-10 is not under {root}"
         if has_batches(batches):
             try:
-                dataset = self.batches(batches)
-                if dataset.label == GENUINE:
-                    return dataset
+                found = self.batches(batches)
+                if found.label == GENUINE:
+                    return found
                 why = f"{batches} has not the checksums of CIFAR-10"
             except DataError as error:
                 why = str(error)
         download.download(root, why, self.say)
         return self.batches(batches)
 
-    def batches(self, path: Path) -> Dataset:
+    def batches(self, path: Path) -> Found:
         """A ``cifar-10-batches-py`` folder; it is called CIFAR-10 only if its checksums are CIFAR-10's."""
 
-        def build() -> Dataset:
+        def build() -> Parts:
             train, test, classes = cifar.read_batches(path)
-            other = f"batches {path.resolve().name} ({len(train)} images)"
-            label = GENUINE if cifar.is_genuine(path) else other
-            return make_dataset(train, test, classes, label)
+            return make_parts({"train": train, "test": test}, classes, genuine=cifar.is_genuine(path))
 
         files = [path / name for name in cifar.FILES]
         for file in files:
             if not file.is_file():
                 raise DataError(f"{file} is missing: {cifar.REMEDY}")
-        return cached(self.cache_folder, f"batches {path.resolve()}", fingerprint(files), build, self.say)
+        state = digest(*(f"{file.name} {stamp(file.stat())}" for file in files))
+        facts = self.cache.facts(
+            str(path.resolve()), state, lambda: Facts(digest(*(file.read_bytes() for file in files)))
+        )
+        parts = self.cache.parts(facts.content, 32, build)
+        other = f"batches {path.resolve().name} ({len(parts.splits['train'])} images)"
+        return Found(parts, GENUINE if parts.genuine else other)
 
-    def image_folder(self, path: Path) -> Dataset:
-        """An image folder ``PATH/{train,test}/CLASS/*``."""
+    def image_folder(self, path: Path) -> Found:
+        """An image folder: ``PATH/{train,val,test}/CLASS/**`` or ``PATH/CLASS/**``."""
+        splits = has_splits(path)
+        tree = walk(path, (lambda name: layout.split_of(name) is not None) if splits else (lambda name: True))
+        return self.listed(layout.arrange(tree), path)
 
-        def build() -> Dataset:
-            train, test, classes = folder.read_image_folder(path, side)
-            name = path.resolve().name
-            return make_dataset(train, test, classes, f"image folder {name} ({len(train)} images)")
+    def listed(self, listing: layout.Listing, path: Path) -> Found:
+        """The images of a listing, decoded or from the cache."""
+        for line in listing.said():
+            self.say(line)
+        if self.wanted.training:
+            layout.for_training(listing, self.wanted.val_share)
+        members = [member for part in listing.splits.values() for member, _ in part]
+        labelled = [(split, label) for split, part in listing.splits.items() for _, label in part]
+        names = [f"{split} {listing.classes[label]}" for split, label in labelled]
+        looks: list[decode.Look] | None = None
 
-        _, files = folder.list_images(path)
-        side = IMAGE_SIZE if self.image_size is None else folder.stored_side(files, self.image_size)
-        state = fingerprint(entry for split in files.values() for members in split for entry in members)
-        return cached(self.cache_folder, f"folder {path.resolve()} {side}", state, build, self.say)
+        def find() -> Facts:
+            nonlocal looks
+            looks = decode.look_at(members, desc="reading")
+            sides = [look.side for look in looks if look.fault is None]
+            if not sides:
+                raise decode.unreadable([decode.Fault(m.where, look.fault or "") for m, look in zip(members, looks)])
+            content = digest(*(part for name, look in zip(names, looks) for part in (name, look.digest)))
+            return Facts(content, Sides.of(sides))
 
-    def synthetic(self) -> Dataset:
+        state = digest(*(f"{name} {'/'.join(m.parts)} {m.stamp}" for name, m in zip(names, members)))
+        facts = self.cache.facts(str(path.resolve()), state, find)
+        assert facts.sides is not None
+        seen = seen_side(facts.sides, self.wanted.image_size)
+        size = stored_side(facts.sides, seen) if self.wanted.stored is None else self.wanted.stored
+        why = "" if self.wanted.image_size else "; --image-size takes another size"
+        self.say(f"{listing.where}: {len(members)} images of {facts.sides}, taken at {seen}x{seen}{why}")
+        parts = self.cache.parts(facts.content, size, lambda: decoded(listing, looks, size))
+        self.skip([decode.Fault(members[number].where, reason) for number, reason in parts.bad])
+        first = next(iter(parts.splits.values()))
+        lacking = set(range(len(listing.classes))) - set(first.labels.tolist())
+        if self.wanted.training and lacking:
+            raise DataError(
+                f"class {listing.classes[min(lacking)]!r} has no image that can be read in {listing.where}: add some or "
+                "remove its folder"
+            )
+        return Found(parts, f"image folder {path.resolve().name} ({len(first)} images)", seen)
+
+    def skip(self, faults: list[decode.Fault]) -> None:
+        """Name the files that cannot be read.
+
+        Raises:
+            DataError: unless they are to be skipped.
+        """
+        if faults and not self.wanted.skip_bad:
+            raise decode.unreadable(faults)
+        if faults:
+            self.say(f"left out: {len(faults)} unreadable images ({named(f'{f.where}: {f.reason}' for f in faults)})")
+
+    def synthetic(self) -> Found:
         """The built-in drawn set."""
         train, test = (synthetic.synthetic_split(n, split=i) for i, n in enumerate(SYNTHETIC_SIZES))
-        return make_dataset(train, test, synthetic.CLASSES, synthetic.LABEL)
+        return Found(make_parts({"train": train, "test": test}, synthetic.CLASSES), synthetic.LABEL)
 
-    def path(self, path: Path) -> Dataset:
+    def path(self, path: Path) -> Found:
         """The image folder or the batches at ``path`` or right under it."""
         if not path.is_dir():
             raise DataError(
                 f"data {str(path)!r} is not a folder: give {', '.join(SOURCES)} or an existing folder"
             )
-        if has_images(path):
-            return self.image_folder(path)
-        for batches in (path, path / cifar.FOLDER):
-            if has_batches(batches):
-                return self.batches(batches)
-        raise DataError(
-            f"folder {path} holds neither train/CLASS/IMAGE and test/CLASS/IMAGE nor {cifar.FOLDER}: "
-            f"arrange it so, or give {', '.join(SOURCES)}"
-        )
+        if not has_splits(path):
+            for batches in (path, path / cifar.FOLDER):
+                if has_batches(batches):
+                    return self.batches(batches)
+        return self.image_folder(path)
 
-    def auto(self, root: Path) -> Dataset:
+    def auto(self, root: Path) -> Found:
         """The first source that is there, with a word on those before it that are not.
 
         One that is there but damaged is an error: falling through would train on other data than was meant.
         """
         missing = []
         try:
-            dataset = self.cifar10(root)
+            found = self.cifar10(root)
         except DataError as error:
             missing.append(str(error))
-            if has_images(root):
-                dataset = self.image_folder(root)
+            if has_splits(root):
+                found = self.image_folder(root)
             elif has_batches(root / cifar.FOLDER):
                 missing.append(f"no image folder {root}/{{train,test}}/CLASS")
-                dataset = self.batches(root / cifar.FOLDER)
+                found = self.batches(root / cifar.FOLDER)
             else:
                 missing += [f"no image folder {root}/{{train,test}}/CLASS", f"no {root / cifar.FOLDER}"]
-                dataset = self.synthetic()
-        self.say("; ".join([f"data: {dataset.label}", *(f"not taken: {reason}" for reason in missing)]))
-        return dataset
+                found = self.synthetic()
+        self.say("; ".join([f"data: {found.label}", *(f"not taken: {reason}" for reason in missing)]))
+        return found
+
+    def find(self, source: str | os.PathLike, root: Path) -> Found:
+        """Any source by name or path."""
+        if source == "auto":
+            return self.auto(root)
+        if source == "cifar10":
+            return self.cifar10(root)
+        return self.synthetic() if source == "synthetic" else self.path(Path(source))
 
 
-def has_images(path: Path) -> bool:
-    """Whether a folder is meant as an image folder, complete or not."""
-    return (path / "train").is_dir() or (path / "test").is_dir()
+def decoded(listing: layout.Listing, looks: list[decode.Look] | None, size: int) -> Parts:
+    """The images of a listing at ``size``; a split without any that can be read is left out."""
+    members = [member for part in listing.splits.values() for member, _ in part]
+    images, faults = decode.decode(members, looks, size, desc="decoding")
+    splits, start = {}, 0
+    for name, part in listing.splits.items():
+        stop = start + len(part)
+        good = [number for number in range(start, stop) if number not in faults]
+        chosen = images[start:stop] if len(good) == len(part) else images[good]
+        labels = torch.tensor([part[number - start][1] for number in good], dtype=torch.int64)
+        if good:
+            splits[name] = Split(torch.from_numpy(chosen).permute(0, 3, 1, 2), labels)
+        start = stop
+    bad = tuple((number, fault.reason) for number, fault in faults.items())
+    return make_parts(splits, listing.classes, bad)
+
+
+def has_splits(path: Path) -> bool:
+    """Whether a folder holds one that is named after a split and has folders in it, complete or not."""
+    if not path.is_dir():
+        return False
+    splits = [path / name for name in os.listdir(path) if layout.split_of(name) and (path / name).is_dir()]
+    return any(entry.is_dir() for split in splits for entry in entries(str(split)))
 
 
 def has_batches(path: Path) -> bool:
@@ -128,32 +229,106 @@ def load(
     image_size: int | None = None,
     cache: bool | str | os.PathLike = True,
     say: Callable[[str], None] = logger.warning,
+    val_share: float | None = None,
+    val_seed: int = 0,
+    skip_bad: bool = False,
 ) -> Dataset:
-    """Load labelled images.
+    """Load labelled images to train with.
 
     Args:
         source: ``cifar10``: as published, from ``root``, else downloaded to it by torchvision. ``synthetic``:
-            ten drawn shapes, built in. A path: an image folder ``PATH/{train,test}/CLASS/*``, or
-            ``cifar-10-batches-py`` or the folder it is in. ``auto``: the first that is there of CIFAR-10, an
+            ten drawn shapes, built in. A path: an image folder ``PATH/{train,val,test}/CLASS/**`` or ``PATH/CLASS/**``,
+            or ``cifar-10-batches-py`` or the folder it is in. ``auto``: the first that is there of CIFAR-10, an
             image folder ``root``, ``root/cifar-10-batches-py`` and the synthetic set; ``say`` hears which one
             and why not those before it.
         root: where ``auto`` and ``cifar10`` look.
-        image_size: side in pixels that an image folder's images are brought to (32 if None), or what they have
-            where that is less; CIFAR-10 and the synthetic set always have 32, see `Augment.resize`.
+        image_size: side in pixels that an image folder's images are to be seen at; None: their median shorter side, or
+            224 where that is less. They are decoded to it, or to what the largest has where that is less. CIFAR-10
+            and the synthetic set always have 32, see `Augment.resize`.
         cache: keep decoded images in `cache.default_folder`, or in this folder, or not at all.
-        say: takes one line: what was chosen, downloads, warnings.
+        say: takes one line: what was chosen, its size, what was left out, downloads, warnings.
+        val_share: share of each class's training images that is kept from training to pick the best epoch; a test set
+            then picks nothing. A folder without one needs it.
+        val_seed: which images these are.
+        skip_bad: go on without the files that cannot be read.
 
     Raises:
-        DataError: when the source is missing or damaged; the message names the file and the remedy.
+        DataError: when the source is missing or damaged; the message names the files and the remedy.
     """
-    if image_size is not None and image_size < 1:
-        raise DataError(f"image size {image_size} must be at least 1 pixel")
-    cache_folder = default_folder() if cache is True else None if cache is False else Path(cache)
-    loader = Loader(image_size, cache_folder, say)
-    if source == "auto":
-        return loader.auto(Path(root))
-    if source == "cifar10":
-        return loader.cifar10(Path(root))
-    if source == "synthetic":
-        return loader.synthetic()
-    return loader.path(Path(source))
+    loader = _loader(Wanted(image_size, None, val_share, skip_bad), cache, say)
+    found = loader.find(source, Path(root))
+    return _dataset(found, val_share, val_seed)
+
+
+def _loader(wanted: Wanted, cache: bool | str | os.PathLike, say: Callable[[str], None]) -> Loader:
+    for size in (wanted.image_size, wanted.stored):
+        if size is not None and size < 1:
+            raise DataError(f"image size {size} must be at least 1 pixel")
+    if wanted.val_share is not None and not 0 < wanted.val_share < 1:
+        raise DataError(f"--val-share {wanted.val_share:g} is not between 0 and 1: give a share such as 0.2")
+    folder = default_folder() if cache is True else None if cache is False else Path(cache)
+    return Loader(wanted, Cache(folder, say), say)
+
+
+def _dataset(found: Found, val_share: float | None, val_seed: int) -> Dataset:
+    parts, label = found.parts, found.label
+    splits = dict(parts.splits)
+    train = splits.pop("train", None) or splits.pop(layout.ALL)
+    val, test = splits.get("val"), splits.get("test")
+    if val_share is not None:
+        train, val = divide(train, val_share, val_seed, parts.classes)
+        label += f", {len(val)} of {len(train) + len(val)} kept for validation"
+    if test is None:
+        val, test = None, val
+    if test is None:
+        raise DataError(f"{label}: no image for validation can be read: replace them")
+    if val_share is not None:
+        return make_dataset(train, test, parts.classes, label, val, found.image_size)
+    return Dataset(train, test, parts.classes, label, parts.mean, parts.std, val, found.image_size)
+
+
+def load_test(
+    source: str | os.PathLike,
+    root: str | os.PathLike,
+    classes: Sequence[str],
+    image_size: int,
+    stored_size: int,
+    cache: bool | str | os.PathLike = True,
+    say: Callable[[str], None] = logger.warning,
+    val_share: float | None = None,
+    val_seed: int = 0,
+    skip_bad: bool = False,
+) -> tuple[Split, str]:
+    """Labelled images to evaluate a trained network with, and what they are called.
+
+    They are the source's split for tests, else that for validation; of a flat folder all images, or with ``val_share``
+    those that `load` kept for validation. Not every class need have images.
+
+    Args:
+        classes: of the network, which the labels count.
+        image_size: pixels a side that the network sees.
+        stored_size: pixels a side that its training images were decoded to.
+        others: see `load`.
+
+    Raises:
+        DataError: see `load`; also for a class that the network does not know.
+    """
+    loader = _loader(Wanted(image_size, stored_size, None, skip_bad, training=False), cache, say)
+    found = loader.find(source, Path(root))
+    splits, label = found.parts.splits, found.label
+    known = {normal(name): number for number, name in enumerate(classes)}
+    if unknown := [name for name in found.parts.classes if normal(name) not in known]:
+        raise DataError(
+            f"the network tells apart {', '.join(classes)}, but {label} has the class {unknown[0]!r}: name the data it "
+            "was trained for with --data"
+        )
+    part = splits.get("test") or splits.get("val")
+    if part is None and val_share is not None:
+        part = divide(next(iter(splits.values())), val_share, val_seed, found.parts.classes)[1]
+        label += f", {len(part)} kept for validation"
+    if part is None:
+        if "train" in splits:
+            raise DataError(f"{label} has no images for tests: add a folder 'test' or name another one with --data")
+        part = splits[layout.ALL]
+    numbers = torch.tensor([known[normal(name)] for name in found.parts.classes])
+    return Split(part.images, numbers[part.labels]), label

@@ -21,8 +21,17 @@ from fastres.train.whiten import whiten
 
 
 def image_size(config: TrainConfig, dataset: Dataset) -> int:
-    """Pixels a side of the images that the network sees in the end."""
-    return config.image_size or dataset.train.images.shape[-1]
+    """Pixels a side of the images that the network sees in the end.
+
+    Raises:
+        DataError: where the data were decoded to be seen at another size than the configuration asks for.
+    """
+    if config.image_size and dataset.image_size not in (None, config.image_size):
+        raise DataError(
+            f"{dataset.label} was loaded for {dataset.image_size} pixels, but --image-size is {config.image_size}: "
+            f"load it with image_size={config.image_size}, or leave --image-size out"
+        )
+    return config.image_size or dataset.image_size or dataset.train.images.shape[-1]
 
 
 def model_options(config: TrainConfig, size: int) -> dict[str, Any]:
@@ -82,14 +91,15 @@ def build_batches(
         for smaller, _ in parse_progressive(config.progressive):
             if smaller > size:
                 raise DataError(f"--progressive {config.progressive}: {smaller} exceeds the images' {size} pixels")
-    augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size)
+    augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size or dataset.image_size)
+    validation = dataset.validation
     common: dict[str, Any] = dict(
         mean=dataset.mean, std=dataset.std, augment=augment, seed=config.seed, device=device,
         share=(ranks.rank, ranks.count),
     )  # fmt: skip
     return (
         Batches(dataset.train, config.batch_size, train=True, **common),
-        Batches(dataset.test, min(config.eval_batch_size, len(dataset.test)), train=False, **common),
+        Batches(validation, min(config.eval_batch_size, len(validation)), train=False, **common),
     )
 
 

@@ -52,9 +52,17 @@ class TrainConfig:
         0, "recompute activations in groups of this many blocks (0: store all)", kind=int, low=0
     )
     # data
-    data: str = option("auto", "auto, cifar10, synthetic, or a folder", kind=str)
+    data: str = option("auto", "auto, cifar10, synthetic, or a path, see README.md", kind=str)
     data_root: str = option("data", "folder that CIFAR-10 is looked for in and downloaded to", kind=str)
-    image_size: int | None = option(None, "resize every image to this many pixels", kind=int, low=8, high=1024)
+    image_size: int | None = option(
+        None, "pixels a side of every image; none: a folder's median shorter side, at most 224", kind=int, low=8, high=1024
+    )
+    val_share: float | None = option(
+        None, "share of each class kept from training to pick the best epoch; a test set then picks nothing",
+        kind=float, low=0.0, high=1.0,
+    )  # fmt: skip
+    val_seed: int = option(0, "seed of the draw of --val-share", kind=int, low=0, high=2**63 - 1)
+    skip_bad: bool = option(False, "go on without image files that cannot be read", kind=bool)
     limit_train: int | None = option(None, "use only so many images of the training set, drawn once", kind=int, low=1)
     limit_test: int | None = option(None, "use only so many images of the test set, drawn once", kind=int, low=1)
     crop_pad: int = option(4, "random crop: pixels of reflect padding", kind=int, low=0)

@@ -22,5 +22,5 @@ def plot_curves(history: list[dict[str, Any]], label: str, file: IO[bytes]) -> N
         axes.set(xlabel="epoch", ylabel=name)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(label)
+    figure.suptitle(label, parse_math=False)  # a folder's name may hold dollar signs
     figure.savefig(file, format="png", dpi=120)

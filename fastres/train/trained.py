@@ -20,7 +20,8 @@ from fastres.train.machine import pick_backend
 class Trained:
     """A network in evaluation mode with what its inputs and outputs mean.
 
-    ``mean`` and ``std`` are per channel on the scale 0..255 of the pixels; ``data`` labels its training images.
+    ``mean`` and ``std`` are per channel on the scale 0..255 of the pixels; ``data`` labels its training images, which were
+    decoded to ``stored_size`` pixels a side and brought to ``image_size``, which the network sees.
     """
 
     model: nn.Module
@@ -29,6 +30,7 @@ class Trained:
     mean: list[float]
     std: list[float]
     image_size: int
+    stored_size: int
     data: str
     epoch: int
     options: dict[str, Any]
@@ -60,6 +62,7 @@ def load_trained(path: Path, device: torch.device) -> Trained:
         model = create_model(saved["model"], num_classes=len(saved["classes"]), **saved["model_options"])
         weights = saved["weights"]
         facts = {name: saved[name] for name in ("classes", "mean", "std", "image_size", "data", "epoch", "options")}
+        facts["stored_size"] = saved.get("stored_size", saved["image_size"])
     except KeyError as error:
         raise CheckpointError(f"checkpoint {path} lacks {error}: take another one or train again") from error
     load_weights(model, weights, path)

@@ -304,6 +304,7 @@ class Trainer:
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
             "image_size": self.image_size,
+            "stored_size": self.dataset.train.images.shape[-1],
             "data": self.dataset.label,
             "epoch": self.epoch,
             "step": self.step,
@@ -348,6 +349,12 @@ class Trainer:
         if saved["data"] != self.dataset.label or saved["classes"] != list(self.dataset.classes):
             raise FastresError(
                 f"{self.folder.last} was trained on {saved['data']!r}, not on {self.dataset.label!r}: "
+                "give the former data with --data"
+            )
+        sizes = self._identity()
+        if differing := [name for name in ("image_size", "stored_size") if saved[name] != sizes[name]]:
+            raise FastresError(
+                f"{self.folder.last} was trained on images of {saved[differing[0]]} pixels, not {sizes[differing[0]]}: "
                 "give the former data with --data"
             )
         load_weights(self.model, saved["weights"], self.folder.last)

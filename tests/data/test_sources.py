@@ -28,8 +28,8 @@ def test_an_image_folder_by_path(tmp_path):
     write_image_folder(tmp_path / "insects", size=(20, 30))
     dataset, said = load(str(tmp_path / "insects"))
     assert dataset.label == "image folder insects (6 images)"
-    assert dataset.classes == ("ant", "bee") and dataset.train.images.shape == (6, 3, 32, 32)
-    assert said == []
+    assert dataset.classes == ("ant", "bee") and dataset.train.images.shape == (6, 3, 20, 20)
+    assert said == [f"{tmp_path / 'insects'}: 10 images of 20 pixels, taken at 20x20; --image-size takes another size"]
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -109,7 +109,7 @@ def test_auto_takes_the_first_that_is_there(tmp_path, monkeypatch, small_synthet
     assert "checksums of CIFAR-10" in line and "no image folder" in line
 
     write_image_folder(root)
-    dataset, (line,) = load(root=root)
+    dataset, (*_, line) = load(root=root)
     assert dataset.label == "image folder root (6 images)"
     assert "checksums of CIFAR-10" in line
 

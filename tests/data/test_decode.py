@@ -4,15 +4,19 @@ import torch
 from PIL import Image
 from support_data import write_image_folder
 
+from fastres import data
 from fastres.data import DataError, read_images
-from fastres.data.folder import list_images, read_image, read_image_folder
+from fastres.data.decode import read_image
 
 
 def test_reads_classes_sorted_by_name(tmp_path):
     written = write_image_folder(tmp_path, classes=("wasp", "ant", "bee"), train=3, test=2)
     (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / ".hidden").mkdir()
-    train, test, classes = read_image_folder(tmp_path, 32)
+    said = []
+    loaded = data.load(tmp_path, image_size=32, say=said.append)
+    train, test, classes = loaded.train, loaded.test, loaded.classes
+    assert "1 files without an image's suffix" in said[0] and "notes.txt" in said[0]
     assert classes == ("ant", "bee", "wasp")
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert test.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -23,7 +27,7 @@ def test_reads_classes_sorted_by_name(tmp_path):
 
 def test_more_images_than_one_task_keep_their_order(tmp_path):
     written = write_image_folder(tmp_path, train=150, test=1, size=(8, 8))
-    train, _, _ = read_image_folder(tmp_path, 8)
+    train = data.load(tmp_path, image_size=8).train
     expected = np.stack(written["train", "ant"] + written["train", "bee"])
     np.testing.assert_array_equal(train.images.permute(0, 2, 3, 1).numpy(), expected)
 
@@ -48,7 +52,7 @@ def test_shrinking_is_antialiased(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mode, value, expected", [("L", 90, 90), ("RGBA", (10, 20, 30, 128), (10, 20, 30)), ("1", 1, 255)]
+    "mode, value, expected", [("L", 90, 90), ("RGBA", (10, 20, 30, 255), (10, 20, 30)), ("1", 1, 255)]
 )
 def test_other_modes_become_rgb(tmp_path, mode, value, expected):
     Image.new(mode, (8, 8), value).save(tmp_path / "a.png")
@@ -63,56 +67,45 @@ def test_a_large_jpeg_comes_close_to_its_full_decode(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("size", [(16, 16), (200, 150)])  # decoded at the first look, and later
 @pytest.mark.parametrize(
     "damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"hello" * 100]
 )
-def test_a_damaged_image_is_named(tmp_path, suffix, damage):
-    write_image_folder(tmp_path, train=80, test=1, size=(16, 16), suffix=suffix)
-    file = tmp_path / "train" / "bee" / f"0070{suffix}"
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(DataError, match=f"image {file} cannot be read .*: replace or remove it") as error:
-        read_image_folder(tmp_path, 16)
-    assert "\n" not in str(error.value)
+def test_damaged_images_are_all_named_or_left_out(tmp_path, suffix, size, damage):
+    written = write_image_folder(tmp_path, train=5, test=2, size=size, suffix=suffix)
+    files = [tmp_path / place for place in (f"train/ant/0001{suffix}", f"train/bee/0004{suffix}", f"test/bee/0000{suffix}")]
+    for file in files:
+        file.write_bytes(damage(file.read_bytes()))
+    for _ in range(2):  # decoded, and from the cache
+        with pytest.raises(DataError, match="3 images cannot be read: .* with --skip-bad") as error:
+            data.load(tmp_path)
+        assert all(str(file) in str(error.value) for file in files) and "\n" not in str(error.value)
+    said = []
+    rest = data.load(tmp_path, skip_bad=True, say=said.append)
+    assert (len(rest.train), len(rest.test)) == (8, 3) and rest.train.labels.tolist() == [0] * 4 + [1] * 4
+    assert "3 unreadable images" in said[-1] and all(str(file) in said[-1] for file in files)
+    if suffix == ".png" and size == (16, 16):
+        expected = np.stack([image for i, image in enumerate(written["train", "ant"]) if i != 1])
+        np.testing.assert_array_equal(rest.train.images[:4].permute(0, 2, 3, 1).numpy(), expected)
+
+
+def test_a_class_without_a_readable_image_is_named(tmp_path):
+    write_image_folder(tmp_path, train=1)
+    file = tmp_path / "train" / "bee" / "0000.png"
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match=f"image {file} cannot be read .the file is empty.: replace or remove it"):
+        data.load(tmp_path)
+    with pytest.raises(DataError, match="class 'bee' has no image that can be read"):
+        data.load(tmp_path, skip_bad=True)
+
+
+def test_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    write_image_folder(tmp_path)
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    with pytest.raises(DataError, match="10 images of 32 pixels a side take .* lower --image-size"):
+        data.load(tmp_path)
 
 
 def test_an_image_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match="image .*none.png does not exist"):
         read_images([tmp_path / "none.png"], 8)
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_missing_split_is_named(tmp_path, split):
-    write_image_folder(tmp_path)
-    (tmp_path / split).rename(tmp_path / "other")
-    with pytest.raises(DataError, match=f"has no folder '{split}'"):
-        list_images(tmp_path)
-
-
-@pytest.mark.parametrize("split, other", [("train", "test"), ("test", "train")])
-def test_classes_that_differ_are_named(tmp_path, split, other):
-    write_image_folder(tmp_path)
-    (tmp_path / split / "bee").rename(tmp_path / split / "fly")
-    with pytest.raises(DataError, match=f"class '.*' is in {tmp_path}/train but not in {tmp_path}/test"):
-        list_images(tmp_path)
-    (tmp_path / split / "fly").rename(tmp_path / split / "bee")
-    extra = tmp_path / split / "fly"
-    extra.mkdir()
-    (extra / "a.png").write_bytes(b"")
-    with pytest.raises(
-        DataError, match=f"class 'fly' is in {tmp_path}/{split} but not in {tmp_path}/{other}"
-    ):
-        list_images(tmp_path)
-
-
-def test_an_empty_class_is_named(tmp_path):
-    write_image_folder(tmp_path)
-    for file in (tmp_path / "test" / "bee").iterdir():
-        file.unlink()
-    with pytest.raises(DataError, match="test/bee holds no image"):
-        list_images(tmp_path)
-
-
-def test_one_class_is_too_few(tmp_path):
-    write_image_folder(tmp_path, classes=("ant",))
-    with pytest.raises(DataError, match="has 1 class folders: at least 2"):
-        list_images(tmp_path)

@@ -141,9 +141,15 @@ def bn_backward_coef(
 
 
 def bn_backward_apply(dz: Tensor, y: Tensor | None, abc: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``A*dz + B*y + C (+ residual)``; y None: B and C are 0, and ``0*y`` is not NaN where y is not finite."""
-    dy = _affine(dz, abc[0], torch.zeros_like(abc[0])) if y is None else _affine(y, abc[1], abc[2]).addcmul_(dz, abc[0])
-    return dy if residual is None else dy.add_(residual)
+    """``A*dz + B*y + C (+ residual)``; y None: B and C are 0, and ``0*y`` is not NaN where y is not finite.
+
+    Rounded once: the sum over the pixels is 0 but for rounding, and one of C would be the same at every pixel.
+    """
+    if y is None:
+        dy = _affine(dz, abc[0], torch.zeros_like(abc[0]))
+        return dy if residual is None else dy.add_(residual)
+    dy = torch.addcmul(abc[2], y, abc[1]).addcmul_(dz, abc[0])
+    return (dy if residual is None else dy.add_(residual)).to(dz.dtype)
 
 
 def bn_relu_max_pool(

@@ -55,7 +55,7 @@ def conv_bias_act(
         return plain.conv_bias_act(x, conv, bias, residual, relu)
     if packed is not None and _is_run(x) and not (conv.weight.is_inference() or bias.is_inference()):
         p = primitives(x)
-        if hasattr(p, "packed_conv_bias_act"):
+        if hasattr(p, "packed_conv_bias_act") and cpu.packs(x.dtype):
             return p.packed_conv_bias_act(x, conv.weight, packed, bias, conv.stride, conv.pad, residual, relu)
     weight = nhwc_weight(conv.weight, x.dtype)
     return conv_bias_act_forward(x, weight, bias.contiguous(), conv.stride, list(conv.pad), residual, relu)

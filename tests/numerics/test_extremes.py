@@ -7,7 +7,8 @@ is finite errs as little as eager's. The cases are drawn, on ATen, the passes co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -125,12 +126,28 @@ def _can_hold(case: Extreme) -> bool:
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def another_rounding() -> Iterator[None]:
+    """PyTorch's own CPU convolutions in place of oneDNN's: they add up in another order.
+
+    Where a result is cancellation's rest, as the sum over a constant channel's gradient is, its error is luck, and
+    differs by the machine: eager's bar is the larger of two draws of it.
+    """
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns of what it sets beside
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 def assert_same_places(
-    ours: Tensor, eager: Tensor, exact: Tensor, granted: float, name: str, whole: bool = False
+    ours: Tensor, eager: Tensor, again: Tensor, exact: Tensor, granted: float, name: str, whole: bool = False
 ) -> None:
     """Finite at the same places, and there as near to fp64 as eager is.
 
     Args:
+        again: eager's result in `another_rounding`.
         granted: relative error that is always granted.
         whole: only whether anything is not finite must be the same.
     """
@@ -144,6 +161,8 @@ def assert_same_places(
     finite = eager.isfinite() & exact.isfinite() & ours.isfinite()
     if finite.any() and granted < LOST:
         error, eagers = (relative_error(t[finite], exact[finite]) for t in (ours, eager))
+        if again[finite].isfinite().all():
+            eagers = max(eagers, relative_error(again[finite], exact[finite]))
         bound = max(5 * eagers, granted) if eagers < LOST else 10 * eagers
         assert error <= bound, f"{name} {tuple(ours.shape)}: error {error:.2e} over {bound:.2e}"
 
@@ -168,12 +187,13 @@ def compare(case: Extreme, fused: Callable, eager: Callable, arguments: tuple) -
         dout.view(-1)[dout.numel() // 2] = case.wrong
     with_case = partial(with_grads, dout=dout)
     ours, theirs = (with_case(f, arguments, case.dtype) for f in (fused, eager))
+    with another_rounding():
+        again = with_case(eager, arguments, case.dtype)
     exact = with_case(eager, arguments, torch.float64)
-    assert len(ours) == len(theirs)
     bar = granted(case, tracked)
-    for index, trio in enumerate(zip(ours, theirs, exact, strict=True)):
+    for index, four in enumerate(zip(ours, theirs, again, exact, strict=True)):
         # whether a zero of the padding meets an infinite gradient, and makes NaN of it, is the convolution's own affair
-        assert_same_places(*trio, bar, f"tensor {index}", whole=case.wrong_gradient and index > 0)
+        assert_same_places(*four, bar, f"tensor {index}", whole=case.wrong_gradient and index > 0)
 
 
 def for_drawn(room: str, check: Callable, **options: bool) -> None:
@@ -309,7 +329,9 @@ def test_folded_convolutions(room):
         arguments = rounded(moved([x, conv, bias.double(), added]), case.dtype)
         exact = eager(*arguments)
         ours, theirs = (f(*(cast(a, case.dtype) for a in arguments)).double() for f in (fused, eager))
-        assert_same_places(ours, theirs, exact, 2 * FLOOR[case.dtype], "result")
+        with another_rounding():
+            again = eager(*(cast(a, case.dtype) for a in arguments)).double()
+        assert_same_places(ours, theirs, again, exact, 2 * FLOOR[case.dtype], "result")
 
     for_drawn(room, check)
 

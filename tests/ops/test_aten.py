@@ -61,3 +61,15 @@ def test_pool_index_is_the_winning_tap():
     assert out.flatten().tolist() == [5, 9] and index.flatten().tolist() == [2, 3]
     dz, _ = aten.bn_relu_max_pool_backward(torch.ones_like(out), index, y, identity, 2, 2, (0, 0, 0, 0))
     assert dz.flatten().tolist() == [0, 0, 0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_gradient_in_front_of_batchnorm_is_rounded_once(dtype, residual):
+    """Of a constant channel it is A*dz + C, its sum 0: C rounded by itself would err alike at every pixel."""
+    dz, y, added = torch.randn(8, 16, 16, 4).to(dtype), torch.zeros(8, 16, 16, 4, dtype=dtype), torch.randn(8, 16, 16, 4)
+    added = added.to(dtype) if residual else None
+    abc = torch.tensor([[300.0] * 4, [7.0] * 4, [0.013, 1.03, 10.3, 103.3]])
+    exact = aten.bn_backward_apply(dz.double(), y.double(), abc.double(), None if added is None else added.double())
+    ours = aten.bn_backward_apply(dz, y, abc, added)
+    assert ours.dtype == dtype and torch.equal(ours, exact.to(dtype))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from fastres.ops.cpu import packed, passes
 from fastres.ops.cpu.build import unavailable
 from fastres.ops.cpu.convolutions import PartedConvolutions
+from fastres.ops.cpu.onednn import takes as packs
 from fastres.ops.cpu.packed import PackedConv, packed_weight
 
 _PASSES = (
@@ -18,7 +19,7 @@ _CONVOLUTIONS = "conv bn_add_relu_conv conv_dgrad conv_wgrad conv_backward conv_
 
 DTYPES = tuple(passes.DTYPES)
 
-__all__ = ["DTYPES", "PackedConv", "packed_weight", "primitives", "unavailable"]
+__all__ = ["DTYPES", "PackedConv", "packed_weight", "packs", "primitives", "unavailable"]
 
 
 def primitives() -> SimpleNamespace:

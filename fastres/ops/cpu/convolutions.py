@@ -54,7 +54,7 @@ class PartedConvolutions(LibraryConvolutions):
         relu: bool = True,
     ) -> Tensor:
         """``relu(conv2d(x, w) + bias (+ residual))``, the addition in oneDNN's call where PyTorch has it."""
-        if residual is None or not onednn.AVAILABLE:
+        if residual is None or not onednn.takes(x.dtype):
             return super().conv_bias_act(x, w, bias, stride, pad, residual, relu)
         x, padding = padded(x, pad)
         return nhwc(onednn.conv_bias_act(nchw(x), nchw(w), bias.to(x.dtype), stride, padding, nchw(residual), relu))

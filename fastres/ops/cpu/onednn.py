@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 mkldnn = torch.ops.mkldnn
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_convolution_pointwise")
+
+
+@cache
+def takes(dtype: torch.dtype) -> bool:
+    """Whether the call is there for activations of this dtype: bf16 needs a CPU with AVX-512 or the like."""
+    if not AVAILABLE:
+        return False
+    supported = getattr(mkldnn, "_is_mkldnn_bf16_supported", None)
+    return dtype != torch.bfloat16 or supported is None or supported()
 
 
 def conv_bias_act(

@@ -38,7 +38,7 @@ def levers() -> dict[str, Callable[[], Any]]:
         "all": contextlib.nullcontext,
         "ATen's passes": partial(ops.implementation, "aten"),
         "whole batches": partial(mock.patch.object, convolutions, "PART_BYTES", 2**60),
-        "oneDNN's weight gradients": partial(mock.patch.object, passes, "has_weight_grad", lambda: False),
+        "oneDNN's weight gradients": partial(mock.patch.object, passes, "uses_weight_grad", lambda: False),
         "oneDNN's 1x1 convolutions": partial(mock.patch.object, products, "_is_product", lambda w, pad: False),
         "blocks one by one": partial(mock.patch.object, blocks, "LONGEST", 1),
         "no gradient in another's memory": _apart,

@@ -52,7 +52,7 @@ def test_levers_are_taken_away_and_come_back():
 
     every = called(contexts["all"])
     assert every["parts"] and every["product"] and every["moments"]
-    assert bool(every["weight_grad"]) == passes.has_weight_grad()
+    assert bool(every["weight_grad"]) == passes.uses_weight_grad()
     assert called(contexts["oneDNN's weight gradients"])["weight_grad"] == 0
     assert called(contexts["oneDNN's 1x1 convolutions"])["product"] == 0
     assert called(contexts["ATen's passes"])["moments"] == 0

@@ -13,7 +13,7 @@ from fastres.ops import aten, cpu
 from fastres.ops.cpu import passes, products
 
 pytestmark = pytest.mark.skipif(
-    cpu.unavailable() is not None or not passes.has_weight_grad(), reason="no AVX512-BF16, or AMX"
+    cpu.unavailable() is not None or not passes.has_weight_grad(), reason="no AVX512-BF16"
 )
 BF16 = torch.bfloat16
 
@@ -105,10 +105,11 @@ def test_where_it_is_used(inputs, kernel, normalised, used, monkeypatch):
     """Elsewhere, as on a CPU that lacks it, the gradients are PyTorch's and the same but for rounding."""
     x, coef, dy, w, stride, pad = made(3, (8, 9), inputs, 24, kernel, 2, (kernel // 2,) * 4, normalised=normalised)
     calls, real = [], passes.weight_grad
+    monkeypatch.setattr(passes, "uses_weight_grad", lambda: True)  # also where AMX is faster
     monkeypatch.setattr(passes, "weight_grad", lambda *arguments: calls.append(1) or real(*arguments))
     dx, dw = products.backward(dy, x, coef, w, stride, pad, None, True, True)
     assert bool(calls) == used
-    monkeypatch.setattr(passes, "has_weight_grad", lambda: False)
+    monkeypatch.setattr(passes, "uses_weight_grad", lambda: False)
     other_dx, other_dw = products.backward(dy, x, coef, w, stride, pad, None, True, True)
     assert len(calls) == used and torch.equal(dx, other_dx)
     assert relative_error(dw, other_dw.double()) < FLOOR[BF16]

@@ -133,3 +133,25 @@ def test_fakes_take_the_operation_and_leave_no_fake_behind():
     assert kept._ready is None
     plain = conv_bias_act(x, conv, bias)
     torch.testing.assert_close(conv_bias_act(x, conv, bias, packed=kept), plain)
+
+
+def test_a_cpu_without_avx512_has_bf16_too(monkeypatch):
+    """There oneDNN's call refuses bf16, which goes to PyTorch's own convolution."""
+
+    def refuse(*_):
+        raise RuntimeError("the bf16 path needs AVX-512")
+
+    onednn.takes.cache_clear()
+    monkeypatch.setattr(onednn.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(onednn, "conv_bias_act", refuse)
+    try:
+        x, weight, bias = torch.randn(2, 5, 4, 8), random_weight(8, 8, 3), torch.randn(8)
+        conv, added = Conv(weight.bfloat16(), 1, (1,) * 4), torch.randn(2, 5, 4, 8)
+        exact = conv_bias_act(x.bfloat16().double(), conv._replace(weight=conv.weight.double()), bias, added.bfloat16().double())
+        for kept in (None, PackedConv()):
+            ours = conv_bias_act(x.bfloat16(), conv, bias, added.bfloat16(), packed=kept)
+            assert relative_error(ours, exact) < FLOOR[torch.bfloat16]
+        with pytest.raises(RuntimeError, match="AVX-512"):
+            conv_bias_act(x, conv._replace(weight=weight.float()), bias, added)
+    finally:
+        onednn.takes.cache_clear()

@@ -216,8 +216,18 @@ def patches(x: Tensor, coef: Tensor | None, like: Tensor, kernel: int, stride: i
 
 @cache
 def has_weight_grad() -> bool:
-    """Whether `weight_grad` is there: on CPUs with AVX512-BF16 and without AMX."""
-    function = library().fastres_has_weight_grad
+    """Whether `weight_grad` is there: on CPUs with AVX512-BF16."""
+    return _answer("has_weight_grad")
+
+
+@cache
+def uses_weight_grad() -> bool:
+    """Whether it is the fastest: not where oneDNN has AMX."""
+    return has_weight_grad() and not _answer("has_amx")
+
+
+def _answer(name: str) -> bool:
+    function = getattr(library(), f"fastres_{name}")
     function.restype = ctypes.c_bool
     return function()
 

@@ -82,7 +82,7 @@ def _is_product(w: Tensor, pad: Pad) -> bool:
 def _is_ours(w: Tensor) -> bool:
     channels = w.shape[3]
     used = channels / (-(-channels // _LANES) * _LANES)
-    return w.dtype == torch.bfloat16 and used > _USED and passes.has_weight_grad()
+    return w.dtype == torch.bfloat16 and used > _USED and passes.uses_weight_grad()
 
 
 def _is_gathered(w: Tensor, stride: int) -> bool:

@@ -200,6 +200,7 @@ def eval_(args: argparse.Namespace) -> int:
     """Print loss and accuracy of a trained network on a test set."""
     given = given_options(args)
     device = machine.pick_device(given.get("device", "auto"))
+    machine.use_device(device)
     trained = load_trained(find_checkpoint(args.checkpoint), device)
     saved = TrainConfig.from_dict(trained.options)
     config = saved.replace(**given)
@@ -246,6 +247,7 @@ def same_data(one: str, other: str) -> bool:
 def predict(args: argparse.Namespace) -> int:
     """Print the most probable classes of image files."""
     device = machine.pick_device(getattr(args, "device", "auto"))
+    machine.use_device(device)
     trained = load_trained(find_checkpoint(args.checkpoint), device)
     images = data.read_images(args.images, trained.stored_size).to(device)
     inputs = data.normalise(data.resize(images, trained.image_size), trained.mean, trained.std)

@@ -130,8 +130,20 @@ def crop_and_flip(
     return batch.permute(0, 3, 1, 2)
 
 
+def normalisation(
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """``normalise``'s factors and summands [2, 3, 1, 1], for a result of ``dtype``."""
+    factors = [1 / s for s in std], [-m / s for m, s in zip(mean, std)]
+    return torch.tensor(factors, dtype=_work(dtype)).to(device).view(2, -1, 1, 1)
+
+
 def normalise(
-    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """``(images - mean) / std`` as one multiplication and one addition.
 
@@ -139,11 +151,14 @@ def normalise(
         images: [B, 3, H, W] on the scale 0..255, of any dtype.
         mean, std: per channel, on the same scale.
         dtype: of the result; float64 is computed in float64, all others in float32.
+        factors: `normalisation` of all these on the images' device, so that nothing is copied there.
     """
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    factors = [1 / s for s in std], [-m / s for m, s in zip(mean, std)]
-    scale, shift = torch.tensor(factors, dtype=work).to(images.device, non_blocking=True).view(2, -1, 1, 1)
-    return images.to(work, copy=True).mul_(scale).add_(shift).to(dtype)
+    scale, shift = normalisation(mean, std, dtype, images.device) if factors is None else factors
+    return images.to(_work(dtype), copy=True).mul_(scale).add_(shift).to(dtype)
+
+
+def _work(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ from fastres.data.augment import (
     cutout,
     draw,
     first_flips,
+    normalisation,
     normalise,
     resize,
     shrink,
@@ -94,6 +95,7 @@ class Batches:
         self.mean, self.std = tuple(mean), tuple(std)
         self.augment = augment if train else Augment(crop_pad=0, resize=augment.resize)
         self.train, self.seed, self.dtype = train, seed, dtype
+        self._factors = normalisation(self.mean, self.std, dtype, self.device)
         self.drop_last = train if drop_last is None else drop_last
         self.rank, self.ranks = share
         rest = 0 if self.drop_last else len(split) % batch_size
@@ -168,7 +170,7 @@ class Batches:
             images = shrink(images, size)
         elif augment.resize:
             images = resize(images, augment.resize)
-        images = normalise(images, self.mean, self.std, self.dtype)
+        images = normalise(images, self.mean, self.std, self.dtype, self._factors)
         if draws.hole_y is not None and draws.hole_x is not None:
             centres = (self._send(draws.hole_y), height), (self._send(draws.hole_x), width)
             y, x = (centre * side // full for (centre, full), side in zip(centres, images.shape[-2:]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastres.data import Batches
 from fastres.train.distributed import ALONE, Ranks
-from fastres.train.machine import autocast
+from fastres.train.machine import autocast, on_device
 
 
 @dataclass
@@ -123,7 +123,7 @@ def evaluate(
     device = next(model.parameters()).device
     plain, averaged, training = Tally.zero(device), Tally.zero(device), model.training
     model.eval()
-    with autocast(device, dtype):
+    with on_device(device), autocast(device, dtype):
         for images, labels in batches.epoch(0):
             logits = model(images).float()
             loss = F.cross_entropy(logits, labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -35,6 +36,17 @@ def pick_device(name: str) -> torch.device:
             "use --device cpu, or check the driver and that PyTorch has CUDA"
         )
     return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make a CUDA device the process's current one, to which new streams, graphs and NCCL belong."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Context in which a CUDA device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -82,8 +82,7 @@ class Trainer:
         machine.check_cuda_graph(config.cuda_graph, self.device, self.dtype)
         if config.cuda_graph and ranks.count > 1:
             raise FastresError("--cuda-graph cannot hold the exchange between ranks: leave it out")
-        if self.device.type == "cuda" and ranks.count > 1:
-            torch.cuda.set_device(self.device)  # NCCL and new streams are of the current device
+        machine.use_device(self.device)
         if config.compile:
             machine.check_compile(self.device)
 

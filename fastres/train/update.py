@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastres.train.average import WeightAverage
 from fastres.train.evaluate import Tally
-from fastres.train.machine import autocast
+from fastres.train.machine import autocast, on_device
 
 
 @dataclass
@@ -83,33 +83,41 @@ class GraphedUpdate:
 
     def __init__(self, update: Update):
         self.update = update
+        self._stream: torch.cuda.Stream | None = None
         self._seen: dict[torch.Size, int] = {}
         self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """See `Update`."""
+        with on_device(images.device):
+            self._learn(images, labels)
+
+    def _learn(self, images: Tensor, labels: Tensor) -> None:
         shape = images.shape
         self._seen[shape] = self._seen.get(shape, 0) + 1
+        if self._stream is None:  # the same one for all: each stream has memory of its own
+            self._stream = torch.cuda.Stream(images.device)
         if self._seen[shape] <= self.WARMUP:
-            stream = torch.cuda.Stream()  # as recording does it, so that no state belongs to the default stream
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):  # as recording does it, so that no state belongs to the default stream
                 self.update(images, labels)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             return
         if shape not in self._recorded:
-            self._recorded[shape] = self._record(images, labels)
+            self._recorded[shape] = self._record(images, labels, self._stream)
         graph, static_images, static_labels = self._recorded[shape]
         static_images.copy_(images)
         static_labels.copy_(labels)
         graph.replay()
         self.update.tally.images += len(labels)
 
-    def _record(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _record(
+        self, images: Tensor, labels: Tensor, stream: torch.cuda.Stream
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         static = images.clone(memory_format=torch.preserve_format), labels.clone()
         self.update.optimizer.zero_grad(set_to_none=True)  # so that the graph makes gradients in its own memory
         counted, graph = self.update.tally.images, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # PyTorch's own stream for it may be of another device
             self.update(*static)
         self.update.tally.images = counted  # recording learns nothing
         return graph, *static

@@ -1,0 +1,105 @@
+"""Every network's launches, forward and backward, on fake CUDA tensors: arguments, grids, devices, candidates, no wait."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support_fakecuda import fake_cuda
+
+from fastres import ops
+from fastres.models import create_model
+from fastres.models.fused import create_fused_model
+from fastres.nn import fold, fuse
+from fastres.reference.preact import PreActResNet
+
+SIZES = {"resnet50": 64, "notebook": 96}
+OPTIONS = {"resnet50": {"stem": "imagenet"}, "resnet18": {"stem": "cifar"}}
+CASES = [  # network, keep, dtype, whose turn each timed choice is
+    ("resnet50", "all", torch.bfloat16, 0),
+    ("resnet50", "fewer", torch.float16, 1),
+    ("resnet18", "all", torch.float32, 2),
+    ("resnet18", "fewer", torch.bfloat16, 3),
+    ("resnet20", "all", torch.float16, 4),
+    ("resnet20", "fewer", torch.bfloat16, 1),
+    ("preact", "all", torch.bfloat16, 1),
+    ("preact", "all", torch.float32, 0),
+    ("notebook", "all", torch.bfloat16, 2),
+    ("notebook", "fewer", torch.float32, 1),
+    ("speed", "all", torch.float16, 1),
+    ("speed", "fewer", torch.bfloat16, 2),
+]
+GRADIENTS = {"conv_dgrad_kernel", "conv_wgrad_kernel"}
+BLOCKS = {"conv_kernel", *GRADIENTS, "finalize_kernel", "bn_backward_coef_kernel"}
+
+
+def network(name, keep="all"):
+    """With the weights on the host; `preact` is 20 layers of the kind that has 164 and 1001."""
+    if name == "preact":
+        return fuse(PreActResNet(20), keep)
+    return create_fused_model(name, keep=keep, **OPTIONS.get(name, {}))
+
+
+def images(name, device, count=2):
+    size = SIZES.get(name, 32)
+    return torch.randn(count, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+
+
+def step(model, x, dtype):
+    """Forward and backward; all parameters have a gradient afterwards."""
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        logits = model(x)
+    F.cross_entropy(logits.float(), torch.randint(10, (len(x),), device=x.device)).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name, keep, dtype, pick", CASES)
+def test_training_and_inference(name, keep, dtype, pick):
+    model = network(name, keep)
+    folded = None if name == "preact" else fold(create_model(name, **OPTIONS.get(name, {})))
+    with fake_cuda(pick) as cuda:
+        model.to("cuda", memory_format=torch.channels_last)
+        x = images(name, "cuda")
+        step(model, x, dtype)
+        assert cuda.kernels() >= BLOCKS
+        with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            model.eval()(x)
+            if folded is not None:
+                copy.copy(folded).to("cuda", memory_format=torch.channels_last)(x)
+        assert cuda.disagreements == [] and cuda.waits == [] and cuda.copies == [] and cuda.devices() == {0}
+        assert {len(names) for names in cuda.choices.values()} >= {4, 5}  # of a convolution, and of its gradients
+
+
+@pytest.mark.parametrize("mode", ["auto", "untimed", "triton"])
+def test_launches_go_to_the_tensors_device(mode, monkeypatch):
+    """In each way of choosing, whichever device is the current one; it is the current one again afterwards."""
+    if mode == "untimed":
+        monkeypatch.setenv("FASTRES_TIMED", "0")
+    model = network("resnet20")
+    with fake_cuda(1) as cuda, ops.implementation("triton" if mode == "triton" else "auto"):
+        model.to("cuda:1", memory_format=torch.channels_last)
+        step(model, images("resnet20", "cuda:1"), torch.bfloat16)
+        assert cuda.devices() == {1} and cuda.current == 0
+        assert bool(cuda.choices) == (mode == "auto")
+
+
+def test_two_devices_in_turn():
+    with fake_cuda(1) as cuda:
+        for device in (1, 0, 1):
+            model = network("resnet20").to(f"cuda:{device}", memory_format=torch.channels_last)
+            cuda.launches.clear()
+            step(model, images("resnet20", f"cuda:{device}"), torch.bfloat16)
+            assert cuda.devices() == {device}
+
+
+def test_little_shared_memory_means_smaller_tiles():
+    """Gradients of 3x3 convolutions, whose prologue reads two tensors, on an H100 and where there are 99 KiB."""
+    model = network("resnet18")
+    largest = {}
+    for size in (227, 99):
+        with fake_cuda(shared_memory=size * 1024) as cuda, ops.implementation("triton"):
+            model.to("cuda", memory_format=torch.channels_last)
+            step(model, images("resnet18", "cuda", 256), torch.bfloat16)
+        gradients = [launch.arguments for launch in cuda.launches if launch.kernel in GRADIENTS]
+        largest[size] = max((a["BLOCK_M"], a["BLOCK_N"]) for a in gradients if a["KH"] == 3 and a["y_ptr"] is not None)
+    assert largest == {227: (128, 128), 99: (128, 64)}

@@ -218,7 +218,8 @@ def variant(one: Specialisation) -> str:
     """What else tells a specialisation from others of its kernel: window, stride, optional tensors, flags."""
     constants = {name: value for name, value in one.constants.items() if name not in CHANNELS | PADDING | {"PRECISION"}}
     window = "{}x{}/{}".format(*(constants.pop(name, None) for name in ("KH", "KW", "STRIDE")))
-    parts = [] if "None" in window else [window]
+    dilation, _, _ = (constants.pop(name, 1) for name in ("DILATION", "TAP_STEP", "INVERSE"))
+    parts = [] if "None" in window else [window if dilation == 1 else f"{window} dilation {dilation}"]
     parts += [name.removesuffix("_ptr") for name in one.pointers if _is_optional(name, one)]
     for name, value in constants.items():
         if value is not None and value is not False and not name.startswith("BLOCK"):

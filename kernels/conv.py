@@ -42,6 +42,7 @@ def conv_kernel(
     STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
+    DILATION: tl.constexpr,
     FLAT: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -97,8 +98,8 @@ def conv_kernel(
         if FLAT:
             k = block * BLOCK_K + tl.arange(0, BLOCK_K)
             c = k % CIN
-            kh = k // CIN // KW
-            kw = k // CIN % KW
+            kh = k // CIN // KW * DILATION
+            kw = k // CIN % KW * DILATION
             k_ok = k < DEPTH
             h = top[:, None] + kh[None, :]
             v = left[:, None] + kw[None, :]
@@ -113,8 +114,8 @@ def conv_kernel(
                 ok = row_ok[:, None] & k_ok[None, :]
                 offset = (pixel * CIN)[:, None] + c[None, :]
             else:
-                kh = tap // KW
-                kw = tap % KW
+                kh = tap // KW * DILATION
+                kw = tap % KW * DILATION
                 ok = row_ok & (top + kh >= 0) & (top + kh < H) & (left + kw >= 0) & (left + kw < W)
                 ok = ok[:, None] & k_ok[None, :]
                 offset = ((pixel + kh * W + kw) * CIN)[:, None] + c[None, :]
@@ -159,6 +160,7 @@ def conv(
     residual: Tensor | None = None,
     moments: bool = True,
     rank: int = 0,
+    dilation: int = 1,
 ) -> tuple[Tensor, Moments | None]:
     """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` [N, OH, OW, COUT] and the statistics of y.
 
@@ -168,8 +170,9 @@ def conv(
         coef: [5, CIN] fp32, see `fastres.kernels.tiles`; None: x as it is.
         residual: [N, OH, OW, COUT].
         rank: which of `conv_configs`, the first at 0; the last where there are fewer.
+        dilation: pixels from one tap of w to the next, both ways.
     """
-    return _launch(x, w, stride, pad, rank, coef=coef, residual=residual, moments=moments)
+    return _launch(x, w, stride, pad, rank, dilation, coef=coef, residual=residual, moments=moments)
 
 
 def conv_bias_act(
@@ -181,9 +184,10 @@ def conv_bias_act(
     residual: Tensor | None = None,
     relu: bool = True,
     rank: int = 0,
+    dilation: int = 1,
 ) -> Tensor:
     """``relu(conv2d(x, w) + bias (+ residual))`` for inference; bias [COUT] fp32, otherwise as `conv`."""
-    return _launch(x, w, stride, pad, rank, bias=bias, residual=residual, relu=relu)[0]
+    return _launch(x, w, stride, pad, rank, dilation, bias=bias, residual=residual, relu=relu)[0]
 
 
 def bn_add_relu_conv(
@@ -218,6 +222,7 @@ def _launch(
     stride: int,
     pad: Pad,
     rank: int,
+    dilation: int = 1,
     coef: Tensor | None = None,
     shortcut: Tensor | None = None,
     shortcut_coef: Tensor | None = None,
@@ -229,7 +234,7 @@ def _launch(
 ) -> tuple[Tensor, Moments | None]:
     n, height, width, cin = x.shape
     cout, kh, kw, _ = w.shape
-    out_height, out_width = output_hw((height, width), (kh, kw), stride, pad)
+    out_height, out_width = output_hw((height, width), (kh, kw), stride, pad, dilation)
     rows, flat = n * out_height * out_width, cin < LEAST
     depth = kh * kw * cin if flat else cin
     demand = Demand(
@@ -276,6 +281,7 @@ def _launch(
         STRIDE=stride,
         TOP=pad[0],
         LEFT=pad[1],
+        DILATION=dilation,
         FLAT=flat,
         RELU=relu,
         PRECISION=precision(x.dtype),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -49,6 +51,9 @@ def conv_dgrad_kernel(
     STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
+    DILATION: tl.constexpr,
+    TAP_STEP: tl.constexpr,
+    INVERSE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
     RESIDUAL_C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -59,9 +64,9 @@ def conv_dgrad_kernel(
     """``dx = conv_transpose2d(A*dz + B*y + C, w) + residual``, through the ReLU of ``relu(x*scale + shift)``, with sums.
 
     The product's rows are the input's pixels, its columns the CIN channels; it sums over the taps that reach a pixel and
-    the COUT channels. A pixel is reached by taps of its own remainder modulo the stride only, so rows are grouped by
-    remainder (rh, rw), ``tiles`` tiles each, and no product with a known zero is formed. Moves dz and y about once, w,
-    residual, x and dx once.
+    the COUT channels. Pixel h is reached by the taps kh for which ``h + TOP - kh*dilation`` is a multiple of the stride:
+    which these are its remainder modulo the stride tells, so rows are grouped by remainder (rh, rw), ``tiles`` tiles
+    each, and no product with a known zero is formed. Moves dz and y about once, w, residual, x and dx once.
 
     Args:
         dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; None: dz is the convolution's gradient. y_ptr: None without
@@ -71,12 +76,16 @@ def conv_dgrad_kernel(
             and dx * xhat; or None: no BatchNorm and no ReLU.
         mask_ptr: [N, H, W, CIN], the rectified tensor where it is not ``relu(x*scale + shift)`` but the end of a block; or None.
         c_blocks: blocks of COUT, an argument so that the loop is not unrolled.
+        TAP_STEP: from one tap that reaches a pixel to the next: the stride without its greatest common divisor with the
+            dilation. INVERSE: of the dilation without that divisor, modulo TAP_STEP.
         RESIDUAL_STRIDE, RESIDUAL_C: None both, or the residual is [N, ceil(H / RESIDUAL_STRIDE), ceil(W / RESIDUAL_STRIDE),
             RESIDUAL_C], whose first CIN channels are added to every RESIDUAL_STRIDE-th pixel.
     """
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
     N_TILES: tl.constexpr = (CIN + BLOCK_N - 1) // BLOCK_N
     DEPTH: tl.constexpr = KH * KW * CIN
+    COMMON: tl.constexpr = STRIDE // TAP_STEP
+    PIXEL_STEP: tl.constexpr = DILATION // COMMON
     tile = tl.program_id(0) // N_TILES
     n = (tl.program_id(0) % N_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = within(n, CIN, BLOCK_N)
@@ -108,13 +117,15 @@ def conv_dgrad_kernel(
         h = m // tl.maximum(rows_w, 1) % tl.maximum(rows_h, 1)
         v = m % tl.maximum(rows_w, 1)
         i = m // tl.maximum(rows_h * rows_w, 1)
-        kh0 = (rh + TOP) % STRIDE
-        kw0 = (rw + LEFT) % STRIDE
-        taps_h = (KH - kh0 + STRIDE - 1) // STRIDE
-        taps_w = (KW - kw0 + STRIDE - 1) // STRIDE
+        kh0 = (rh + TOP) // COMMON * INVERSE % TAP_STEP
+        kw0 = (rw + LEFT) // COMMON * INVERSE % TAP_STEP
+        taps_h = (KH - kh0 + TAP_STEP - 1) // TAP_STEP
+        taps_w = (KW - kw0 + TAP_STEP - 1) // TAP_STEP
         trips = taps_h * taps_w * c_blocks
-        oh = h + (rh + TOP - kh0) // STRIDE
-        ow = v + (rw + LEFT - kw0) // STRIDE
+        if COMMON > 1:
+            trips = tl.where(((rh + TOP) % COMMON == 0) & ((rw + LEFT) % COMMON == 0), trips, 0)
+        oh = h + (rh + TOP - kh0 * DILATION) // STRIDE
+        ow = v + (rw + LEFT - kw0 * DILATION) // STRIDE
         dz_first = image.to(tl.int64) * (OH * OW * COUT)
         x_first = image.to(tl.int64) * (H * W * CIN)
         dz_pixel = (i * OH + oh) * OW + ow
@@ -130,12 +141,12 @@ def conv_dgrad_kernel(
             w_tap = 0
         else:
             tap = block // c_blocks
-            th = tap // taps_w
-            tw = tap % taps_w
+            th = tap // taps_w * PIXEL_STEP
+            tw = tap % taps_w * PIXEL_STEP
             ok = row_ok & (oh >= th) & (oh - th < OH) & (ow >= tw) & (ow - tw < OW)
             ok = ok[:, None] & c_ok[None, :]
             offset = ((dz_pixel - th * OW - tw) * COUT)[:, None] + c[None, :]
-            w_tap = ((kh0 + th * STRIDE) * KW + kw0 + tw * STRIDE) * CIN
+            w_tap = ((kh0 + tap // taps_w * TAP_STEP) * KW + kw0 + tap % taps_w * TAP_STEP) * CIN
         a = tl.load(dz_ptr + dz_first + offset, mask=ok, other=0.0)
         b = tl.load(w_ptr + w_tap + (c * DEPTH)[:, None] + n[None, :], mask=c_ok[:, None] & n_ok[None, :], other=0.0)
         if abc_ptr is not None:
@@ -190,6 +201,7 @@ def conv_dgrad(
     mask: Tensor | None = None,
     residual_stride: int = 1,
     rank: int = 0,
+    dilation: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
 
@@ -203,6 +215,7 @@ def conv_dgrad(
         residual: [N, H, W, CIN], added to the gradient; or [N, H', W', C'], whose first CIN channels are added to every
             ``residual_stride``-th pixel, H' x W' of them.
         rank: which of `conv_configs`, the first at 0; the last where there are fewer.
+        dilation: pixels from one tap of w to the next, both ways.
 
     Returns:
         dx [N, H, W, CIN], and the sums [T, 2, CIN] fp32 of dx and of dx * xhat by tiles, or None.
@@ -225,6 +238,7 @@ def conv_dgrad(
     config = at_rank(conv_configs(rows * stride**2, cin, cout, dz.dtype), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     dx = buffers.empty(dz, n, height, width, cin)
+    common = math.gcd(stride, dilation)
     strided = residual is not None and residual.shape != dx.shape
     x = coef = sums = None
     if below is not None:
@@ -255,6 +269,9 @@ def conv_dgrad(
         STRIDE=stride,
         TOP=pad[0],
         LEFT=pad[1],
+        DILATION=dilation,
+        TAP_STEP=stride // common,
+        INVERSE=pow(dilation // common, -1, stride // common),
         RESIDUAL_STRIDE=residual_stride if strided else None,
         RESIDUAL_C=residual.shape[3] if strided else None,
         PRECISION=precision(dz.dtype),

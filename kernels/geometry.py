@@ -3,10 +3,18 @@
 Pad = tuple[int, int, int, int]  # top, left, bottom, right
 
 
-def output_hw(hw: tuple[int, int], kernel: tuple[int, int], stride: int, pad: Pad) -> tuple[int, int]:
+def extent(kernel: int, dilation: int) -> int:
+    """Pixels from the first to the last that a kernel reads along an axis, its taps ``dilation`` pixels apart."""
+    return (kernel - 1) * dilation + 1
+
+
+def output_hw(
+    hw: tuple[int, int], kernel: tuple[int, int], stride: int, pad: Pad, dilation: int = 1
+) -> tuple[int, int]:
     """Height and width that a convolution or pool makes of ``hw``."""
     top, left, bottom, right = pad
-    return (hw[0] + top + bottom - kernel[0]) // stride + 1, (hw[1] + left + right - kernel[1]) // stride + 1
+    height, width = extent(kernel[0], dilation), extent(kernel[1], dilation)
+    return (hw[0] + top + bottom - height) // stride + 1, (hw[1] + left + right - width) // stride + 1
 
 
 def is_pointwise(kernel: tuple[int, int], pad: Pad) -> bool:

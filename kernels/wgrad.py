@@ -35,6 +35,7 @@ def conv_wgrad_kernel(
     STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
+    DILATION: tl.constexpr,
     FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,15 +66,15 @@ def conv_wgrad_kernel(
         n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         n_ok = n < DEPTH
         c = n % CIN
-        kh = (n // CIN // KW)[None, :]
-        kw = (n // CIN % KW)[None, :]
+        kh = (n // CIN // KW * DILATION)[None, :]
+        kw = (n // CIN % KW * DILATION)[None, :]
     else:
         tap = n_tile // C_TILES
         c = (n_tile % C_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
         n = tap * CIN + c
         n_ok = c < CIN
-        kh = tap // KW
-        kw = tap % KW
+        kh = tap // KW * DILATION
+        kw = tap % KW * DILATION
     if coef_ptr is not None:
         scale = tl.load(coef_ptr + SCALE * CIN + c, mask=n_ok, other=0.0)
         shift = tl.load(coef_ptr + SHIFT * CIN + c, mask=n_ok, other=0.0)
@@ -138,6 +139,7 @@ def conv_wgrad(
     pad: Pad,
     kernel_hw: tuple[int, int],
     rank: int = 0,
+    dilation: int = 1,
 ) -> Tensor:
     """Gradient of the weight, fp32 [COUT, KH, KW, CIN].
 
@@ -145,6 +147,7 @@ def conv_wgrad(
         dz, y, abc: see `conv_dgrad`.
         x, coef: what the convolution read: [N, H, W, CIN], and [5, CIN] fp32 where it read ``relu(x*scale + shift)``.
         rank: which of `wgrad_configs`, the first at 0; the last where there are fewer.
+        dilation: pixels from one tap of the weight to the next, both ways.
     """
     n, out_height, out_width, cout = dz.shape
     _, height, width, cin = x.shape
@@ -187,6 +190,7 @@ def conv_wgrad(
         STRIDE=stride,
         TOP=pad[0],
         LEFT=pad[1],
+        DILATION=dilation,
         FLAT=flat,
         PRECISION=precision(dz.dtype),
         **config.launch,

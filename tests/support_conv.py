@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support_kernels import dtypes, randn, random_coef, seeds
 from torch import Tensor
 
-from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.geometry import Pad, extent, output_hw
 
 CHANNELS = (1, 3, 8, 16, 20, 24, 40, 64, 72)  # less than a tensor core takes, tails, exactly a tile, more than one
 BACKWARDS = ("none", "frozen", "trained")  # which BatchNorm's backward a gradient goes through first
@@ -28,6 +28,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     seed: int
     rank: int
+    dilation: int = 1
 
     def x(self, offset: int = 0) -> Tensor:
         """Like the input: [N, H, W, inputs]."""
@@ -35,7 +36,7 @@ class Problem(NamedTuple):
 
     def y(self, offset: int) -> Tensor:
         """Like the output: [N, OH, OW, outputs]."""
-        hw = output_hw(self.hw, (self.kernel, self.kernel), self.stride, self.pad)
+        hw = output_hw(self.hw, (self.kernel, self.kernel), self.stride, self.pad, self.dilation)
         return randn(self.n, *hw, self.outputs, seed=self.seed + offset, dtype=self.dtype)
 
     def w(self) -> Tensor:
@@ -58,15 +59,18 @@ class Problem(NamedTuple):
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """1x1, 3x3, 5x5 and 7x7 kernels, strides 1 to 3, even and uneven padding, odd sizes, batch 1, all configurations."""
+    """1x1, 3x3, 5x5 and 7x7 kernels, strides 1 to 3, dilations 1 to 4, even and uneven padding, odd sizes, batch 1, all
+    configurations."""
     kernel = draw(st.sampled_from([1, 1, 3, 3, 3, 5, 7]))
-    pads = [(kernel // 2,) * 4, (0, (kernel - 1) // 2, kernel // 2, kernel - 1)]
+    dilation = draw(st.sampled_from([1, 1, 2, 3, 4])) if kernel in (1, 3) else draw(st.integers(1, 2))
+    reach = extent(kernel, dilation) - 1
+    pads = [(reach // 2,) * 4, (0, reach // 2, reach // 2, reach), (kernel // 2,) * 4]
     pad = draw(st.sampled_from(pads)) if kernel > 1 else (0, 0, 0, 0)
-    heights, widths = (st.integers(max(1, kernel - a - b), 11) for a, b in ((pad[0], pad[2]), (pad[1], pad[3])))
+    heights, widths = (st.integers(max(1, reach + 1 - a - b), 11) for a, b in ((pad[0], pad[2]), (pad[1], pad[3])))
     n, *hw = draw(st.tuples(st.integers(1, 3), heights, widths).filter(lambda s: s[0] * s[1] * s[2] <= 150))
     inputs, outputs = draw(st.sampled_from(CHANNELS)), draw(st.sampled_from(CHANNELS))
     stride, rank = draw(st.sampled_from([1, 1, 2, 2, 3])), draw(st.integers(0, 2))
-    return Problem(n, tuple(hw), inputs, outputs, kernel, stride, pad, draw(dtypes()), draw(seeds()), rank)
+    return Problem(n, tuple(hw), inputs, outputs, kernel, stride, pad, draw(dtypes()), draw(seeds()), rank, dilation)
 
 
 def exact(value: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastres.kernels.geometry import extent
 from fastres.ops import Conv, Identity, Layer, Norm
 from fastres.ops.layers import Pad
 
@@ -30,18 +31,20 @@ def random_weight(inputs: int, outputs: int, kernel: int) -> Tensor:
     return torch.randn(outputs, inputs, kernel, kernel, dtype=torch.float64) * scale
 
 
-def random_layer(inputs: int, outputs: int, kernel: int, stride: int = 1, pad=None, **norm: bool) -> Layer:
+def random_layer(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, pad=None, dilation: int = 1, **norm: bool
+) -> Layer:
     """fp64 convolution with the BatchNorm on its output."""
-    pad = (kernel // 2,) * 4 if pad is None else pad
-    return Layer(random_weight(inputs, outputs, kernel), random_norm(outputs, **norm), stride, pad)
+    pad = (extent(kernel, dilation) // 2,) * 4 if pad is None else pad
+    return Layer(random_weight(inputs, outputs, kernel), random_norm(outputs, **norm), stride, pad, dilation)
 
 
 def eager_conv(x: Tensor, conv: Conv | Layer) -> Tensor:
     """The convolution of x [N, C, H, W]."""
     top, left, bottom, right = conv.pad
     if (top, left) == (bottom, right):  # as nn.Conv2d: no zeros that an infinite gradient would make NaN of
-        return F.conv2d(x, conv.weight, stride=conv.stride, padding=(top, left))
-    return F.conv2d(F.pad(x, (left, right, top, bottom)), conv.weight, stride=conv.stride)
+        return F.conv2d(x, conv.weight, None, conv.stride, (top, left), conv.dilation)
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), conv.weight, None, conv.stride, 0, conv.dilation)
 
 
 def eager_norm(x: Tensor, norm: Norm, tracked: list[Tensor] | None = None) -> Tensor:

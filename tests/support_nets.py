@@ -28,6 +28,13 @@ SMALL = {
     "torchvision": lambda: torchvision.models.ResNet(
         torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10
     ),
+    "torchvision-dilated": lambda: torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck,
+        [1, 1, 1, 2],
+        num_classes=10,
+        width_per_group=16,
+        replace_stride_with_dilation=[False, True, True],
+    ),
 }
 
 

@@ -90,7 +90,7 @@ def _fused_residual(
         chain.append([])
         for conv, bn in pairs:
             layer = layer_of(conv, bn, hw)
-            hw = output_hw(hw, conv.kernel_size, layer.stride, layer.pad)
+            hw = output_hw(hw, conv.kernel_size, layer.stride, layer.pad, layer.dilation)
             chain[-1].append(layer)
     norms = [bn for pairs in blocks for _, bn in pairs]
     added: Tensor | Layer | Identity | None = None
@@ -213,7 +213,7 @@ def _preactivation(x: Tensor, block: Block, coef: Tensor | None, next_coef: bool
     layers = []
     for conv, bn in block.layers:
         layers.append(layer_of(conv, bn, hw))
-        hw = output_hw(hw, conv.kernel_size, layers[-1].stride, layers[-1].pad)
+        hw = output_hw(hw, conv.kernel_size, *layers[-1][2:])
     shortcut = None
     if block.residual:
         shortcut = nhwc if block.shortcut is None else conv_of(block.shortcut, first)

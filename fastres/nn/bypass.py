@@ -148,7 +148,7 @@ def conv_reason(conv: Any, bias: bool = False) -> str | None:
         return reason
     if conv.groups != 1:
         return f"a convolution has groups={conv.groups}"
-    if conv.dilation != (1, 1):
+    if conv.dilation[0] != conv.dilation[1]:
         return f"a convolution has dilation={conv.dilation}"
     if "bias" not in conv._parameters or (conv._parameters["bias"] is None) == bias:
         return f"a convolution has {'no' if bias else 'a'} bias"

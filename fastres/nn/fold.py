@@ -81,7 +81,7 @@ class FoldedConv(_Inference):
         if watched(x) or _is_differentiated(x, residual):
             return self.plain(x, residual)
         nhwc = to_nhwc(x)
-        conv = Conv(self.weight, self.geometry.stride, self.geometry.pad(tuple(nhwc.shape[1:3])))
+        conv = Conv(self.weight, self.geometry.stride, self.geometry.pad(tuple(nhwc.shape[1:3])), self.geometry.dilation)
         added = None if residual is None else to_nhwc(residual)
         return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.relu, self.packed))
 
@@ -94,7 +94,7 @@ class FoldedConv(_Inference):
             padding = (top, left)
             if padding != (bottom, right):
                 x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-        y = F.conv2d(x, self.weight, self.bias.to(x.dtype), geometry.stride, padding)
+        y = F.conv2d(x, self.weight, self.bias.to(x.dtype), geometry.stride, padding, geometry.dilation)
         y = y if residual is None else y + residual
         return torch.relu(y) if self.relu else y
 

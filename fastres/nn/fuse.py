@@ -20,7 +20,7 @@ def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module
     Every module, Parameter and buffer stays the same object, so optimizers, EMA copies and hooks stay valid and
     ``state_dict`` keeps its names; only classes change, and convolution weights become channels-last. Fused convolutions,
     BatchNorms, activations and pools are not called. Where one of them must be, for it has hooks, a forward of its own, or
-    a type or setting without a kernel (groups, dilation, biases, other norms or activations), that block, stem or head
+    a type or setting without a kernel (groups, biases, other norms or activations), that block, stem or head
     runs its eager forward. That is decided at each forward, so it holds for what is changed afterwards too.
 
     What was fused, what was not and why is logged in a line (logger ``fastres``); `fastres.nn.report` tells it again.

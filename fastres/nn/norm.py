@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from fastres.kernels.geometry import extent
 from fastres.ops import Conv, Layer, Norm, Statistics, update_running
 from fastres.ops.layers import Pad
 from fastres.reference.notebook import SameConv2d, same_padding
@@ -38,15 +39,16 @@ class Geometry(NamedTuple):
     stride: int
     padding: tuple[int, int] | str
     same: bool  # TensorFlow's 'SAME', which depends on the input
+    dilation: int = 1
 
     def pad(self, hw: tuple[int, int]) -> Pad:
         """Padding on each side for an input of height and width ``hw``."""
-        kernel_h, kernel_w = self.kernel_size
         if self.same:
             rows, columns = (same_padding(size, k, self.stride) for size, k in zip(hw, self.kernel_size))
             return rows[0], columns[0], rows[1], columns[1]
         if self.padding == "same":
-            return (kernel_h - 1) // 2, (kernel_w - 1) // 2, kernel_h // 2, kernel_w // 2
+            rows, columns = (extent(size, self.dilation) - 1 for size in self.kernel_size)
+            return rows // 2, columns // 2, rows - rows // 2, columns - columns // 2
         if self.padding == "valid":
             return 0, 0, 0, 0
         return *self.padding, *self.padding
@@ -54,13 +56,13 @@ class Geometry(NamedTuple):
 
 def geometry_of(conv: nn.Module) -> Geometry:
     """Of a convolution that is not `unsupported`."""
-    return Geometry(conv.kernel_size, conv.stride[0], conv.padding, isinstance(conv, SameConv2d))
+    return Geometry(conv.kernel_size, conv.stride[0], conv.padding, isinstance(conv, SameConv2d), conv.dilation[0])
 
 
 def conv_of(conv: nn.Module, hw: tuple[int, int]) -> Conv:
     """The convolution as it meets an input of height and width ``hw``."""
     geometry = geometry_of(conv)
-    return Conv(conv.weight, geometry.stride, geometry.pad(hw))
+    return Conv(conv.weight, geometry.stride, geometry.pad(hw), geometry.dilation)
 
 
 def norm_of(bn: nn.Module) -> Norm:
@@ -81,8 +83,8 @@ def group_of(bn: nn.Module) -> str | None:
 
 def layer_of(conv: nn.Module, bn: nn.Module, hw: tuple[int, int]) -> Layer:
     """Convolution and BatchNorm as they meet an input of height and width ``hw``."""
-    weight, stride, pad = conv_of(conv, hw)
-    return Layer(weight, norm_of(bn), stride, pad)
+    weight, *geometry = conv_of(conv, hw)
+    return Layer(weight, norm_of(bn), *geometry)
 
 
 @torch.no_grad()

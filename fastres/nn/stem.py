@@ -31,7 +31,7 @@ def fused_stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module | None
         return pool(fused_residual(x, [[(conv, bn)]], residual=False))
     nhwc = to_nhwc(x)
     layer = layer_of(conv, bn, tuple(nhwc.shape[1:3]))
-    hw = output_hw(tuple(nhwc.shape[1:3]), conv.kernel_size, layer.stride, layer.pad)
+    hw = output_hw(tuple(nhwc.shape[1:3]), conv.kernel_size, layer.stride, layer.pad, layer.dilation)
     out, statistics = stem(nhwc, layer, *_pool_geometry(pool, hw))
     track([bn], [statistics])
     return to_nchw(out)
@@ -40,10 +40,10 @@ def fused_stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module | None
 def fused_conv_relu(x: Tensor, conv: nn.Module) -> Tensor:
     """``relu(conv(x))`` of a convolution with bias, to the operations a frozen BatchNorm of mean 0 and variance 1."""
     nhwc = to_nhwc(x)
-    weight, stride, pad = conv_of(conv, tuple(nhwc.shape[1:3]))
+    weight, *geometry = conv_of(conv, tuple(nhwc.shape[1:3]))
     zeros = conv.bias.new_zeros(conv.out_channels)
     norm = Norm(None, conv.bias, zeros, zeros + 1, eps=0.0)
-    return to_nchw(residual_chain(nhwc, [[Layer(weight, norm, stride, pad)]])[0])
+    return to_nchw(residual_chain(nhwc, [[Layer(weight, norm, *geometry)]])[0])
 
 
 def _pool_geometry(pool: nn.Module, hw: tuple[int, int]) -> tuple[int, int, Pad]:

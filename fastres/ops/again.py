@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastres.ops import plain
-from fastres.ops.layers import Conv, Identity, Layer, Norm, pad_of
+from fastres.ops.layers import Conv, Identity, Layer, Norm, Pad, dilation_of, pad_of
 from fastres.ops.operation import no_autocast
 
 Gradients = list[Tensor | None]
@@ -93,6 +93,12 @@ def norm_of(vectors: Sequence[Any], eps: float) -> Norm:
     return Norm(gamma, beta, running_mean, running_var, eps)
 
 
+def windows_of(geometry: dict[str, Any]) -> list[tuple[int, Pad, int]]:
+    """Stride, padding and dilation of each layer."""
+    strides, pads, dilations = geometry["strides"], geometry["pads"], geometry["dilations"]
+    return [(stride, pad_of(pads, i), dilation_of(dilations, i)) for i, stride in enumerate(strides)]
+
+
 def residual_chain(
     given: Given, x: Tensor, result: Tensor | None, dout: Tensor, needs: Sequence[bool], has_added: bool, **geometry: Any
 ) -> Gradients:
@@ -101,14 +107,15 @@ def residual_chain(
     Args:
         result: of the first block; None where it has no ReLU.
         has_added: whether there is a shortcut tensor. It was not kept, as only its gradient counts.
-        geometry: depths, strides, pads, steps, eps, identity, projection, relu and group.
+        geometry: depths, strides, pads, dilations, steps, eps, identity, projection, relu and group.
     """
     depths, steps, eps = geometry["depths"], geometry["steps"], geometry["eps"]
+    windows = windows_of(geometry)
 
     def form(x: Tensor, added: Tensor | None, *parameters: Any) -> Tensor:
         layers = [
-            Layer(parameters[5 * i], norm_of(parameters[5 * i + 1 : 5 * i + 5], eps[i]), stride, pad_of(geometry["pads"], i))
-            for i, stride in enumerate(geometry["strides"])
+            Layer(parameters[5 * i], norm_of(parameters[5 * i + 1 : 5 * i + 5], eps[i]), *window)
+            for i, window in enumerate(windows)
         ]
         starts = [0, *accumulate(depths)]
         blocks = [layers[first:last] for first, last in zip(starts, starts[1:])]
@@ -127,19 +134,19 @@ def preact_block(given: Given, x: Tensor, dout: Tensor, needs: Sequence[bool], *
     """Gradients of x and of the parameters of `fastres.ops.preact.preact_forward`.
 
     Args:
-        geometry: strides, pads, eps, identity, projection and group.
+        geometry: strides, pads, dilations, eps, identity, projection and group.
     """
-    eps, strides = geometry["eps"], geometry["strides"]
+    eps, windows = geometry["eps"], windows_of(geometry)
 
     def form(x: Tensor, *parameters: Any) -> Tensor:
         weights = parameters[4 * len(eps) :]
         layers = [
-            Layer(weights[i], norm_of(parameters[4 * i : 4 * i + 4], eps[i]), strides[i], pad_of(geometry["pads"], i))
+            Layer(weights[i], norm_of(parameters[4 * i : 4 * i + 4], eps[i]), *windows[i])
             for i in range(len(eps))
         ]
         shortcut: Tensor | Conv | None = x if geometry["identity"] else None
         if geometry["projection"]:
-            shortcut = Conv(weights[-1], strides[-1], pad_of(geometry["pads"], len(eps)))
+            shortcut = Conv(weights[-1], *windows[-1])
         return plain.preact_block(x, layers, shortcut)[0]
 
     return gradients(form, [x, *given.tensors()], needs, dout, geometry["group"])
@@ -149,11 +156,12 @@ def stem(given: Given, x: Tensor, dout: Tensor, needs: Sequence[bool], group: st
     """Gradients of x, the weight and BatchNorm's parameters.
 
     Args:
-        geometry: stride, pad and eps; pool_kernel, pool_stride and pool_pad.
+        geometry: stride, pad, dilation and eps; pool_kernel, pool_stride and pool_pad.
     """
 
     def form(x: Tensor, weight: Tensor, *norm: Any) -> Tensor:
-        layer = Layer(weight, norm_of(norm, geometry["eps"]), geometry["stride"], geometry["pad"])
+        window = geometry["stride"], geometry["pad"], geometry["dilation"]
+        layer = Layer(weight, norm_of(norm, geometry["eps"]), *window)
         return plain.stem(x, layer, geometry["pool_kernel"], geometry["pool_stride"], geometry["pool_pad"])[0]
 
     return gradients(form, [x, *given.tensors()], needs, dout, group)

@@ -56,9 +56,11 @@ def conv_bias_act(
     if packed is not None and _is_run(x) and not (conv.weight.is_inference() or bias.is_inference()):
         p = primitives(x)
         if hasattr(p, "packed_conv_bias_act") and cpu.packs(x.dtype):
-            return p.packed_conv_bias_act(x, conv.weight, packed, bias, conv.stride, conv.pad, residual, relu)
+            geometry = conv.stride, conv.pad
+            return p.packed_conv_bias_act(x, conv.weight, packed, bias, *geometry, residual, relu, conv.dilation)
     weight = nhwc_weight(conv.weight, x.dtype)
-    return conv_bias_act_forward(x, weight, bias.contiguous(), conv.stride, list(conv.pad), residual, relu)
+    geometry = conv.stride, list(conv.pad)
+    return conv_bias_act_forward(x, weight, bias.contiguous(), *geometry, residual, relu, conv.dilation)
 
 
 def conv_bias_act_again(
@@ -92,15 +94,22 @@ def _is_run(x: Tensor) -> bool:
 
 @operation("conv_bias_act")
 def conv_bias_act_forward(
-    x: Tensor, w: Tensor, bias: Tensor, stride: int, pad: list[int], residual: Tensor | None, relu: bool
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    stride: int,
+    pad: list[int],
+    residual: Tensor | None,
+    relu: bool,
+    dilation: int = 1,
 ) -> Tensor:
     """See `conv_bias_act`; w is [Cout, KH, KW, Cin]."""
-    return primitives(x).conv_bias_act(x, w, bias, stride, _pad(pad), residual, relu)
+    return primitives(x).conv_bias_act(x, w, bias, stride, _pad(pad), residual, relu, dilation=dilation)
 
 
 @conv_bias_act_forward.register_fake
-def _(x, w, bias, stride, pad, residual, relu):
-    return x.new_empty(x.shape[0], *output_hw(x.shape[1:3], w.shape[1:3], stride, _pad(pad)), w.shape[0])
+def _(x, w, bias, stride, pad, residual, relu, dilation=1):
+    return x.new_empty(x.shape[0], *output_hw(x.shape[1:3], w.shape[1:3], stride, _pad(pad), dilation), w.shape[0])
 
 
 def _pad(pad: list[int]) -> Pad:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.kernels.geometry import Pad, cdiv, output_hw
+from fastres.kernels.geometry import Pad, cdiv, extent, output_hw
 from fastres.ops.operation import has_autocast
 
 Shape = tuple[int, ...]  # N, H, W, C
@@ -37,6 +37,7 @@ class Conv(NamedTuple):
     weight: Tensor  # [Cout, Cin, KH, KW] in any memory format; channels_last is read in place
     stride: int = 1
     pad: Pad = (0, 0, 0, 0)
+    dilation: int = 1
 
 
 class Layer(NamedTuple):
@@ -46,6 +47,7 @@ class Layer(NamedTuple):
     norm: Norm
     stride: int = 1
     pad: Pad = (0, 0, 0, 0)
+    dilation: int = 1
 
 
 class Identity(NamedTuple):
@@ -73,6 +75,17 @@ def symmetric(pad: int) -> Pad:
 def pad_of(pads: Sequence[int], i: int) -> Pad:
     """Padding of layer i out of those of all layers in one list, as operations take them."""
     return tuple(pads[4 * i : 4 * i + 4])
+
+
+def dilations_of(convs: Sequence[Conv | Layer]) -> tuple[int, ...] | None:
+    """Dilations of all layers, as operations take them; None: all are 1."""
+    dilations = tuple(conv.dilation for conv in convs)
+    return dilations if any(dilation != 1 for dilation in dilations) else None
+
+
+def dilation_of(dilations: Sequence[int] | None, i: int) -> int:
+    """Dilation of layer i out of `dilations_of` all."""
+    return 1 if dilations is None else dilations[i]
 
 
 def in_autocast(x: Tensor) -> Tensor:
@@ -155,8 +168,8 @@ def conv_shape(shape: Shape, conv: Conv | Layer) -> Shape:
     """Shape of the convolution of an input of ``shape``.
 
     Raises:
-        RuntimeError: for another number of channels, a kernel that is larger than the padded input, or a stride or
-            padding that means nothing.
+        RuntimeError: for another number of channels, a kernel that is larger than the padded input, or a stride, padding
+            or dilation that means nothing.
     """
     n, height, width, channels = shape
     weight, pad = conv.weight, conv.pad
@@ -164,6 +177,8 @@ def conv_shape(shape: Shape, conv: Conv | Layer) -> Shape:
         raise RuntimeError("non-positive stride is not supported")
     if min(pad) < 0:
         raise RuntimeError("negative padding is not supported")
+    if conv.dilation < 1:
+        raise RuntimeError("non-positive dilation is not supported")
     if channels != weight.shape[1]:
         raise RuntimeError(
             f"Given groups=1, weight of size {list(weight.shape)}, expected input{nchw_size(shape)} "
@@ -175,12 +190,13 @@ def conv_shape(shape: Shape, conv: Conv | Layer) -> Shape:
             f"size {list(weight.shape)} instead"
         )
     padded, kernel = (height + pad[0] + pad[2], width + pad[1] + pad[3]), tuple(weight.shape[2:])
-    if padded[0] < kernel[0] or padded[1] < kernel[1]:
+    reach = tuple(extent(size, conv.dilation) for size in kernel)
+    if padded[0] < reach[0] or padded[1] < reach[1]:
         raise RuntimeError(
             f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: "
-            f"({kernel[0]} x {kernel[1]}). Kernel size can't be greater than actual input size"
+            f"({reach[0]} x {reach[1]}). Kernel size can't be greater than actual input size"
         )
-    return (n, *output_hw((height, width), kernel, conv.stride, pad), weight.shape[0])
+    return (n, *output_hw((height, width), kernel, conv.stride, pad, conv.dilation), weight.shape[0])
 
 
 def layer_shape(shape: Shape, layer: Layer) -> Shape:

@@ -40,9 +40,10 @@ class LibraryConvolutions:
         coef: Tensor | None = None,
         residual: Tensor | None = None,
         moments: bool = True,
+        dilation: int = 1,
     ) -> tuple[Tensor, Moments | None]:
         """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` and the statistics of y."""
-        y = convolve(x if coef is None else self._normalise(x, coef), w, None, stride, pad)
+        y = convolve(x if coef is None else self._normalise(x, coef), w, None, stride, pad, dilation)
         if residual is not None:
             y += residual
         return y, self._moments(y) if moments else None
@@ -69,9 +70,10 @@ class LibraryConvolutions:
         pad: Pad,
         residual: Tensor | None = None,
         relu: bool = True,
+        dilation: int = 1,
     ) -> Tensor:
         """``relu(conv2d(x, w) + bias (+ residual))``."""
-        y = convolve(x, w, bias.to(x.dtype), stride, pad)
+        y = convolve(x, w, bias.to(x.dtype), stride, pad, dilation)
         if residual is not None:
             y += residual
         return y.relu_() if relu else y
@@ -92,6 +94,7 @@ class LibraryConvolutions:
         end: tuple[Tensor, Tensor] | None = None,
         residual_stride: int = 1,
         spare: bool = False,
+        dilation: int = 1,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """`conv_dgrad` and `conv_wgrad` together: (dx, sums, dw), dy computed once.
 
@@ -105,7 +108,7 @@ class LibraryConvolutions:
             return None, None, None
         dy = dz if abc is None else self._apply(dz, y, abc)
         a = x if coef is None else self._normalise(x, coef)
-        dx, dw = convolve_backward(dy, a, w, stride, pad, need_dx, need_dw)
+        dx, dw = convolve_backward(dy, a, w, stride, pad, need_dx, need_dw, dilation)
         if dx is None:
             return None, None, dw
         if residual is not None:
@@ -129,6 +132,7 @@ class LibraryConvolutions:
         residual: Tensor | None = None,
         mask: Tensor | None = None,
         residual_stride: int = 1,
+        dilation: int = 1,
     ) -> tuple[Tensor, Tensor | None]:
         """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
 
@@ -139,7 +143,9 @@ class LibraryConvolutions:
         if mask is not None:
             x, coef, end = mask, None, below
         arguments = dz, y, abc, x, coef, w, stride, pad, residual
-        dx, sums, _ = self.conv_backward(*arguments, need_dw=False, end=end, residual_stride=residual_stride)
+        dx, sums, _ = self.conv_backward(
+            *arguments, need_dw=False, end=end, residual_stride=residual_stride, dilation=dilation
+        )
         return dx, sums
 
     def conv_wgrad(
@@ -152,27 +158,27 @@ class LibraryConvolutions:
         stride: int,
         pad: Pad,
         kernel_hw: tuple[int, int],
+        dilation: int = 1,
     ) -> Tensor:
         """Gradient of the weight, fp32 [Cout, KH, KW, Cin]."""
         w = dz.new_empty(1).expand(dz.shape[3], *kernel_hw, x.shape[3])
-        return self.conv_backward(dz, y, abc, x, coef, w, stride, pad, need_dx=False)[2]
+        return self.conv_backward(dz, y, abc, x, coef, w, stride, pad, need_dx=False, dilation=dilation)[2]
 
 
-def convolve(x: Tensor, w: Tensor, bias: Tensor | None, stride: int, pad: Pad) -> Tensor:
+def convolve(x: Tensor, w: Tensor, bias: Tensor | None, stride: int, pad: Pad, dilation: int = 1) -> Tensor:
     """PyTorch's convolution of NHWC x, NHWC."""
     x, padding = padded(x, pad)
-    return nhwc(F.conv2d(nchw(x), nchw(w), bias, stride, padding))
+    return nhwc(F.conv2d(nchw(x), nchw(w), bias, stride, padding, dilation))
 
 
 def convolve_backward(
-    dy: Tensor, a: Tensor, w: Tensor, stride: int, pad: Pad, need_dx: bool, need_dw: bool
+    dy: Tensor, a: Tensor, w: Tensor, stride: int, pad: Pad, need_dx: bool, need_dw: bool, dilation: int = 1
 ) -> tuple[Tensor | None, Tensor | None]:
     """Its gradients at the input a and, in fp32 or fp64, of w; None where not needed."""
     height, width = a.shape[1:3]
     a, padding = padded(a, pad)
-    dx, dw, _ = _aten.convolution_backward(
-        nchw(dy), nchw(a), nchw(w), None, [stride] * 2, padding, [1, 1], False, [0, 0], 1, [need_dx, need_dw, False]
-    )
+    geometry = [stride] * 2, padding, [dilation] * 2, False, [0, 0], 1
+    dx, dw, _ = _aten.convolution_backward(nchw(dy), nchw(a), nchw(w), None, *geometry, [need_dx, need_dw, False])
     if dx is not None:
         top, left = (pad[0], pad[1]) if a.shape[1:3] != (height, width) else (0, 0)
         dx = nhwc(dx[:, :, top : top + height, left : left + width])

@@ -140,8 +140,8 @@ def _conv(x: Tensor, conv: Conv | Layer, bias: Tensor | None = None) -> Tensor:
     top, left, bottom, right = conv.pad
     weight, bias = conv.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if (top, left) == (bottom, right):
-        return F.conv2d(x, weight, bias, conv.stride, (top, left))
-    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, conv.stride)
+        return F.conv2d(x, weight, bias, conv.stride, (top, left), conv.dilation)
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, conv.stride, 0, conv.dilation)
 
 
 def _norm(y: Tensor, norm: Norm, found: list[Statistics]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres.kernels.types import Moments
 from fastres.ops import again, plain
 from fastres.ops.aten import statistics_dtype
 from fastres.ops.coefficients import backward_coefficients, coefficients, rows
@@ -24,6 +25,8 @@ from fastres.ops.layers import (
     check_shortcut_shape,
     contiguous,
     conv_shape,
+    dilation_of,
+    dilations_of,
     group_of,
     in_autocast,
     nhwc_weight,
@@ -81,6 +84,7 @@ def preact_block(
         next_coef,
         recording,
         group_of([layer.norm for layer in layers]),
+        dilations_of(convs),
         *parameters,
     )
     coefs, out_coef = (coefs[:-1], coefs[-1]) if next_coef else (coefs, None)  # torch.compile of 2.11 has no pop here
@@ -125,18 +129,18 @@ class _PreactBlock(torch.autograd.Function):
         next_coef: bool,
         recording: bool,
         group: str | None,
+        dilations: tuple[int, ...] | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         n = len(eps)
         norms, weights = list(parameters[: 4 * n]), [nhwc_weight(w, x.dtype) for w in parameters[4 * n :]]
-        out, *rest = preact_forward(
-            x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording, group
-        )
+        kinds = identity, projection, next_coef, recording, group, dilations
+        out, *rest = preact_forward(x, coef, weights, norms, strides, pads, eps, *kinds)
         ys, coefs = rest[: (n - 1) * recording], rest[(n - 1) * recording :]
         ctx.save_for_backward(x, *weights, *norms[::4], *coefs[:n], *ys)
         ctx.mark_non_differentiable(*coefs)
         ctx.geometry = strides, pads
-        ctx.shortcut, ctx.group = (identity, projection), group
+        ctx.shortcut, ctx.group, ctx.dilations = (identity, projection), group, dilations
         ctx.trained = [mean is None for mean in norms[2::4]]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         ctx.given, ctx.eps = again.given(parameters) if recording else None, eps
@@ -148,12 +152,13 @@ class _PreactBlock(torch.autograd.Function):
         x, *rest = contiguous(ctx.saved_tensors)
         if again.is_differentiated(dout):
             (strides, pads), (identity, _) = ctx.geometry, ctx.shortcut
-            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[10:]]
-            geometry = dict(strides=strides, pads=pads, eps=ctx.eps, identity=identity, projection=projection)
-            dx, *parameters = again.preact_block(ctx.given, x, dout, needs, group=ctx.group, **geometry)
-            return dx, *[None] * 9, *parameters
+            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[11:]]
+            geometry = dict(strides=strides, pads=pads, dilations=ctx.dilations, eps=ctx.eps)
+            shortcut = dict(identity=identity, projection=projection)
+            dx, *parameters = again.preact_block(ctx.given, x, dout, needs, group=ctx.group, **geometry, **shortcut)
+            return dx, *[None] * 10, *parameters
         weights, rest = rest[: n + projection], rest[n + projection :]
-        need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[10:]
+        need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[11:]
         need_weights = need_parameters[4 * n :]
         found = preact_backward(
             dout.contiguous(),
@@ -167,6 +172,7 @@ class _PreactBlock(torch.autograd.Function):
             *ctx.shortcut,
             [need_x, *need_weights],
             ctx.group,
+            ctx.dilations,
         )
         grads = iter(found)  # in the order of needs
         norm_grads = next(grads)
@@ -181,7 +187,7 @@ class _PreactBlock(torch.autograd.Function):
             parameters += [None, None]
         for need, dtype in zip(need_weights, ctx.dtypes[4 * n :]):
             parameters.append(weight_grad(next(grads), dtype) if need else None)
-        return dx, *[None] * 9, *parameters
+        return dx, *[None] * 10, *parameters
 
 
 @operation("preact_forward")
@@ -198,6 +204,7 @@ def preact_forward(
     next_coef: bool,
     recording: bool,
     group: str | None = None,
+    dilations: list[int] | None = None,
 ) -> list[Tensor]:
     """The forward schedule: the result, with ``recording`` y1 ... y(n-1), every layer's coef, and the result's.
 
@@ -207,9 +214,15 @@ def preact_forward(
         pads: top, left, bottom, right of each convolution, the projection's last.
         identity, projection: the shortcut is x, or the last convolution of the rectified x, or there is none.
         group: name of the process group whose ranks take batch statistics together.
+        dilations: of each convolution; None: all 1.
     """
     p = primitives(x)
     layers = len(eps)
+
+    def conv(i: int, a: Tensor, coef: Tensor, **options: Any) -> tuple[Tensor, Moments | None]:
+        geometry = weights[i], strides[i], pad_of(pads, i)
+        return p.conv(a, *geometry, coef=coef, **options, dilation=dilation_of(dilations, i))
+
     y, moments = x, None
     ys, coefs = [], []
     for i in range(layers):
@@ -218,23 +231,22 @@ def preact_forward(
         last = i == layers - 1
         shortcut = x if identity and last else None
         if projection and last:
-            shortcut, _ = p.conv(
-                x, weights[layers], strides[layers], pad_of(pads, layers), coef=coefs[0], moments=False
-            )
+            shortcut, _ = conv(layers, x, coefs[0], moments=False)
         wanted = next_coef if last else norms[4 * (i + 1) + 2] is None
-        y, moments = p.conv(
-            y, weights[i], strides[i], pad_of(pads, i), coef=coefs[i], residual=shortcut, moments=wanted
-        )
+        y, moments = conv(i, y, coefs[i], residual=shortcut, moments=wanted)
         ys.append(y)
     kept = ys[:-1] if recording else []
     return [y, *kept, *coefs] + ([p.finalize(moments, None, None, 0.0)] if next_coef else [])
 
 
 @preact_forward.register_fake
-def _(x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording, group=None):
+def _(
+    x, coef, weights, norms, strides, pads, eps, identity, projection, next_coef, recording, group=None, dilations=None
+):
     y, ys = x, []
     for i in range(len(eps)):
-        hw = output_hw(y.shape[1:3], weights[i].shape[1:3], strides[i], pad_of(pads, i))
+        geometry = strides[i], pad_of(pads, i), dilation_of(dilations, i)
+        hw = output_hw(y.shape[1:3], weights[i].shape[1:3], *geometry)
         y = x.new_empty(x.shape[0], *hw, weights[i].shape[0])
         ys.append(y)
     statistics = statistics_dtype(x.dtype)
@@ -261,6 +273,7 @@ def preact_backward(
     projection: bool,
     needs: list[bool],
     group: str | None = None,
+    dilations: list[int] | None = None,
 ) -> list[Tensor]:
     """The backward schedule, see `preact_forward`.
 
@@ -280,7 +293,8 @@ def preact_backward(
         if i == 0 and projection:
             geometry = weights[layers], strides[layers], pad_of(pads, layers)
             residual, dws[layers], step = projection_backward(
-                p, dout, None, None, x, coefs[0], *geometry, True, need_weights[layers]
+                p, dout, None, None, x, coefs[0], *geometry, True, need_weights[layers],
+                dilation_of(dilations, layers),
             )
         dz, sums, dws[i] = p.conv_backward(
             dz,
@@ -294,6 +308,7 @@ def preact_backward(
             residual,
             need_dw=need_weights[i],
             residual_stride=step,
+            dilation=dilation_of(dilations, i),
         )
         y = below if trained[i] else None
         abc, dgamma, dbeta = backward_coefficients(
@@ -305,7 +320,9 @@ def preact_backward(
 
 
 @preact_backward.register_fake
-def _(dout, x, ys, coefs, weights, gammas, strides, pads, trained, identity, projection, needs, group=None):
+def _(
+    dout, x, ys, coefs, weights, gammas, strides, pads, trained, identity, projection, needs, group=None, dilations=None
+):
     statistics = statistics_dtype(x.dtype)
     need_x, *need_weights = needs
     dws = [torch.empty_like(w, dtype=statistics) for w, need in zip(weights, need_weights) if need]

@@ -20,6 +20,7 @@ def projection_backward(
     pad: Pad,
     need_dx: bool,
     need_dw: bool,
+    dilation: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """dx, dw and the stride of dx, arguments as those of `conv_backward` but that dx goes through no ReLU.
 
@@ -28,11 +29,12 @@ def projection_backward(
     pointwise = is_pointwise(w.shape[1:3], pad)
     step = stride if pointwise else 1
     if step == 1 and coef is None:
-        dx, _, dw = p.conv_backward(dz, y, abc, x, None, w, stride, pad, None, need_dx, need_dw)
+        dx, _, dw = p.conv_backward(dz, y, abc, x, None, w, stride, pad, None, need_dx, need_dw, dilation=dilation)
         return dx, dw, step
     dx = dw = None
     if need_dx:
-        dx, _ = p.conv_dgrad(dz, y, abc, w, stride // step, pad, tuple((dz if pointwise else x).shape[1:3]))
+        hw = tuple((dz if pointwise else x).shape[1:3])
+        dx, _ = p.conv_dgrad(dz, y, abc, w, stride // step, pad, hw, dilation=dilation)
     if need_dw:
-        dw = p.conv_wgrad(dz, y, abc, x, coef, stride, pad, tuple(w.shape[1:3]))
+        dw = p.conv_wgrad(dz, y, abc, x, coef, stride, pad, tuple(w.shape[1:3]), dilation=dilation)
     return dx, dw, step

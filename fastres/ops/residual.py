@@ -35,6 +35,8 @@ from fastres.ops.layers import (
     check_shortcut,
     check_shortcut_shape,
     contiguous,
+    dilation_of,
+    dilations_of,
     group_of,
     identity_shape,
     in_autocast,
@@ -123,6 +125,7 @@ def residual_chain(
         recording,
         keep == "all",
         group_of([layer.norm for layer in every_layer]),
+        dilations_of(every_layer),
         *parameters,
     )
     return out, [Statistics(coef, pixels(shape)) for coef, shape in zip(coefs, shapes)]
@@ -178,19 +181,19 @@ class _ResidualChain(torch.autograd.Function):
         recording: bool,
         keep_all: bool,
         group: str | None,
+        dilations: tuple[int, ...] | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights = [nhwc_weight(weight, x.dtype) for weight in parameters[::5]]
         norms = [tensor for i in range(0, len(parameters), 5) for tensor in parameters[i + 1 : i + 5]]
         kinds = identity, projection
-        out, *rest = residual_forward(
-            x, added, weights, norms, depths, strides, pads, eps, steps, *kinds, relu, recording, keep_all, group
-        )
+        options = relu, recording, keep_all, group, dilations
+        out, *rest = residual_forward(x, added, weights, norms, depths, strides, pads, eps, steps, *kinds, *options)
         saved, coefs = rest[: -len(weights)], rest[-len(weights) :]
         ctx.save_for_backward(x, out if relu else None, *weights, *parameters[1::5], *coefs, *saved)
         ctx.mark_non_differentiable(*coefs)
         ctx.geometry = depths, strides, pads, steps
-        ctx.kinds, ctx.group = (*kinds, keep_all), group
+        ctx.kinds, ctx.group, ctx.dilations = (*kinds, keep_all), group, dilations
         ctx.trained = [mean is None for mean in parameters[3::5]]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         ctx.given = again.given(parameters) if recording else None
@@ -204,7 +207,7 @@ class _ResidualChain(torch.autograd.Function):
         if again.is_differentiated(dout):
             return _ResidualChain._differentiable(ctx, x, rest[3 * n] if inner else out, dout)
         weights, gammas, coefs, saved = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-        need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[13:])
+        need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[14:])
         need_weights = need_parameters[::5]
         found = residual_backward(
             dout.contiguous(),
@@ -219,6 +222,7 @@ class _ResidualChain(torch.autograd.Function):
             *ctx.kinds,
             [need_x, need_added, *need_weights],
             ctx.group,
+            ctx.dilations,
         )
         grads = iter(found)  # in the order of needs
         norm_grads = next(grads)
@@ -236,7 +240,7 @@ class _ResidualChain(torch.autograd.Function):
                 None,
                 None,
             ]
-        return dx, dadded, *[None] * 11, *parameters
+        return dx, dadded, *[None] * 12, *parameters
 
     @staticmethod
     def _differentiable(ctx: Any, x: Tensor, result: Tensor | None, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -248,11 +252,12 @@ class _ResidualChain(torch.autograd.Function):
             x,
             result,
             dout,
-            [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[13:]],
+            [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[14:]],
             has_added,
             depths=depths,
             strides=strides,
             pads=pads,
+            dilations=ctx.dilations,
             steps=steps,
             eps=eps,
             identity=identity,
@@ -260,7 +265,7 @@ class _ResidualChain(torch.autograd.Function):
             relu=relu,
             group=ctx.group,
         )
-        return dx, dadded, *[None] * 11, *parameters
+        return dx, dadded, *[None] * 12, *parameters
 
 
 @operation("residual_forward")
@@ -280,6 +285,7 @@ def residual_forward(
     recording: bool,
     keep_all: bool,
     group: str | None = None,
+    dilations: list[int] | None = None,
 ) -> list[Tensor]:
     """The forward schedule.
 
@@ -291,6 +297,7 @@ def residual_forward(
         identity, projection: the first block's shortcut is x, or the last layer of x; else it is ``added``, or nothing.
         recording, keep_all: what backward will need, see the returned.
         group: name of the process group whose ranks take batch statistics together.
+        dilations: of each layer; None: all 1.
 
     Returns:
         The result; with ``recording`` the other blocks' results, then the layers' outputs, without ``keep_all`` not those
@@ -302,7 +309,8 @@ def residual_forward(
         return coefficients(p, y, *norms[4 * i : 4 * i + 4], eps[i], moments, group=group)
 
     def conv(i: int, a: Tensor, below: Tensor | None) -> tuple[Tensor, Any]:
-        return p.conv(a, weights[i], strides[i], pad_of(pads, i), coef=below, moments=norms[4 * i + 2] is None)
+        options = dict(moments=norms[4 * i + 2] is None, dilation=dilation_of(dilations, i))
+        return p.conv(a, weights[i], strides[i], pad_of(pads, i), coef=below, **options)
 
     def end(block: int, relu: bool) -> Tensor:
         return p.bn_add_relu(y, coef, shortcut, shortcut_coef, relu, steps[block])
@@ -342,10 +350,11 @@ def residual_forward(
 @residual_forward.register_fake
 def _(
     x, added, weights, norms, depths, strides, pads, eps, steps, identity, projection, relu, recording, keep_all,
-    group=None,
+    group=None, dilations=None,
 ):
     def output(a, i):
-        hw = output_hw(a.shape[1:3], weights[i].shape[1:3], strides[i], pad_of(pads, i))
+        geometry = strides[i], pad_of(pads, i), dilation_of(dilations, i)
+        hw = output_hw(a.shape[1:3], weights[i].shape[1:3], *geometry)
         return x.new_empty(a.shape[0], *hw, weights[i].shape[0])
 
     a, outs, ys, i = x, [], [], 0
@@ -384,6 +393,7 @@ def residual_backward(
     keep_all: bool,
     needs: list[bool],
     group: str | None = None,
+    dilations: list[int] | None = None,
 ) -> list[Tensor]:
     """The backward schedule, see `residual_forward`; ``out`` None: the result had no ReLU.
 
@@ -417,7 +427,9 @@ def residual_backward(
             return kept(i)
         if i not in again:
             a, coef = below(i)
-            again[i] = p.conv(a, weights[i], strides[i], pad_of(pads, i), coef=coef, moments=False)[0]
+            geometry = weights[i], strides[i], pad_of(pads, i)
+            options = dict(moments=False, dilation=dilation_of(dilations, i))
+            again[i] = p.conv(a, *geometry, coef=coef, **options)[0]
         return again[i]
 
     def layer(i: int, dz: Tensor, sums: Tensor) -> tuple:
@@ -447,7 +459,8 @@ def residual_backward(
         if projection and block == 0:
             last = starts[-1]
             dshortcut, dws[last], step = projection_backward(
-                p, *layer(last, dz, shortcut_sums), need_x, need_weights[last]
+                p, *layer(last, dz, shortcut_sums), need_x, need_weights[last],
+                dilation_of(dilations, last),
             )
             again.pop(last, None)
             if not keep_all:  # only now, so that this output and the projection's never are in memory together
@@ -461,7 +474,8 @@ def residual_backward(
                 if block > 1 or (block == 1 and not projection):
                     end = (y_of(i - 1), coefs[i - 1])
             given = residual, need_x or i > 0, need_weights[i], end, 1 if residual is None else step
-            dz, sums, dws[i] = p.conv_backward(*layer(i, dz, sums), *given, spare=True)
+            options = dict(spare=True, dilation=dilation_of(dilations, i))
+            dz, sums, dws[i] = p.conv_backward(*layer(i, dz, sums), *given, **options)
             again.pop(i, None)
             residual = given = None
         if projection and block == 1:
@@ -474,7 +488,7 @@ def residual_backward(
 @residual_backward.register_fake
 def _(
     dout, out, inputs, ys, coefs, weights, gammas, depths, strides, pads, steps, trained, identity, projection, keep_all,
-    needs, group=None,
+    needs, group=None, dilations=None,
 ):
     statistics = statistics_dtype(dout.dtype)
     need_x, need_added, *need_weights = needs

@@ -213,6 +213,7 @@ def _dgrad_and_wgrad(
     end: tuple[Tensor, Tensor] | None = None,
     residual_stride: int = 1,
     spare: bool = False,
+    dilation: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`conv_backward` of two kernels that each compute dy as they read it.
 
@@ -221,9 +222,10 @@ def _dgrad_and_wgrad(
     dx = sums = dw = None
     if need_dx:
         below, mask = ((x, coef), None) if coef is not None else (end, None if end is None else x)
-        dx, sums = dgrad(dz, y, abc, w, stride, pad, tuple(x.shape[1:3]), below, residual, mask, residual_stride)
+        given = dz, y, abc, w, stride, pad, tuple(x.shape[1:3]), below, residual, mask, residual_stride
+        dx, sums = dgrad(*given, dilation=dilation)
     if need_dw:
-        dw = wgrad(dz, y, abc, x, coef, stride, pad, tuple(w.shape[1:3]))
+        dw = wgrad(dz, y, abc, x, coef, stride, pad, tuple(w.shape[1:3]), dilation=dilation)
     return dx, sums, dw
 
 

@@ -61,6 +61,7 @@ def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[T
         stride,
         pad,
         group_of([layer.norm]),
+        layer.dilation,
         layer.weight,
         *norm_vectors(layer.norm),
     )
@@ -79,6 +80,7 @@ class _Stem(torch.autograd.Function):
         pool_stride: int,
         pool_pad: Pad,
         group: str | None,
+        dilation: int,
         weight: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
@@ -86,37 +88,34 @@ class _Stem(torch.autograd.Function):
         running_var: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         w = nhwc_weight(weight, x.dtype)
-        out, index, y, coef = stem_forward(
-            x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad, group
-        )
+        vectors, pool = (gamma, beta, running_mean, running_var), (pool_kernel, pool_stride, pool_pad)
+        out, index, y, coef = stem_forward(x, w, *vectors, stride, pad, eps, *pool, group, dilation)
         ctx.save_for_backward(index, x, y, coef, w, gamma)
         ctx.mark_non_differentiable(coef)
-        ctx.geometry = stride, pad, pool_kernel, pool_stride, pool_pad
-        ctx.trained, ctx.group = running_mean is None, group
+        ctx.geometry = stride, pad, *pool
+        ctx.trained, ctx.group, ctx.dilation = running_mean is None, group, dilation
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, gamma, beta)]
         ctx.given, ctx.eps = again.given([weight, gamma, beta, running_mean, running_var]), eps
         return out, coef
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[0], *ctx.needs_input_grad[8:11]
+        need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[0], *ctx.needs_input_grad[9:12]
         saved = contiguous(ctx.saved_tensors)
         if again.is_differentiated(dout):
             stride, pad, pool_kernel, pool_stride, pool_pad = ctx.geometry
             pool = dict(pool_kernel=pool_kernel, pool_stride=pool_stride, pool_pad=pool_pad)
-            needs = [need_x, *ctx.needs_input_grad[8:]]
-            dx, *parameters = again.stem(
-                ctx.given, saved[1], dout, needs, ctx.group, stride=stride, pad=pad, eps=ctx.eps, **pool
-            )
-            return dx, *[None] * 7, *parameters
-        norm_grads, *grads = stem_backward(
-            dout.contiguous(), *saved, *ctx.geometry, ctx.trained, need_x, need_weight, ctx.group
-        )
+            needs = [need_x, *ctx.needs_input_grad[9:]]
+            geometry = dict(stride=stride, pad=pad, dilation=ctx.dilation, eps=ctx.eps)
+            dx, *parameters = again.stem(ctx.given, saved[1], dout, needs, ctx.group, **geometry, **pool)
+            return dx, *[None] * 8, *parameters
+        kinds = ctx.trained, need_x, need_weight, ctx.group, ctx.dilation
+        norm_grads, *grads = stem_backward(dout.contiguous(), *saved, *ctx.geometry, *kinds)
         dgamma, dbeta = norm_grads.chunk(2)
         dtypes = ctx.dtypes
         return (
             grads[0] if need_x else None,
-            *[None] * 7,
+            *[None] * 8,
             weight_grad(grads[-1], dtypes[0]) if need_weight else None,
             dgamma.to(dtypes[1]) if need_gamma else None,
             dbeta.to(dtypes[2]) if need_beta else None,
@@ -140,18 +139,22 @@ def stem_forward(
     pool_stride: int,
     pool_pad: list[int],
     group: str | None = None,
+    dilation: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, each one's winning tap (uint8), the convolution's output and the BatchNorm's coef."""
     p = primitives(x)
-    y, moments = p.conv(x, w, stride, tuple(pad), moments=running_mean is None)
+    y, moments = p.conv(x, w, stride, tuple(pad), moments=running_mean is None, dilation=dilation)
     coef = coefficients(p, y, gamma, beta, running_mean, running_var, eps, moments, group=group)
     return *p.bn_relu_max_pool(y, coef, pool_kernel, pool_stride, tuple(pool_pad)), y, coef
 
 
 @stem_forward.register_fake
-def _(x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad, group=None):
+def _(
+    x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad, group=None,
+    dilation=1,
+):
     n, channels = x.shape[0], w.shape[0]
-    hw = output_hw(x.shape[1:3], w.shape[1:3], stride, pad)
+    hw = output_hw(x.shape[1:3], w.shape[1:3], stride, pad, dilation)
     out = x.new_empty(n, *output_hw(hw, (pool_kernel, pool_kernel), pool_stride, pool_pad), channels)
     coef = x.new_empty(rows(running_mean, group), channels, dtype=statistics_dtype(x.dtype))
     return out, torch.empty_like(out, dtype=torch.uint8), x.new_empty(n, *hw, channels), coef
@@ -175,21 +178,22 @@ def stem_backward(
     need_x: bool,
     need_weight: bool,
     group: str | None = None,
+    dilation: int = 1,
 ) -> list[Tensor]:
     """The gradients of gamma and beta in one vector, then those of x and the weight where needed."""
     p = primitives(x)
     dz, sums = p.bn_relu_max_pool_backward(dout, index, y, coef, pool_kernel, pool_stride, tuple(pool_pad))
     abc, dgamma, dbeta = backward_coefficients(p, sums, coef, gamma, pixels(y.shape), trained, group)
-    dx, _, dw = p.conv_backward(
-        dz, y if trained else None, abc, x, None, w, stride, tuple(pad), need_dx=need_x, need_dw=need_weight
-    )
+    needs = dict(need_dx=need_x, need_dw=need_weight)
+    y = y if trained else None
+    dx, _, dw = p.conv_backward(dz, y, abc, x, None, w, stride, tuple(pad), **needs, dilation=dilation)
     return [torch.cat([dgamma, dbeta]), *(grad for grad in (dx, dw) if grad is not None)]
 
 
 @stem_backward.register_fake
 def _(
     dout, index, x, y, coef, w, gamma, stride, pad, pool_kernel, pool_stride, pool_pad, trained, need_x, need_weight,
-    group=None,
+    group=None, dilation=1,
 ):
     statistics = statistics_dtype(x.dtype)
     grads = [torch.empty_like(x)] * need_x + [torch.empty_like(w, dtype=statistics)] * need_weight

@@ -1,17 +1,20 @@
 """Run by `test_aot` in a process without ``TRITON_INTERPRET``: compiles the largest variant of each kernel.
 
-Prints JSON: rows of `bench.aot.as_record`, and what the recorder made of a probe's arguments.
+Prints JSON: rows of `bench.aot.as_record`, those of a dilated block, and what the recorder made of a probe's arguments.
 """
 
 import json
 
 import torch
+import torchvision
 import triton
 import triton.language as tl
 
 from bench.aot import ARCHITECTURES, as_record, compile_all, specialisations
 from bench.launches import Specialisation, recorded
 from bench.sass import SHARED_LIMIT
+from fastres.kernels.resources import shared_memory_of
+from fastres.nn import fuse
 
 
 @triton.jit
@@ -37,6 +40,15 @@ def probe() -> list[dict]:
     ]
 
 
+def dilated(shared: int) -> list[Specialisation]:
+    """Launches of the 3x3 convolution in a bottleneck of dilation 2, forward and backward, in bf16; see `specialisations`."""
+    block = fuse(torchvision.models.resnet.Bottleneck(1024, 256, dilation=2)).bfloat16()
+    with shared_memory_of(shared), recorded() as launches:
+        block(torch.empty(16, 1024, 28, 28, dtype=torch.bfloat16).requires_grad_()).sum().backward()
+    found = {launch.specialisation for launch in launches}
+    return sorted((one for one in found if one.constants.get("DILATION") == 2), key=str)
+
+
 def main() -> None:
     """The largest variant of each kernel, with and without a shortcut; of the 3x3 convolutions that of 256 channels.
 
@@ -53,7 +65,9 @@ def main() -> None:
             found, stems = smaller, set()
         chosen = {(one.kernel, "shortcut_ptr" in one.pointers): one for one in sorted(found, key=_demand)}
         rows += compile_all({*chosen.values(), *stems}, archs)
-    print(json.dumps({"probe": probe(), "rows": [as_record(row) for row in rows]}))
+    apart = [row for arch in ARCHITECTURES for row in compile_all(dilated(SHARED_LIMIT[arch]), [arch])]
+    records = {name: [as_record(row) for row in of] for name, of in (("rows", rows), ("dilated", apart))}
+    print(json.dumps({"probe": probe(), **records}))
 
 
 def _demand(one: Specialisation) -> tuple:

@@ -40,6 +40,14 @@ def test_every_kernel_compiles_without_faults(subset):
     assert {row["kernel"] for row in rows} >= {*CONVOLUTIONS, "finalize_kernel", "bn_add_relu_backward_kernel"}
 
 
+def test_dilated_convolutions_compile_without_faults(subset):
+    rows = subset["dilated"]
+    assert [(row["kernel"], row["arch"], row["faults"]) for row in rows if row["faults"]] == []
+    assert {(row["kernel"], row["arch"]) for row in rows} == {(k, arch) for k in CONVOLUTIONS for arch in ARCHITECTURES}
+    for row in rows:
+        assert row["spills"] == 0 and TENSOR_CORES[row["arch"]] in row["tensor_cores"], row
+
+
 def test_convolutions_use_each_architectures_tensor_cores(subset):
     rows = [row for row in subset["rows"] if row["kernel"] in CONVOLUTIONS]
     assert {(row["kernel"], row["arch"]) for row in rows} == {*itertools.product(CONVOLUTIONS, ARCHITECTURES)}

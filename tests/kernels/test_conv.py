@@ -22,9 +22,9 @@ def test_conv(problem, prologue, add):
     p = problem
     coef, residual = p.coef() if prologue else None, p.y(4) if add else None
     args = (p.x(), p.w(), p.stride, p.pad, coef, residual)
-    y, moments = guarded(conv, *args, rank=p.rank)
-    eager, _ = aten.conv(*args)
-    reference, _ = aten.conv(*exact(args))
+    y, moments = guarded(conv, *args, rank=p.rank, dilation=p.dilation)
+    eager, _ = aten.conv(*args, dilation=p.dilation)
+    reference, _ = aten.conv(*exact(args), dilation=p.dilation)
     assert_as_good(y, eager, reference, terms=p.kernel**2 * p.inputs)
     assert moments.count.sum() == y.numel() // p.outputs
     stored = y.double().flatten(0, 2)
@@ -53,9 +53,9 @@ def test_conv_bias_act(problem, add, relu):
     bias = randn(p.outputs, seed=p.seed + 7)
     args = (p.x(), p.w(), bias, p.stride, p.pad, p.y(4) if add else None, relu)
     assert_as_good(
-        guarded(conv_bias_act, *args, rank=p.rank),
-        aten.conv_bias_act(*args),
-        aten.conv_bias_act(*exact(args)),
+        guarded(conv_bias_act, *args, rank=p.rank, dilation=p.dilation),
+        aten.conv_bias_act(*args, dilation=p.dilation),
+        aten.conv_bias_act(*exact(args), dilation=p.dilation),
         terms=p.kernel**2 * p.inputs,
     )
 

@@ -44,8 +44,9 @@ def test_conv_dgrad(problem, prologue, below, add):
     norm, mask = None if below == "nothing" else (p.x(), p.coef()), p.x(11) if below == "end of a block" else None
     residual, stride = residual_of(add, p)
     args = (p.y(9), y, abc, p.w(), p.stride, p.pad, p.hw, norm, residual, mask, stride)
-    ours = total(guarded(conv_dgrad, *args, rank=p.rank))
-    eager, reference = total(aten.conv_dgrad(*args)), aten.conv_dgrad(*exact(args))
+    ours = total(guarded(conv_dgrad, *args, rank=p.rank, dilation=p.dilation))
+    eager = total(aten.conv_dgrad(*args, dilation=p.dilation))
+    reference = aten.conv_dgrad(*exact(args), dilation=p.dilation)
     terms = p.kernel**2 * p.outputs
     assert_as_good(ours[0], eager[0], reference[0], terms=terms)
     if norm:  # sums are of the stored gradient, whose roundings they carry: what these may be is granted

@@ -20,10 +20,11 @@ def test_conv_wgrad(problem, prologue_dy, prologue_x):
     p = problem
     y, abc = p.batch_norm_backward(prologue_dy, 8)
     args = (p.y(9), y, abc, p.x(), p.coef() if prologue_x else None, p.stride, p.pad, (p.kernel, p.kernel))
-    ours, eager = guarded(conv_wgrad, *args, rank=p.rank), aten.conv_wgrad(*args)
+    ours = guarded(conv_wgrad, *args, rank=p.rank, dilation=p.dilation)
+    eager = aten.conv_wgrad(*args, dilation=p.dilation)
     assume(eager.isfinite().all())  # oneDNN's in bf16 has NaN at random where a 5x5 kernel at stride 3 meets 2 columns
     assert ours.dtype == torch.float32 and ours.is_contiguous()
-    assert_as_good(ours, eager, aten.conv_wgrad(*exact(args)))
+    assert_as_good(ours, eager, aten.conv_wgrad(*exact(args), dilation=p.dilation))
 
 
 @pytest.mark.parametrize("inputs", [3, 20], ids=["all taps in a row", "tap by tap"])

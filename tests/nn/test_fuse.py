@@ -16,14 +16,16 @@ def torchvision_network(**options):
     return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=2, **options)
 
 
-def test_grouped_and_dilated_blocks_stay_eager_and_a_line_is_logged(caplog):
+def test_grouped_and_unevenly_dilated_blocks_stay_eager_and_a_line_is_logged(caplog):
     model = fuse(torchvision_network(groups=32, width_per_group=4))
     (said,) = caplog.messages
     assert said.startswith("ResNet: fused 0 of 4 blocks, 1 stem, 1 head; left layer1.0 and 3 more (a convolution has groups=32")
     assert type(model.layer1[0]) is torchvision.models.resnet.Bottleneck
-    model = fuse(torchvision_network(replace_stride_with_dilation=[False, True, True]))
-    assert "dilation" in caplog.messages[-1]
-    assert isinstance(model.layer1[0], FusedBlock)
+    model = torchvision_network()
+    model.layer2[0].conv2 = nn.Conv2d(128, 128, 3, 2, (2, 1), (2, 1), bias=False)
+    fuse(model)
+    assert "dilation=(2, 1)" in caplog.messages[-1]
+    assert isinstance(model.layer1[0], FusedBlock) and not isinstance(model.layer2[0], FusedBlock)
     x = torch.randn(2, 3, 64, 64)
     eager = unfuse(model.eval())(x)
     torch.testing.assert_close(fuse(model)(x), eager)

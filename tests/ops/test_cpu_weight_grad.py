@@ -24,14 +24,14 @@ def made(*sizes, normalised=True):
     return problem.x(), problem.coef() if normalised else None, problem.y(7), problem.w(), problem.stride, problem.pad
 
 
-def exact(x, coef, dy, w, stride, pad):
+def exact(x, coef, dy, w, stride, pad, dilation=1):
     """In fp64; and PyTorch's own gradient in bf16."""
     results = []
     for dtype in (torch.float64, BF16):
         a = x.to(dtype) if coef is None else aten.bn_add_relu(x.to(dtype), coef.to(torch.promote_types(dtype, coef.dtype)))
         leaf = w.to(dtype).permute(0, 3, 1, 2).contiguous().requires_grad_()
         padded = F.pad(a.to(dtype), (0, 0, pad[1], pad[3], pad[0], pad[2])).permute(0, 3, 1, 2)
-        y = F.conv2d(padded, leaf, stride=stride)
+        y = F.conv2d(padded, leaf, stride=stride, dilation=dilation)
         (grad,) = torch.autograd.grad(y, leaf, dy.to(dtype).permute(0, 3, 1, 2))
         results.append(grad.permute(0, 2, 3, 1))
     return results
@@ -51,7 +51,8 @@ def assert_good(arguments):
 def test_drawn_problems(problem, normalised, inputs):
     problem = problem._replace(dtype=BF16, inputs=inputs)
     coef = problem.coef() if normalised else None
-    assert_good((problem.x(), coef, problem.y(7), problem.w(), problem.stride, problem.pad))
+    geometry = problem.stride, problem.pad, problem.dilation
+    assert_good((problem.x(), coef, problem.y(7), problem.w(), *geometry))
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -68,6 +69,14 @@ def test_drawn_problems(problem, normalised, inputs):
 )
 def test_units(sizes, normalised):
     assert_good(made(*sizes, normalised=normalised))
+
+
+@pytest.mark.parametrize("stride, dilation", [(1, 2), (1, 5), (2, 3)])
+def test_units_with_taps_apart(stride, dilation):
+    pad = (dilation,) * 4
+    sizes = 3, (48, 47), 80, 20, 3, stride, pad, BF16, 1, 0, dilation
+    problem = Problem(*sizes)
+    assert_good((problem.x(), problem.coef(), problem.y(7), problem.w(), stride, pad, dilation))
 
 
 @pytest.mark.parametrize("outputs", [36, 800], ids=["a gradient a thread", "one gradient"])

@@ -44,15 +44,17 @@ X = torch.randn(2, 8, 8, 3)
         (torch.randn(2, 3, 8, 8), torch.randn(0, 3, 3, 3), {}),
         (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), dict(stride=0)),
         (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), dict(padding=-1)),
+        (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), dict(dilation=0)),
+        (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), dict(dilation=5)),
     ],
-    ids=["channels", "empty", "no outputs", "stride", "padding"],
+    ids=["channels", "empty", "no outputs", "stride", "padding", "dilation", "taps too far apart"],
 )
 def test_the_message_is_conv2ds_own(x, weight, options):
     with pytest.raises(RuntimeError) as theirs:
         F.conv2d(x, weight, **{"padding": 1, **options})
-    stride, pad = options.get("stride", 1), symmetric(options.get("padding", 1))
+    geometry = options.get("stride", 1), symmetric(options.get("padding", 1)), options.get("dilation", 1)
     with pytest.raises(RuntimeError) as ours:
-        residual_block(x.permute(0, 2, 3, 1), [Layer(weight, Norm(None, None), stride, pad)])
+        residual_block(x.permute(0, 2, 3, 1), [Layer(weight, Norm(None, None), *geometry)])
     assert str(ours.value) == str(theirs.value)
 
 

@@ -89,6 +89,11 @@ def kinds() -> st.SearchStrategy[dict[str, bool]]:
     return st.sampled_from(KINDS)
 
 
+def dilations() -> st.SearchStrategy[int]:
+    """Pixels from one tap to the next."""
+    return st.sampled_from([1, 1, 2, 3, 4])
+
+
 @st.composite
 def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
     """dtype, options and (x, layers, shortcut tensor or layer) of a residual block."""
@@ -100,7 +105,9 @@ def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
         widths[-1], stride = widths[0] + draw(st.sampled_from([0, 0, 8])), 2
     options = dict(relu=draw(st.sampled_from([True, True, False])), keep=draw(st.sampled_from(["all", "fewer"])))
     dtype, value_seed, tensorflow = draw(dtypes()), draw(seeds()), draw(st.booleans())
+    dilation = 1 if tensorflow else draw(dilations())
     note(f"{n}x{height}x{width} {widths} kernels {kernels} stride {stride} {shortcut} {kind} {options} {dtype}")
+    note(f"dilation {dilation}")
     torch.manual_seed(value_seed)
     strided = kernels.index(max(kernels))
     with device():
@@ -111,7 +118,8 @@ def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
             if i == strided and tensorflow:
                 rows, columns = same_padding(height, kernel, stride), same_padding(width, kernel, stride)
                 pad = (rows[0], columns[0], rows[1], columns[1])
-            layers.append(random_layer(*widths[i : i + 2], kernel, stride if i == strided else 1, pad, **kind))
+            geometry = (stride, pad, dilation) if i == strided else ()
+            layers.append(random_layer(*widths[i : i + 2], kernel, *geometry, **kind))
         out = n, -(-height // stride), -(-width // stride), widths[-1]
         added = {
             "tensor": lambda: torch.randn(out, dtype=torch.float64),
@@ -220,14 +228,14 @@ def preacts(draw: st.DrawFn, shortcut: str) -> tuple:
     stride, kind = 1 if shortcut == "identity" else draw(st.sampled_from([2, 1])), draw(kinds())
     if shortcut == "identity":
         widths[3] = widths[0]
-    dtype, value_seed = draw(dtypes()), draw(seeds())
-    note(f"{n}x{height}x{width} {widths} stride {stride} {shortcut} {kind} {dtype}")
+    dtype, value_seed, dilation = draw(dtypes()), draw(seeds()), draw(dilations())
+    note(f"{n}x{height}x{width} {widths} stride {stride} dilation {dilation} {shortcut} {kind} {dtype}")
     torch.manual_seed(value_seed)
     with device():
         x = torch.randn(n, height, width, widths[0], dtype=torch.float64)
         layers = [
-            Layer(random_weight(*widths[i : i + 2], kernel), random_norm(widths[i], **kind), step, (kernel // 2,) * 4)
-            for i, (kernel, step) in enumerate([(1, 1), (3, stride), (1, 1)])
+            Layer(random_weight(*widths[i : i + 2], kernel), random_norm(widths[i], **kind), step, (pad,) * 4, dilation)
+            for i, (kernel, step, pad) in enumerate([(1, 1, 0), (3, stride, dilation), (1, 1, 0)])
         ]
         added = Conv(random_weight(widths[0], widths[3], 1), stride) if shortcut == "projection" else None
     return dtype, (x, layers, added)
@@ -269,13 +277,14 @@ def stems(draw: st.DrawFn) -> tuple:
     (n, height, width), (inputs, outputs) = draw(images()), (draw(channels()) for _ in range(2))
     kernel, stride, kind = draw(st.sampled_from([5, 3, 1])), draw(st.sampled_from([1, 2])), draw(kinds())
     pool = draw(st.sampled_from([(3, 2, (1, 1, 1, 1)), (3, 2, (0, 0, 1, 1)), (2, 3, (0, 0, 0, 0))]))
-    dtype, value_seed = draw(dtypes()), draw(seeds())
+    dtype, value_seed, dilation = draw(dtypes()), draw(seeds()), draw(dilations())
+    note(f"dilation {dilation}")
     note(f"{n}x{height}x{width} {inputs} to {outputs} kernel {kernel} stride {stride} pool {pool} {kind} {dtype}")
     torch.manual_seed(value_seed)
     with device():
         x = torch.randint(-1, 2, (n, height, width, inputs)).double()
         weight = torch.randint(-1, 2, (outputs, inputs, kernel, kernel)).double()
-        layer = Layer(weight, random_norm(outputs, **kind), stride, (kernel // 2,) * 4)
+        layer = Layer(weight, random_norm(outputs, **kind), stride, (kernel // 2 * dilation,) * 4, dilation)
     return dtype, pool, (x, layer)
 
 

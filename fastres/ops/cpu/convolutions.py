@@ -35,12 +35,13 @@ class PartedConvolutions(LibraryConvolutions):
         coef: Tensor | None = None,
         residual: Tensor | None = None,
         moments: bool = True,
+        dilation: int = 1,
     ) -> tuple[Tensor, Moments | None]:
         """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` and the statistics of y."""
-        output = _Output(x, w, stride, pad, moments)
+        output = _Output(x, w, stride, pad, moments, dilation)
         for images in output.parts:
             a = x[images] if coef is None else passes.bn_add_relu(x[images], coef)
-            output.take(images, products.forward(a, w, stride, pad, output.at(images)), residual)
+            output.take(images, products.forward(a, w, stride, pad, output.at(images), dilation), residual)
         return output.result()
 
     def conv_bias_act(
@@ -52,12 +53,14 @@ class PartedConvolutions(LibraryConvolutions):
         pad: Pad,
         residual: Tensor | None = None,
         relu: bool = True,
+        dilation: int = 1,
     ) -> Tensor:
         """``relu(conv2d(x, w) + bias (+ residual))``, the addition in oneDNN's call where PyTorch has it."""
         if residual is None or not onednn.takes(x.dtype):
-            return super().conv_bias_act(x, w, bias, stride, pad, residual, relu)
+            return super().conv_bias_act(x, w, bias, stride, pad, residual, relu, dilation)
         x, padding = padded(x, pad)
-        return nhwc(onednn.conv_bias_act(nchw(x), nchw(w), bias.to(x.dtype), stride, padding, nchw(residual), relu))
+        geometry = stride, padding, dilation
+        return nhwc(onednn.conv_bias_act(nchw(x), nchw(w), bias.to(x.dtype), *geometry, nchw(residual), relu))
 
     def bn_add_relu_conv(
         self,
@@ -94,6 +97,7 @@ class PartedConvolutions(LibraryConvolutions):
         end: tuple[Tensor, Tensor] | None = None,
         residual_stride: int = 1,
         spare: bool = False,
+        dilation: int = 1,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, sums, dw), see `fastres.ops.library.LibraryConvolutions.conv_backward`."""
         if not need_dx and not need_dw:
@@ -109,7 +113,9 @@ class PartedConvolutions(LibraryConvolutions):
             dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], _at(y, images), abc)
             to = _at(dx, images)
             room = None if in_residual else to
-            dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, room, need_dx, need_dw)
+            dx_part, dw_part = products.backward(
+                dy, x[images], coef, w, stride, pad, room, need_dx, need_dw, dilation
+            )
             if need_dw:
                 dw = dw_part if dw is None else dw.add_(dw_part)
             if not need_dx:
@@ -134,8 +140,8 @@ class PartedConvolutions(LibraryConvolutions):
 class _Output:
     """A convolution's output, put together part by part, and its statistics."""
 
-    def __init__(self, x: Tensor, w: Tensor, stride: int, pad: Pad, moments: bool):
-        shape = x.shape[0], *output_hw(x.shape[1:3], w.shape[1:3], stride, pad), w.shape[0]
+    def __init__(self, x: Tensor, w: Tensor, stride: int, pad: Pad, moments: bool, dilation: int = 1):
+        shape = x.shape[0], *output_hw(x.shape[1:3], w.shape[1:3], stride, pad, dilation), w.shape[0]
         self.parts = _parts(x, x.new_empty(1).expand(shape), w)
         self._y = x.new_empty(shape) if len(self.parts) > 1 else None
         self._moments: list[Moments] | None = [] if moments else None

@@ -21,7 +21,14 @@ def takes(dtype: torch.dtype) -> bool:
 
 
 def conv_bias_act(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: list[int], residual: Tensor | None, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: list[int],
+    dilation: int,
+    residual: Tensor | None,
+    relu: bool,
 ) -> Tensor:
     """``relu(conv2d(x, weight) + bias (+ residual))``, all but the ReLU in the call.
 
@@ -33,7 +40,7 @@ def conv_bias_act(
         bias: of x's dtype.
         padding: of rows and of columns, on both sides.
     """
-    geometry = weight, bias, padding, [stride] * 2, [1, 1], 1
+    geometry = weight, bias, padding, [stride] * 2, [dilation] * 2, 1
     if residual is None:
         y = mkldnn._convolution_pointwise(x, *geometry, "none", [], "")
     else:

@@ -20,18 +20,21 @@ from fastres.ops.operation import without_autocast
 AVAILABLE = onednn.AVAILABLE and hasattr(onednn.mkldnn, "_reorder_convolution_weight")
 
 
-def packed_weight(weight: Tensor, x: Tensor, stride: int, padding: list[int]) -> Tensor:
+def packed_weight(weight: Tensor, x: Tensor, stride: int, padding: list[int], dilation: int = 1) -> Tensor:
     """The weight [C', C, KH, KW] in x's dtype and the layout that suits x [N, C, H, W]."""
     return onednn.mkldnn._reorder_convolution_weight(
-        weight.to(x.dtype), padding, [stride] * 2, [1, 1], 1, list(x.shape)
+        weight.to(x.dtype), padding, [stride] * 2, [dilation] * 2, 1, list(x.shape)
     )
+
+
+Geometry = tuple[int, Pad, int]  # stride, padding, dilation
 
 
 class _Ready(NamedTuple):
     weight: Tensor
     bias: Tensor
     memory: tuple[Tensor, Tensor]  # theirs, held so that no other tensor gets the same address meanwhile
-    geometry: tuple[int, Pad]
+    geometry: Geometry
     key: tuple
     call: Callable[[Tensor, Tensor | None], Tensor]
 
@@ -55,20 +58,21 @@ class PackedConv:
 
     @torch.no_grad()
     def first(
-        self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, pad: Pad, residual: Tensor | None, relu: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, residual: Tensor | None, relu: bool
     ) -> Tensor:
         """The same as `again`, with what is to be prepared for it."""
+        stride, pad, dilation = geometry
         whole = nhwc(x)
         inner, padding = padded(whole, pad)
         copied, dtype_bias = inner is not whole, bias.to(x.dtype)
-        packed = packed_weight(weight, nchw(inner), stride, padding)
+        packed = packed_weight(weight, nchw(inner), stride, padding, dilation)
 
         def call(x: Tensor, residual: Tensor | None) -> Tensor:
             x = nchw(padded(nhwc(x), pad)[0]) if copied else x
-            return onednn.conv_bias_act(x, packed, dtype_bias, stride, padding, residual, relu)
+            return onednn.conv_bias_act(x, packed, dtype_bias, stride, padding, dilation, residual, relu)
 
         memory = weight.detach(), bias.detach()
-        self._ready = _Ready(weight, bias, memory, (stride, pad), _key(x, weight, bias, residual, relu), call)
+        self._ready = _Ready(weight, bias, memory, geometry, _key(x, weight, bias, residual, relu), call)
         return call(x, residual)
 
     @torch.no_grad()
@@ -79,14 +83,14 @@ class PackedConv:
         bias: Tensor,
         residual: Tensor | None,
         relu: bool,
-        geometry: tuple[int, Pad] | None = None,
+        geometry: Geometry | None = None,
     ) -> Tensor | None:
         """The result [N, C', H', W'], in channels-last memory; None where anything differs from the last call.
 
         Args:
             x, residual: [N, C, H, W] and like the result, in channels-last memory.
             weight, bias: the tensors of the last call.
-            geometry: stride and padding; None: those of the last call.
+            geometry: stride, padding and dilation; None: those of the last call.
         """
         ready = self._ready  # looked up once: another thread may replace it
         if ready is None or ready.weight is not weight or ready.bias is not bias:
@@ -127,8 +131,10 @@ def packed_conv_bias_act(
     pad: Pad,
     residual: Tensor | None = None,
     relu: bool = True,
+    dilation: int = 1,
 ) -> Tensor:
     """`fastres.ops.aten.conv_bias_act` of the weight [C', C, KH, KW]."""
     x, residual = nchw(x), None if residual is None else nchw(residual)
-    y = packed.again(x, weight, bias, residual, relu, (stride, pad))
-    return nhwc(packed.first(x, weight, bias, stride, pad, residual, relu) if y is None else y)
+    geometry = stride, pad, dilation
+    y = packed.again(x, weight, bias, residual, relu, geometry)
+    return nhwc(packed.first(x, weight, bias, geometry, residual, relu) if y is None else y)

@@ -232,13 +232,15 @@ def _answer(name: str) -> bool:
     return function()
 
 
-def weight_grad(x: Tensor, coef: Tensor | None, dy: Tensor, w: Tensor, stride: int, pad: Pad) -> Tensor:
+def weight_grad(
+    x: Tensor, coef: Tensor | None, dy: Tensor, w: Tensor, stride: int, pad: Pad, dilation: int = 1
+) -> Tensor:
     """Gradient in fp32 of w [K, KH, KW, C] in the convolution of relu(x*scale + shift) or x, all bf16."""
     (n, height, width, channels), (_, out_height, out_width, outputs) = x.shape, dy.shape
     pitch = [height * width * channels, width * channels, channels]
     if is_pointwise(w.shape[1:3], pad):  # as one without stride over the pixels that it reads
         height, width, stride, pitch = out_height, out_width, 1, [pitch[0], pitch[1] * stride, pitch[2] * stride]
-    sizes = [n, height, width, channels, *pitch, out_height, out_width, outputs, *w.shape[1:3], stride, *pad[:2]]
+    sizes = [n, height, width, channels, *pitch, out_height, out_width, outputs, *w.shape[1:3], stride, *pad[:2], dilation]
     dw = empty(w, *w.shape, dtype=torch.float32)
     call(
         "weight_grad",

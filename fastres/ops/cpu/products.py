@@ -21,10 +21,10 @@ _GATHER_CHANNELS = 256
 _LANES, _USED = 16, 0.6
 
 
-def forward(a: Tensor, w: Tensor, stride: int, pad: Pad, y: Tensor | None) -> Tensor:
+def forward(a: Tensor, w: Tensor, stride: int, pad: Pad, y: Tensor | None, dilation: int = 1) -> Tensor:
     """The convolution of a: in y where it can be, else in a tensor of its own."""
     if not _is_product(w, pad):
-        return convolve(a, w, None, stride, pad)
+        return convolve(a, w, None, stride, pad, dilation)
     a = _strided(a, stride)
     y = a.new_empty(*a.shape[:3], w.shape[0]) if y is None else y
     torch.mm(_matrix(a), _matrix(w).t(), out=_matrix(y))
@@ -41,6 +41,7 @@ def backward(
     dx: Tensor | None,
     need_dx: bool,
     need_dw: bool,
+    dilation: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution of ``relu(x*scale + shift)``, or of x without ``coef``: (at its input, of w in fp32).
 
@@ -48,8 +49,8 @@ def backward(
     """
     product = _is_product(w, pad)
     if need_dw and not (product and coef is None) and _is_ours(w):
-        dx, _ = backward(dy, x, None, w, stride, pad, dx, True, False) if need_dx else (None, None)
-        return dx, passes.weight_grad(x, coef, dy, w, stride, pad)
+        dx, _ = backward(dy, x, None, w, stride, pad, dx, True, False, dilation) if need_dx else (None, None)
+        return dx, passes.weight_grad(x, coef, dy, w, stride, pad, dilation)
     if product:
         if need_dx:
             dx = dy.new_empty(x.shape) if dx is None else dx
@@ -58,13 +59,13 @@ def backward(
             return dx, None
         a = _strided(x, stride)
         a = _matrix(a if coef is None else passes.bn_add_relu(a, coef))
-    elif need_dw and _is_gathered(w, stride):
+    elif need_dw and dilation == 1 and _is_gathered(w, stride):
         if need_dx:
             dx, _ = convolve_backward(dy, x, w, stride, pad, True, False)
         a = passes.patches(x, coef, dy, w.shape[1], stride, pad)
     else:
         a = x if coef is None or not need_dw else passes.bn_add_relu(x, coef)
-        return convolve_backward(dy, a, w, stride, pad, need_dx, need_dw)
+        return convolve_backward(dy, a, w, stride, pad, need_dx, need_dw, dilation)
     return dx, torch.mm(_matrix(dy).t(), a).float().view(w.shape)
 
 

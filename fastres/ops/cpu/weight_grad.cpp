@@ -31,7 +31,7 @@ struct Problem {
   int64_t n, height, width, c;                     // of x
   int64_t image_pitch, row_pitch, column_pitch;    // of x in memory
   int64_t out_height, out_width, k;                // of dy
-  int64_t kernel_h, kernel_w, stride, top, left;
+  int64_t kernel_h, kernel_w, stride, top, left, dilation;
 };
 
 struct Unit {  // pairs of images and rows of dy, with the rows of x that they read
@@ -120,12 +120,12 @@ void tile(const Problem& p, const Unit& u, const uint32_t* x, const uint32_t* dy
   for (int o = 0; o < kOutputs; ++o)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[o][v] = _mm512_setzero_ps();
-  const int64_t moved = s - p.left;  // columns of dy from `begin` to `end` have this tap inside of x
+  const int64_t moved = s * p.dilation - p.left;  // columns of dy from `begin` to `end` have this tap inside of x
   const int64_t begin = moved < 0 ? up(-moved, p.stride) : 0;
   const int64_t end = p.width <= moved ? 0 : std::min(p.out_width, up(p.width - moved, p.stride));
   for (int64_t pair = 0; pair < u.pairs; ++pair) {
     for (int64_t out = 0; out < u.outs; ++out) {
-      const int64_t row = (u.first_out + out) * p.stride + r - p.top;
+      const int64_t row = (u.first_out + out) * p.stride + r * p.dilation - p.top;
       if (row < 0 || row >= p.height) continue;
       const uint32_t* in = x + ((pair * u.rows + row - u.first_row) * p.width + begin * p.stride + moved) * kWide;
       const uint32_t* grad = dy + ((pair * u.outs + out) * p.out_width + begin) * kGradLanes;
@@ -166,7 +166,7 @@ struct Plan {
   const uint16_t *x, *dy;
   const Norm norm;
   const Problem p;
-  const int64_t taps = p.kernel_h * p.kernel_w;
+  const int64_t taps = p.kernel_h * p.kernel_w, reach = (p.kernel_h - 1) * p.dilation + 1;
   const int64_t vectors = up(p.c, kLanes), panel = std::min(vectors, kMostVectors) * kLanes, c_panels = up(p.c, panel);
   const int64_t last = vectors * kLanes - (c_panels - 1) * panel;  // channels of the last panel in memory
   const int64_t k_panels = up(p.k, kOutputs);
@@ -187,7 +187,7 @@ struct Plan {
       u.outs = up(u.outs, up(u.outs, fit));
     }
     u.first_row = std::clamp<int64_t>(u.first_out * p.stride - p.top, 0, p.height - 1);
-    const int64_t end_row = (u.first_out + u.outs - 1) * p.stride - p.top + p.kernel_h;
+    const int64_t end_row = (u.first_out + u.outs - 1) * p.stride - p.top + reach;
     u.rows = std::clamp<int64_t>(end_row, u.first_row + 1, p.height) - u.first_row;
     return u;
   }
@@ -198,7 +198,7 @@ struct Plan {
   // Most lanes of any unit.
   int64_t most_lanes() const {
     const int64_t pairs = std::max<int64_t>(1, fit / p.out_height), outs = std::min(fit, p.out_height);
-    const int64_t most_rows = std::min(p.height, (outs - 1) * p.stride + p.kernel_h);
+    const int64_t most_rows = std::min(p.height, (outs - 1) * p.stride + reach);
     return pairs * (most_rows * p.width * vectors * kLanes + outs * p.out_width * k_panels * kGradLanes);
   }
 

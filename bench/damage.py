@@ -22,10 +22,9 @@ from PIL import Image
 
 from fastres import data
 from fastres.data.cache import Cache
-from fastres.data.cifar import FILES, FOLDER, META, TEST, TRAIN
+from fastres.data.cifar import CIFAR10 as KIND
 from fastres.data.dataset import Dataset, make_parts
 from fastres.data.decode import read_image
-from fastres.data.sources import GENUINE
 from fastres.data.synthetic import CLASSES, synthetic_split
 from fastres.errors import FastresError
 from fastres.ops.timing import TimedChoices
@@ -180,22 +179,22 @@ def image(folder: Path, times: int, seed: int) -> list[str]:
 
 def batches(folder: Path, times: int, seed: int) -> list[str]:
     """CIFAR-10's batches: damage that leaves them readable must cost them their name."""
-    folder = folder / FOLDER
+    folder = folder / KIND.folder
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
-    for name in (*TRAIN, TEST):
+    for name in (*KIND.train, KIND.test):
         content = {b"data": generator.integers(0, 256, (4, 3072), dtype=np.uint8), b"labels": [0, 1, 2, 3]}
         (folder / name).write_bytes(pickle.dumps(content, 2))
-    (folder / META).write_bytes(pickle.dumps({b"label_names": [b"class %d" % i for i in range(10)]}, 2))
+    (folder / KIND.meta).write_bytes(pickle.dumps({b"label_names": [b"class %d" % i for i in range(10)]}, 2))
     draw, found = random.Random(seed), []
     with genuine(folder):
 
         def read() -> Dataset | str:
             dataset = data.load(folder, cache=False)
-            return dataset if dataset.label == GENUINE else "named otherwise"
+            return dataset if dataset.label == KIND.name else "named otherwise"
 
         for number in range(times):
-            file = folder / FILES[number % len(FILES)]
+            file = folder / KIND.files[number % len(KIND.files)]
             raw, whole = file.read_bytes(), read()
             file.write_bytes(damaged(raw, draw))
             result = outcome(read, whole, (file.name, "again"))
@@ -214,8 +213,9 @@ def genuine(folder: Path) -> Iterator[None]:
     def entry(name: str) -> list[str]:
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
-    meta = dict(zip(("filename", "md5"), entry(META)), key="label_names")
-    lists: dict[str, Any] = {"train_list": [entry(name) for name in TRAIN], "test_list": [entry(TEST)], "meta": meta}
+    meta = dict(zip(("filename", "md5"), entry(KIND.meta)), key="label_names")
+    train = [entry(name) for name in KIND.train]
+    lists: dict[str, Any] = {"train_list": train, "test_list": [entry(KIND.test)], "meta": meta}
     with mock.patch.multiple(CIFAR10, **lists):
         yield
 

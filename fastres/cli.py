@@ -26,6 +26,8 @@ from fastres.train import sweep as sweeps
 from fastres.train.distributed import ALONE, Onlooker, Ranks, joined, rank_device
 from fastres.train.evaluate import evaluate, predict_logits
 from fastres.train.facts import run_facts
+from fastres.train.final_test import final_test
+from fastres.train.presets import rate_note
 from fastres.train.run_folder import RunFolder, saved_config, saved_job
 from fastres.train.signals import terminate_orderly
 from fastres.train.trained import find_checkpoint, load_trained
@@ -66,6 +68,11 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
                 flag, type=meta["kind"], choices=meta["choices"], default=argparse.SUPPRESS, help=help,
                 metavar=None if meta["choices"] else meta["kind"].__name__.upper(),
             )  # fmt: skip
+
+
+def preset_of(args: argparse.Namespace) -> str:
+    """The recipe that the options start from."""
+    return "fast" if args.preset is None else args.preset
 
 
 def given_options(args: argparse.Namespace) -> dict:
@@ -110,7 +117,9 @@ def run_of(args: argparse.Namespace, ranks: Ranks) -> tuple[TrainConfig, Path, b
     if args.resume is None:
         if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             raise FastresError("torchrun --max-restarts needs --out FOLDER: a restarted job finds its checkpoint there")
-        config = preset("fast" if args.preset is None else args.preset).replace(**given)
+        config = preset(preset_of(args), **given)
+        if note := rate_note(preset_of(args), config, given):
+            print(note, flush=True)
         path = Path(args.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
         return config, path, ranks.restarts > 0 or (ranks.job is not None and saved_job(path) == ranks.job)
     fixed = sorted(set(given) - CHANGED_BY_RESUME)
@@ -139,6 +148,7 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
             if ranks.first:
                 describe(trainer)
             history = trainer.fit()
+            tested = final_test(trainer)
     finally:
         folder.close()
     best = max(history, key=lambda row: row["val_accuracy"])
@@ -147,6 +157,8 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
         f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, "
         f"best {best['val_accuracy']:.2%} in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}",
     )
+    if tested:
+        say(ranks, tested)
     return 0
 
 
@@ -166,8 +178,13 @@ def describe(trainer: Trainer) -> None:
 
 def sweep(args: argparse.Namespace) -> int:
     """Train a recipe with several seeds and options, and print means and standard errors."""
-    base = preset("fast" if args.preset is None else args.preset).replace(**given_options(args))
+    given = given_options(args)
+    base = preset(preset_of(args), **given)
+    if note := rate_note(preset_of(args), base, given):
+        print(note, flush=True)
     variants = sweeps.grid(sweeps.parse_setting(text) for text in args.set)
+    if any("batch_size" in changes and "lr" not in changes for changes in variants.values()):
+        print(f"the learning rate stays at {base.lr:g} for every batch size of --set", flush=True)
     machine.treat_freed_memory(machine.pick_device(base.device), base.keep)
     folder = Path(args.out or f"sweeps/{args.preset or 'fast'}-{time.strftime('%Y%m%d-%H%M%S')}")
     outcomes = sweeps.sweep(

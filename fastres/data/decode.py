@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -168,7 +169,8 @@ def in_threads(function: Callable[[int], T], count: int, desc: str | None) -> li
     workers = ThreadPoolExecutor(os.cpu_count())
     try:
         disable = None if desc else True  # None: where there is no terminal
-        with tqdm(total=count, desc=desc, unit="image", leave=False, disable=disable) as bar:
+        with warnings.catch_warnings(), tqdm(total=count, desc=desc, unit="image", leave=False, disable=disable) as bar:
+            warnings.simplefilter("ignore")  # Pillow's on large images and damaged EXIF; what it cannot read it raises
             for done in workers.map(task, range(0, count, TASK)):
                 results += done
                 bar.update(len(done))

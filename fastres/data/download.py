@@ -1,4 +1,4 @@
-"""CIFAR-10 from the network."""
+"""CIFAR-10 and CIFAR-100 from the network."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
-from fastres.data.cifar import FOLDER, is_genuine
+from fastres.data.cifar import CIFAR10, Kind, is_genuine
 from fastres.data.dataset import DataError, first_line
 
 PATIENCE = 4.0  # seconds that the server has to answer before it counts as out of reach
 STALL = 30.0  # seconds without a byte after which a download has failed
 
 
-def download(root: Path, why: str, say: Callable[[str], None]) -> None:
-    """Download CIFAR-10 to ``root``, verified and unpacked by torchvision; a server out of reach costs
+def download(root: Path, why: str, say: Callable[[str], None], kind: Kind = CIFAR10) -> None:
+    """Download a set to ``root``, verified and unpacked by torchvision; a server out of reach costs
     seconds.
 
     Args:
@@ -28,24 +28,24 @@ def download(root: Path, why: str, say: Callable[[str], None]) -> None:
     Raises:
         DataError: when the server does not answer, the download breaks off, or ``root`` cannot be written.
     """
-    from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_and_extract_archive
 
-    if not reachable(CIFAR10.url, PATIENCE):
-        host = CIFAR10.url.split("/")[2]
-        raise DataError(f"{why}; {host} is out of reach: put {FOLDER} into {root}")
+    published = kind.published()
+    if not reachable(published.url, PATIENCE):
+        host = published.url.split("/")[2]
+        raise DataError(f"{why}; {host} is out of reach: put {kind.folder} into {root}")
     say(f"{why}: downloading it")
     try:
         with _socket_timeout(STALL):
             download_and_extract_archive(
-                CIFAR10.url, str(root), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5
+                published.url, str(root), filename=published.filename, md5=published.tgz_md5
             )
-        if not is_genuine(root / FOLDER):
+        if not is_genuine(root / kind.folder, kind):
             raise RuntimeError("the unpacked files have other checksums than torchvision knows")
     except Exception as error:  # network, disk, archive and checksum faults are of many types
         raise DataError(
-            f"the download of CIFAR-10 to {root} failed ({first_line(error)}): "
-            f"try again or put {FOLDER} there"
+            f"the download of {kind.name} to {root} failed ({first_line(error)}): "
+            f"try again or put {kind.folder} there"
         ) from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastres.data import pixels
 from fastres.data.dataset import DataError
-from fastres.data.tree import Member, Tree, named, normal
+from fastres.data.tree import UNSAFE, Member, Tree, named, normal
 
 SPLITS = {
     "train": ("train", "training"),
@@ -99,6 +99,8 @@ def arrange(tree: Tree) -> Listing:
     left_out: dict[str, list[str]] = {}
     of_place = {place: split for split, place in places.items()}
     depth = len(base) + bool(splits)
+    if not splits and (names := tree.children(base)) and all(split_of(name) for name in names):
+        raise DataError(f"{tree.where}/{names[0]} has no class folders with images: make {tree.where}/{names[0]}/CLASS/IMAGE")
     for member in tree.members:
         split = of_place.get(member.parts[:depth])
         if split is None:
@@ -111,7 +113,7 @@ def arrange(tree: Tree) -> Listing:
         else:
             files[split].append((member, normal(member.parts[depth])))
     for parts, where, reason in tree.left_out:
-        if parts[:depth] in of_place or (splits and parts in of_place):
+        if reason == UNSAFE or parts[:depth] in of_place:
             left_out.setdefault(reason, []).append(where)
     found = {split: {normal(name) for name in tree.children(place)} for split, place in places.items()}
     if not splits:  # any folder may lie beside the classes

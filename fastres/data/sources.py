@@ -1,25 +1,27 @@
-"""Where labelled images come from: CIFAR-10, an image folder, CIFAR's batches, or the built-in drawn set."""
+"""Where labelled images come from: CIFAR, a folder, an archive or a table of images, or the built-in drawn set."""
 
 from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fastres.data import cifar, decode, download, layout, synthetic
+from fastres.data import cifar, decode, download, layout, synthetic, table
+from fastres.data.archive import SUFFIXES as ARCHIVES
+from fastres.data.archive import is_archive, open_archive
 from fastres.data.cache import Cache, Facts, default_folder, digest
 from fastres.data.dataset import DataError, Dataset, Parts, Split, divide, make_dataset, make_parts
 from fastres.data.size import Sides, seen_side, stored_side
-from fastres.data.tree import entries, named, normal, stamp, walk
+from fastres.data.tree import entries, named, normal, plain, stamp, walk
 
 logger = logging.getLogger(__name__)
-SOURCES = ("auto", "cifar10", "synthetic")
+SOURCES = ("auto", "cifar10", "cifar100", "synthetic")
 SYNTHETIC_SIZES = 10_000, 2_000
-GENUINE = "CIFAR-10"
 
 
 @dataclass(frozen=True)
@@ -55,39 +57,54 @@ class Loader:
     def __init__(self, wanted: Wanted, cache: Cache, say: Callable[[str], None]):
         self.wanted, self.cache, self.say = wanted, cache, say
 
-    def cifar10(self, root: Path) -> Found:
-        """CIFAR-10 as published, from ``root`` or from the network."""
-        batches = root / cifar.FOLDER
-        why = f"CIFAR-10 is not under {root}"
-        if has_batches(batches):
+    def published(self, root: Path, kind: cifar.Kind = cifar.CIFAR10) -> Found:
+        """CIFAR-10 or CIFAR-100 as published, from ``root`` or from the network."""
+        batches = root / kind.folder
+        why = f"{kind.name} is not under {root}"
+        if kind.is_in(batches):
             try:
-                found = self.batches(batches)
-                if found.label == GENUINE:
+                found = self.batches(batches, kind)
+                if found.label == kind.name:
                     return found
-                why = f"{batches} has not the checksums of CIFAR-10"
+                why = f"{batches} has not the checksums of {kind.name}"
             except DataError as error:
                 why = str(error)
-        download.download(root, why, self.say)
-        return self.batches(batches)
+        download.download(root, why, self.say, kind)
+        return self.batches(batches, kind)
 
-    def batches(self, path: Path) -> Found:
-        """A ``cifar-10-batches-py`` folder; it is called CIFAR-10 only if its checksums are CIFAR-10's."""
+    def batches(self, path: Path, kind: cifar.Kind, place: Path | None = None) -> Found:
+        """A ``cifar-10-batches-py`` or ``cifar-100-python`` folder; only with its checksums has it the set's name.
+
+        Args:
+            place: where they come from, if not from ``path``.
+        """
 
         def build() -> Parts:
-            train, test, classes = cifar.read_batches(path)
-            return make_parts({"train": train, "test": test}, classes, genuine=cifar.is_genuine(path))
+            train, test, classes = cifar.read_batches(path, kind)
+            return make_parts({"train": train, "test": test}, classes, genuine=cifar.is_genuine(path, kind))
 
-        files = [path / name for name in cifar.FILES]
+        files = [path / name for name in kind.files]
         for file in files:
             if not file.is_file():
-                raise DataError(f"{file} is missing: {cifar.REMEDY}")
+                raise DataError(f"{file} is missing: {kind.remedy}")
+        place = (place or path).resolve()
         state = digest(*(f"{file.name} {stamp(file.stat())}" for file in files))
-        facts = self.cache.facts(
-            str(path.resolve()), state, lambda: Facts(digest(*(file.read_bytes() for file in files)))
-        )
+        facts = self.cache.facts(str(place), state, lambda: Facts(digest(*(file.read_bytes() for file in files))))
         parts = self.cache.parts(facts.content, 32, build)
-        other = f"batches {path.resolve().name} ({len(parts.splits['train'])} images)"
-        return Found(parts, GENUINE if parts.genuine else other)
+        other = f"batches {plain(place.name)} ({len(parts.splits['train'])} images)"
+        return Found(parts, kind.name if parts.genuine else other)
+
+    def archive(self, path: Path) -> Found:
+        """An image folder, or one of CIFAR's, in a zip or tar file."""
+        tree = open_archive(path)
+        for kind in cifar.KINDS:
+            files = {m.parts[-1]: m for m in tree.members if m.parts[-2:-1] == (kind.folder,) and m.parts[-1] in kind.files}
+            if files:
+                with tempfile.TemporaryDirectory() as folder:
+                    for name, member in files.items():  # names that are known: nothing is written elsewhere
+                        (Path(folder) / name).write_bytes(member.read())
+                    return self.batches(Path(folder), kind, path)
+        return self.listed(layout.arrange(tree), path)
 
     def image_folder(self, path: Path) -> Found:
         """An image folder: ``PATH/{train,val,test}/CLASS/**`` or ``PATH/CLASS/**``."""
@@ -131,7 +148,7 @@ class Loader:
                 f"class {listing.classes[min(lacking)]!r} has no image that can be read in {listing.where}: add some or "
                 "remove its folder"
             )
-        return Found(parts, f"image folder {path.resolve().name} ({len(first)} images)", seen)
+        return Found(parts, f"image folder {plain(path.resolve().name)} ({len(first)} images)", seen)
 
     def skip(self, faults: list[decode.Fault]) -> None:
         """Name the files that cannot be read.
@@ -150,15 +167,22 @@ class Loader:
         return Found(make_parts({"train": train, "test": test}, synthetic.CLASSES), synthetic.LABEL)
 
     def path(self, path: Path) -> Found:
-        """The image folder or the batches at ``path`` or right under it."""
+        """What lies at a path: images in a folder, an archive or a table, or CIFAR's batches there or right under it."""
+        if path.is_file() and is_archive(path):
+            return self.archive(path)
+        if path.is_file() and path.suffix.lower() in table.SUFFIXES:
+            return self.listed(table.read_tables([path], path), path)
         if not path.is_dir():
-            raise DataError(
-                f"data {str(path)!r} is not a folder: give {', '.join(SOURCES)} or an existing folder"
-            )
+            what = "neither a folder nor one of " + " ".join((*ARCHIVES, *table.SUFFIXES)) if path.exists() else "not there"
+            raise DataError(f"data {str(path)!r} is {what}: give {', '.join(SOURCES)} or an existing folder")
         if not has_splits(path):
-            for batches in (path, path / cifar.FOLDER):
-                if has_batches(batches):
-                    return self.batches(batches)
+            for kind in cifar.KINDS:
+                for batches in (path, path / kind.folder):
+                    if kind.is_in(batches):
+                        return self.batches(batches, kind)
+            tables = table.tables_in(path)
+            if tables and (layout.split_of(tables[0].stem) or not any(entry.is_dir() for entry in path.iterdir())):
+                return self.listed(table.read_tables(tables, path), path)
         return self.image_folder(path)
 
     def auto(self, root: Path) -> Found:
@@ -168,16 +192,16 @@ class Loader:
         """
         missing = []
         try:
-            found = self.cifar10(root)
+            found = self.published(root)
         except DataError as error:
             missing.append(str(error))
             if has_splits(root):
                 found = self.image_folder(root)
-            elif has_batches(root / cifar.FOLDER):
+            elif cifar.CIFAR10.is_in(root / cifar.CIFAR10.folder):
                 missing.append(f"no image folder {root}/{{train,test}}/CLASS")
-                found = self.batches(root / cifar.FOLDER)
+                found = self.batches(root / cifar.CIFAR10.folder, cifar.CIFAR10)
             else:
-                missing += [f"no image folder {root}/{{train,test}}/CLASS", f"no {root / cifar.FOLDER}"]
+                missing += [f"no image folder {root}/{{train,test}}/CLASS", f"no {root / cifar.CIFAR10.folder}"]
                 found = self.synthetic()
         self.say("; ".join([f"data: {found.label}", *(f"not taken: {reason}" for reason in missing)]))
         return found
@@ -186,8 +210,9 @@ class Loader:
         """Any source by name or path."""
         if source == "auto":
             return self.auto(root)
-        if source == "cifar10":
-            return self.cifar10(root)
+        for kind in cifar.KINDS:
+            if source == kind.name.lower().replace("-", ""):
+                return self.published(root, kind)
         return self.synthetic() if source == "synthetic" else self.path(Path(source))
 
 
@@ -216,13 +241,6 @@ def has_splits(path: Path) -> bool:
     return any(entry.is_dir() for split in splits for entry in entries(str(split)))
 
 
-def has_batches(path: Path) -> bool:
-    """Whether a folder is meant as one of CIFAR's batches, complete or not."""
-    return any((path / name).is_file() for name in cifar.FILES) or (
-        path.is_dir() and path.name == cifar.FOLDER
-    )
-
-
 def load(
     source: str | os.PathLike = "auto",
     root: str | os.PathLike = "data",
@@ -236,11 +254,12 @@ def load(
     """Load labelled images to train with.
 
     Args:
-        source: ``cifar10``: as published, from ``root``, else downloaded to it by torchvision. ``synthetic``:
-            ten drawn shapes, built in. A path: an image folder ``PATH/{train,val,test}/CLASS/**`` or ``PATH/CLASS/**``,
-            or ``cifar-10-batches-py`` or the folder it is in. ``auto``: the first that is there of CIFAR-10, an
-            image folder ``root``, ``root/cifar-10-batches-py`` and the synthetic set; ``say`` hears which one
-            and why not those before it.
+        source: ``cifar10``, ``cifar100``: as published, from ``root``, else downloaded to it by torchvision.
+            ``synthetic``: ten drawn shapes, built in. A path: an image folder ``PATH/{train,val,test}/CLASS/**`` or
+            ``PATH/CLASS/**``; a zip or tar archive of one; a CSV file with the columns file, label and, if you like,
+            split; ``cifar-10-batches-py``, ``cifar-100-python`` or the folder it is in. ``auto``: the first that is
+            there of CIFAR-10, an image folder ``root``, ``root/cifar-10-batches-py`` and the synthetic set; ``say`` hears
+            which one and why not those before it.
         root: where ``auto`` and ``cifar10`` look.
         image_size: side in pixels that an image folder's images are to be seen at; None: their median shorter side, or
             224 where that is less. They are decoded to it, or to what the largest has where that is less. CIFAR-10

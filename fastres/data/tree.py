@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -49,8 +50,14 @@ def hidden(name: str) -> bool:
 
 def read_file(path: str) -> bytes:
     """A file's bytes."""
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=_no_wait) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
         return file.read()
+
+
+def _no_wait(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer for ever
 
 
 def stamp(status: os.stat_result) -> str:
@@ -59,8 +66,9 @@ def stamp(status: os.stat_result) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that can be printed: bytes of a file name that are no UTF-8 are spelled out."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
+    """Text that can be printed: bytes of a file name that are no UTF-8, and control characters, are spelled out."""
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def normal(name: str) -> str:

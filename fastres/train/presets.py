@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Container
+from typing import Any
 
 from fastres.errors import FastresError
 from fastres.train.config import TrainConfig
@@ -103,8 +105,11 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def preset(name: str) -> TrainConfig:
-    """The configuration of a recipe.
+def preset(name: str, **changes: Any) -> TrainConfig:
+    """The configuration of a recipe, with other options where they are given.
+
+    Where they change the batch and not ``lr``, that follows in proportion (Goyal et al. 2017, "Accurate, Large Minibatch
+    SGD"); ``muon_lr``, of steps whose length does not depend on the gradient's, stays.
 
     Raises:
         FastresError: for a name that is not in `PRESETS`.
@@ -113,4 +118,20 @@ def preset(name: str) -> TrainConfig:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise FastresError(f"unknown preset {name!r}: {hint}choose from {', '.join(PRESETS)}")
-    return TrainConfig(**PRESETS[name]).check()
+    config = TrainConfig(**PRESETS[name]).check()
+    batch = changes.get("batch_size")
+    if batch and "lr" not in changes:
+        changes["lr"] = config.lr * batch / config.batch_size
+    return config.replace(**changes) if changes else config
+
+
+def rate_note(name: str, config: TrainConfig, given: Container[str]) -> str | None:
+    """A line on what `preset` made of the learning rate of a recipe whose batch was changed; None: nothing."""
+    recipe = preset(name)
+    if config.batch_size == recipe.batch_size or "lr" in given:
+        return None
+    stays = f"; muon's stays at {config.muon_lr:g}" if config.optimizer == "muon" else ""
+    return (
+        f"learning rate {config.lr:g} for batches of {config.batch_size}, in proportion to {name}'s {recipe.lr:g} for "
+        f"{recipe.batch_size}{stays}; --lr sets another"
+    )

@@ -6,8 +6,9 @@ import pytest
 import torch
 from support_data import CIFAR_CLASSES, call_genuine, python2_batch, write_batches
 
+from fastres import data
 from fastres.data import DataError
-from fastres.data.cifar import FILES, is_genuine, read_batches, unpickle
+from fastres.data.cifar import CIFAR10, CIFAR100, is_genuine, read_batches, unpickle
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -66,7 +67,7 @@ def test_malicious_pickles_are_refused(tmp_path, monkeypatch, function, argument
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", CIFAR10.files)
 def test_a_missing_file_is_named(tmp_path, name):
     write_batches(tmp_path)
     (tmp_path / name).unlink()
@@ -142,3 +143,26 @@ def test_only_torchvisions_checksums_are_genuine(tmp_path, monkeypatch):
     assert is_genuine(tmp_path)
     (tmp_path / "data_batch_5").write_bytes(b"other")
     assert not is_genuine(tmp_path)
+
+
+def test_cifar_100(tmp_path):
+    kind = CIFAR100
+    folder = tmp_path / kind.folder
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (30, 3072), dtype=np.uint8), generator.integers(0, 100, 30).tolist()
+    for name, part in (("train", slice(0, 20)), ("test", slice(20, 30))):
+        content = {b"data": images[part], b"fine_labels": labels[part], b"coarse_labels": [0] * 10}
+        (folder / name).write_bytes(pickle.dumps(content, 2))
+    names = [b"name %d" % i for i in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": names, b"coarse_label_names": [b"x"] * 20}, 2))
+    for path in (folder, tmp_path):
+        dataset = data.load(path)
+        assert (dataset.label, len(dataset.classes)) == ("batches cifar-100-python (20 images)", 100)
+        assert dataset.train.labels.tolist() + dataset.test.labels.tolist() == labels
+        assert np.array_equal(dataset.train.images.reshape(20, -1).numpy(), images[:20])
+    with pytest.raises(DataError, match="cifar-100-python has not the checksums of CIFAR-100; .*put cifar-100-python into"):
+        data.load("cifar100", root=tmp_path)
+    (folder / "train").unlink()
+    with pytest.raises(DataError, match="train is missing: unpack .*cifar-100-python.tar.gz again"):
+        data.load(folder)

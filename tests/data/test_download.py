@@ -29,7 +29,7 @@ def test_download_without_a_network_says_so(tmp_path):
 def test_a_broken_download_is_one_line(tmp_path, monkeypatch, fault):
     def fetch(url, root, filename, md5):
         assert (filename, md5) == ("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")
-        write_batches(tmp_path / cifar.FOLDER)  # not the published files
+        write_batches(tmp_path / cifar.CIFAR10.folder)  # not the published files
         if fault:
             raise fault
 

@@ -34,8 +34,8 @@ def test_an_image_folder_by_path(tmp_path):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_batches_by_path_or_parent(tmp_path, inside):
-    _, labels = write_batches(tmp_path / cifar.FOLDER)
-    dataset, _ = load(tmp_path / cifar.FOLDER if inside else tmp_path)
+    _, labels = write_batches(tmp_path / cifar.CIFAR10.folder)
+    dataset, _ = load(tmp_path / cifar.CIFAR10.folder if inside else tmp_path)
     assert dataset.label == "batches cifar-10-batches-py (20 images)"
     assert dataset.classes == tuple(CIFAR_CLASSES)
     assert dataset.test.labels.tolist() == labels[20:].tolist()
@@ -50,15 +50,15 @@ def test_batches_are_cached_until_they_change(tmp_path, monkeypatch):
     write_batches(tmp_path / "mine")
     first, _ = load(tmp_path / "mine")
     reads, read_batches = [], cifar.read_batches
-    monkeypatch.setattr(cifar, "read_batches", lambda path: reads.append(path) or read_batches(path))
+    monkeypatch.setattr(cifar, "read_batches", lambda *args: reads.append(args) or read_batches(*args))
     assert torch.equal(load(tmp_path / "mine")[0].train.images, first.train.images) and not reads
     write_batches(tmp_path / "mine", count=5)
     assert len(load(tmp_path / "mine")[0].train) == 25 and len(reads) == 1
 
 
 def test_genuine_cifar10_is_called_so(tmp_path, monkeypatch):
-    write_batches(tmp_path / cifar.FOLDER)
-    call_genuine(monkeypatch, tmp_path / cifar.FOLDER)
+    write_batches(tmp_path / cifar.CIFAR10.folder)
+    call_genuine(monkeypatch, tmp_path / cifar.CIFAR10.folder)
     assert load("cifar10", root=tmp_path)[0].label == "CIFAR-10"
     assert load(tmp_path)[0].label == "CIFAR-10"
 
@@ -68,7 +68,7 @@ def test_cifar10_is_downloaded_when_absent(tmp_path, monkeypatch):
     call_genuine(monkeypatch, tmp_path / "elsewhere")
 
     def fetch(url, root, filename, md5):
-        write_batches(tmp_path / "root" / cifar.FOLDER)
+        write_batches(tmp_path / "root" / cifar.CIFAR10.folder)
 
     monkeypatch.setattr(download, "reachable", lambda url, seconds: True)
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fetch)
@@ -79,13 +79,13 @@ def test_cifar10_is_downloaded_when_absent(tmp_path, monkeypatch):
 
 def test_cifar10_takes_no_other_data(tmp_path):
     with pytest.raises(
-        DataError, match=f"CIFAR-10 is not under {tmp_path}; .* out of reach: put {cifar.FOLDER}"
+        DataError, match=f"CIFAR-10 is not under {tmp_path}; .* out of reach: put {cifar.CIFAR10.folder}"
     ):
         load("cifar10", root=tmp_path)
-    write_batches(tmp_path / cifar.FOLDER)
+    write_batches(tmp_path / cifar.CIFAR10.folder)
     with pytest.raises(DataError, match="has not the checksums of CIFAR-10; .* out of reach"):
         load("cifar10", root=tmp_path)
-    (tmp_path / cifar.FOLDER / "data_batch_3").unlink()
+    (tmp_path / cifar.CIFAR10.folder / "data_batch_3").unlink()
     with pytest.raises(DataError, match="data_batch_3 is missing: .* out of reach"):
         load("cifar10", root=tmp_path)
 
@@ -99,11 +99,11 @@ def test_auto_takes_the_first_that_is_there(tmp_path, monkeypatch, small_synthet
     for reason in (
         "out of reach",
         f"not taken: no image folder {root}",
-        f"not taken: no {root / cifar.FOLDER}",
+        f"not taken: no {root / cifar.CIFAR10.folder}",
     ):
         assert reason in line
 
-    write_batches(root / cifar.FOLDER)
+    write_batches(root / cifar.CIFAR10.folder)
     dataset, (line,) = load(root=root)
     assert dataset.label.startswith("batches")
     assert "checksums of CIFAR-10" in line and "no image folder" in line
@@ -113,14 +113,14 @@ def test_auto_takes_the_first_that_is_there(tmp_path, monkeypatch, small_synthet
     assert dataset.label == "image folder root (6 images)"
     assert "checksums of CIFAR-10" in line
 
-    call_genuine(monkeypatch, root / cifar.FOLDER)
+    call_genuine(monkeypatch, root / cifar.CIFAR10.folder)
     (tmp_path / "cache").rename(tmp_path / "former")
     assert [load(root=root)[0].label, load(root=root)[1]] == ["CIFAR-10", ["data: CIFAR-10"]]
 
 
 def test_auto_does_not_hide_damage(tmp_path, small_synthetic):
-    write_batches(tmp_path / cifar.FOLDER)
-    (tmp_path / cifar.FOLDER / "data_batch_3").write_bytes(b"\x80\x02}")
+    write_batches(tmp_path / cifar.CIFAR10.folder)
+    (tmp_path / cifar.CIFAR10.folder / "data_batch_3").write_bytes(b"\x80\x02}")
     with pytest.raises(DataError, match="data_batch_3 is truncated"):
         load(root=tmp_path)
     write_image_folder(tmp_path)
@@ -136,8 +136,12 @@ def test_the_choice_is_logged_where_nobody_listens(tmp_path, small_synthetic, ca
 
 
 def test_an_unknown_source_is_named(tmp_path):
-    with pytest.raises(DataError, match="data 'cifar100' is not a folder: give auto, cifar10, synthetic"):
-        load("cifar100")
+    with pytest.raises(DataError, match="data 'cifar1000' is not there: give auto, cifar10, cifar100, synthetic"):
+        load("cifar1000")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(DataError, match="notes.txt' is neither a folder nor one of .zip"):
+        load(tmp_path / "notes.txt")
+    (tmp_path / "notes.txt").unlink()
     with pytest.raises(DataError, match="holds neither train/CLASS/IMAGE"):
         load(tmp_path)
     with pytest.raises(DataError, match="image size 0 must be at least 1"):

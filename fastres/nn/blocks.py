@@ -233,13 +233,13 @@ class FusedBlock(Fused):
 
     keep = "all"
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to channels-last [N, C', H', W']."""
         if not isinstance(self, FusedBlock):  # its fused class was taken off, and somebody kept this method
-            return type(self).forward(self, x, *args, **kwargs)
-        structure = None if args or kwargs or watched(x) else _structure(self)
+            return type(self).forward(self, x)
+        structure = None if watched(x) else _structure(self)
         if structure is None:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x)
         if structure.preactivation:
             return _preactivation(x, structure, None, False)[0]
         return _chain(x, [self], [structure])

@@ -58,13 +58,17 @@ class Known:
             changed = [name for name in self.methods if name in own]
         else:
             changed = [] if self.names.isdisjoint(own) else sorted(self.names & own.keys())
-        return f"a {cls.__name__} has an instance's {' and '.join(changed)}" if changed else None
+        return f"{_a(cls)} has an instance's {' and '.join(changed)}" if changed else None
 
     def reason(self, module: nn.Module) -> str | None:
         """Why the module must be called."""
         if has_hooks(module):
-            return f"a {type(module).__name__} has hooks"
+            return f"{_a(type(module))} has hooks"
         return self.changed(module)
+
+
+def _a(cls: type) -> str:
+    return f"{'an' if cls.__name__[0] in 'AEIOU' else 'a'} {cls.__name__}"
 
 
 def eager_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -209,7 +213,7 @@ def absent_reason(module: nn.Module | None) -> str | None:
         return IDENTITIES.reason(module)
     if DROPOUTS.of(type(module)):
         return f"{type(module).__name__} is active" if module.training and module.p else DROPOUTS.reason(module)
-    return f"a {type(module).__name__} stands in the block"
+    return f"{_a(type(module))} stands in the block"
 
 
 def _held(module: Any, name: str) -> str | None:
@@ -218,10 +222,12 @@ def _held(module: Any, name: str) -> str | None:
         value = module._parameters[name]
         if value is None or is_plain(type(value)):
             return None
-        return f"a {type(module).__name__}'s {name} is a {type(value).__name__}"
+        if getattr(module, "_is_fsdp_managed_module", False):  # sharded for now, whole in the forward
+            return None
+        return f"{_a(type(module))}'s {name} is {_a(type(value))}"
     if "parametrizations" in module._modules and name in module._modules["parametrizations"]:
         return None
-    return f"a {type(module).__name__}'s {name} is not a parameter of its own"
+    return f"{_a(type(module))}'s {name} is not a parameter of its own"
 
 
 _plain: dict[type, bool] = {Tensor: True, nn.Parameter: True}

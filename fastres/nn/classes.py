@@ -78,11 +78,11 @@ def unfused_class(cls: type[nn.Module]) -> type[nn.Module]:
     return metaclass(cls.__name__, bases, names)
 
 
-def become_fused(module: nn.Module) -> None:
-    """Give a module the fused class, and its convolutions channels-last weights."""
+def become_fused(module: nn.Module, channels_last: bool) -> None:
+    """Give a module the fused class, and its convolutions channels-last weights where they are to be that."""
     if not isinstance(module, Fused):
         module.__class__ = fused_class(type(module))
-    for child in module.modules():
+    for child in module.modules() if channels_last else ():
         if isinstance(child, nn.Conv2d):
             for parameter in child.parameters(recurse=False):
                 _to_channels_last(parameter)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastres.nn import adapters  # noqa: F401  what is known of blocks and networks
 from fastres.nn.blocks import FusedBlock
@@ -14,7 +17,7 @@ from fastres.nn.report import fusable_modules, survey
 from fastres.ops.residual import KEEP
 
 
-def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module:
+def fuse(model: nn.Module, keep: str = "all", strict: bool = False, channels_last: bool = True) -> nn.Module:
     """Give the residual blocks, stem and head of a network their fused forward, in place.
 
     Every module, Parameter and buffer stays the same object, so optimizers, EMA copies and hooks stay valid and
@@ -30,6 +33,10 @@ def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module
             registered class (see `fastres.nn.register_block`) or convolution, BatchNorm and ReLU in an ``nn.Sequential``.
         keep: ``"all"``, or ``"fewer"`` to recompute each block's last convolution in backward and save its memory.
         strict: raise where anything is left eager, and change nothing.
+        channels_last: store the weights as the kernels read them. With False they stay as they are and are copied at every
+            forward; for what takes no channels-last weights: ``torch.distributed.fsdp.fully_shard`` after `fuse` (before
+            it there is no difference) and ``torch.nn.utils.prune``. They stay too where DistributedDataParallel wraps the
+            model already, whose first gradients would be wrong.
 
     Returns:
         The same ``model``.
@@ -48,8 +55,9 @@ def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module
         )
     if strict and found.left:
         raise ValueError(f"{found}; with strict=True nothing may be left")
+    channels_last = channels_last and not _is_data_parallel(model)
     for module in list(fusable_modules(model)):
-        become_fused(module)
+        become_fused(module, channels_last)
     reasons = [reason for text in found.left.values() for reason in text.split("; ")]
     for module in model.modules():
         if isinstance(module, FusedBlock):
@@ -57,6 +65,15 @@ def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module
         said_before(module, reasons)
     logger.log(logging.WARNING if found.left else logging.INFO, "%s", found)
     return model
+
+
+def _is_data_parallel(model: nn.Module) -> bool:
+    """Whether a DistributedDataParallel holds the model, or the model one: it has noted the strides of the parameters."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    wrappers = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    parameters = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
+    return any(id(parameter) in parameters for parameter in model.parameters())
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -178,17 +178,17 @@ def run_parts(parts: Sequence[Part], x: Tensor) -> Tensor:
 class FusedNetwork(Fused):
     """The fused forward of a network, or of an ``nn.Sequential``."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes], or whatever the last step gives, of images [N, 3, H, W]."""
         if not isinstance(self, FusedNetwork):  # its fused class was taken off, and somebody kept this method
-            return type(self).forward(self, x, *args, **kwargs)
+            return type(self).forward(self, x)
         steps = None
-        if not (args or kwargs or watched(x)):
+        if not watched(x):
             steps, reason = tell(self)
             if reason is not None:
                 say_once(self, reason)
         if steps is None:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x)
         parts = parts_of(steps)
         for part in parts:
             if part.reason is not None:

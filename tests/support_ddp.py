@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import support_process
 import torch
 import torch.distributed as dist
 from support_nets import assert_same, train_step, twins
@@ -18,7 +19,7 @@ OPTIONS = ({}, {"gradient_as_bucket_view": True}, {"static_graph": True, "gradie
 
 def run(rank: int, ranks: int, meeting_file: str, names: list[str]) -> None:
     """Train eager and fused twins over all ranks, each on images of its own; they must stay the same."""
-    torch.set_num_threads(1)
+    support_process.begin()
     dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=ranks)
     try:
         with ops.implementation("aten"):

@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-import torch
+import support_process
 from support_train import tiny_trainer
 
 OPTIONS = dict(model="resnet8", lr=1e-3)  # so slow that the second epoch is the better one
@@ -14,7 +14,7 @@ OPTIONS = dict(model="resnet8", lr=1e-3)  # so slow that the second epoch is the
 
 def train_and_die(folder: Path, number: int, moment: str) -> None:
     """Train in ``folder`` and end by SIGKILL "before" or "after" the ``number``-th file takes its place."""
-    torch.set_num_threads(1)
+    support_process.begin()
     replace, calls = os.replace, []
 
     def deadly(source: str, target: str) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
+import support_process
 from support_train import tiny_config, tiny_dataset
 
 from fastres.train import Trainer
@@ -19,7 +19,7 @@ def train(rank: int, ranks: int, port: int, folder: Path, stop_at: int | None, c
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    torch.set_num_threads(1)
+    support_process.begin()
     with joined() as together:
         at = RunFolder(folder, resume=True) if together.first else Onlooker(folder)
         trainer = Trainer(tiny_config(**changes), tiny_dataset(), at, say=lambda line: None, ranks=together)

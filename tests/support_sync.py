@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import support_process
 import torch
 import torch.distributed as dist
 from support_nets import assert_same, twins
@@ -26,7 +27,7 @@ to_sync = nn.SyncBatchNorm.convert_sync_batchnorm
 
 def run(rank: int, ranks: int, meeting_file: str, batches: list[int]) -> None:
     """Every check over all ranks; rank r has ``batches[r]`` images."""
-    torch.set_num_threads(1)
+    support_process.begin()
     dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=ranks)
     own = slice(sum(batches[:rank]), sum(batches[: rank + 1]))
     try:

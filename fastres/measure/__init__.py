@@ -2,6 +2,17 @@
 
 from fastres.measure.peers import PEERS, Peer, supported
 from fastres.measure.step import Step, Workload
-from fastres.measure.timing import Timing, all_of, interleaved, synchronize
+from fastres.measure.timing import Timing, all_of, interleaved, on, synchronize
 
-__all__ = ["PEERS", "Peer", "Step", "Timing", "Workload", "all_of", "interleaved", "supported", "synchronize"]
+__all__ = [
+    "PEERS",
+    "Peer",
+    "Step",
+    "Timing",
+    "Workload",
+    "all_of",
+    "interleaved",
+    "on",
+    "supported",
+    "synchronize",
+]

@@ -13,7 +13,7 @@ import torch
 from fastres.errors import FastresError
 from fastres.measure.peers import PEERS, supported
 from fastres.measure.step import Step, Workload
-from fastres.measure.timing import Timing, interleaved
+from fastres.measure.timing import Timing, interleaved, on
 from fastres.models.registry import accepted_options
 from fastres.train import machine
 
@@ -105,6 +105,19 @@ def measure_steps(
     Raises:
         FastresError: for a model that there is not.
     """
+    with on(device):
+        return _measure_steps(workload, peers, device, dtype, rounds, warmup, backend)
+
+
+def _measure_steps(
+    workload: Workload,
+    peers: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    warmup: int,
+    backend: str,
+) -> dict[str, Any]:
     flops = workload.flops()
     torch._dynamo.reset()
     steps: dict[str, Step] = {}
@@ -114,7 +127,7 @@ def measure_steps(
         for name in peers:
             try:
                 steps[name] = Step(workload, name, device, dtype, backend)
-                losses[name] = steps[name]().item()
+                losses[name] = steps[name].settle().item()
             except FastresError:
                 raise
             except Exception as error:

@@ -79,6 +79,20 @@ def forced(implementation: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def best_library() -> Iterator[None]:
+    """cuDNN takes the fastest of its algorithms, timed at the first call of a shape, as `fastres train` does.
+
+    PyTorch's default is a guess from the shape: neither eager nor compiled nor fused steps are at their best with it.
+    """
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
 @cache
 def _library_primitives(device: torch.device) -> select.Primitives:
     triton = select._triton()

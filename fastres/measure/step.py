@@ -6,6 +6,7 @@ import gc
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.errors import FastresError
-from fastres.measure.peers import PEERS, forced
+from fastres.measure.peers import PEERS, best_library, forced
 from fastres.measure.timing import synchronize
 from fastres.models import create_model
 from fastres.nn import fuse
-from fastres.train import machine
+from fastres.train import graph, machine
 from fastres.train.optimizer import make_optimizer
 
 
@@ -110,12 +111,29 @@ class Step:
             self.model, 1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, scaled=False
         )
         self.images, self.labels = workload.inputs(device, self.peer.channels_last)
-        self._run = self._captured if self.peer.cuda_graph else self._step
+        self._run = self._before_recording if self.peer.cuda_graph else self._step
+        self._taken = 0
 
     def __call__(self) -> Tensor:
         """One step; its loss, still on the device."""
-        with forced(self.peer.implementation):
+        with forced(self.peer.implementation), best_library():
             return self._run()
+
+    def settle(self, before_rest: Callable[[], None] = lambda: None) -> Tensor:
+        """Take the steps that are unlike all to come: kernels are compiled and chosen, graphs recorded.
+
+        Args:
+            before_rest: called after the first of them.
+
+        Returns:
+            The loss of the first step, the same for every peer but for rounding.
+        """
+        first = self().clone()
+        before_rest()
+        if self.peer.cuda_graph or self.peer.compile == "reduce-overhead":
+            for _ in range(graph.WARMUP):
+                self()
+        return first
 
     def _step(self) -> Tensor:
         if self.peer.compile == "reduce-overhead":
@@ -128,24 +146,20 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _captured(self) -> Tensor:
-        """The first call: some steps to allocate and choose by, then the capture; it becomes the replay."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                first = self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = self._step()
+    def _before_recording(self) -> Tensor:
+        """A step without the graph, `graph.WARMUP` times; then it is recorded, and every step is a replay."""
+        if self._taken < graph.WARMUP:
+            self._taken += 1
+            with graph.aside(self.images.device):
+                return self._step()
+        replay, loss = graph.record(self._step, self.images.device)
 
-        def replay() -> Tensor:
-            graph.replay()
+        def replayed() -> Tensor:
+            replay()
             return loss
 
-        self._run = replay
-        return first
+        self._run = replayed
+        return replayed()
 
 
 def peak_memory(
@@ -158,7 +172,8 @@ def peak_memory(
 ) -> dict[str, float]:
     """Memory of some training steps in MiB, before and at the highest: allocated on a GPU, resident on a CPU.
 
-    On a CPU call it in a process of its own, as the highest figure there is that of the process.
+    On a GPU the first step does not count, in which implementations are tried. On a CPU call it in a process of its own, as
+    the highest figure there is that of the process.
     """
     gc.collect()
     if device.type == "cuda":
@@ -167,12 +182,19 @@ def peak_memory(
     step = Step(workload, peer, device, dtype, backend)
     synchronize(device)
     idle = _memory(device)
-    for _ in range(steps):
+    loss = step.settle(partial(_forget_peak, device))
+    for _ in range(steps - 1):
         loss = step()
     synchronize(device)
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss of {peer!r} is {loss.item()}")
     return {"idle_mib": idle, "peak_mib": _memory(device)}
+
+
+def _forget_peak(device: torch.device) -> None:
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _memory(device: torch.device) -> float:

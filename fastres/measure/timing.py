@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,11 @@ def all_of(found: Mapping[str, Timing | Exception]) -> dict[str, Timing]:
     return times
 
 
+def on(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one inside: PyTorch's events, new streams and Triton's launches are of that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def interleaved(
     calls: Mapping[str, Callable[[], Any]],
     device: torch.device,
@@ -63,6 +69,13 @@ def interleaved(
     """
     if sample_seconds is None:
         sample_seconds = SAMPLE_SECONDS if device.type == "cuda" else 0.0
+    with on(device):
+        return _interleaved(calls, device, warmup, rounds, sample_seconds)
+
+
+def _interleaved(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, warmup: int, rounds: int, sample_seconds: float
+) -> dict[str, Timing | Exception]:
     found: dict[str, Timing | Exception] = {}
     repeats: dict[str, int] = {}
     for name, call in calls.items():

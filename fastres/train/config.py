@@ -132,7 +132,7 @@ class TrainConfig:
     cuda_graph: bool = option(False, "launch each training step as one CUDA graph", kind=bool)
     sync_bn: bool = option(False, "BatchNorm by all ranks' images together, under torchrun", kind=bool)
     seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0, high=2**63 - 1)
-    deterministic: bool = option(False, "only deterministic algorithms", kind=bool)
+    deterministic: bool = option(False, "only deterministic algorithms; else cuDNN takes its fastest", kind=bool)
 
     def check(self) -> TrainConfig:
         """Return the configuration itself, or raise for the first value that cannot be right."""

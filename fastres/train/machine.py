@@ -108,10 +108,14 @@ def check_cuda_graph(wanted: bool, device: torch.device, dtype: torch.dtype) -> 
 
 
 def set_deterministic(only: bool) -> None:
-    """Whether to use only deterministic algorithms, on every device; an operation that has none then raises."""
+    """Whether to use only deterministic algorithms, on every device; an operation that has none then raises.
+
+    Else cuDNN takes the fastest of its algorithms, timed at the first call of a shape: another run may take others, which
+    round otherwise.
+    """
     if only:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not only
     torch.use_deterministic_algorithms(only)
 
 

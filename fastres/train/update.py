@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.train import graph
 from fastres.train.average import WeightAverage
 from fastres.train.evaluate import Tally
 from fastres.train.machine import autocast, on_device
@@ -74,18 +75,15 @@ class Update:
 class GraphedUpdate:
     """An `Update` that is recorded as one CUDA graph for each shape of batch and replayed from then on.
 
-    The first `WARMUP` batches of a shape are learnt from without a graph, as kernels are then chosen and the
-    optimizer makes its state. The learning rates must be tensors on the device. Counting the images is left to the
-    host: a replay is one launch.
+    The first `graph.WARMUP` batches of a shape are learnt from without a graph. The learning rates must be tensors on the
+    device. Counting the images is left to the host: a replay is one launch.
     """
-
-    WARMUP = 3
 
     def __init__(self, update: Update):
         self.update = update
         self._stream: torch.cuda.Stream | None = None
         self._seen: dict[torch.Size, int] = {}
-        self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._recorded: dict[torch.Size, tuple[Callable[[], None], Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """See `Update`."""
@@ -95,29 +93,26 @@ class GraphedUpdate:
     def _learn(self, images: Tensor, labels: Tensor) -> None:
         shape = images.shape
         self._seen[shape] = self._seen.get(shape, 0) + 1
-        if self._stream is None:  # the same one for all: each stream has memory of its own
-            self._stream = torch.cuda.Stream(images.device)
-        if self._seen[shape] <= self.WARMUP:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):  # as recording does it, so that no state belongs to the default stream
+        if self._stream is None:
+            self._stream = graph.side_stream(images.device)
+        if self._seen[shape] <= graph.WARMUP:
+            with graph.aside(self._stream):
                 self.update(images, labels)
-            torch.cuda.current_stream().wait_stream(self._stream)
             return
         if shape not in self._recorded:
             self._recorded[shape] = self._record(images, labels, self._stream)
-        graph, static_images, static_labels = self._recorded[shape]
+        replay, static_images, static_labels = self._recorded[shape]
         static_images.copy_(images)
         static_labels.copy_(labels)
-        graph.replay()
+        replay()
         self.update.tally.images += len(labels)
 
     def _record(
         self, images: Tensor, labels: Tensor, stream: torch.cuda.Stream
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    ) -> tuple[Callable[[], None], Tensor, Tensor]:
         static = images.clone(memory_format=torch.preserve_format), labels.clone()
         self.update.optimizer.zero_grad(set_to_none=True)  # so that the graph makes gradients in its own memory
-        counted, graph = self.update.tally.images, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):  # PyTorch's own stream for it may be of another device
-            self.update(*static)
+        counted = self.update.tally.images
+        replay, _ = graph.record(lambda: self.update(*static), stream)
         self.update.tally.images = counted  # recording learns nothing
-        return graph, *static
+        return replay, *static

@@ -1,13 +1,15 @@
 """Every peer trains the same network, and `fastres bench` says what went wrong in one line."""
 
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import stand_ins
 from fastres import cli
-from fastres.measure import PEERS, Step, Workload, peers, supported
+from fastres.measure import PEERS, Step, Workload, command, on, peers, timing
 from fastres.measure.command import measure_steps
 from fastres.ops import aten, implementation, select
 from fastres.ops.layers import symmetric
@@ -21,15 +23,61 @@ def aten_only(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.mark.parametrize("peer", supported(CPU))
+@pytest.mark.parametrize("peer", PEERS)
 def test_peers_train_alike(peer):
-    reference, step = (
-        Step(SMALL, name, CPU, torch.float32, backend="eager") for name in ("eager NCHW", peer)
-    )
-    expected, found = ([one().item() for _ in range(3)] for one in (reference, step))
-    assert found == pytest.approx(expected, rel=1e-3) and expected[0] != expected[2]
+    """Step for step, also while graphs are warmed up and recorded."""
+    with stand_ins.on_a_cpu():
+        reference, step = (
+            Step(SMALL, name, CPU, torch.float32, backend="eager") for name in ("eager NCHW", peer)
+        )
+        expected, found = ([one().item() for _ in range(6)] for one in (reference, step))
+    assert found == pytest.approx(expected, rel=1e-3) and expected[0] != expected[5]
     for ours, theirs in zip(step.model.parameters(), reference.model.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("peer", ["eager", "fused graph", "compile graphs"])
+def test_the_first_loss_is_the_first_steps(peer):
+    with stand_ins.on_a_cpu():
+        expected = Step(SMALL, "eager", CPU, torch.float32)().item()
+        step, calls = Step(SMALL, peer, CPU, torch.float32, backend="eager"), []
+        assert step.settle(lambda: calls.append(step.model.fc.weight.clone())).item() == pytest.approx(expected, rel=1e-5)
+        found = measure_steps(SMALL, [peer], CPU, torch.float32, rounds=1, warmup=1, backend="eager")
+    assert found["peers"][peer]["first_loss"] == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(calls[0], step.model.fc.weight) == (peer == "eager")
+
+
+def test_convolutions_of_the_library_are_timed_while_peers_run(monkeypatch):
+    seen = []
+    step = Step(SMALL, "eager", CPU, torch.float32)
+    monkeypatch.setattr(step, "_run", lambda: seen.append(torch.backends.cudnn.benchmark))
+    for before in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+        step()
+        assert torch.backends.cudnn.benchmark == before
+    assert seen == [True, True]
+
+
+def test_a_gpu_is_the_current_device_while_it_is_measured(monkeypatch):
+    current = ["cuda:0"]
+
+    @contextmanager
+    def device(which):
+        before, current[0] = current[0], str(which)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with on(torch.device("cuda:1")):
+        assert current == ["cuda:1"]
+    with on(CPU):
+        assert current == ["cuda:0"]
+    seen = []
+    monkeypatch.setattr(command, "_measure_steps", lambda *_: seen.append(current[0]))
+    measure_steps(SMALL, ["eager"], torch.device("cuda:1"), torch.float32)
+    monkeypatch.setattr(timing, "_interleaved", lambda *_: seen.append(current[0]))
+    timing.interleaved({}, torch.device("cuda:1"))
+    assert seen == ["cuda:1", "cuda:1"] and current == ["cuda:0"]
 
 
 def test_a_peer_that_fails_leaves_its_error(monkeypatch):

@@ -1,6 +1,9 @@
 """Fused networks with ``nn.SyncBatchNorm`` over several processes equal one process on the joined batch."""
 
+import os
+
 import pytest
+import support_process
 import support_sync
 import torch
 import torch.multiprocessing as mp
@@ -14,6 +17,11 @@ from fastres.reference.cifar import CifarResNet
 def test_the_joined_batch(tmp_path, batches):
     """Results, gradients and running statistics, with another number of images on every rank."""
     mp.spawn(support_sync.run, (len(batches), str(tmp_path / "meeting"), batches), nprocs=len(batches))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled")
+def test_processes_of_tests_have_the_repaired_interpreter():
+    mp.spawn(support_process.check_interpreter)
 
 
 def test_alone_it_is_a_batch_norm():

@@ -49,6 +49,15 @@ def test_a_compiler_that_is_missing_is_known_before_the_work_starts(tmp_path):
     assert "leave out --compile, or install a C++ compiler" in done.stdout and done.stdout.count("\n") == 1
 
 
+def test_cudnn_times_its_algorithms_unless_results_must_repeat(monkeypatch):
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda only: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for only in (False, True):
+        machine.set_deterministic(only)
+        assert torch.backends.cudnn.benchmark != only
+
+
 def test_freed_memory_is_kept_where_the_c_library_can():
     assert machine.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
 

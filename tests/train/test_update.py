@@ -1,10 +1,15 @@
 """One update: nothing in it waits for the device, and a CUDA graph of it learns the same."""
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support_train import NoWait, same_weights, tiny_trainer
 
+from bench import stand_ins
 from fastres.errors import FastresError
+from fastres.train import graph
 from fastres.train.evaluate import all_finite
 from fastres.train.signals import StopRequest
 from fastres.train.update import GraphedUpdate
@@ -53,6 +58,57 @@ def test_learning_rates_as_tensors_are_the_same_numbers(tmp_path):
 def test_a_graph_needs_a_gpu(tmp_path):
     with pytest.raises(FastresError, match="--cuda-graph needs a CUDA device, not cpu"):
         tiny_trainer(tmp_path, cuda_graph=True)
+
+
+def test_warm_up_and_recording_share_a_stream(monkeypatch):
+    """Each stream has its own pool of memory."""
+    made, ran, current = [], [], ["default"]
+
+    class Stream(SimpleNamespace):
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def running_on(stream, **_):
+        before, current[0] = current[0], stream
+        yield
+        current[0] = before
+
+    def stream(device):
+        made.append(Stream(device=device))
+        return made[-1]
+
+    for name, new in {
+        "Stream": stream,
+        "stream": running_on,
+        "graph": lambda graph, stream: running_on(stream),
+        "current_stream": lambda device: Stream(),
+        "device": lambda device: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: ran.append("replay")),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, new)
+    graph.side_stream.cache_clear()
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    for device in (first, first, second):
+        with graph.aside(device):
+            ran.append(current[0])
+    replay, result = graph.record(lambda: ran.append(current[0]) or 5, first)
+    replay()
+    graph.side_stream.cache_clear()
+    assert [one.device for one in made] == [first, second] and result == 5
+    assert ran == [made[0], made[0], made[1], made[0], "replay"]
+
+
+@pytest.mark.parametrize("changes", [dict(ema=0.9, clip=1.0), dict(progressive="8:0.5", accumulate=2)], ids=str)
+def test_a_stand_in_for_the_graph_learns_the_same(tmp_path, changes):
+    """The rule that picks warm-up, recording and replay; the graph itself needs a GPU."""
+    plain, graphed = (tiny_trainer(tmp_path / name, epochs=3, **changes) for name in ("plain", "graphed"))
+    graphed.learn = GraphedUpdate(graphed.update)
+    with stand_ins.on_a_cpu():
+        for run in (plain, graphed):
+            run.fit()
+    assert len(graphed.learn._recorded) == 1 + ("progressive" in changes)
+    assert same_weights(plain.model.state_dict(), graphed.model.state_dict())
 
 
 @pytest.mark.gpu

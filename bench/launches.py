@@ -1,15 +1,17 @@
 """What a GPU would be asked to run: launches of Triton kernels recorded instead of made, on a machine without a GPU.
 
 The launchers of ``fastres.kernels`` run on CPU tensors whose memory nobody touches, and ``JITFunction.run`` is replaced
-by a recorder. It specialises the arguments with Triton's own binder, so what is recorded is what the JIT would compile:
-None and constexpr arguments, integers that equal 1, and pointers and integers that 16 divides are told apart as in a
-real run.
+by a recorder. It specialises and packs the arguments with Triton's own functions, so what is recorded is what the JIT
+would compile: None and constexpr arguments, integers that equal 1, and pointers and integers that 16 divides are told
+apart as in a real run, and what is compiled from it has the JIT's own key in Triton's cache.
 
 The process must not have ``TRITON_INTERPRET`` set when it imports the kernels.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -20,12 +22,17 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, compile, get_cache_key, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastres.ops import select
+from fastres.ops import aten, library, select
+from fastres.ops.library import LibraryConvolutions
 
 # What a launch asks of the compiler beside the kernel's own arguments.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
@@ -39,7 +46,7 @@ class Specialisation:
     kernel: str
     signature: tuple[tuple[str, str], ...]  # argument to its type, "constexpr" where the value is compiled in
     constexprs: tuple[tuple[tuple[int, ...], Any], ...]  # by the argument's position
-    attributes: tuple[tuple[tuple[int, ...], str], ...]  # "D" where 16 divides the argument
+    attributes: tuple[tuple[tuple[int, ...], str], ...]  # as Triton packs them: "D" where 16 divides the argument
     options: tuple[tuple[str, int], ...]
 
     @property
@@ -64,6 +71,22 @@ class Specialisation:
         attributes = {path: backend.parse_attr(value) for path, value in self.attributes}
         return ASTSource(self.function, dict(self.signature), dict(self.constexprs), attributes)
 
+    def cache_key(self, target: GPUTarget) -> str:
+        """Where Triton's cache has it, compiled for the target."""
+        return cache_key(self.source(), target, dict(self.options))
+
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        """Compiled for the target, or found in Triton's cache."""
+        return compile(self.source(), target=target, options=dict(self.options))
+
+
+def cache_key(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> str:
+    """Name of the folder in Triton's cache that `triton.compile` writes with these arguments."""
+    backend = make_backend(target)
+    key = get_cache_key(source, backend, backend.parse_options(dict(options)), get_cache_invalidating_env_vars())
+    return base64.b32encode(hashlib.sha256(key.encode()).digest()).decode().rstrip("=")
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -74,16 +97,17 @@ class Launch:
 
 
 @contextmanager
-def recorded(rank: int = 0) -> Iterator[list[Launch]]:
+def recorded(rank: int | None = 0) -> Iterator[list[Launch]]:
     """Fused operations on CPU tensors take the Triton launchers; their launches are listed, their results undefined.
 
     Args:
-        rank: which configuration the launchers that offer several take, the first at 0.
+        rank: which configuration the launchers that offer several take, the first at 0; None: convolutions are the
+            library's, which are not run, between Triton's passes.
 
     Raises:
         RuntimeError: under ``TRITON_INTERPRET``.
     """
-    primitives = triton_primitives(rank)
+    primitives = library_primitives() if rank is None else triton_primitives(rank)
     launches: list[Launch] = []
 
     def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -94,6 +118,7 @@ def recorded(rank: int = 0) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(select, "_primitives", lambda name: select.Primitives({name: primitives})),
+        mock.patch.multiple(library, **_UNRUN),
         select.implementation("auto"),
     ):
         yield launches
@@ -115,18 +140,63 @@ def triton_primitives(rank: int = 0) -> SimpleNamespace:
     return SimpleNamespace(**{**primitives, "conv_backward": joint})
 
 
+def library_primitives() -> SimpleNamespace:
+    """What `select` times against the Triton convolutions, see `recorded`."""
+    triton = triton_primitives()
+    convolutions = LibraryConvolutions(triton.moments, triton.bn_add_relu, triton.bn_backward_apply, _sums)
+    taken = {name: getattr(convolutions, name) for name in vars(triton) if hasattr(convolutions, name)}
+    return SimpleNamespace(**{**vars(triton), **taken})
+
+
+def _sums(dz: Tensor, y: Tensor, coef: Tensor) -> Tensor:
+    """`aten.bn_sums`, undefined."""
+    tiles, fold = aten._tiles(dz)
+    return coef.new_empty(len(tiles) * fold, 2, coef.shape[1])
+
+
+def _unrun(function: Callable) -> Callable:
+    """A function of the same arguments and shapes, results undefined."""
+
+    def call(*args: Any) -> Any:
+        shapes = function(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args))
+        return tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), shapes)
+
+    return call
+
+
+# What `LibraryConvolutions` computes beside its passes.
+_UNRUN = {
+    "convolve": _unrun(library.convolve),
+    "convolve_backward": _unrun(library.convolve_backward),
+    "add_residual": lambda dx, residual, stride: None,
+    "_aten": SimpleNamespace(
+        threshold_backward=lambda dx, a, threshold: dx, convolution_backward=torch.ops.aten.convolution_backward
+    ),
+}
+
+
 def _specialise(function: JITFunction, args: tuple, kwargs: dict[str, Any]) -> tuple[Specialisation, dict[str, Any]]:
-    bound, kinds, _ = _binder(function)(*args, **kwargs)
-    names, values = [param.name for param in function.params], list(bound.values())
+    bound, kinds, options = _binder(function)(*args, **kwargs)
+    # Releases of Triton pack different attributes of constexprs, and all of them are in the cache's key.
+    _, signature, constexprs, attributes = function._pack_args(_Unparsed(), kwargs, bound, kinds, options)
     specialisation = Specialisation(
         function.fn.__module__,
         function.fn.__name__,
-        tuple((name, kind) for name, (kind, _) in zip(names, kinds)),
-        tuple(((i,), values[i]) for i, (kind, _) in enumerate(kinds) if kind == "constexpr"),
-        tuple(((i,), hint) for i, (kind, hint) in enumerate(kinds) if kind != "constexpr" and isinstance(hint, str)),
+        tuple(signature.items()),
+        tuple(constexprs.items()),
+        tuple(attributes.items()),
         tuple((name, kwargs[name]) for name in OPTIONS if kwargs.get(name) is not None),
     )
     return specialisation, bound
+
+
+class _Unparsed:
+    """Triton's backend for `JITFunction._pack_args`, but attributes stay the strings that they are parsed from."""
+
+    parse_attr = staticmethod(str)
+
+    def parse_options(self, options: dict[str, Any]) -> Any:
+        return _backend().parse_options(dict(options))
 
 
 @cache

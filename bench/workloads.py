@@ -21,6 +21,12 @@ GPU = {
     "resnet110": Workload("resnet110", 128, 32),
     "preact_resnet1001": Workload("preact_resnet1001", 64, 32),
 }
+# What only the preset ``speed`` of `fastres train`, and stage `parts`, run.
+SPEED = Workload("speed", 256, 32)
+PARTS = {
+    "resnet20": Workload("resnet20", 512, 32),
+    "preact_resnet164": Workload("preact_resnet164", 128, 32),
+}
 CPU = {
     "notebook": Workload("notebook", 64, 96),
     "resnet18 CIFAR": Workload("resnet18", 16, 32, CIFAR),

@@ -1,25 +1,43 @@
 """Run by `test_aot` in a process without ``TRITON_INTERPRET``: compiles the largest variant of each kernel.
 
-Prints JSON: rows of `bench.aot.as_record`, those of a dilated block, and what the recorder made of a probe's arguments.
+Prints JSON: rows of `bench.aot.as_record`, those of a dilated block, what the recorder made of a probe's arguments, and the
+keys in Triton's cache ahead of time and just in time.
 """
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 import torchvision
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
+from bench import launches
 from bench.aot import ARCHITECTURES, as_record, compile_all, specialisations
 from bench.launches import Specialisation, recorded
 from bench.sass import SHARED_LIMIT
 from fastres.kernels.resources import shared_memory_of
 from fastres.nn import fuse
 
+HOPPER = GPUTarget("cuda", 90, 32)
+
 
 @triton.jit
 def probe_kernel(x_ptr, maybe_ptr, one, sixteen, seventeen, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), one + sixteen + seventeen)
+
+
+@triton.jit
+def named_kernel(x_ptr, count, MODE: tl.constexpr, DIVISIBLE: tl.constexpr):
+    value = 1.0 if MODE == "one" else 2.0
+    tl.store(x_ptr + count, value)
 
 
 def probe() -> list[dict]:
@@ -49,6 +67,72 @@ def dilated(shared: int) -> list[Specialisation]:
     return sorted((one for one in found if one.constants.get("DILATION") == 2), key=str)
 
 
+@contextmanager
+def hopper() -> Iterator[None]:
+    """Triton takes an H100 for the current device, on which nothing can be launched."""
+    before = driver._active
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: HOPPER
+        )
+    )
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def keys() -> dict[str, list[str]]:
+    """Of every launch of some networks' steps the kernel and both keys: recorded, and of what Triton's own JIT compiles."""
+    found: dict[str, list[str]] = {}
+    specialise, run = launches._specialise, launches.JITFunction.run
+    asked: list[Any] = []
+
+    def both(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        run(function, *args, grid=(1,), warmup=True, **kwargs)
+        one, bound = specialise(function, args, kwargs)
+        source, options = asked.pop()
+        found[str(one)] = [one.kernel, one.cache_key(HOPPER), launches.cache_key(source, HOPPER, options)]
+        function.device_caches.clear()  # compiled again for the next launch
+        return one, bound
+
+    def compile_nothing(source: Any, target: GPUTarget, options: dict[str, Any], **_: Any) -> SimpleNamespace:
+        asked.append((source, options))
+        return SimpleNamespace()
+
+    with hopper(), mock.patch.object(triton.compiler, "compile", compile_nothing):
+        with mock.patch.object(launches, "_specialise", both):
+            specialisations("notebook", "bf16", ranks=[0, 1])
+            with recorded():
+                x = torch.empty(64)
+                for mode in ("one", "D", "two"):
+                    named_kernel[(1,)](x, 16, MODE=mode, DIVISIBLE=True, num_warps=2)
+    return found
+
+
+def hits() -> list[bool]:
+    """Whether Triton's JIT finds in its cache what was compiled ahead of time, a string among the constexprs or not."""
+    seen: list[bool] = []
+    x = torch.empty(64)
+    with recorded() as made:
+        named_kernel[(1,)](x, 16, MODE="one", DIVISIBLE=True)
+        probe_kernel[(1,)](x, None, 1, 16, 17, BLOCK=32, num_warps=2)
+    listener = lambda *, cache_hit, **_: seen.append(cache_hit)  # noqa: E731
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        triton.knobs.cache.scope(),
+        mock.patch.object(triton.knobs.compilation, "listener", listener),
+        hopper(),
+    ):
+        triton.knobs.cache.dir = folder
+        for launch in made:
+            launch.specialisation.compile(HOPPER)
+        named_kernel.run(x, 16, MODE="one", DIVISIBLE=True, grid=(1,), warmup=True)
+        probe_kernel.run(x, None, 1, 16, 17, BLOCK=32, num_warps=2, grid=(1,), warmup=True)
+        named_kernel.run(x, 16, MODE="other", DIVISIBLE=True, grid=(1,), warmup=True)
+    return seen
+
+
 def main() -> None:
     """The largest variant of each kernel, with and without a shortcut; of the 3x3 convolutions that of 256 channels.
 
@@ -67,7 +151,7 @@ def main() -> None:
         rows += compile_all({*chosen.values(), *stems}, archs)
     apart = [row for arch in ARCHITECTURES for row in compile_all(dilated(SHARED_LIMIT[arch]), [arch])]
     records = {name: [as_record(row) for row in of] for name, of in (("rows", rows), ("dilated", apart))}
-    print(json.dumps({"probe": probe(), **records}))
+    print(json.dumps({"probe": probe(), **records, "keys": [*keys().values()], "hits": hits()}))
 
 
 def _demand(one: Specialisation) -> tuple:

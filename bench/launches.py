@@ -165,7 +165,7 @@ def _unrun(function: Callable) -> Callable:
 
 
 # What `LibraryConvolutions` computes beside its passes.
-_UNRUN = {
+_UNRUN: dict[str, Any] = {
     "convolve": _unrun(library.convolve),
     "convolve_backward": _unrun(library.convolve_backward),
     "add_residual": lambda dx, residual, stride: None,

@@ -7,9 +7,7 @@ convolutions, and compiled into Triton's cache, under the keys by which the laun
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,7 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.launches import Specialisation, recorded
-from bench.workloads import GPU, PARTS, SPEED, Setting
+from bench.sass import SHARED_LIMIT
+from bench.workloads import PARTS, SPEED, Setting
+from fastres.kernels.resources import shared_memory_of
 from fastres.measure import Workload
 from fastres.nn import fuse
 from fastres.ops import select
@@ -44,6 +44,7 @@ class Job:
     keep: str  # see `fastres.nn.fuse`
     rank: int | None  # see `recorded`
     training: bool = True
+    shared: int | None = None  # bytes of shared memory that a program can have; None: any
 
 
 def jobs(workload: Workload, dtype: torch.dtype, evaluation: Iterable[int] = ()) -> list[Job]:
@@ -70,7 +71,7 @@ def launched(job: Job) -> set[Specialisation]:
     images = torch.empty(work.batch, 3, work.image_size, work.image_size)
     images = images.contiguous(memory_format=torch.channels_last)
     model.train(job.training)
-    with recorded(job.rank) as launches, torch.set_grad_enabled(job.training):
+    with shared_memory_of(job.shared), recorded(job.rank) as launches, torch.set_grad_enabled(job.training):
         with torch.autocast("cpu", job.dtype, enabled=job.dtype != torch.float32):
             logits = model(images)
         if job.training:
@@ -111,7 +112,11 @@ class Compiler:
             record and in all.
         """
         start = time.monotonic()
-        found: set[Specialisation] = set().union(*self._pool.map(launched, work)) - self._done
+        limit = SHARED_LIMIT.get(self._arch)
+        found: set[Specialisation] = set()
+        for one in self._pool.map(launched, [replace(job, shared=limit) for job in work]):
+            found |= one
+        found -= self._done
         recorded_in = time.monotonic() - start
         outcomes: Counter[str] = Counter(self._outcomes(found))
         self._done |= found

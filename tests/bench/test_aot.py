@@ -75,7 +75,6 @@ def test_the_3x3_convolution_has_registers_to_spare(subset):
     assert row["registers"] <= 176 and row["spills"] == 0
 
 
-<<<<<<< HEAD
 def test_the_weight_gradient_of_the_stem_does_not_spill(subset):
     """7x7 of 3 channels, behind a BatchNorm of the batch's statistics and behind a frozen one."""
     rows = [row for row in subset["rows"] if row["constants"].get("KH") == 7 and row["kernel"] == "conv_wgrad_kernel"]
@@ -92,7 +91,8 @@ def test_a_device_of_little_shared_memory_takes_tiles_that_fit(subset):
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT[89] == SHARED_LIMIT[86] == SHARED_LIMIT[120]
         assert (row["constants"]["BLOCK_M"], row["constants"]["BLOCK_N"]) in ((128, 64), (64, 64))
-=======
+
+
 def test_what_is_compiled_ahead_of_time_has_the_jits_key(subset):
     kernels = {kernel for kernel, _, _ in subset["keys"]}
     assert kernels >= {*CONVOLUTIONS, *PASSES, "named_kernel"} and len(subset["keys"]) > 50
@@ -102,7 +102,6 @@ def test_what_is_compiled_ahead_of_time_has_the_jits_key(subset):
 
 def test_the_jit_finds_in_its_cache_what_was_compiled_ahead_of_time(subset):
     assert subset["hits"] == [False, False, True, True, False]  # compiled twice, found twice, and one of its own
->>>>>>> 6526e7d (Precompilation: kernels recorded with the JIT's own keys, also around the library's convolutions)
 
 
 def _convolutions(subset, arch):

@@ -1,4 +1,4 @@
-"""Triton's kernels compiled by all cores before their first use: ``python -m bench.precompile``.
+"""Triton's kernels compiled by all cores before their first use: stage `precompile` of the campaign.
 
 On a GPU a kernel is compiled when it is first launched, one after the other. Here the launches of the campaign's networks
 are recorded without a GPU (`bench.launches`), in every tile configuration that is timed and as passes around the library's
@@ -104,8 +104,8 @@ class Compiler:
         """End the processes."""
         self._pool.shutdown(cancel_futures=True)
 
-    def compile(self, work: list[Job]) -> dict[str, object]:
-        """Compile what the jobs launch and no earlier ones did.
+    def compile(self, work: list[Job], most: int | None = None) -> dict[str, object]:
+        """Compile what the jobs launch and no earlier ones did, or only the first ``most`` of it.
 
         Returns:
             Numbers of ``specialisations`` and of those ``compiled`` or ``cached`` already, ``errors``, and seconds to
@@ -118,7 +118,9 @@ class Compiler:
             found |= one
         found -= self._done
         recorded_in = time.monotonic() - start
-        outcomes: Counter[str] = Counter(self._outcomes(found))
+        # The products first, which take longest to compile: none of them is begun last.
+        ordered = sorted(found, key=lambda one: (not one.kernel.startswith("conv"), str(one)))[:most]
+        outcomes: Counter[str] = Counter(self._outcomes(ordered))
         self._done |= found
         return {
             "specialisations": len(found),
@@ -130,9 +132,7 @@ class Compiler:
         }
 
     def _outcomes(self, found: Iterable[Specialisation]) -> Iterator[str]:
-        # The products first, which take longest to compile: none of them is begun last.
-        ordered = sorted(found, key=lambda one: (not one.kernel.startswith("conv"), str(one)))
-        futures = [self._pool.submit(compile_one, one, self._arch) for one in ordered]
+        futures = [self._pool.submit(compile_one, one, self._arch) for one in found]
         for future in as_completed(futures):
             yield future.result()
 

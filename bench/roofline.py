@@ -22,6 +22,7 @@ from torch import nn
 
 from bench.blocks import Part, parts_of
 from bench.record import RESULTS, write_results
+from bench.report.common import networks
 from bench.tables import markdown
 from fastres.atomic import atomic_write
 
@@ -178,7 +179,7 @@ def comparisons(results: Path, traffic: dict[str, Any]) -> list[dict[str, Any]]:
         machine = Machine(
             cases["copy"]["gb_per_second"] * 1e9, cases["matmul bfloat16"]["tflops"] * 1e12, LAUNCH
         )
-        for case in models["cases"].values():
+        for case in networks(models).values():
             same = (n for n in traffic["networks"].values() if (n["model"], n["image"]) == _model_of(case))
             if (counted := next(same, None)) is None:
                 continue

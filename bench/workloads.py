@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from fastres.measure import PEERS, Workload, supported
+from fastres.reference.resnet import BasicBlock
 
 T = TypeVar("T")
 IMAGENET = {"num_classes": 1000, "stem": "imagenet"}
@@ -35,11 +38,17 @@ CPU = {
     "resnet50 CIFAR": Workload("resnet50", 16, 32, CIFAR),
     "preact_resnet1001": Workload("preact_resnet1001", 2, 32),
 }
-DRY = {"resnet8": Workload("resnet8", 4, 8)}
+DRY = {"resnet smallest": Workload("bench.workloads:smallest", 4, 8)}
 # torch.compile unrolls a network, so that the deepest takes it longer than a stage has.
 TOO_DEEP_TO_COMPILE = {"preact_resnet1001"}
 TOO_DEEP_TO_AUTOTUNE = {"resnet110", *TOO_DEEP_TO_COMPILE}
-SWEEP_PEERS = ("eager", "compile", "fused", "fused graph")
+
+
+def smallest() -> nn.Module:
+    """The least network that has a fused block, quick to compile."""
+    block = BasicBlock(8, 8)
+    stem, head = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Linear(8, 10)
+    return nn.Sequential(stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,16 @@ class Setting:
     data: str
     out: Path
     seconds: float  # that the stage has
+    begun: float = field(default_factory=time.monotonic)
 
     def pick(self, gpu: T, cpu: T, dry: T) -> T:
         """One of the three, by the machine."""
         return dry if self.dry else gpu if self.device.type == "cuda" else cpu
 
     @property
-    def backend(self) -> str:
-        """Of torch.compile: a dry run leaves the compiling out."""
-        return "eager" if self.dry else "inductor"
+    def left(self) -> float:
+        """Seconds until the stage is killed."""
+        return self.begun + self.seconds - time.monotonic()
 
     @property
     def rounds(self) -> int:
@@ -85,6 +95,10 @@ class Setting:
             f"{name}, batch {batch}": replace(base[name], batch=batch) for name in names for batch in batches
         }
 
+    def supported(self) -> list[str]:
+        """Names of all peers that run: in a dry run on stand-ins for what only a GPU has."""
+        return list(PEERS) if self.dry else supported(self.device)
+
     def peers(self, name: str) -> list[str]:
         """The peers that a workload is run as."""
         skipped = set()
@@ -92,4 +106,4 @@ class Setting:
             skipped |= {peer for peer, how in PEERS.items() if how.compile}
         if name in TOO_DEEP_TO_AUTOTUNE:
             skipped.add("compile max-autotune")
-        return [peer for peer in supported(self.device) if peer not in skipped]
+        return [peer for peer in self.supported() if peer not in skipped]

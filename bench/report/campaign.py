@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.report.common import Record, busy, ceilings, machine_line, measured_cases, number, picture, read
+from bench.report.common import (
+    Record,
+    busy,
+    ceilings,
+    machine_line,
+    measured_cases,
+    networks,
+    number,
+    picture,
+    read,
+)
 from bench.tables import markdown
 
 
@@ -36,7 +46,7 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
     if not record:
         return None
     limits, tables = ceilings(folder), []
-    for case in measured_cases(record).values():
+    for case in networks(record).values():
         key = f"{case['model']} {case['image_size']}"
         known = (counted or {}).get(key, {}) if record["device"] != "cpu" else {}  # a CPU runs other kernels
         title = f"{case['model']}, batch {case['batch']}, {case['image_size']}x{case['image_size']}, {case['dtype']}"
@@ -56,7 +66,7 @@ def _peers(case: Record, limit: float | None, bytes_an_image: dict[str, float]) 
     """
     columns = ["peer", "ms a step", "quartiles", "images/s", "TFLOP/s", "of the measured ceiling"]
     columns += ["GB/s"] * bool(bytes_an_image) + ["speed"]
-    rows, base = [], _median(case, "eager")
+    rows = []
     for peer, figures in case["peers"].items():
         if "error" in figures:
             error = figures["error"][:60].replace("|", "/").replace("\n", " ")
@@ -70,7 +80,7 @@ def _peers(case: Record, limit: float | None, bytes_an_image: dict[str, float]) 
         if bytes_an_image:
             moved = bytes_an_image.get(peer, 0) * case["batch"]
             row.append(f"{moved / median / 1e9:.4g}" if moved else "")
-        rows.append([*row, f"{base / median:.2f}x" if base else ""])
+        rows.append([*row, f"{figures['speed']:.2f}x" if "speed" in figures else ""])
     return markdown(columns, rows)
 
 
@@ -91,13 +101,14 @@ def speeds(folder: Path) -> str | None:
     record = read(folder / "models.json")
     if not record:
         return None
-    single = {name: case for name, case in measured_cases(record).items() if ", batch " not in name}
+    single = {name: case for name, case in networks(record).items() if ", batch " not in name}
     peers = list(dict.fromkeys(peer for case in single.values() for peer in case["peers"] if peer != "eager"))
     rows = []
     for case in single.values():
         if not (base := _median(case, "eager")):
             continue
-        cells = [f"{base / median:.2f}x" if (median := _median(case, peer)) else "" for peer in peers]
+        speeds = [case["peers"].get(peer, {}).get("speed") for peer in peers]
+        cells = ["" if speed is None else f"{speed:.2f}x" for speed in speeds]
         name = f"{case['model']}, batch {case['batch']}, {case['image_size']} pixels, {case['dtype']}"
         rows.append([name, number(case["batch"] / base), *cells])
     if not rows:

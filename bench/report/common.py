@@ -53,6 +53,23 @@ def measured_cases(record: Record) -> dict[str, Record]:
     return {name: case for name, case in record["cases"].items() if "error" not in case}
 
 
+def networks(record: Record) -> dict[str, Record]:
+    """The cases of stage `models` by network: those named ``<network> | <group of peers>`` as one.
+
+    A peer's figures are of the first case that has them, with its ``speed`` in units of eager PyTorch in that very case.
+    """
+    found: dict[str, Record] = {}
+    for name, case in measured_cases(record).items():
+        one = found.setdefault(name.partition(" | ")[0], {**case, "peers": {}})
+        base = case["peers"].get("eager", {}).get("seconds", {}).get("median")
+        for peer, figures in case["peers"].items():
+            if "seconds" in one["peers"].get(peer, {}):
+                continue
+            speed = {"speed": base / figures["seconds"]["median"]} if base and "seconds" in figures else {}
+            one["peers"][peer] = {**figures, **speed}
+    return found
+
+
 def ceilings(folder: Path) -> dict[str, float]:
     """GB/s of a copy and TFLOP/s of a matrix product by dtype, as measured; what there is of it."""
     record = read(folder / "environment.json")

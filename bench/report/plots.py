@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.report.common import Record, ceilings, machine_line, measured_cases, read
+from bench.report.common import Record, ceilings, machine_line, measured_cases, networks, read
 from fastres.atomic import atomic_write
 
 
 def plots(folder: Path) -> list[Path]:
     """Pictures of a campaign's networks, as far as it has them: speeds as bars, images/s against the batch."""
     record = read(folder / "models.json")
-    cases = measured_cases(record) if record else {}
+    cases = networks(record) if record else {}
     title = machine_line(record) if record else ""
     written = []
     single = {
@@ -56,9 +56,9 @@ def _bars(figure: Any, cases: dict[str, Record], title: str) -> None:
         at, speed = [], []
         for index, case in enumerate(cases.values()):
             figures = case["peers"].get(peer, {})
-            if "seconds" in figures and "seconds" in case["peers"]["eager"]:
+            if "speed" in figures:
                 at.append(index + place * width)
-                speed.append(case["peers"]["eager"]["seconds"]["median"] / figures["seconds"]["median"])
+                speed.append(figures["speed"])
         axes.bar(at, speed, width, label=peer)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks([index + 0.4 - width / 2 for index in range(len(cases))])

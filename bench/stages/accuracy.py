@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,17 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def train(setting: Setting, backend: str, seed: int) -> dict[str, Any]:
-    """Accuracy after each epoch of the preset ``speed``, with the seconds spent until then."""
+def train(setting: Setting, backend: str, seed: int, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Accuracy after each epoch of the preset ``speed``, with the seconds spent until then; with ``more`` options."""
     options = ["--preset", "speed", "--data", setting.data, "--seed", str(seed)]
-    options += ["--device", str(setting.device), "--backend", backend]
+    options += ["--device", str(setting.device), "--backend", backend, *more]
     if setting.dry:
         options += "--epochs 1 --limit-train 64 --limit-test 64 --batch-size 32".split()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "fastres.cli", "train", *options, "--out", str(run)]
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, setting.seconds - 10)
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, setting.left - 5)
         )
         if done.returncode:
             raise RuntimeError(f"fastres train ended with {done.returncode}: {done.stderr[-300:]}")

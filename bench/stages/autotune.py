@@ -9,27 +9,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.stages.accuracy import train
 from bench.workloads import Setting
 from fastres.atomic import atomic_write
 from fastres.measure import Step, Workload, synchronize
 from fastres.ops import selection
 from fastres.ops.timing import choices_path, machine_key
 
+PEERS = ("fused", "fused fewer")
+
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
+    work = setting.workloads()
     return {
-        name: partial(tune, setting, one) for name, one in {**setting.workloads(), **setting.sweeps()}.items()
+        **{name: partial(tune, setting, one) for name, one in work.items()},
+        "preset speed": partial(tune_training, setting),
+        **{name: partial(tune, setting, one) for name, one in setting.sweeps().items()},
     }
+
+
+def tune_training(setting: Setting) -> dict[str, Any]:
+    """The preset ``speed``, training and validation, in the shapes that stage `accuracy` has."""
+    before = _choices(setting).keys()
+    train(setting, "fused", 0, ("--epochs", "1", "--limit-train", "1024"))
+    return {"choices": {key: entry for key, entry in _choices(setting).items() if key not in before}}
 
 
 def tune(setting: Setting, workload: Workload) -> dict[str, Any]:
     """Which implementation ran how many of the shapes; on a GPU also the times that decided."""
     before = _choices(setting).keys()
     known = selection().keys()
-    step = Step(workload, "fused", setting.device, setting.dtype)
-    step()
-    synchronize(setting.device)
+    for peer in PEERS:
+        Step(workload, peer, setting.device, setting.dtype)()
+        synchronize(setting.device)
     chosen = {key: name for key, name in selection().items() if key not in known}
     timed = {key: entry for key, entry in _choices(setting).items() if key not in before}
     return {"batch": workload.batch, "shapes": dict(Counter(chosen.values())), "choices": timed}

@@ -18,7 +18,7 @@ PEERS = ("eager NCHW", "eager", "compile", "fused", "fused fewer", "fused compil
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
-    peers = setting.pick(PEERS, ("eager", "compile", "fused", "fused fewer"), ("eager", "fused"))
+    peers = setting.pick(PEERS, ("eager", "compile", "fused", "fused fewer"), PEERS)
     return {
         f"{name} | {peer}": partial(measure, setting, workload, peer)
         for name, workload in setting.workloads().items()
@@ -35,7 +35,7 @@ def measure(setting: Setting, workload: Workload, peer: str) -> dict[str, Any]:
         "image_size": workload.image_size,
         "peer": peer,
     }
-    arguments = (workload, peer, setting.device, setting.dtype, setting.backend)
+    arguments = (workload, peer, setting.device, setting.dtype)
     if setting.device.type == "cpu" and not setting.dry:
         return {**where, **in_own_process(_with_threads, torch.get_num_threads(), *arguments)}
     torch._dynamo.reset()

@@ -1,4 +1,8 @@
-"""Training steps of whole networks as every peer, in turn; then a few peers over batches."""
+"""Training steps of whole networks, a few peers a case; then over batches.
+
+Every case has eager PyTorch in channels-last beside its peers, so that ratios are of one case: clocks and neighbours may
+differ between cases, which can be hours apart. No case compiles for longer than a slice of the campaign has.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,32 @@ from typing import Any
 
 import torch
 
-from bench.workloads import SWEEP_PEERS, Setting
+from bench.workloads import Setting
 from fastres.measure import Workload
 from fastres.measure.command import measure_steps
+
+BASELINE = "eager"
+GROUPS = {
+    "fused": (BASELINE, "fused", "fused Triton", "library"),
+    "compile": (BASELINE, "fused", "compile"),
+    "fused graph": (BASELINE, "fused", "fused graph"),
+    "fused compile": (BASELINE, "fused compile"),
+    "layout and memory": (BASELINE, "eager NCHW", "fused fewer"),
+    "compile graphs": (BASELINE, "compile graphs"),
+    "compile max-autotune": (BASELINE, "compile max-autotune"),
+}
+SWEEP_GROUPS = {"batches": (BASELINE, "fused", "fused graph"), "batches, compile": (BASELINE, "compile")}
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
-    found: dict[str, Callable[[], dict[str, Any]]] = {
-        name: partial(measure, setting, one, setting.peers(name)) for name, one in setting.workloads().items()
-    }
-    for name, one in setting.sweeps().items():
-        peers = [peer for peer in SWEEP_PEERS if peer in setting.peers(name)]
-        found[name] = partial(measure, setting, one, peers)
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for workloads, groups in ((setting.workloads(), GROUPS), (setting.sweeps(), SWEEP_GROUPS)):
+        for group, members in groups.items():
+            for name, one in workloads.items():
+                peers = [peer for peer in members if peer in setting.peers(name.partition(",")[0])]
+                if peers != [BASELINE]:
+                    found[f"{name} | {group}"] = partial(measure, setting, one, peers)
     return found
 
 
@@ -30,6 +47,4 @@ def measure(setting: Setting, workload: Workload, peers: list[str]) -> dict[str,
     gc.collect()
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
-    return measure_steps(
-        workload, peers, setting.device, setting.dtype, setting.rounds, setting.warmup, setting.backend
-    )
+    return measure_steps(workload, peers, setting.device, setting.dtype, setting.rounds, setting.warmup)

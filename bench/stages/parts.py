@@ -15,7 +15,7 @@ from bench.blocks import Part, fused, parts_of
 from bench.layer_calls import Call, bottleneck_calls
 from bench.workloads import CIFAR, IMAGENET, Setting
 from fastres.measure import Timing, interleaved
-from fastres.measure.peers import PEERS, forced, supported
+from fastres.measure.peers import PEERS, best_library, forced
 from fastres.train import machine
 
 # network, image size, options, batch on a GPU and on a CPU
@@ -44,7 +44,7 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
         model, image, options, gpu_batch, cpu_batch = NETWORKS[name]
         image, batch = setting.pick((image, gpu_batch), (image, cpu_batch), (8, 2))
         parts = parts_of(model, image, **options)
-        for part in parts[:2] if setting.dry else parts:
+        for part in parts[1:2] if setting.dry else parts:
             slow = name == networks[0]
             found[f"{name}, block {part.name}"] = partial(
                 measure_part, setting, name, part.first(), batch, slow
@@ -57,7 +57,7 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
 def measure_part(setting: Setting, network: str, part: Part, batch: int, slow: bool) -> dict[str, Any]:
     """Forward and backward of blocks as each peer, in turn; with those that compile for minutes if ``slow``."""
     torch._dynamo.reset()
-    peers = [p for p in BLOCK_PEERS if p in supported(setting.device) and (slow or p not in SLOW)]
+    peers = [p for p in BLOCK_PEERS if p in setting.supported() and (slow or p not in SLOW)]
     steps = {peer: PartStep(part, peer, batch, setting) for peer in peers}
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         times = interleaved(steps, setting.device, setting.warmup, setting.rounds)
@@ -83,7 +83,7 @@ class PartStep:
         self.parameters = list(module.parameters())
         self.run: Callable[[Tensor], Tensor] | nn.Module = module
         if how.compile is not None:
-            self.run = torch.compile(module, mode=how.compile, backend=setting.backend, dynamic=False)
+            self.run = torch.compile(module, mode=how.compile, dynamic=False)
         needed = part.images(1, torch.float32).requires_grad
         dtype = setting.dtype if needed else torch.float32  # of an activation, or of the images
         x = torch.randn(batch, *part.shape, device=device, dtype=dtype).to(memory_format=layout)
@@ -93,7 +93,7 @@ class PartStep:
 
     def __call__(self) -> None:
         """One forward and backward."""
-        with forced(self.implementation):
+        with forced(self.implementation), best_library():
             with machine.autocast(self.setting.device, self.setting.dtype):
                 out = self.run(self.x)
             if self.gradient is None:
@@ -119,7 +119,8 @@ def measure_calls(setting: Setting, size: int, width: int) -> dict[str, Any]:
     batch = setting.pick(256, 8, 2)
     found = {}
     for call in bottleneck_calls(batch, size, width, setting.device, setting.dtype):
-        times = interleaved(call.candidates, setting.device, setting.warmup, setting.rounds)
+        with best_library():
+            times = interleaved(call.candidates, setting.device, setting.warmup, setting.rounds)
         found[call.name] = {
             "flops": call.flops,
             "bytes": call.bytes,

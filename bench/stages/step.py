@@ -21,11 +21,10 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
     workloads = setting.workloads()
     names = setting.pick(NAMES, ("notebook", "resnet50 CIFAR"), tuple(workloads))
-    peers = setting.pick(PEERS, PEERS, ("eager", "fused"))
     return {
         f"{name} | {peer}": partial(look_into, setting, workloads[name], peer)
         for name in names
-        for peer in peers
+        for peer in PEERS
         if peer in setting.peers(name)
     }
 
@@ -33,7 +32,8 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
 def look_into(setting: Setting, workload: Workload, peer: str) -> dict[str, Any]:
     """Step time, the time that the host needs to give a step out, and `kernels`."""
     torch._dynamo.reset()
-    step = Step(workload, peer, setting.device, setting.dtype, setting.backend)
+    step = Step(workload, peer, setting.device, setting.dtype)
+    step.settle()
     timing = all_of(interleaved({peer: step}, setting.device, setting.warmup, setting.rounds))[peer]
     return {
         "workload": workload.model,

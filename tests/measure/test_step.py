@@ -96,8 +96,9 @@ def test_the_library_peer_takes_the_library_wherever_it_can(monkeypatch):
     monkeypatch.setattr(select, "_sole", {})
     peers._library_primitives.cache_clear()
     monkeypatch.setattr(select, "_primitives", lambda _: pytest.fail("not the timed path"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with peers.forced("library"):
-        on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, numel=lambda: 1)
+        on_gpu = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, numel=lambda: 1)
         primitives = select.primitives(on_gpu)
         y, moments = primitives.conv(torch.randn(2, 4, 4, 3), torch.randn(5, 3, 3, 3), 1, symmetric(1))
         primitives.finalize(moments, None, None, 1e-5)

@@ -21,7 +21,8 @@ def on_a_cpu() -> Iterator[None]:
     """Every peer runs on a CPU: a graph's replay is the step itself, Triton's passes are ATen's."""
     with ExitStack() as stack:
         for target, name, new in (
-            (graph, "aside", lambda device: nullcontext()),
+            (graph, "side_stream", lambda device: object()),
+            (graph, "aside", lambda stream: nullcontext()),
             (graph, "record", record),
             (step, "forced", forced),
             (parts, "forced", forced),
@@ -30,9 +31,9 @@ def on_a_cpu() -> Iterator[None]:
         yield
 
 
-def record(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+def record(call: Callable[[], Any], stream: object) -> tuple[Callable[[], None], Any]:
     """`graph.record` of a step that returns a tensor, or None: nothing runs before the replay."""
-    result = torch.zeros((), device=device)
+    result = torch.zeros(())
 
     def replay() -> None:
         found = call()

@@ -2,7 +2,7 @@
 
 from fastres.measure.peers import PEERS, Peer, supported
 from fastres.measure.step import Step, Workload
-from fastres.measure.timing import Timing, all_of, interleaved, on, synchronize
+from fastres.measure.timing import Timing, all_of, interleaved, synchronize
 
 __all__ = [
     "PEERS",
@@ -12,7 +12,6 @@ __all__ = [
     "Workload",
     "all_of",
     "interleaved",
-    "on",
     "supported",
     "synchronize",
 ]

@@ -13,7 +13,7 @@ import torch
 from fastres.errors import FastresError
 from fastres.measure.peers import PEERS, supported
 from fastres.measure.step import Step, Workload
-from fastres.measure.timing import Timing, interleaved, on
+from fastres.measure.timing import Timing, interleaved
 from fastres.models.registry import accepted_options
 from fastres.train import machine
 
@@ -105,7 +105,7 @@ def measure_steps(
     Raises:
         FastresError: for a model that there is not.
     """
-    with on(device):
+    with machine.on_device(device):
         return _measure_steps(workload, peers, device, dtype, rounds, warmup, backend)
 
 

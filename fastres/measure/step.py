@@ -113,10 +113,11 @@ class Step:
         self.images, self.labels = workload.inputs(device, self.peer.channels_last)
         self._run = self._before_recording if self.peer.cuda_graph else self._step
         self._taken = 0
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self) -> Tensor:
         """One step; its loss, still on the device."""
-        with forced(self.peer.implementation), best_library():
+        with machine.on_device(self.device), forced(self.peer.implementation), best_library():
             return self._run()
 
     def settle(self, before_rest: Callable[[], None] = lambda: None) -> Tensor:
@@ -150,9 +151,11 @@ class Step:
         """A step without the graph, `graph.WARMUP` times; then it is recorded, and every step is a replay."""
         if self._taken < graph.WARMUP:
             self._taken += 1
-            with graph.aside(self.images.device):
+            self._stream = self._stream or graph.side_stream(self.images.device)
+            with graph.aside(self._stream):
                 return self._step()
-        replay, loss = graph.record(self._step, self.images.device)
+        assert self._stream is not None
+        replay, loss = graph.record(self._step, self._stream)
 
         def replayed() -> Tensor:
             replay()

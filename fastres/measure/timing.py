@@ -6,10 +6,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+
+from fastres.train.machine import on_device
 
 SAMPLE_SECONDS = (
     0.05  # a sample on a GPU is as many calls as take so long: launches then overlap as in training
@@ -44,11 +45,6 @@ def all_of(found: Mapping[str, Timing | Exception]) -> dict[str, Timing]:
     return times
 
 
-def on(device: torch.device) -> AbstractContextManager:
-    """Makes a GPU the current one inside: PyTorch's events, new streams and Triton's launches are of that."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def interleaved(
     calls: Mapping[str, Callable[[], Any]],
     device: torch.device,
@@ -69,7 +65,7 @@ def interleaved(
     """
     if sample_seconds is None:
         sample_seconds = SAMPLE_SECONDS if device.type == "cuda" else 0.0
-    with on(device):
+    with on_device(device):
         return _interleaved(calls, device, warmup, rounds, sample_seconds)
 
 

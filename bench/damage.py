@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import pickle
 import random
 import warnings
@@ -23,14 +24,17 @@ from PIL import Image
 from fastres import data
 from fastres.data.cache import Cache
 from fastres.data.cifar import CIFAR10 as KIND
-from fastres.data.dataset import Dataset, make_parts
+from fastres.data.dataset import Dataset, make_dataset, make_parts
 from fastres.data.decode import read_image
 from fastres.data.synthetic import CLASSES, synthetic_split
 from fastres.errors import FastresError
+from fastres.ops.cpu import build
 from fastres.ops.timing import TimedChoices
 from fastres.train import TrainConfig
 from fastres.train.checkpoint import load_checkpoint, save_checkpoint
+from fastres.train.identity import checksum
 from fastres.train.run_folder import RunFolder, saved_config
+from fastres.train.sweep import read_result
 
 
 def damaged(raw: bytes, draw: random.Random) -> bytes:
@@ -168,6 +172,40 @@ def config(folder: Path, times: int, seed: int) -> list[str]:
     return outcomes(file, lambda: saved_config(folder).to_dict(), times, random.Random(seed), str(folder))
 
 
+def result(folder: Path, times: int, seed: int) -> list[str]:
+    """A sweep's ``result.json``: damaged, it is no result, and the run's checkpoint is read in its place."""
+    folder.mkdir()
+    split = synthetic_split(16)
+    dataset = make_dataset(split, split, CLASSES, "drawn")
+    content = {"row": {"epoch": 3, "val_accuracy": 0.5, "val_loss": 1.5}, "digest": dataset.digest}
+    file = folder / "result.json"
+    file.write_text(json.dumps({**content, "checksum": checksum(list(content.values()))}))
+
+    def read() -> Any:
+        row = read_result(folder, dataset)
+        if row is None:
+            raise FastresError(f"{file} is no result")
+        return row
+
+    return outcomes(file, read, times, random.Random(seed), str(folder))
+
+
+def library(folder: Path, times: int, seed: int) -> list[str]:
+    """The compiled passes, which are compiled anew where they are damaged; no damaged file may be loaded."""
+    folder.mkdir(mode=0o700)
+    file = folder / "passes-0.so"
+    code = random.Random(seed).randbytes(2**18)  # never run: what is tried is whether it would be loaded
+    file.write_bytes(code + build._seal(code))
+    file.chmod(0o600)
+
+    def read() -> bytes:
+        if not build._is_whole(file):
+            raise FastresError(f"{file} is not whole")
+        return file.read_bytes()[: len(code)]
+
+    return outcomes(file, read, times, random.Random(seed), str(folder))
+
+
 def image(folder: Path, times: int, seed: int) -> list[str]:
     """A PNG of an image folder."""
     folder.mkdir()
@@ -225,6 +263,8 @@ KINDS: dict[str, Callable[[Path, int, int], list[str]]] = {
     "image cache": image_cache,
     "choices.json": timed_choices,
     "config.json": config,
+    "result.json": result,
+    "compiled library": library,
     "PNG": image,
     "CIFAR-10 batch": batches,
 }

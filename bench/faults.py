@@ -1,4 +1,5 @@
-"""Faults on purpose: kill -9 at random moments, full disk, read-only folder, two runs in one, clock jumps, damaged files.
+"""Faults on purpose: kill -9 at random moments and before file operations, full disk, two runs in one folder, clock jumps,
+folders that are no run's or another's, lost ranks, a rank with other data, damaged files.
 
     python -m bench.faults --kills 200 --damages 500
 
@@ -19,6 +20,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -32,7 +34,7 @@ from unittest import mock
 import torch
 import torch.utils.tensorboard  # noqa: F401  slow to import, so not in every forked process
 
-from bench import damage
+from bench import damage, hostile, lost_ranks
 from bench.record import RESULTS, write_results
 from bench.tables import markdown
 from fastres.data.dataset import make_dataset
@@ -40,9 +42,12 @@ from fastres.data.synthetic import CLASSES, synthetic_split
 from fastres.errors import FastresError
 from fastres.train import TrainConfig, Trainer
 from fastres.train.checkpoint import load_checkpoint
+from fastres.train.distributed import ALONE, Onlooker, Ranks
+from fastres.train.facts import run_facts
 from fastres.train.run_folder import RunFolder, saved_config
 
 EPOCHS = 6
+FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.chmod", "os.listdir", "os.scandir"}
 NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWUSER, MS_REC, MS_PRIVATE = 0x20000, 0x10000000, 1 << 14, 1 << 18  # sched.h, mount.h
 PAGE = resource.getpagesize()
@@ -52,19 +57,26 @@ _PROCESSES.set_forkserver_preload(["bench.faults"])
 OUTCOMES = ("refused", "harmless", "wrong")
 
 
-def fit(folder: Path, resume: bool = True) -> None:
-    """Train ResNet-20 on 48 drawn images of 8x8 to the end, going on where the folder's run stopped."""
+def make_trainer(run: RunFolder | Onlooker, ranks: Ranks = ALONE, epochs: int = EPOCHS, other: bool = False) -> Trainer:
+    """ResNet-20 on 48 drawn images of 8x8; ``other``: with one other label."""
     config = TrainConfig().replace(
-        model="resnet20", image_size=8, epochs=EPOCHS, batch_size=16, device="cpu", precision="fp32"
+        model="resnet20", image_size=8, epochs=epochs, batch_size=15, device="cpu", precision="fp32", backend="eager"
     )
     split = synthetic_split(48)
     dataset = make_dataset(split, split, CLASSES, "drawn shapes")
+    return Trainer(config, lost_ranks.spoilt(dataset) if other else dataset, run, say=lambda line: None, ranks=ranks)
+
+
+def fit(folder: Path, resume: bool = True, epochs: int = EPOCHS, other: bool = False) -> None:
+    """Train to the end, going on where the folder's run stopped."""
     run = RunFolder(folder, resume=resume)
     try:
-        trainer = Trainer(config, dataset, run, say=lambda line: None)
-        if run.last.exists():
+        trainer = make_trainer(run, epochs=epochs, other=other)
+        if run.begun():
             trainer.resume()
-        run.write_config(config, {})
+        if (folder / "config.json").exists():
+            saved_config(folder)  # as the command line does
+        run.write_config(trainer.config, run_facts(trainer))
         trainer.fit()
     finally:
         run.close()
@@ -204,6 +216,133 @@ def limited(run: Path, limit: int) -> None:
     fit(run)
 
 
+def operation(folder: Path, number: int | None) -> None:
+    """`fit` of two epochs that ends by SIGKILL before its ``number``-th file operation there; None: prints how many."""
+    done, place = [0], str(folder)
+
+    def count(event: str, args: tuple) -> None:
+        if event in FILE_EVENTS and any(isinstance(arg, (str, Path)) and str(arg).startswith(place) for arg in args):
+            done[0] += 1
+            if done[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    fit(folder, epochs=2)
+    if number is None:
+        print(done[0])
+
+
+def operations(folder: Path, most: int | None = None) -> dict[str, Any]:
+    """Kill a run before each of its file operations and resume it; it must end as one that was left alone.
+
+    Args:
+        most: try so many of them, evenly spread; None: all.
+    """
+    _, text = Child(partial(operation, folder / "whole", None)).end()
+    whole, total, outcomes = load_checkpoint(folder / "whole" / "last.pt"), int(text.split()[-1]), []
+    step = 1.0 if most is None else max(1.0, total / most)
+    for number in dict.fromkeys(int(1 + step * index) for index in range(int(total / step))):
+        run = folder / f"before-{number}"
+        status, text = Child(partial(operation, run, number)).end()
+        if status != -signal.SIGKILL:
+            outcomes.append(f"wrong: operation {number} ended with {status}: {text.strip()[-300:]}")
+            continue
+        found = whole_files(run)
+        status, text = Child(partial(fit, run, epochs=2)).end()
+        if status != 0:
+            found = f"wrong: operation {number}: status {status}: {text.strip()[-300:]}"
+        elif not same_run(load_checkpoint(run / "last.pt"), whole):
+            found = f"wrong: operation {number}: the resumed run ended otherwise"
+        elif steps_shown(run) != steps_shown(folder / "whole"):
+            found = f"wrong: operation {number}: TensorBoard lacks an epoch"
+        elif left := [file.name for file in run.glob(".*.tmp")]:
+            found = f"wrong: operation {number}: {left[0]} was left behind"
+        outcomes.append(found)
+        shutil.rmtree(run)
+    return table_row("kill -9 before a file operation", outcomes)
+
+
+def steps_shown(run: Path) -> list[int]:
+    """The steps of the epochs that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [event.step for event in EventAccumulator(str(run)).Reload().Scalars("val_accuracy")]
+
+
+def hostile_folders(folder: Path) -> dict[str, Any]:
+    """Start and resume where one must not; what lies there stays as it is."""
+    outcomes, mine = [], folder / "mine"
+    mine.write_text("precious")
+    for name in ("run", "other"):
+        Child(partial(fit, folder / name, epochs=1)).end()
+    for number, make in enumerate(hostile.STRANGE.values()):
+        place = folder / f"strange-{number}"
+        place.mkdir()
+        make(place, folder / "other", mine)
+        outcomes.append(refused(place, mine, resume=False))
+    for number, make in enumerate(hostile.CHANGED.values()):
+        place = shutil.copytree(folder / "run", folder / f"changed-{number}")
+        make(place, folder / "other", mine)
+        outcomes.append(refused(place, mine, resume=True))
+    outcomes.append(Child(partial(fit, folder / "run", epochs=2, other=True)).outcome("was trained on", "give the former"))
+    return table_row("hostile folder", outcomes)
+
+
+def refused(place: Path, mine: Path, resume: bool) -> str:
+    """Whether a run refuses a folder, twice, and leaves it as it is."""
+    before = hostile.state(place)
+    for _ in range(2):  # a refusal must not become an acceptance on the next try
+        found = Child(partial(fit, place, resume=resume, epochs=2)).outcome(str(place))
+        if found != "refused":
+            return f"wrong: {place.name}: {found}"
+    if hostile.state(place) != before or mine.read_text() != "precious":
+        return f"wrong: {place.name} was changed"
+    return "refused"
+
+
+def rank_of(number: int, port: int, folder: Path, phase: str | None, other: bool) -> None:
+    """A rank of a job; with ``other`` the last one has another label."""
+
+    def make(run: RunFolder | Onlooker, ranks: Ranks) -> Trainer:
+        trainer = make_trainer(run, ranks, epochs=2, other=other and number == lost_ranks.RANKS - 1)
+        if differing := ranks.others_than_first(trainer.dataset.digest):
+            raise FastresError(f"rank {differing[0]} has other images or labels in {folder}")
+        return trainer
+
+    lost_ranks.rank(number, port, folder, make, phase)
+
+
+def job(folder: Path, phase: str | None, other: bool = False) -> list[tuple[int | None, str]]:
+    """Exit status and words of each rank."""
+    port = lost_ranks.free_port()
+    ranks = range(lost_ranks.RANKS)
+    return [child.end() for child in [Child(partial(rank_of, number, port, folder, phase, other)) for number in ranks]]
+
+
+def lost(folder: Path) -> dict[str, Any]:
+    """Two of three ranks end in each phase: the third says so, and the job goes on from whole files."""
+    outcomes = []
+    for number, phase in enumerate(lost_ranks.PHASES):
+        run = folder / f"lost-{number}"
+        status, text = job(run, phase)[0]
+        told = status == 2 and text.count("\n") == 1 and ("lost contact" in text or "cannot meet" in text)
+        outcomes.append("refused" if told else f"wrong: {phase}: status {status}: {text.strip()[-300:]}")
+        outcomes.append(whole_files(run) if run.exists() else "harmless")
+        ended = job(run, None)
+        whole = all(status == 0 for status, _ in ended) and len(load_checkpoint(run / "last.pt")["history"]) == 2
+        outcomes.append("harmless" if whole else f"wrong: {phase}: resumed: {ended}"[:400])
+    return table_row("two of three ranks lost", outcomes)
+
+
+def other_data(folder: Path) -> dict[str, Any]:
+    """A rank with another label than the others: all refuse, also when tried again."""
+    ended = [end for number in range(2) for end in job(folder / f"other-{number}", None, other=True)]
+    return table_row(
+        "other data on one rank",
+        ["refused" if status == 2 and "other images or labels" in text else f"wrong: {status}: {text}" for status, text in ended],
+    )
+
+
 def size_limit(folder: Path, steps: int = 8) -> dict[str, Any]:
     """Resume a run whose files may not grow beyond a limit, from nothing to all that it needs."""
     run, outcomes = stopped_run(folder / "full"), []
@@ -327,10 +466,17 @@ def damages(folder: Path, times: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def within(folder: Path, name: str) -> Path:
+    """A folder of one fault."""
+    (folder / name).mkdir()
+    return folder / name
+
+
 def main() -> None:
     """Try all faults, print the table and record it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="random moments [200]")
+    parser.add_argument("--operations", type=int, help="file operations to kill before [all]")
     parser.add_argument("--damages", type=int, default=500, help="of each kind of file [500]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
@@ -338,7 +484,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        rows = [kills(folder, args.kills, args.seed), size_limit(folder), read_only(folder), two_runs(folder)]
+        rows = [kills(folder, args.kills, args.seed), operations(within(folder, "operations"), args.operations)]
+        rows += [size_limit(folder), read_only(folder), two_runs(folder), hostile_folders(within(folder, "hostile"))]
+        rows += [lost(within(folder, "lost")), other_data(within(folder, "data"))]
         if (row := full_file_system(folder)) is not None:
             rows.append(row)
         rows += [clock_jumps(folder, seed=args.seed), *damages(folder, args.damages, args.seed)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,32 +18,39 @@ import torch
 
 import fastres
 from fastres import data
+from fastres.cache import cache_folder, clear, kept, private_folder
 from fastres.errors import FastresError
 from fastres.export import command as export_command
 from fastres.measure import command as measure_command
 from fastres.models import describe_models
 from fastres.models.registry import accepted_options
-from fastres.train import PRESETS, Interrupted, TrainConfig, Trainer, machine, preset
+from fastres.output import lasting_output
+from fastres.train import PRESETS, Interrupted, TrainConfig, Trainer, machine, preset, report
 from fastres.train import sweep as sweeps
 from fastres.train.distributed import ALONE, Onlooker, Ranks, joined, rank_device
 from fastres.train.evaluate import evaluate, predict_logits
 from fastres.train.facts import run_facts
 from fastres.train.final_test import final_test
+from fastres.train.identity import CHANGED_BY_RESUME, PLACE, difference
+from fastres.train.memory import is_out_of_memory
 from fastres.train.presets import rate_note
-from fastres.train.run_folder import RunFolder, saved_config, saved_job
+from fastres.train.run_folder import RunFolder, saved_config, saved_launch
 from fastres.train.signals import terminate_orderly
 from fastres.train.trained import find_checkpoint, load_trained
+from fastres.train.useless import check_given
 
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 DATA_OPTIONS = (  # those that `load_data` reads
     "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test",
 )  # fmt: skip
-# A resumed run keeps its options, but it may move to another machine.
-CHANGED_BY_RESUME = {"device", "data", "data_root", "compile", "backend", "keep"}
+PREDICTED = 64  # images at a time
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
+    """An argument parser whose complaint is one line, and that takes no part of an option's name for the whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -93,7 +102,12 @@ def load_data(config: TrainConfig, ranks: Ranks = ALONE) -> data.Dataset:
             skip_bad=config.skip_bad,
         )
     )
-    return data.limit(dataset, config.limit_train, config.limit_test)
+    dataset = data.limit(dataset, config.limit_train, config.limit_test)
+    if others := ranks.others_than_first(dataset.digest):
+        raise FastresError(
+            f"rank {others[0]} has other images or labels than rank 0, here {dataset.label!r}: give all machines the same data"
+        )
+    return dataset
 
 
 def say(ranks: Ranks, line: str) -> None:
@@ -108,50 +122,81 @@ def train(args: argparse.Namespace) -> int:
         return train_with(ranks, args)
 
 
-def run_of(args: argparse.Namespace, ranks: Ranks) -> tuple[TrainConfig, Path, bool]:
-    """Options and folder of the run that is asked for, and whether the folder may hold its beginning.
+@dataclass(frozen=True)
+class Plan:
+    """The run that is asked for: its options, its folder, whether that may hold its beginning, and whether it was named."""
 
-    It may in a ``torchrun`` job that was restarted or that machines joined or left: its starts have one id, or a count.
+    config: TrainConfig
+    path: Path
+    begun: bool
+    named: bool = True
+
+    def folder(self) -> RunFolder:
+        """The folder, taken."""
+        return RunFolder(self.path, self.begun) if self.named else RunFolder.new(self.path)
+
+
+def plan(args: argparse.Namespace, ranks: Ranks) -> Plan:
+    """What is to be done.
+
+    A folder may hold the run's beginning where it is to be resumed, or where this very launch began it: ``torchrun``
+    restarted its processes, machines joined or left, or SLURM started the job again.
+
+    Raises:
+        FastresError: for options that a resumed run cannot change, or that a launch began its run without.
     """
     given = given_options(args)
-    if args.resume is None:
-        if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+    if args.resume is not None:
+        fixed = sorted(set(given) - CHANGED_BY_RESUME)
+        fixed += [name for name in ("preset", "out") if getattr(args, name) is not None]
+        if fixed:
+            raise FastresError(
+                f"--{fixed[0].replace('_', '-')} cannot change in a resumed run: leave it out, or start a new run"
+            )
+        return Plan(saved_config(args.resume).replace(**given), Path(args.resume), True)
+    config = preset(preset_of(args), **given)
+    check_given([config], given)
+    if note := rate_note(preset_of(args), config, given):
+        print(note, flush=True)
+    if config.sync_bn and "sync_bn" in given and "WORLD_SIZE" not in os.environ:
+        raise FastresError("--sync-bn does nothing in one process: start with torchrun, or leave it out")
+    if args.out is None:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             raise FastresError("torchrun --max-restarts needs --out FOLDER: a restarted job finds its checkpoint there")
-        config = preset(preset_of(args), **given)
-        if note := rate_note(preset_of(args), config, given):
-            print(note, flush=True)
-        path = Path(args.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-        return config, path, ranks.restarts > 0 or (ranks.job is not None and saved_job(path) == ranks.job)
-    fixed = sorted(set(given) - CHANGED_BY_RESUME)
-    fixed += [name for name in ("preset", "out") if getattr(args, name) is not None]
-    if fixed:
-        raise FastresError(
-            f"--{fixed[0].replace('_', '-')} cannot change in a resumed run: leave it out, or start a new run"
-        )
-    return saved_config(args.resume).replace(**given), Path(args.resume), True
+        return Plan(config, Path(f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"), False, named=False)
+    path = Path(args.out)
+    if not ranks.launch.began(saved_launch(path)):
+        return Plan(config, path, False)
+    saved = saved_config(path)
+    if differs := difference(saved, config):
+        raise FastresError(f"run folder {path} holds a run with {differs}: choose another --out")
+    return Plan(saved.replace(**{name: getattr(config, name) for name in PLACE}), path, True)
 
 
 def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
     """Train as one of the ranks; only the first one prints and writes."""
-    config, path, begun = ranks.of_first(lambda: run_of(args, ranks))
+    asked = ranks.of_first(lambda: plan(args, ranks))
+    config = asked.config
     device = machine.pick_device(rank_device(config.device, ranks))
     accepted_options(config.model)  # an unknown model should not wait for the data
     machine.treat_freed_memory(device, config.keep)
-    folder = RunFolder(path, resume=begun) if ranks.first else Onlooker(path)
+    folder = asked.folder() if ranks.first else None
+    path = ranks.of_first(lambda: folder.path if folder else asked.path)
+    at = folder or Onlooker(path)
     try:
         with ranks.going_on(path):
-            trainer = Trainer(config, load_data(config, ranks), folder, ranks=ranks)
-            if ranks.of_first(folder.last.exists):
+            trainer = Trainer(config, load_data(config, ranks), at, ranks=ranks)
+            if ranks.of_first(at.begun):
                 trainer.resume()
-            elif begun:
+            elif asked.begun:
                 say(ranks, f"{path} was stopped before its first checkpoint: starting again")
             if ranks.first:
                 describe(trainer)
             history = trainer.fit()
             tested = final_test(trainer)
     finally:
-        folder.close()
-    best = max(history, key=lambda row: row["val_accuracy"])
+        at.close()
+    best = max(history, key=report.rank)
     say(
         ranks,
         f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, "
@@ -165,7 +210,7 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
 def describe(trainer: Trainer) -> None:
     """Print what is about to run and save it beside the options."""
     config, dataset, facts = trainer.config, trainer.dataset, run_facts(trainer)
-    trainer.folder.write_config(config, {**facts, "job": trainer.ranks.job})
+    trainer.folder.write_config(config, {**facts, "launch": trainer.ranks.launch.facts()})
     print(
         f"{config.model}, {facts['parameters']:,} parameters | {dataset.label}, {len(dataset.train)} + "
         f"{len(dataset.validation)} images{f', {len(dataset.test)} for the test' if dataset.val is not None else ''}, "
@@ -185,8 +230,12 @@ def sweep(args: argparse.Namespace) -> int:
     variants = sweeps.grid(sweeps.parse_setting(text) for text in args.set)
     if any("batch_size" in changes and "lr" not in changes for changes in variants.values()):
         print(f"the learning rate stays at {base.lr:g} for every batch size of --set", flush=True)
+    for changes in variants.values():
+        check_given([base.replace(**changes)], changes)
+    check_given([base.replace(**changes) for changes in variants.values()], given_options(args))
     machine.treat_freed_memory(machine.pick_device(base.device), base.keep)
-    folder = Path(args.out or f"sweeps/{args.preset or 'fast'}-{time.strftime('%Y%m%d-%H%M%S')}")
+    now = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(args.out) if args.out else sweeps.new_folder(Path(f"sweeps/{args.preset or 'fast'}-{now}"))
     outcomes = sweeps.sweep(
         base,
         variants,
@@ -195,7 +244,7 @@ def sweep(args: argparse.Namespace) -> int:
         DataCache(),
         lambda line: print(line, flush=True),
     )
-    print(f"\n{(folder / 'summary.md').read_text()}\n{folder}")
+    print(f"\n{(folder / 'summary.md').read_text('utf-8', 'surrogateescape')}\n{folder}")
     return int(any(outcome.failure is not None for outcome in outcomes))
 
 
@@ -250,7 +299,7 @@ def eval_(args: argparse.Namespace) -> int:
     print(
         f"loss {scores.loss:.4f}  accuracy {scores.accuracy:.2%}{averaged}  on {label}, "
         f"{len(split)} test images  "
-        f"({rate:.0f} images/s, {trained.path}, epoch {trained.epoch})"
+        f"({rate:.0f} images/s, {trained.path}, epoch {trained.epoch}{', weight average' if trained.averaged else ''})"
     )
     return 0
 
@@ -266,13 +315,15 @@ def predict(args: argparse.Namespace) -> int:
     device = machine.pick_device(getattr(args, "device", "auto"))
     machine.use_device(device)
     trained = load_trained(find_checkpoint(args.checkpoint), device)
-    images = data.read_images(args.images, trained.stored_size).to(device)
-    inputs = data.normalise(data.resize(images, trained.image_size), trained.mean, trained.std)
-    probabilities = predict_logits(trained.model, inputs, getattr(args, "tta", False)).softmax(1)
-    for path, row in zip(args.images, probabilities):
-        top = row.topk(min(args.top, len(trained.classes)))
-        guesses = "  ".join(f"{trained.classes[i]} {p:.1%}" for p, i in zip(top.values.tolist(), top.indices.tolist()))
-        print(f"{path}  {guesses}")
+    for start in range(0, len(args.images), PREDICTED):
+        paths = args.images[start : start + PREDICTED]
+        images = data.read_images(paths, trained.stored_size).to(device)
+        inputs = data.normalise(data.resize(images, trained.image_size), trained.mean, trained.std)
+        probabilities = predict_logits(trained.model, inputs, getattr(args, "tta", False)).softmax(1)
+        for path, row in zip(paths, probabilities):
+            top = row.topk(min(args.top, len(trained.classes)))
+            chosen = zip(top.values.tolist(), top.indices.tolist())
+            print(f"{path}  {'  '.join(f'{trained.classes[i]} {p:.1%}' for p, i in chosen)}")
     return 0
 
 
@@ -280,6 +331,49 @@ def models(args: argparse.Namespace) -> int:
     """List the networks."""
     for name, parameters, summary in describe_models():
         print(f"{name:<18}{parameters / 1e6:>8.2f} M  {summary}")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Time a training step of a network: eager, compiled, fused."""
+    if args.json is not None:
+        check_writable("--json", args.json)
+    return measure_command.bench(args)
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a trained network for other programs."""
+    check_writable("--out", args.out)
+    return export_command.export(args)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is for.
+
+    Raises:
+        FastresError: names it.
+    """
+    folder = path.parent
+    reason = None if folder.is_dir() else "No such file or directory"
+    if path.is_dir():
+        reason = "Is a directory"
+    elif reason is None and not os.access(path if path.exists() else folder, os.W_OK):
+        reason = "Permission denied"
+    if reason is not None:
+        raise FastresError(f"cannot write {path}: {reason}; choose another {option}")
+
+
+def cache(args: argparse.Namespace) -> int:
+    """Show or clear what fastres keeps on this machine: decoded images, compiled passes, timed choices."""
+    folders = list(dict.fromkeys((cache_folder(), private_folder())))
+    entries = [entry for folder in folders for entry in kept(folder)]
+    for path, meaning, size in entries:
+        print(f"{size / 2**20:>10.1f} MiB  {meaning:<17}  {path}")
+    for folder in folders:
+        if args.clear:
+            print(f"removed {clear(folder)} files from {folder}")
+        else:
+            print(f"{sum(size for path, _, size in entries if path.parent == folder) / 2**20:>10.1f} MiB  {folder}")
     return 0
 
 
@@ -321,36 +415,55 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top", type=positive, default=3, help="classes to print [3]", metavar="INT")
     add_options(sub, ("tta", "device"))
 
-    export_command.add_arguments(command("export", export_command.export))
+    export_command.add_arguments(command("export", export))
 
     command("models", models)
 
-    measure_command.add_arguments(command("bench", measure_command.bench), positive)
+    measure_command.add_arguments(command("bench", bench), positive)
+
+    sub = command("cache", cache)
+    sub.add_argument("--clear", action="store_true", help="remove it all; it is made again where it is needed")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's error, 128 + N after signal N."""
-    args = make_parser().parse_args(argv)
-    try:
-        with terminate_orderly():
-            return args.run(args)
-    except FastresError as error:
-        print(f"fastres: error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        print(
-            f"fastres: error: {reason}: lower --batch-size, raise --accumulate or set --checkpoint-every",
-            file=sys.stderr,
+    with lasting_output() as (out, _):
+        try:
+            args = make_parser().parse_args(argv)
+            out.goes_on = args.run in (train, sweep)  # a run outlasts who watches it
+            with terminate_orderly():
+                return args.run(args)
+        except FastresError as error:
+            return complain(f"error: {error}", 2)
+        except BrokenPipeError:
+            return 128 + signal.SIGPIPE
+        except Interrupted as stop:
+            return complain(str(stop), 128 + stop.signum)
+        except KeyboardInterrupt:
+            return complain("stopped before anything was to be saved", 130)
+        except (RuntimeError, MemoryError) as error:
+            if (remedy := remedy_of(error, training=out.goes_on)) is None:
+                raise
+            reason = (str(error).strip() or "out of memory").splitlines()[0].split(". ")[0]
+            return complain(f"error: {reason}: {remedy}", 2)
+
+
+def complain(line: str, status: int) -> int:
+    """Say one line on standard error; returns the status."""
+    print(f"fastres: {' '.join(line.splitlines())}", file=sys.stderr)
+    return status
+
+
+def remedy_of(error: RuntimeError | MemoryError, training: bool) -> str | None:
+    """What to do where the machine had too little of something; None: it had not."""
+    if is_out_of_memory(error):
+        return (
+            "lower --batch-size, raise --accumulate or set --checkpoint-every" if training else "give it more memory"
         )
-        return 2
-    except Interrupted as stop:
-        print(f"fastres: {stop}", file=sys.stderr)
-        return 128 + stop.signum
-    except KeyboardInterrupt:
-        print("fastres: stopped before anything was to be saved", file=sys.stderr)
-        return 130
+    if "can't start new thread" in str(error):
+        return "let this user have more processes (ulimit -u), or set OMP_NUM_THREADS=1"
+    return None
 
 
 if __name__ == "__main__":

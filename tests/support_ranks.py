@@ -23,7 +23,7 @@ def train(rank: int, ranks: int, port: int, folder: Path, stop_at: int | None, c
     with joined() as together:
         at = RunFolder(folder, resume=True) if together.first else Onlooker(folder)
         trainer = Trainer(tiny_config(**changes), tiny_dataset(), at, say=lambda line: None, ranks=together)
-        if together.of_first(at.last.exists):
+        if together.of_first(at.begun):
             trainer.resume()
         if stop_at is None:
             trainer.fit()

@@ -1,6 +1,7 @@
 """The command line as a user meets it: one good run from end to end, and every fault in one line."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,16 @@ def test_models_lists_published_sizes(capsys):
         (["train", "--resume", "/no/such/run"], "no run in /no/such/run"),
         (["eval", "/no/such/run"], "no checkpoint at /no/such/run"),
         (["train", "--preset", ""], "unknown preset ''"),
+        (quick("--muon-lr", "0.1"), "--muon-lr does nothing without --optimizer muon: add it, or leave the option out"),
+        (quick("--milestones", "0.5"), "--milestones does nothing without --schedule step"),
+        (quick("--decay-factor", "0.2", "--schedule", "cosine"), "--decay-factor does nothing without --schedule step"),
+        (quick("--warmup", "0.1", "--schedule", "constant"), "--warmup does nothing without a --schedule that is not constant"),
+        (quick("--data-root", "x"), "--data-root does nothing without --data auto or cifar10"),
+        (quick("--sync-bn"), "--sync-bn does nothing in one process"),
+        (["sweep", "--set", "lr=0.1,0.2", "--set", "lr=0.3"], "--set lr is given twice: write all its values in one"),
+        (["sweep", "--set", "optimizer=sgd", "--muon-lr", "0.1"], "--muon-lr does nothing without --optimizer muon"),
+        (["bench", "--json", "/no/such/folder/x.json"], "/x.json: No such file or directory; choose another --json"),
+        (["export", "--out", "/no/such/folder/x.onnx"], "/x.onnx: No such file or directory; choose another --out"),
         (quick("--seed", "9" * 30), "is too large"),
         (["predict", "/no/such/image.png"], "no finished run under runs/"),
     ],
@@ -97,6 +108,9 @@ def test_cuda_asked_for_and_absent(capsys):
         ["train", "--lr", "fast"],
         ["train", "--schedule", "up"],
         ["train", "--colour", "1"],
+        ["train", "--decay", "5e-4"],
+        ["train", "--nesterov", "--batch", "8"],
+        ["predict", "a.png", "--to", "2"],
         ["tarin"],
         ["predict", "a.png", "--top", "0"],
     ],
@@ -116,7 +130,7 @@ def test_unreadable_image(run, tmp_path, capsys):
 
 
 def test_a_damaged_training_image_is_named_and_leaves_no_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache" / "fastres"))
     write_image_folder(tmp_path / "insects", train=10)
     (tmp_path / "insects" / "train" / "bee" / "0007.png").write_bytes(b"\x89PNG and no more")
     assert main(quick("--data", str(tmp_path / "insects"), "--out", str(tmp_path / "run"))) == 2
@@ -126,7 +140,7 @@ def test_a_damaged_training_image_is_named_and_leaves_no_run(tmp_path, capsys, m
 
 
 def test_photos_are_decoded_at_the_size_that_is_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache" / "fastres"))
     write_image_folder(tmp_path / "insects", train=10, size=(70, 60))
     folder = str(tmp_path / "run")
     assert main(quick("--data", str(tmp_path / "insects"), "--image-size", "48", "--steps", "1", "--out", folder)) == 0
@@ -177,9 +191,65 @@ def test_a_signal_before_training_leaves_no_run(number, status, tmp_path, monkey
     assert ended == status and not (tmp_path / "run").exists()
 
 
+def test_own_files_are_left_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(quick("--out", str(tmp_path))) == 2
+    assert f"run folder {tmp_path} holds 'config.json', which is no run's" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["config.json"] and (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_runs_that_start_in_one_second(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
+    for _ in range(2):
+        assert main(quick("--steps", "1", "--model", "resnet8")) == 0
+    assert sorted(os.listdir("runs")) == ["resnet8-20260101-000000", "resnet8-20260101-000000-2"]
+
+
+def test_the_average_is_evaluated(tmp_path, capsys):
+    """``last.pt`` of a run with a weight average has the table's figures, not those of the weights behind it."""
+    folder = tmp_path / "run"
+    assert main(quick("--model", "resnet8", "--epochs", "2", "--ema", "0.5", "--lr", "0.05", "--out", str(folder))) == 0
+    row = load_checkpoint(folder / "last.pt")["history"][-1]
+    capsys.readouterr()
+    assert main(["eval", str(folder / "last.pt"), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}") and "weight average" in out
+
+
+def test_images_are_predicted_a_few_at_a_time(run, tmp_path, capsys, monkeypatch):
+    for number in range(5):
+        Image.new("RGB", (20, 20), (50 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    paths = [str(tmp_path / f"{number}.png") for number in range(5)]
+    argv = ["predict", *paths, "--run", str(run), "--device", "cpu"]
+    assert main(argv) == 0
+    whole, sizes, read = capsys.readouterr().out, [], data.read_images
+    monkeypatch.setattr("fastres.cli.PREDICTED", 2)
+    monkeypatch.setattr(data, "read_images", lambda paths, *args: sizes.append(len(paths)) or read(paths, *args))
+    assert main(argv) == 0
+    assert capsys.readouterr().out == whole and sizes == [2, 2, 1]
+
+
+def test_a_name_with_a_dollar_sign_and_no_utf_8(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
+    insects = tmp_path / os.fsdecode(b"prices_$5_$10_\xe9")
+    write_image_folder(insects, train=10)
+    folder = tmp_path / os.fsdecode(b"run \xe9")
+    options = ["--model", "resnet8", "--data", str(insects), "--out", str(folder)]
+    assert main(quick(*options, "--epochs", "1")) == 0
+    assert (folder / "curves.png").exists()
+    insects.rename(tmp_path / "renamed")
+    assert main(["train", "--resume", str(folder), "--data", str(tmp_path / "renamed")]) == 0
+    shutil.rmtree(tmp_path / "renamed" / "test")
+    shutil.copytree(tmp_path / "renamed" / "train", tmp_path / "renamed" / "test")
+    assert main(["train", "--resume", str(folder), "--data", str(tmp_path / "renamed")]) == 2
+    err = capsys.readouterr().err
+    assert "was trained on 'image folder prices_$5_$10_" in err and err.count("\n") == 1
+
+
 def start(*argv: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "fastres.cli", *argv],
+        [sys.executable, "-m", "fastres", *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,16 +14,12 @@ import numpy as np
 import torch
 
 from fastres.atomic import atomic_write
+from fastres.cache import remove_leftovers
 from fastres.data.dataset import Parts, Split, first_line
 from fastres.data.size import Sides
 
 FORMAT = "fastres-images-2"
 ENTRY = ".images.json"
-
-
-def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/fastres``, or ``~/.cache/fastres``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres"
 
 
 def digest(*parts: str | bytes) -> str:
@@ -113,7 +108,8 @@ class Cache:
 
     def _keep(self, path: Path, content: bytes | Parts, identity: str = "") -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
             with atomic_write(path) as file:
                 if isinstance(content, bytes):
                     file.write(content)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +65,9 @@ class Dataset:
     channel, on the pixels' scale 0..255; the std of a constant channel is given as 1, so that it is
     normalised to 0.
 
+    ``digest`` is that of all pixels, labels and class names, made where it is not given: the same data has the same one under
+    any name.
+
     ``val``: images that pick the best epoch, where ``test`` shall pick nothing; None: ``test`` picks.
     ``image_size``: pixels a side that the images are meant to be seen at, which may be more than are stored; None: any.
     """
@@ -75,6 +80,12 @@ class Dataset:
     std: tuple[float, ...]
     val: Split | None = None
     image_size: int | None = None
+    digest: str = ""
+
+    def __post_init__(self):
+        if not self.digest:
+            splits = [split for split in (self.train, self.test, self.val) if split is not None]
+            object.__setattr__(self, "digest", content_digest(splits, self.classes))
 
     @property
     def validation(self) -> Split:
@@ -108,6 +119,16 @@ def make_parts(
     """Parts with the statistics of the first one."""
     first = next(iter(splits.values()))
     return Parts(splits, classes, *channel_statistics(first.images), bad, genuine)
+
+
+def content_digest(splits: Sequence[Split], classes: Sequence[str]) -> str:
+    """SHA-256 of images, labels and class names: a quarter of a second for CIFAR-10."""
+    digest = hashlib.sha256(repr(tuple(classes)).encode("utf-8", "surrogatepass"))
+    for split in splits:
+        digest.update(repr(tuple(split.images.shape)).encode())
+        for tensor in (split.images.permute(0, 2, 3, 1), split.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def make_dataset(
@@ -173,6 +194,8 @@ def limit(dataset: Dataset, train: int | None = None, test: int | None = None) -
     val = dataset.val
     if val is not None:
         val, label = limit_split(val, test, "validation", label)
+    if label == dataset.label:
+        return dataset
     return make_dataset(train_split, test_split, dataset.classes, label, val, dataset.image_size)
 
 

@@ -171,7 +171,12 @@ def in_threads(function: Callable[[int], T], count: int, desc: str | None) -> li
         disable = None if desc else True  # None: where there is no terminal
         with warnings.catch_warnings(), tqdm(total=count, desc=desc, unit="image", leave=False, disable=disable) as bar:
             warnings.simplefilter("ignore")  # Pillow's on large images and damaged EXIF; what it cannot read it raises
-            for done in workers.map(task, range(0, count, TASK)):
+            starts = range(0, count, TASK)
+            try:
+                tasks = workers.map(task, starts)
+            except RuntimeError:  # the user may have no further thread: this one does it
+                tasks = map(task, starts)
+            for done in tasks:
                 results += done
                 bar.update(len(done))
     finally:

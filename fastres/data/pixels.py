@@ -14,6 +14,8 @@ BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 # PostScript would run Ghostscript on the file; of the others Pillow knows the header and cannot decode the pixels.
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 SMALL = 128 * 128  # pixels of an image that is always decoded whole
+MOST = 2**27  # pixels of an image: no camera's has more
+HARMLESS, MOST_PACKED = 2**22, 100  # a larger image that decodes to more bytes for one of the file is no photo
 UPRIGHT = {  # what undoes an EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,7 +56,11 @@ def open_image(raw: bytes) -> Image.Image:
     """
     if not raw:
         raise ValueError("the file is empty")
-    return Image.open(io.BytesIO(raw), formats=formats())
+    image = Image.open(io.BytesIO(raw), formats=formats())
+    pixels = image.width * image.height
+    if pixels > MOST or (pixels > HARMLESS and 3 * pixels > MOST_PACKED * len(raw)):
+        raise ValueError(f"{image.width} x {image.height} pixels in {len(raw)} bytes are too many to decode")
+    return image
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from fastres.cache import cache_folder
 from fastres.data import cifar, decode, download, layout, synthetic, table
 from fastres.data.archive import SUFFIXES as ARCHIVES
 from fastres.data.archive import is_archive, open_archive
-from fastres.data.cache import Cache, Facts, default_folder, digest
+from fastres.data.cache import Cache, Facts, digest
 from fastres.data.dataset import DataError, Dataset, Parts, Split, divide, make_dataset, make_parts
 from fastres.data.size import Sides, seen_side, stored_side
-from fastres.data.tree import entries, named, normal, plain, stamp, walk
+from fastres.data.tree import entries, named, normal, shown, stamp, walk
 
 logger = logging.getLogger(__name__)
 SOURCES = ("auto", "cifar10", "cifar100", "synthetic")
@@ -91,7 +92,7 @@ class Loader:
         state = digest(*(f"{file.name} {stamp(file.stat())}" for file in files))
         facts = self.cache.facts(str(place), state, lambda: Facts(digest(*(file.read_bytes() for file in files))))
         parts = self.cache.parts(facts.content, 32, build)
-        other = f"batches {plain(place.name)} ({len(parts.splits['train'])} images)"
+        other = f"batches {shown(place.name)} ({len(parts.splits['train'])} images)"
         return Found(parts, kind.name if parts.genuine else other)
 
     def archive(self, path: Path) -> Found:
@@ -148,7 +149,7 @@ class Loader:
                 f"class {listing.classes[min(lacking)]!r} has no image that can be read in {listing.where}: add some or "
                 "remove its folder"
             )
-        return Found(parts, f"image folder {plain(path.resolve().name)} ({len(first)} images)", seen)
+        return Found(parts, f"image folder {shown(path.resolve().name)} ({len(first)} images)", seen)
 
     def skip(self, faults: list[decode.Fault]) -> None:
         """Name the files that cannot be read.
@@ -264,7 +265,7 @@ def load(
         image_size: side in pixels that an image folder's images are to be seen at; None: their median shorter side, or
             224 where that is less. They are decoded to it, or to what the largest has where that is less. CIFAR-10
             and the synthetic set always have 32, see `Augment.resize`.
-        cache: keep decoded images in `cache.default_folder`, or in this folder, or not at all.
+        cache: keep decoded images in the cache folder, or in this folder, or not at all.
         say: takes one line: what was chosen, its size, what was left out, downloads, warnings.
         val_share: share of each class's training images that is kept from training to pick the best epoch; a test set
             then picks nothing. A folder without one needs it.
@@ -285,7 +286,7 @@ def _loader(wanted: Wanted, cache: bool | str | os.PathLike, say: Callable[[str]
             raise DataError(f"image size {size} must be at least 1 pixel")
     if wanted.val_share is not None and not 0 < wanted.val_share < 1:
         raise DataError(f"--val-share {wanted.val_share:g} is not between 0 and 1: give a share such as 0.2")
-    folder = default_folder() if cache is True else None if cache is False else Path(cache)
+    folder = cache_folder() if cache is True else None if cache is False else Path(cache)
     return Loader(wanted, Cache(folder, say), say)
 
 

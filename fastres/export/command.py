@@ -14,7 +14,7 @@ from fastres.errors import FastresError
 from fastres.export.formats import check_onnx, to_onnx, to_program, write_onnx, write_program, write_weights
 from fastres.export.portable import FromPixels, portable
 from fastres.train.checkpoint import load_checkpoint
-from fastres.train.trained import Trained, find_checkpoint, load_trained
+from fastres.train.trained import Trained, evaluated_weights, find_checkpoint, load_trained
 
 SUFFIXES = {
     ".onnx": "ONNX",
@@ -45,7 +45,7 @@ def export(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args.checkpoint)
     trained = load_trained(checkpoint, torch.device("cpu"))
     if path.suffix == ".pt":
-        weights = load_checkpoint(checkpoint)["weights"]
+        weights, _ = evaluated_weights(load_checkpoint(checkpoint))
         write_weights(path, weights)
         print(f"{path}: {len(weights)} tensors of {checkpoint}")
         return 0

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from fastres.atomic import atomic_write
+from fastres.cache import cache_folder
 from fastres.kernels.configs import taken
 from fastres.ops.agreement import coarsest, difference
-from fastres.ops.cache import cache_folder
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -151,7 +151,7 @@ class TimedChoices:
         content = self._read()
         content.setdefault(self._machine, {})[key] = entry
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with atomic_write(self._path) as file:
                 file.write(json.dumps(content, indent=1, sort_keys=True).encode())
         except OSError as error:

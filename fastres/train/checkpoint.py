@@ -13,13 +13,19 @@ import torch
 from torch import nn
 
 from fastres.atomic import atomic_write
+from fastres.data.dataset import first_line
 from fastres.errors import FastresError
+from fastres.train.memory import is_out_of_memory
 
 FORMAT = "fastres-checkpoint-1"
 
 
 class CheckpointError(FastresError):
     """A checkpoint that is missing, damaged, or of another network."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is missing or damaged: an earlier one may do in its place."""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -43,16 +49,19 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """Read a checkpoint with ``weights_only=True``, so that no pickled code can run.
 
     Raises:
-        CheckpointError: when it is missing, truncated, altered, refused as unsafe, or not a fastres checkpoint.
+        DamagedCheckpoint: when it is missing, truncated or altered.
+        CheckpointError: when it is refused as unsafe, or not a fastres checkpoint.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: name a run folder or a .pt file that `fastres train` wrote")
+        raise DamagedCheckpoint(f"no checkpoint at {path}: name a run folder or a .pt file that `fastres train` wrote")
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed, which fastres never does")  # some bytes could become a whole memory
             bad = archive.testzip()  # torch.load itself does not compare the members' checksums
         if bad:
-            raise CheckpointError(f"checkpoint {path} is damaged (member {bad}): take another one or train again")
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged (member {bad}): take another one or train again")
         content = torch.load(path, map_location=device, weights_only=True)
     except CheckpointError:
         raise
@@ -62,9 +71,13 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             f"checkpoint {path} is refused: it holds more than tensors and plain values"
             f"{f' ({named[1]})' if named else ''} and could run code; take another one or train again"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"checkpoint {path} is damaged or not one of fastres ({reason}): take another one or train again"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -90,4 +103,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
                 f"checkpoint {source} is of another network: {name!r} has shape {tuple(weights[name].shape)}, "
                 f"not {tuple(own[name].shape)}"
             )
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # a layout or dtype that cannot be copied
+        raise CheckpointError(f"checkpoint {source} has weights of another kind ({first_line(error)})") from error

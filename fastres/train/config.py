@@ -31,6 +31,19 @@ def option(
     )
 
 
+# values with which a run is not what their option promises
+_WITHOUT_EFFECT = (
+    ("ema", 1.0, "never lets the average follow the weights: lower it, or leave it out"),
+    ("ema", 0.0, "makes the average the weights themselves: raise it, or leave it out"),
+    ("warmup", 1.0, "never ends the warmup: lower it"),
+    ("clip", 0.0, "leaves nothing of the gradient: raise it, or leave it out"),
+    ("lr", 0.0, "leaves the weights as they are: raise it"),
+    ("decay_factor", 1.0, "lowers no rate: lower it, or take another --schedule"),
+    ("label_smoothing", 1.0, "leaves nothing of the labels: lower it"),
+    ("save_minutes", 0.0, "would save after every step: say --save-steps 1, or raise it"),
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. Lengths are in images or optimizer steps, learning rates per step.
@@ -131,6 +144,12 @@ class TrainConfig:
     compile: bool = option(False, "run the network through torch.compile", kind=bool)
     cuda_graph: bool = option(False, "launch each training step as one CUDA graph", kind=bool)
     sync_bn: bool = option(False, "BatchNorm by all ranks' images together, under torchrun", kind=bool)
+    save_minutes: float | None = option(
+        None, "save a checkpoint within an epoch too, after so many minutes", kind=float, low=0.0
+    )
+    save_steps: int | None = option(
+        None, "save a checkpoint within an epoch too, after so many steps", kind=int, low=1
+    )
     seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0, high=2**63 - 1)
     deterministic: bool = option(False, "only deterministic algorithms; else cuDNN takes its fastest", kind=bool)
 
@@ -154,6 +173,9 @@ class TrainConfig:
             )
         if self.nesterov and self.momentum == 0:
             raise FastresError("--nesterov needs a --momentum above 0: add --no-nesterov")
+        for name, value, what in _WITHOUT_EFFECT:
+            if getattr(self, name) == value:
+                raise FastresError(f"--{name.replace('_', '-')} {value:g} {what}")
         if self.optimizer == "muon" and not self.decoupled:
             raise FastresError("--optimizer muon has decoupled weight decay only: leave out --no-decoupled")
         parse_milestones(self.milestones)

@@ -22,5 +22,6 @@ def plot_curves(history: list[dict[str, Any]], label: str, file: IO[bytes]) -> N
         axes.set(xlabel="epoch", ylabel=name)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(label, parse_math=False)  # a folder's name may hold dollar signs
+    # a $ begins no formula, and a byte that is no text has a shape too
+    figure.suptitle(label.encode(errors="replace").decode(), parse_math=False)
     figure.savefig(file, format="png", dpi=120)

@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastres.errors import FastresError
+from fastres.train.launch import Launch, agent, slurm_job
 from fastres.train.signals import StopRequest
 
 T = TypeVar("T")
@@ -45,15 +46,13 @@ class Ranks:
     Args:
         rank, count: this process and how many there are.
         local_rank: this process on its own machine.
-        restarts: how many times ``torchrun`` has restarted this machine's processes after one of them failed.
-        job: the id that ``torchrun`` was given for the job, the same in all its starts; None: it has none.
+        launch: what started them all.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    restarts: int = 0
-    job: str | None = None
+    launch: Launch = Launch()
 
     @property
     def first(self) -> bool:
@@ -86,6 +85,16 @@ class Ranks:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.total(torch.tensor(int(mine))))
+
+    def others_than_first(self, value: str) -> list[int]:
+        """The ranks whose value is not rank 0's."""
+        differs = torch.zeros(self.count, dtype=torch.int64)
+        differs[self.rank] = self.of_first(lambda: value) != value
+        return self.total(differs).nonzero().flatten().tolist()
 
     def wrap(self, network: nn.Module, sync_bn: bool) -> nn.Module:
         """The network with rank 0's weights, and gradients that are averaged over the ranks as backward makes them.
@@ -131,9 +140,9 @@ class Ranks:
             f"is whole: go on with `torchrun ... -m fastres.cli train --resume {folder}`"
         ) from error
 
-    def stop_request(self) -> StopRequest:
-        """A `StopRequest` whose ``signum`` is the same on all ranks."""
-        return StopRequest() if self.count == 1 else _JointStopRequest()
+    def stop_request(self, at_once: Callable[[int], None]) -> StopRequest:
+        """A `StopRequest` whose ``signum`` and ``save`` are the same on all ranks."""
+        return StopRequest(at_once) if self.count == 1 else _JointStopRequest(at_once)
 
 
 ALONE = Ranks()
@@ -142,22 +151,29 @@ ALONE = Ranks()
 class _JointStopRequest(StopRequest):
     """`poll` exchanges signals without a wait: it tells what all ranks knew at the call before."""
 
-    def __init__(self):
-        super().__init__()
-        self._noted = torch.zeros(1, dtype=torch.int64)
+    REPEATED = 10.0  # seconds in which a second signal is torchrun's repetition of a terminal's Ctrl-C, and no order
+
+    def __init__(self, at_once: Callable[[int], None]):
+        super().__init__(at_once)
+        self._noted = torch.zeros(2, dtype=torch.int64)  # signal, whether to save
         self._exchange: tuple[dist.Work, Tensor] | None = None
+        self._first = 0.0
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._noted.fill_(number)  # torchrun repeats a terminal's Ctrl-C, so a second one is no order to break off
+        if not self._noted[0]:
+            self._noted[0], self._first = number, time.monotonic()
+        elif time.monotonic() - self._first > self.REPEATED:
+            self._at_once(number)
 
-    def poll(self) -> None:
+    def poll(self, save: bool = False) -> None:
         """See the class."""
         if self._exchange is not None:
-            work, signum = self._exchange
+            work, known = self._exchange
             work.wait()
-            self.signum = int(signum) or None
-        signum = self._noted.clone()
-        self._exchange = dist.all_reduce(signum, dist.ReduceOp.MAX, async_op=True), signum
+            self.signum, self.save = int(known[0]) or None, bool(known[1])
+        self._noted[1] = save
+        noted = self._noted.clone()
+        self._exchange = dist.all_reduce(noted, dist.ReduceOp.MAX, async_op=True), noted
 
 
 class Onlooker:
@@ -166,10 +182,11 @@ class Onlooker:
     def __init__(self, path: Path):
         self.path, self.last, self.best = path, path / "last.pt", path / "best.pt"
 
-    def _nothing(self, *_: Any) -> None:
+    def _nothing(self, *_: Any) -> Any:
         pass
 
-    write_config = write_metrics = write_events = write_curves = close = _nothing
+    begun = load = save = save_best = best_epoch = restore_rows = close = _nothing
+    write_config = write_metrics = write_events = write_curves = _nothing
 
 
 @contextmanager
@@ -180,14 +197,11 @@ def joined() -> Iterator[Ranks]:
         FastresError: where the ranks cannot meet.
         LostRank: from inside the context, in place of PyTorch's error, where an exchange fails as a rank has ended.
     """
-    count, restarts = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    job = None if run_id == "none" else run_id
+    count, own_agent = int(os.environ.get("WORLD_SIZE", 1)), agent()
     if count == 1:
-        yield Ranks(restarts=restarts, job=job)
+        yield Ranks(launch=Launch((own_agent,) if own_agent else (), *slurm_job()))
         return
     rank = int(os.environ["RANK"])
-    ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts, job)
     try:
         store, *_ = next(rendezvous("env://"))
         dist.init_process_group(
@@ -196,9 +210,13 @@ def joined() -> Iterator[Ranks]:
             rank=rank,
             world_size=count,
         )
+        agents: list[Any] = [None] * count
+        dist.all_gather_object(agents, own_agent)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FastresError(f"rank {rank} of {count} cannot meet the others ({reason}): start with torchrun") from error
+    launch = Launch(tuple(dict.fromkeys(filter(None, agents))), *slurm_job())
+    ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", rank)), launch)
     try:
         yield ranks
     except RuntimeError as error:

@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.atomic import warn_once
 from fastres.data import Batches
+from fastres.data.dataset import first_line
+from fastres.errors import FastresError
 from fastres.train.distributed import ALONE, Ranks
 from fastres.train.machine import autocast, on_device
+from fastres.train.memory import is_out_of_memory, release_memory
 
 
 @dataclass
@@ -89,7 +93,13 @@ class Scores:
 
 @overload
 def evaluate(
-    model: nn.Module, batches: Batches, dtype: torch.dtype, tta: bool, *, ranks: Ranks = ALONE
+    model: nn.Module,
+    batches: Batches,
+    dtype: torch.dtype,
+    tta: bool,
+    *,
+    ranks: Ranks = ALONE,
+    say: Callable[[str], None] = ...,
 ) -> Scores: ...
 
 
@@ -101,10 +111,10 @@ def evaluate(
     tta: bool,
     stopped: Callable[[], bool],
     ranks: Ranks = ALONE,
+    say: Callable[[str], None] = ...,
 ) -> Scores | None: ...
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: Batches,
@@ -112,17 +122,61 @@ def evaluate(
     tta: bool,
     stopped: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
+    say: Callable[[str], None] = warn_once,
 ) -> Scores | None:
     """Scores with running statistics, in evaluation mode; the model's mode is restored.
+
+    Batches that do not fit into memory become smaller, for good.
 
     Args:
         tta: whether to score the mean over mirror images too, which takes a second forward.
         stopped: asked after each batch whether to give up; the result is then None.
         ranks: each of them has a share of the batches.
+        say: hears of smaller batches.
+
+    Raises:
+        FastresError: where memory is too small for an image.
     """
-    device = next(model.parameters()).device
-    plain, averaged, training = Tally.zero(device), Tally.zero(device), model.training
+    training = model.training
     model.eval()
+    try:
+        while True:
+            found, reason = None, "memory was short on another rank"
+            try:
+                found = _tallies(model, batches, dtype, tta, stopped)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            if not ranks.any(found is None):
+                break
+            _shrink(batches, reason, say)
+    finally:
+        model.train(training)
+    if found is None or stopped():
+        return None
+    plain, averaged = found
+    return Scores(*plain.total(ranks).means(), averaged.total(ranks).means()[1] if tta else None)
+
+
+def _shrink(batches: Batches, reason: str, say: Callable[[str], None]) -> None:
+    size = batches.batch_size
+    if size == 1:
+        raise FastresError(
+            f"not one image fits into memory in the validation ({reason}): give it more memory, or lower --image-size"
+        )
+    batches.batch_size = -(-size // 2)
+    release_memory(batches.device)
+    say(f"validation batches of {size} images do not fit into memory ({reason}): taking {batches.batch_size}")
+
+
+@torch.inference_mode()
+def _tallies(
+    model: nn.Module, batches: Batches, dtype: torch.dtype, tta: bool, stopped: Callable[[], bool]
+) -> tuple[Tally, Tally]:
+    """Sums over single images, and over the mean logits of each image and its mirror image."""
+    device = next(model.parameters()).device
+    plain, averaged = Tally.zero(device), Tally.zero(device)
     with on_device(device), autocast(device, dtype):
         for images, labels in batches.epoch(0):
             logits = model(images).float()
@@ -132,7 +186,4 @@ def evaluate(
                 averaged.add(loss, logits + model(images.flip(3)).float(), labels)
             if stopped():
                 break
-    model.train(training)
-    if stopped():
-        return None
-    return Scores(*plain.total(ranks).means(), averaged.total(ranks).means()[1] if tta else None)
+    return plain, averaged

@@ -12,12 +12,14 @@ from fastres.train.trainer import Trainer
 
 
 def run_facts(trainer: Trainer) -> dict[str, Any]:
-    """Parameters, data, device, dtype, backend and versions, as plain values."""
+    """Id of the run, parameters, data, device, dtype, backend and versions, as plain values."""
     device = trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "run": trainer.run,
         "data": trainer.dataset.label,
+        "digest": trainer.dataset.digest,
         "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
         "dtype": str(trainer.dtype).removeprefix("torch."),
         "backend": trainer.backend,

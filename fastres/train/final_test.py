@@ -7,14 +7,13 @@ import json
 from fastres.atomic import atomic_write
 from fastres.data import Augment, Batches
 from fastres.train.evaluate import evaluate
+from fastres.train.run_folder import TEST
 from fastres.train.trained import load_trained
 from fastres.train.trainer import Trainer
 
-FILE = "test.json"
-
 
 def final_test(trainer: Trainer) -> str | None:
-    """Evaluate ``best.pt``, which validation images picked, on the test images; write `FILE` and tell in a line.
+    """Evaluate ``best.pt``, which validation images picked, on the test images; write ``test.json`` and tell in a line.
 
     None where the data have no images for that alone, or on another rank than the first.
     """
@@ -33,7 +32,7 @@ def final_test(trainer: Trainer) -> str | None:
     )
     scores = evaluate(trained.model, batches, trainer.dtype, config.tta)
     row = {"epoch": trained.epoch, "images": len(dataset.test), "loss": scores.loss, "accuracy": scores.accuracy}
-    with atomic_write(trainer.folder.path / FILE) as file:
+    with atomic_write(trainer.folder.path / TEST) as file:
         file.write(json.dumps({**row, "tta_accuracy": scores.tta_accuracy}).encode())
     return (
         f"test accuracy {scores.accuracy:.2%} of epoch {trained.epoch}, the best by validation, on {len(dataset.test)} images "

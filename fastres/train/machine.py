@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from fastres.atomic import warn_once
 from fastres.data.dataset import first_line
 from fastres.errors import FastresError
 from fastres.ops import cpu
+from fastres.train.config import TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,10 +72,32 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def pick_backend(name: str, device: torch.device) -> str:
-    """``auto`` is ``fused``, but ``eager`` on a CPU where the compiled passes of `fastres.ops.cpu` cannot be had."""
+    """``auto`` is ``fused``, but ``eager`` on a CPU where the compiled passes of `fastres.ops.cpu` cannot be had.
+
+    Why they cannot is said once.
+    """
     if name != "auto":
         return name
-    return "eager" if device.type == "cpu" and cpu.unavailable() else "fused"
+    reason = cpu.unavailable() if device.type == "cpu" else None
+    if reason and os.environ.get("RANK", "0") == "0":
+        warn_once(f"blocks are plain eager PyTorch, as there are no compiled passes: {reason}")
+    return "eager" if reason else "fused"
+
+
+def settled(
+    config: TrainConfig, device: torch.device, of_first: Callable[[Callable[[], dict]], dict] = lambda make: make()
+) -> TrainConfig:
+    """The configuration with the machine's choices in place of ``auto``, which a run keeps wherever it goes on.
+
+    Args:
+        of_first: makes the choice of rank 0 all ranks'.
+    """
+
+    def choose() -> dict[str, str]:
+        precision = {dtype: name for name, dtype in DTYPES.items()}[pick_dtype(config.precision, device)]
+        return {"precision": precision, "backend": pick_backend(config.backend, device)}
+
+    return config.replace(**of_first(choose)) if "auto" in (config.precision, config.backend) else config
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

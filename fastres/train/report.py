@@ -24,6 +24,11 @@ COLUMNS = (
 _WIDTH = 10
 
 
+def rank(row: dict[str, Any]) -> tuple[float, float]:
+    """Larger for the better of two epochs: by validation accuracy, and where that is the same by loss."""
+    return row["val_accuracy"], -row["val_loss"]
+
+
 def heading(tta: bool, scaled: bool) -> str:
     """The table's first line.
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastres.atomic import atomic_write
 from fastres.data import Dataset
 from fastres.errors import FastresError
 from fastres.train.config import TrainConfig
 from fastres.train.facts import run_facts
-from fastres.train.run_folder import RunFolder, saved_config
+from fastres.train.identity import CHOSEN_BY_MACHINE, checksum, difference
+from fastres.train.run_folder import CONFIG, RESULT, RunFolder, saved_config
 from fastres.train.trainer import Interrupted, Trainer
 
-RESULT = "result.json"
 MEASURES = ("val_accuracy", "tta_accuracy", "val_loss", "train_seconds", "seconds")
-ELSEWHERE = {"data", "data_root", "device"}  # a sweep may go on where its data lies in another place
 _OPTIONS = {f.name: f for f in fields(TrainConfig)}
 
 
@@ -50,11 +51,40 @@ def _parse(text: str, name: str, value: str) -> Any:
 
 
 def grid(settings: Iterable[tuple[str, list[Any]]]) -> dict[str, dict[str, Any]]:
-    """Every combination of the settings' values, by a name such as ``lr=0.1 ema=none``."""
+    """Every combination of the settings' values, by a name such as ``lr=0.1 ema=none``.
+
+    Raises:
+        FastresError: for an option that is given twice, and for two combinations of one name.
+    """
     settings = list(settings)
     names = [name for name, _ in settings]
-    combinations = [dict(zip(names, values)) for values in product(*(values for _, values in settings))]
-    return {" ".join(f"{n}={v}" for n, v in changes.items()) or "base": changes for changes in combinations}
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise FastresError(f"--set {twice[0]} is given twice: write all its values in one, {twice[0]}=VALUE,VALUE")
+    found: dict[str, dict[str, Any]] = {}
+    for values in product(*(values for _, values in settings)):
+        changes = dict(zip(names, values))
+        name = " ".join(f"{option}={value}" for option, value in changes.items()) or "base"
+        if found.setdefault(name, changes) != changes:
+            raise FastresError(f"--set: two settings are called {name!r}: rename the values")
+    return found
+
+
+def new_folder(path: Path) -> Path:
+    """``path``, or with a number behind it, made by this process: two sweeps that start at once have two.
+
+    Raises:
+        FastresError: when it cannot be made.
+    """
+    for number in count(1):
+        numbered = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            numbered.mkdir(parents=True)
+            return numbered
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise FastresError(f"cannot write to {path.parent}: {error.strerror}; choose another --out") from error
+    raise AssertionError
 
 
 @dataclass(frozen=True)
@@ -86,7 +116,7 @@ def sweep(
     Raises:
         FastresError: before any run, for a variant that is no valid configuration, or for a folder that holds runs
             with other options.
-        Interrupted: after a SIGINT or SIGTERM; the present run is saved.
+        Interrupted: after a signal that asks it to end; the present run is saved.
     """
     runs = [
         (name, seed, base.replace(**changes, seed=seed), folder / _file_name(name) / f"seed-{seed}")
@@ -94,12 +124,14 @@ def sweep(
         for name, changes in variants.items()
     ]
     for _, _, config, path in runs:
-        _check_same(config, path)
+        check_same(config, path)
     outcomes: list[Outcome] = []
     for number, (name, seed, config, path) in enumerate(runs, 1):
         try:
-            known = (path / RESULT).exists()
-            row = json.loads((path / RESULT).read_text()) if known else _run(config, path, load)
+            dataset = load(config)
+            row = read_result(path, dataset)
+            known = row is not None
+            row = row or _run(config, path, dataset)
             outcomes.append(Outcome(name, seed, row))
             done = f"{row['val_accuracy']:.2%} in {row['seconds']:.0f} s{', run before' if known else ''}"
         except Interrupted as stop:
@@ -114,32 +146,64 @@ def sweep(
 
 
 def _file_name(variant: str) -> str:
-    return "".join(c if c.isalnum() or c in "=.-+" else "_" for c in variant)
+    """A name for a folder, another one for each variant."""
+    # a space is a plus sign where there is none of its own
+    spaced, safe = (variant, "=,") if "+" in variant else (variant.replace(" ", "+"), "=,+")
+    name, text = quote(spaced, safe, errors="surrogateescape"), variant.encode("utf-8", "surrogateescape")
+    return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(text).hexdigest()[:16]}"
 
 
-def _check_same(config: TrainConfig, path: Path) -> None:
-    if not (path / "config.json").exists():
-        return
-    saved, wanted = saved_config(path).to_dict(), config.to_dict()
-    if differing := [name for name in wanted if name not in ELSEWHERE and saved[name] != wanted[name]]:
-        name = differing[0]
-        raise FastresError(f"{path} was run with {name} {saved[name]}, not {wanted[name]}: choose another --out")
+def check_same(config: TrainConfig, path: Path) -> None:
+    """Refuse a folder that holds a run with other options.
+
+    Raises:
+        FastresError: names the first of them, or the ``config.json`` that is damaged.
+    """
+    if (path / CONFIG).exists() and (differs := difference(saved_config(path), config)):
+        raise FastresError(f"{path} was run with {differs}: choose another --out")
 
 
-def _run(config: TrainConfig, path: Path, load: Callable[[TrainConfig], Dataset]) -> dict[str, Any]:
+def read_result(path: Path, dataset: Dataset) -> dict[str, Any] | None:
+    """The last row of a finished run in a folder; None: there is none, or the file is not what was written.
+
+    Raises:
+        FastresError: where the run had other data.
+    """
+    try:
+        content = json.loads((path / RESULT).read_text())
+        row, digest = content["row"], content["digest"]
+        if content["checksum"] != checksum([row, digest]):
+            return None
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    if digest != dataset.digest:
+        raise FastresError(f"{path} was run on other data than {dataset.label!r}: choose another --out")
+    return row
+
+
+def _run(config: TrainConfig, path: Path, dataset: Dataset) -> dict[str, Any]:
     """Train, or go on with a run that was stopped; returns the last row."""
     folder = RunFolder(path, resume=True)
     try:
-        trainer = Trainer(config, load(config), folder, say=lambda line: None)
-        if folder.last.exists():
+        trainer = Trainer(_with_choices(config, path), dataset, folder, say=lambda line: None)
+        if folder.begun():
             trainer.resume()
-        folder.write_config(config, run_facts(trainer))
+        folder.write_config(trainer.config, run_facts(trainer))
         row = trainer.fit()[-1]
+        content = {"row": row, "digest": dataset.digest}
         with atomic_write(path / RESULT) as file:
-            file.write(json.dumps(row).encode())
+            file.write(json.dumps({**content, "checksum": checksum(list(content.values()))}).encode())
     finally:
         folder.close()
     return row
+
+
+def _with_choices(config: TrainConfig, path: Path) -> TrainConfig:
+    """The configuration with the machine's choices that a run in the folder began with."""
+    if not (path / CONFIG).exists():
+        return config
+    saved = saved_config(path)
+    return config.replace(**{name: getattr(saved, name) for name in CHOSEN_BY_MACHINE})
 
 
 def summarise(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
@@ -201,6 +265,6 @@ def write_summary(folder: Path, outcomes: list[Outcome]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             with atomic_write(folder / name) as file:
-                file.write(content.encode())
+                file.write(content.encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise FastresError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error

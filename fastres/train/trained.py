@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastres.data.dataset import first_line
+from fastres.errors import FastresError
 from fastres.models import create_model
 from fastres.nn import fold
 from fastres.train.checkpoint import CheckpointError, load_checkpoint, load_weights
+from fastres.train.content import NETWORK, RUN, check_content
 from fastres.train.machine import pick_backend
 
 
@@ -21,7 +24,8 @@ class Trained:
     """A network in evaluation mode with what its inputs and outputs mean.
 
     ``mean`` and ``std`` are per channel on the scale 0..255 of the pixels; ``data`` labels its training images, which were
-    decoded to ``stored_size`` pixels a side and brought to ``image_size``, which the network sees.
+    decoded to ``stored_size`` pixels a side and brought to ``image_size``, which the network sees. ``averaged``: the weights
+    are the average of a run with ``--ema``, which is what its accuracies are of.
     """
 
     model: nn.Module
@@ -34,6 +38,7 @@ class Trained:
     data: str
     epoch: int
     options: dict[str, Any]
+    averaged: bool = False
 
 
 def find_checkpoint(path: str | os.PathLike | None) -> Path:
@@ -43,7 +48,8 @@ def find_checkpoint(path: str | os.PathLike | None) -> Path:
         CheckpointError: when there is none.
     """
     if path is None:
-        runs = sorted(Path("runs").glob("*/best.pt"), key=lambda file: file.stat().st_mtime)
+        found = [file for file in Path("runs").glob("*/best.pt") if file.is_file()]
+        runs = sorted(found, key=lambda file: file.stat().st_mtime)
         if not runs:
             raise CheckpointError("no finished run under runs/: name a run folder or checkpoint with --run")
         return runs[-1]
@@ -58,15 +64,27 @@ def load_trained(path: Path, device: torch.device) -> Trained:
         CheckpointError: when the file is missing, damaged, or its weights do not fit the network it names.
     """
     saved = load_checkpoint(path, device)
+    check_content(saved, NETWORK, path, "no network can be made of it")
     try:
         model = create_model(saved["model"], num_classes=len(saved["classes"]), **saved["model_options"])
-        weights = saved["weights"]
-        facts = {name: saved[name] for name in ("classes", "mean", "std", "image_size", "data", "epoch", "options")}
-        facts["stored_size"] = saved.get("stored_size", saved["image_size"])
-    except KeyError as error:
-        raise CheckpointError(f"checkpoint {path} lacks {error}: take another one or train again") from error
+    except (FastresError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is of no network that is known here ({first_line(error)})") from error
+    weights, averaged = evaluated_weights(saved)
     load_weights(model, weights, path)
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     if pick_backend("auto", device) == "fused":
         model = fold(model)
-    return Trained(model, path, **facts)
+    facts = {name: saved[name] for name in ("classes", "mean", "std", "image_size", "data", "epoch", "options")}
+    facts["stored_size"] = saved.get("stored_size", saved["image_size"])
+    return Trained(model, path, **facts, averaged=averaged)
+
+
+def evaluated_weights(saved: dict[str, Any]) -> tuple[dict[str, torch.Tensor], bool]:
+    """The weights that a checkpoint's accuracies are of, and whether they are an average: ``best.pt`` has no others."""
+    average = saved.get("average")
+    if average is not None and not RUN["average"](average):
+        raise CheckpointError("the checkpoint's weight average is none: take another one or train again")
+    if average is not None and average["started"]:
+        return average["weights"], True
+    options = saved.get("options")
+    return saved["weights"], "average" not in saved and isinstance(options, dict) and options.get("ema") is not None

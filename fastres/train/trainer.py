@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,9 @@ from tqdm import tqdm
 
 from fastres.data import Dataset
 from fastres.errors import FastresError
-from fastres.train import machine, report
+from fastres.train import machine, report, state
 from fastres.train.average import WeightAverage
 from fastres.train.build import build_batches, build_model, build_optimizer, image_size, model_options
-from fastres.train.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from fastres.train.config import TrainConfig
 from fastres.train.distributed import ALONE, Onlooker, Ranks, rank_device
 from fastres.train.evaluate import Tally, all_finite, evaluate
@@ -42,7 +42,7 @@ class OverflowingGradients(FastresError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM ended the run after its state was saved."""
+    """A signal ended the run after its state was saved, or a second one at once."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -74,9 +74,10 @@ class Trainer:
         say: Callable[[str], None] = tqdm.write,
         ranks: Ranks = ALONE,
     ):
-        self.config, self.dataset, self.folder, self.ranks = config, dataset, folder, ranks
+        self.dataset, self.folder, self.ranks = dataset, folder, ranks
         self.say = say if ranks.first else lambda line: None
         self.device = machine.pick_device(rank_device(config.device, ranks))
+        self.config = config = machine.settled(config, self.device, ranks.of_first)
         self.dtype = machine.pick_dtype(config.precision, self.device)
         machine.set_deterministic(config.deterministic)
         machine.check_cuda_graph(config.cuda_graph, self.device, self.dtype)
@@ -93,7 +94,7 @@ class Trainer:
 
         self.image_size = image_size(config, dataset)
         self.model_options = model_options(config, self.image_size)
-        self.backend = machine.pick_backend(config.backend, self.device)
+        self.backend = config.backend
         if config.sync_bn and ranks.count > 1 and self.backend == "eager" and self.device.type == "cpu":
             raise FastresError("--sync-bn of an eager network needs GPUs: add --backend fused")
         self.model = build_model(config, dataset, self.device)
@@ -122,16 +123,14 @@ class Trainer:
         self.step = self.epoch = self.batch = 0  # batch: steps done in the current epoch
         self.seconds = self.train_seconds = self.epoch_seconds = 0.0  # train_seconds: without validation
         self.history: list[dict[str, Any]] = []
+        self.run = uuid.uuid4().hex  # no other run has it, so that their files are not taken for one another's
+        self._saved_step: int | None = None  # that last.pt is of
+        self._began = self._saved_at = time.monotonic()
 
     @property
     def evaluated(self) -> nn.Module:
         """The network whose accuracy counts: the weight average if there is one."""
         return self.average.module if self.average is not None else self.model
-
-    @property
-    def best_accuracy(self) -> float:
-        """Best validation accuracy so far; 0 before the first epoch's end."""
-        return max((row["val_accuracy"] for row in self.history), default=0.0)
 
     def fit(self) -> list[dict[str, Any]]:
         """Train to the end and return the table's rows.
@@ -139,14 +138,15 @@ class Trainer:
         Raises:
             NonFiniteLoss: when the loss is NaN or infinite.
             OverflowingGradients: when fp16's gradients are, at every scale of the loss.
-            Interrupted: after a SIGINT or SIGTERM, with the state saved.
+            Interrupted: after a signal that asks it to end, with the state saved; after a second one at once.
         """
         self.say(report.heading(*self._columns))
         for row in self.history:
             self.say(report.line(row, *self._columns))
         if self.history:
-            self.folder.write_metrics(self.history)  # a process that was killed may have saved a row only in last.pt
-        with self.ranks.stop_request() as stop:
+            self.folder.restore_rows(self.history)  # a process that was killed may have saved a row only in last.pt
+        self._saved_at = time.monotonic()
+        with self.ranks.stop_request(self._end_at_once) as stop:
             while self.step < self.total_steps or self.batch:  # a run may have been stopped before its last validation
                 if not self._epoch_is_over():
                     self._train_epoch(stop)
@@ -167,16 +167,28 @@ class Trainer:
             total=last, initial=self.batch, desc=f"epoch {self.epoch + 1}", unit="batch", leave=False,
             disable=None if self.ranks.first else True,
         )  # fmt: skip
-        start = time.perf_counter()
+        self._began = time.perf_counter()
         with bar:
             for images, labels in self.train_batches.epoch(self.epoch, self.batch, self._size_at):
                 self.train_step(images, labels)
                 bar.update()
-                stop.poll()
+                stop.poll(self._minutes_are_over())
                 if stop.signum is not None or self._epoch_is_over():
                     break
-        self.check_finite()  # waits for the device, so that the time below is the work's
-        elapsed = time.perf_counter() - start
+                if stop.save or (self.config.save_steps and self.step % self.config.save_steps == 0):
+                    self._count_time()
+                    self._save_within_epoch()
+                    self._began = time.perf_counter()
+        self._count_time()
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.save_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _count_time(self) -> None:
+        """Add the time since the epoch's steps began, or were last counted."""
+        self.check_finite()  # waits for the device, so that the time is the work's
+        elapsed = time.perf_counter() - self._began
         self.seconds += elapsed
         self.train_seconds += elapsed
         self.epoch_seconds += elapsed
@@ -229,8 +241,9 @@ class Trainer:
         start = time.perf_counter()
         self._share_statistics()
         scores = evaluate(
-            self.evaluated, self.val_batches, self.dtype, self.config.tta, lambda: stop.signum is not None, self.ranks
-        )
+            self.evaluated, self.val_batches, self.dtype, self.config.tta, lambda: stop.signum is not None, self.ranks,
+            self.say,
+        )  # fmt: skip
         if scores is None:
             return
         val_seconds = time.perf_counter() - start
@@ -256,17 +269,17 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "seconds": self.seconds,
         }
-        improved = not self.history or scores.accuracy > self.best_accuracy
+        improved = all(report.rank(row) > report.rank(former) for former in self.history)
         self.history.append(row)
         self.epoch += 1
         steps = self.batch
         self.batch, self.epoch_seconds = 0, 0.0
         self.tally.reset()
-        if improved and self.ranks.first:
-            save_checkpoint(self.folder.best, {**self._identity(), "weights": self.evaluated.state_dict()})
         self.save()
-        self.folder.write_metrics(self.history)
+        if improved:
+            self._save_best()
         self.folder.write_events(row)
+        self.folder.write_metrics(self.history)
         self.say(report.line(row, *self._columns))
         if row["skipped_steps"] == steps:
             self.say(
@@ -281,11 +294,21 @@ class Trainer:
             if self.average is not None:
                 self.ranks.average_buffers(self.average.module)
 
-    def _stop(self, signum: int) -> None:
+    def _save_within_epoch(self) -> None:
         if not all_finite(self.model.parameters()):  # the last step's loss did not show it yet
             self._raise_non_finite("next training")
         self._share_statistics()
         self.save()
+
+    def _end_at_once(self, signum: int) -> NoReturn:
+        """A second signal: nothing more is saved."""
+        saved = "nothing is saved" if self._saved_step is None else f"{self.folder.last} is of step {self._saved_step}"
+        raise Interrupted(
+            signum, f"ended at once by {signal.Signals(signum).name} in step {self.step + 1}, the second signal; {saved}"
+        )
+
+    def _stop(self, signum: int) -> NoReturn:
+        self._save_within_epoch()
         self.folder.write_curves(self.history, self.dataset.label)
         raise Interrupted(
             signum,
@@ -293,80 +316,34 @@ class Trainer:
             f"go on with `fastres train --resume {self.folder.path}`",
         )
 
-    def _identity(self) -> dict[str, Any]:
-        """What `fastres eval` and `predict` need beside the weights."""
-        return {
-            "model": self.config.model,
-            "model_options": self.model_options,
-            "options": self.config.to_dict(),
-            "classes": list(self.dataset.classes),
-            "mean": list(self.dataset.mean),
-            "std": list(self.dataset.std),
-            "image_size": self.image_size,
-            "stored_size": self.dataset.train.images.shape[-1],
-            "data": self.dataset.label,
-            "epoch": self.epoch,
-            "step": self.step,
-        }
-
     def save(self) -> None:
         """Write everything that a resumed run needs to ``last.pt``, atomically."""
-        content = {**self._identity(), **self._progress()}
+        content = {**state.identity(self), **state.progress(self)}
         if self.ranks.first:
-            save_checkpoint(self.folder.last, content)
-
-    def _progress(self) -> dict[str, Any]:
-        """What a resumed run needs beside `_identity`."""
-        tally = self.tally.total(self.ranks)
-        return {
-            "weights": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "batch": self.batch,
-            "seconds": self.seconds,
-            "train_seconds": self.train_seconds,
-            "epoch_seconds": self.epoch_seconds,
-            "tally": [tally.loss, tally.correct, tally.images, tally.skipped],
-            "history": self.history,
-        }
+            self.folder.save(content)
+        self._saved_step, self._saved_at = self.step, time.monotonic()
 
     def resume(self) -> None:
         """Take up the state of ``last.pt``, which only the first rank need see; it may be of another number of ranks.
 
+        Where it is damaged, that of the checkpoint before it, with a warning.
+
         Raises:
             CheckpointError: when it is missing, damaged, or of another network.
-            FastresError: when it was trained on other data.
+            FastresError: when it is of another run, or was trained on other data.
         """
         at = self.device if self.ranks.count == 1 else "cpu"
-        saved = self.ranks.of_first(lambda: load_checkpoint(self.folder.last, at))
-        if lacking := {*self._identity(), *self._progress()} - saved.keys():
-            raise CheckpointError(
-                f"checkpoint {self.folder.last} lacks {sorted(lacking)[0]!r}, so no run can go on from it: "
-                "take another one or train again"
-            )
-        if saved["data"] != self.dataset.label or saved["classes"] != list(self.dataset.classes):
-            raise FastresError(
-                f"{self.folder.last} was trained on {saved['data']!r}, not on {self.dataset.label!r}: "
-                "give the former data with --data"
-            )
-        sizes = self._identity()
-        if differing := [name for name in ("image_size", "stored_size") if saved[name] != sizes[name]]:
-            raise FastresError(
-                f"{self.folder.last} was trained on images of {saved[differing[0]]} pixels, not {sizes[differing[0]]}: "
-                "give the former data with --data"
-            )
-        load_weights(self.model, saved["weights"], self.folder.last)
-        try:
-            if self.average is not None:
-                self.average.load_state_dict(saved["average"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint {self.folder.last} has another optimizer's state: {error}") from error
-        self.scaler.load_state_dict(saved["scaler"])
-        self.epoch, self.step, self.batch = saved["epoch"], saved["step"], saved["batch"]
-        for name in ("seconds", "train_seconds", "epoch_seconds"):
-            setattr(self, name, saved[name])
-        if self.ranks.first:  # the sums of all
-            self.tally.restore(*saved["tally"])
-        self.history = saved["history"]
+        saved = self.ranks.of_first(lambda: self.folder.load(at, self.say))
+        state.take_up(self, saved, self.folder.last)
+        self._saved_step = self.step
+        best_epoch = self.ranks.of_first(lambda: self.folder.best_epoch(self.run))
+        best = max(self.history, key=report.rank, default=None)
+        if best is not None and best_epoch != best["epoch"]:
+            if self.batch == 0 and best is self.history[-1]:  # a process ended between the two files
+                self._save_best()
+            else:
+                self.say(f"warning: best.pt is not of epoch {best['epoch']}, the best one: only a better one will be saved")
+
+    def _save_best(self) -> None:
+        if self.ranks.first:
+            self.folder.save_best({**state.identity(self), "weights": self.evaluated.state_dict()})

@@ -174,3 +174,22 @@ def test_no_cache(tmp_path, images, decoded):
     data.load(images, cache=False)
     data.load(images, cache=False)
     assert len(decoded) == 2 and not (tmp_path / "cache").exists()
+
+
+def test_the_digest_is_of_the_content(tmp_path, images):
+    first = data.load(images)
+    images.rename(tmp_path / "renamed")
+    renamed = data.load(tmp_path / "renamed")
+    assert renamed.digest == first.digest and renamed.label != first.label
+    one, other, between = (tmp_path / "renamed" / "train" / name for name in ("ant", "bee", "between"))
+    one.rename(between), other.rename(one), between.rename(other)
+    assert data.load(tmp_path / "renamed").digest != first.digest
+
+
+def test_leftovers_of_kills_go(tmp_path, images):
+    (tmp_path / "cache" / "fastres").mkdir(parents=True)
+    left = tmp_path / "cache" / "fastres" / ".0.npz.abcd1234.tmp"
+    left.touch()
+    os.utime(left, (1, 1))
+    data.load(images)
+    assert not left.exists()

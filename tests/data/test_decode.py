@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +111,43 @@ def test_more_than_the_memory_is_refused(tmp_path, monkeypatch):
 def test_an_image_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match="image .*none.png does not exist"):
         read_images([tmp_path / "none.png"], 8)
+
+
+@pytest.mark.parametrize("kind", ["PostScript", "pipe", "bomb", "device"])
+def test_what_would_run_or_wait_or_fill_memory_is_refused(tmp_path, kind):
+    path = tmp_path / "a.png"
+    if kind == "PostScript":
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "bomb":
+        Image.new("1", (8000, 8000)).save(path)  # within Pillow's limit
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"a.png cannot be read \(.*\)") as stopped:
+        read_images([path], 8)
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_photo_of_a_large_camera_is_read(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((6000, 4000)).save(tmp_path / "a.jpg", quality=90)
+    assert read_image(tmp_path / "a.jpg", 8).shape == (8, 8, 3)
+
+
+def test_a_class_with_a_control_character(tmp_path):
+    write_image_folder(tmp_path, classes=("ant", "b\x1b[2J"))
+    with pytest.raises(DataError, match=r"class folder 'b\\x1b\[2J' has a control character in its name: rename it"):
+        data.load(tmp_path)
+
+
+def test_decoding_without_further_threads(tmp_path, monkeypatch):
+    write_image_folder(tmp_path)
+    paths = [tmp_path / "train" / "ant" / f"{number:04}.png" for number in range(3)]
+    expected = read_images(paths, 8)
+
+    def none_left(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", none_left)
+    assert torch.equal(read_images(paths, 8), expected)

@@ -1,5 +1,6 @@
 """The compiled passes: built once, replaced when damaged, done without where they cannot be built."""
 
+import ctypes
 import os
 import stat
 from pathlib import Path
@@ -54,6 +55,49 @@ def test_a_damaged_library_is_compiled_again(compiler, tmp_path, monkeypatch):
     assert again() is None and library.stat().st_size > 1000
 
 
+@pytest.mark.parametrize("damage", ["bit of the code", "bit of the digest", "cut", "empty", "no digest"])
+def test_a_library_is_loaded_only_as_it_was_written(compiler, tmp_path, damage, monkeypatch):
+    (library,) = compiled(tmp_path)
+    whole = library.read_bytes()
+    spoilt = bytearray(whole)
+    if damage.startswith("bit"):
+        spoilt[-1 if damage.endswith("digest") else len(whole) // 2] ^= 1
+    library.unlink()  # the loaded one stays as it is
+    library.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "no digest": whole[:-100]}.get(damage, bytes(spoilt)))
+    library.chmod(0o600)
+    loads = []
+
+    class Noted(ctypes.CDLL):
+        def __init__(self, path):
+            loads.append(Path(path).read_bytes())
+            super().__init__(path)
+
+    monkeypatch.setattr(build.ctypes, "CDLL", Noted)
+    assert again() is None and loads == [library.read_bytes()] and build._is_whole(library)
+    assert len(compiled(tmp_path)) == 1 and os.listdir(library.parent) == [library.name]
+
+
+def test_a_library_that_another_user_could_have_written(compiler, tmp_path, monkeypatch):
+    (library,) = compiled(tmp_path)
+    assert stat.S_IMODE(library.stat().st_mode) == 0o600 and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    library.chmod(0o666)
+    assert not build._is_whole(library)
+    assert again() is None and stat.S_IMODE(library.stat().st_mode) == 0o600
+    if os.geteuid() == 0:
+        os.chown(library, 12345, 12345)
+        assert not build._is_whole(library)
+
+
+def test_a_compiler_with_arguments(compiler, monkeypatch, tmp_path):
+    name = build._compiler()[0]
+    monkeypatch.setenv("CXX", f"{name} -DARGUMENT")
+    assert build._compiler() == [name, "-DARGUMENT"] and again() is None
+    spaced = tmp_path / "a compiler"
+    spaced.symlink_to(name)
+    monkeypatch.setenv("CXX", str(spaced))
+    assert build._compiler() == [str(spaced)]
+
+
 def test_another_compiler_or_cpu_has_its_own_library(compiler, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "_cpu", lambda: "another CPU")
     assert again() is None and len(compiled(tmp_path)) == 2
@@ -93,12 +137,11 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
     assert not compiled(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
-    (tmp_path / "cache").mkdir(mode=0o500)
-    assert "Permission denied" in cpu.unavailable()
-
-
-def test_a_file_in_the_folders_place(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
+    """The library is kept elsewhere."""
     (tmp_path / "cache").write_text("")
-    assert cpu.unavailable() is not None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    if (reason := cpu.unavailable()) is None:
+        assert len(list((tmp_path / "elsewhere" / "fastres").glob("*.so"))) == 1
+    else:
+        assert "compiler" in reason

@@ -281,4 +281,6 @@ def test_the_cache_folder_can_be_set(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
     assert choices_path() == tmp_path / "choices.json"
     monkeypatch.delenv("FASTRES_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert choices_path().parts[-3:] == (".cache", "fastres", "choices.json")

@@ -23,6 +23,7 @@ from fastres.data import Augment, Batches, DataError
 from fastres.errors import FastresError
 from fastres.train import Trainer, distributed
 from fastres.train.distributed import LostRank, Onlooker, Ranks, rank_device
+from fastres.train.launch import Launch, agent
 from fastres.train.run_folder import RunFolder
 
 OPTIONS = dict(model="resnet8", backend="fused", sync_bn=True, crop_pad=1, flip="random", accumulate=2, ema=0.5)
@@ -79,6 +80,18 @@ def test_ranks_train_what_one_process_trains(tmp_path):
     spawn(4, tmp_path / "many", lr=0.01, tta=True)
     assert_same_run(tmp_path / "many", tmp_path / "one", 2e-3)
     assert (tmp_path / "many" / "best.pt").exists()
+
+
+def test_two_ranks_resume_bit_for_bit(tmp_path):
+    """As the README says; more ranks, and running statistics that are not synchronised, round otherwise."""
+    spawn(2, tmp_path / "whole", lr=0.01)
+    spawn(2, tmp_path / "part", stop_at=3, lr=0.01)
+    spawn(2, tmp_path / "part", lr=0.01)
+    ours, theirs = last(tmp_path / "part"), last(tmp_path / "whole")
+    for part in ("weights", "average"):
+        values, expected = (found[part].get("weights", found[part]) for found in (ours, theirs))
+        assert [name for name in expected if not torch.equal(values[name], expected[name])] == []
+    assert ours["history"][-1]["val_loss"] == theirs["history"][-1]["val_loss"]
 
 
 @pytest.mark.parametrize(
@@ -146,25 +159,74 @@ def test_a_lost_rank_names_the_folder(tmp_path):
         raise FastresError("no data about NCCL")
 
 
+FIRST = Launch(("agent 1", "agent 2"), "cluster 7")
+
+
 @pytest.mark.parametrize(
     "now, begun",
     [
-        (Ranks(), False),
-        (Ranks(restarts=1), True),
-        (Ranks(0, 2, job="a"), True),
-        (Ranks(0, 2, job="b"), False),
+        (Launch(), False),
+        (Launch(("agent 2", "agent 3")), True),  # another machine joined in place of the first one
+        (Launch(("agent 3",)), False),  # another call of torchrun, whatever its --rdzv-id
+        (Launch((), "cluster 7", requeued=True), True),
+        (Launch((), "cluster 7"), False),  # another command of the same job
+        (Launch((), "cluster 8", requeued=True), False),
     ],
 )
-def test_a_job_goes_on_with_its_own_run_alone(tmp_path, now, begun):
-    """Another machine's joining is a new start that no count of restarts tells."""
+def test_a_launch_goes_on_with_its_own_run_alone(tmp_path, now, begun):
     arguments = cli.make_parser().parse_args(["train", "--out", str(tmp_path), "--model", "resnet8"])
-    assert not cli.run_of(arguments, Ranks(job="a"))[2]
+    asked = cli.plan(arguments, Ranks(launch=FIRST))
+    assert not asked.begun
     folder = RunFolder(tmp_path)
-    folder.write_config(tiny_config(), {"job": "a"})
+    folder.write_config(asked.config, {"launch": FIRST.facts()})
     folder.close()
-    assert cli.run_of(arguments, now)[2] is begun
-    (tmp_path / "config.json").write_text("[")
-    assert cli.run_of(arguments, now)[2] is (now.restarts > 0)
+    for _ in range(2):  # a refusal stays one
+        again = cli.plan(arguments, Ranks(launch=now))
+        assert again.begun is begun
+        if not begun:
+            with pytest.raises(FastresError, match="already holds a run"):
+                again.folder()
+    other = cli.make_parser().parse_args(["train", "--out", str(tmp_path), "--model", "resnet8", "--lr", "7"])
+    if begun:
+        with pytest.raises(FastresError, match=r"holds a run with lr 0.4, not 7.0: choose another --out"):
+            cli.plan(other, Ranks(launch=now))
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("resnet8", "resnet9"))
+    assert not cli.plan(arguments, Ranks(launch=now)).begun
+
+
+def test_the_launch_of_a_process(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "same")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with distributed.joined() as ranks:
+        assert ranks.launch.slurm == "12" and ranks.launch.requeued and len(ranks.launch.agents) == 1
+        assert ranks.launch.began(json.loads(json.dumps(ranks.launch.facts())))
+    here = agent()
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert here.startswith("same ") and agent().startswith("same ") and here != agent()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert agent() is None
+
+
+def test_a_rank_with_other_data_is_named(tmp_path):
+    """All ranks refuse, before a step."""
+    code = (
+        "import os, sys\nfrom fastres import cli, data\nload = data.load\n"
+        "def spoilt(*args, **kwargs):\n"
+        "    found = load(*args, **kwargs)\n"
+        "    found.train.labels[0] ^= int(os.environ['RANK'])\n"
+        "    return data.Dataset(**{**vars(found), 'digest': ''})\n"
+        "data.load = spoilt\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    (tmp_path / "spoilt.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1"]
+    command += [str(tmp_path / "spoilt.py"), "train", "--out", str(tmp_path / "run"), "--data", "synthetic"]
+    command += "--device cpu --image-size 16 --batch-size 12 --epochs 1 --model resnet8 --precision fp32".split()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("fastres: error: rank 1 has other images or labels than rank 0, here 'synthetic shapes") == 4
+    assert not (tmp_path / "run").exists()
 
 
 def test_devices_of_ranks(monkeypatch):

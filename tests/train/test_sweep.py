@@ -9,9 +9,10 @@ from support_train import tiny_config, tiny_dataset
 
 from fastres import data
 from fastres.cli import main
+from fastres.data import Split
 from fastres.errors import FastresError
 from fastres.train import Interrupted, Trainer
-from fastres.train.sweep import Outcome, grid, parse_setting, summarise, sweep, table
+from fastres.train.sweep import Outcome, _file_name, grid, new_folder, parse_setting, summarise, sweep, table
 
 VARIANTS = grid([("lr", [0.05, 0.02])])
 
@@ -126,6 +127,51 @@ def test_other_options_in_the_same_folder(tmp_path, count_fits):
     with pytest.raises(FastresError, match="--lr -1.0 is too small"):
         run(tmp_path, variants={"base": {}, "bad": {"lr": -1.0}})
     assert len(count_fits) == 2
+
+
+def test_other_data_in_the_same_folder(tmp_path, count_fits):
+    first = run(tmp_path, seeds=[0])
+    same = vars(tiny_dataset())
+    flipped = Split(same["train"].images, same["train"].labels.flip(0))
+    other = data.Dataset(**{**same, "train": flipped, "digest": ""})
+    outcomes = sweep(tiny_config(steps=2), VARIANTS, [0], tmp_path, lambda config: other, lambda line: None)
+    assert all("was run on other data than 'tiny': choose another --out" in outcome.failure for outcome in outcomes)
+    renamed = data.Dataset(**{**same, "label": "renamed"})
+    again = sweep(tiny_config(steps=2), VARIANTS, [0], tmp_path, lambda config: renamed, lambda line: None)
+    assert again == first and len(count_fits) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"row": {"val_accuracy": 1.0}}', "edited"])
+def test_a_damaged_or_edited_result_is_made_again(tmp_path, damage):
+    variants = {"base": {}}
+    (first,) = run(tmp_path, seeds=[0], variants=variants)
+    result = tmp_path / "base" / "seed-0" / "result.json"
+    content = json.loads(result.read_text())
+    content["row"]["val_accuracy"] = 0.99
+    result.write_text(json.dumps(content) if damage == "edited" else damage)
+    (again,) = run(tmp_path, seeds=[0], variants=variants)
+    assert again == first
+    assert json.loads(result.read_text())["row"] == first.row
+
+
+def test_each_setting_has_a_folder_of_its_own():
+    names = ["data=a/b", "data=a_b", "data=a b", "data=a+b", "data=a%2Fb", "lr=0.1 ema=None", "data=" + "x" * 200 + "1",
+             "data=" + "x" * 200 + "2", "data=\udce9"]  # fmt: skip
+    folders = [_file_name(name) for name in names]
+    assert len(set(folders)) == len(names) and all("/" not in name and len(name) < 200 for name in folders)
+    assert _file_name("lr=0.1 ema=None") == "lr=0.1+ema=None"
+
+
+def test_settings_that_cannot_be_told_apart():
+    with pytest.raises(FastresError, match="--set lr is given twice: write all its values in one, lr=VALUE,VALUE"):
+        grid([("lr", [0.1]), ("lr", [0.2])])
+    with pytest.raises(FastresError, match="two settings are called 'data=None': rename the values"):
+        grid([("data", ["None", None])])
+
+
+def test_sweeps_that_start_in_one_second(tmp_path):
+    folders = [new_folder(tmp_path / "sweeps" / "fast-1") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["fast-1", "fast-1-2", "fast-1-3"]
 
 
 def test_table():

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fastres.ops.cache import cache_folder
+from fastres.atomic import atomic_write
+from fastres.cache import is_private, private_folder, remove_leftovers
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("passes.cpp", "weight_grad.cpp"))
 # not -ffast-math: it lets the compiler take it that nothing is NaN or infinite, and those must go through as in PyTorch
@@ -45,34 +47,53 @@ def library() -> ctypes.CDLL:
 def _loaded() -> ctypes.CDLL | str:
     """The compiled passes, or in one line why there are none.
 
-    The library is kept in the cache folder under a name made of its sources, the compiler and the CPU. ``$CXX`` names
-    the compiler, else the first of c++, g++ and clang++ is taken.
+    The library is kept in a private cache folder under a name made of its sources, the compiler and the CPU, and its
+    digest is checked before it is loaded. ``$CXX`` names the compiler, with arguments if need be, else the first of c++,
+    g++ and clang++ is taken.
     """
     try:
         compiler = _compiler()
-        path = cache_folder() / f"passes-{_key(compiler)}.so"
+        path = private_folder() / f"passes-{_key(compiler)}.so"
+        if not _is_whole(path):  # not there yet, or damaged
+            _compile(compiler, path)
         try:
             return ctypes.CDLL(str(path))
-        except OSError:  # not there yet, or damaged
-            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError:  # whole, but of a system whose libraries have changed
             _compile(compiler, path)
             return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
 
 
-def _compiler() -> str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    raise FileNotFoundError(f"no C++ compiler ({', '.join(names)}): install one, or name it in CXX")
+def _is_whole(path: Path) -> bool:
+    """Whether a library is one that this user's `_compile` wrote, to the last bit."""
+    try:
+        content = path.read_bytes() if path.is_file() and is_private(path) else b""
+    except OSError:
+        return False
+    library, digest = content[: -len(_seal(b""))], content[-len(_seal(b"")) :]
+    return len(library) > 0 and digest == _seal(library)
 
 
-def _key(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
+def _seal(library: bytes) -> bytes:
+    """What stands behind a library in its file, where the loader does not look."""
+    return b"fastres sha256 " + hashlib.sha256(library).hexdigest().encode()
+
+
+def _compiler() -> list[str]:
+    """The compiler's path and its arguments."""
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["c++", "g++", "clang++"]:
+        command = [name] if shutil.which(name) else shlex.split(name)
+        if command and (path := shutil.which(command[0])):
+            return [path, *command[1:]]
+    raise FileNotFoundError(f"no C++ compiler ({named or 'c++, g++, clang++'}): install one, or name it in CXX")
+
+
+def _key(compiler: list[str]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
     sources = [source.read_bytes() for source in _SOURCES]
-    parts = [*sources, compiler.encode(), version, _cpu().encode(), torch.__version__.encode()]
+    parts = [*sources, repr(compiler).encode(), version, _cpu().encode(), torch.__version__.encode()]
     return hashlib.sha256(b"\0".join([*parts, repr(_FLAGS).encode()])).hexdigest()[:16]
 
 
@@ -86,22 +107,25 @@ def _cpu() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))
 
 
-def _compile(compiler: str, path: Path) -> None:
-    """Write the library, whole or not at all.
+def _compile(compiler: list[str], path: Path) -> None:
+    """Write the library and its seal, whole or not at all.
 
     Raises:
         OSError, subprocess.SubprocessError: where the compiler or the folder fails.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    remove_leftovers(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         built = Path(folder) / path.name
         for cpu in _FOR_THIS_CPU:
-            command = [compiler, *_FLAGS, *cpu, *map(str, _SOURCES), *_openmp(), "-o", str(built)]
+            command = [*compiler, *_FLAGS, *cpu, *map(str, _SOURCES), *_openmp(), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
             if result.returncode == 0:
                 break
         else:
             raise OSError(f"{' '.join(command)} failed: {(result.stderr.strip() or 'no message').splitlines()[0]}")
-        os.replace(built, path)
+        library = built.read_bytes()
+        with atomic_write(path, mode=0o600) as file:
+            file.write(library + _seal(library))
 
 
 def _openmp() -> list[str]:

@@ -1,0 +1,36 @@
+"""Options that were given and would do nothing: each is refused, as it was meant to do something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from fastres.errors import FastresError
+from fastres.train.config import TrainConfig
+
+# option -> (what makes it work, whether it does)
+_NEEDS: dict[str, tuple[str, Callable[[TrainConfig], bool]]] = {
+    **dict.fromkeys(
+        ("muon_lr", "muon_momentum", "muon_decay"), ("--optimizer muon", lambda config: config.optimizer == "muon")
+    ),
+    **dict.fromkeys(
+        ("milestones", "decay_factor"), ("--schedule step", lambda config: config.schedule == "step")
+    ),
+    "warmup": (
+        "a --schedule that is not constant", lambda config: config.schedule != "constant" or config.warmup == 0
+    ),
+    "val_seed": ("--val-share", lambda config: config.val_share is not None),
+    "data_root": ("--data auto or cifar10", lambda config: config.data in ("auto", "cifar10")),
+}  # fmt: skip
+
+
+def check_given(configs: Iterable[TrainConfig], given: Iterable[str]) -> None:
+    """Refuse options that were given and that no configuration heeds.
+
+    Raises:
+        FastresError: names the first one and what it needs.
+    """
+    configs = list(configs)
+    for name in given:
+        needed, works = _NEEDS.get(name, ("", lambda config: True))
+        if not any(map(works, configs)):
+            raise FastresError(f"--{name.replace('_', '-')} does nothing without {needed}: add it, or leave the option out")

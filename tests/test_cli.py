@@ -167,7 +167,7 @@ def test_auto_data_is_announced(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data.download, "reachable", lambda url, seconds: False)
     auto = [word if word != "synthetic" else "auto" for word in quick("--epochs", "1", "--out", str(tmp_path / "run"))]
     assert main(auto) == 0
-    assert capsys.readouterr().out.startswith("data: synthetic shapes (not CIFAR-10); not taken: CIFAR-10 is not under")
+    assert "\ndata: synthetic shapes (not CIFAR-10); not taken: CIFAR-10 is not under" in capsys.readouterr().out
 
 
 def test_a_run_without_a_checkpoint_yet_starts_again(run, tmp_path, capsys):

@@ -40,6 +40,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "growth": single.growth_table(results / "growth-cpu.json"),
         "cpu": single.on_a_cpu(results / "cpu.json"),
         "levers": single.levers_of_a_cpu(results / "levers-cpu.json"),
+        "faults": single.faults_tried(results / "faults.json"),
         "rate": training.rates(results / "rate-cpu.json"),
         "runs": training.runs(results / "accuracy-cpu.json"),
         "loop": training.shares(results / "loop-cpu.json"),

@@ -42,3 +42,16 @@ def levers_of_a_cpu(path: Path) -> str | None:
         f"{record['settings']['precision']}, measured on {machine_line(record)}."
         f"{busy(record['load_average'], record['threads'])}\n\n{levers.table(record['workloads'])}"
     )
+
+
+def faults_tried(path: Path) -> str | None:
+    """How often each fault was tried on a run, and how it ended."""
+    record = read(path)
+    if not record:
+        return None
+    columns = ("fault", "tried", "refused", "harmless", "wrong")
+    rows = [[str(row[column]) for column in columns] for row in record["faults"]]
+    return (
+        f"Tried on {machine_line(record)}. Refused: one line that names the file or the remedy; harmless: the same data or, "
+        f"resumed, the same run.\n\n{markdown(columns, rows)}"
+    )

@@ -18,7 +18,7 @@ from fastres.data.archive import is_archive, open_archive
 from fastres.data.cache import Cache, Facts, digest
 from fastres.data.dataset import DataError, Dataset, Parts, Split, divide, make_dataset, make_parts
 from fastres.data.size import Sides, seen_side, stored_side
-from fastres.data.tree import entries, named, normal, shown, stamp, walk
+from fastres.data.tree import entries, named, normal, plain, stamp, walk
 
 logger = logging.getLogger(__name__)
 SOURCES = ("auto", "cifar10", "cifar100", "synthetic")
@@ -92,7 +92,7 @@ class Loader:
         state = digest(*(f"{file.name} {stamp(file.stat())}" for file in files))
         facts = self.cache.facts(str(place), state, lambda: Facts(digest(*(file.read_bytes() for file in files))))
         parts = self.cache.parts(facts.content, 32, build)
-        other = f"batches {shown(place.name)} ({len(parts.splits['train'])} images)"
+        other = f"batches {plain(place.name)} ({len(parts.splits['train'])} images)"
         return Found(parts, kind.name if parts.genuine else other)
 
     def archive(self, path: Path) -> Found:
@@ -149,7 +149,7 @@ class Loader:
                 f"class {listing.classes[min(lacking)]!r} has no image that can be read in {listing.where}: add some or "
                 "remove its folder"
             )
-        return Found(parts, f"image folder {shown(path.resolve().name)} ({len(first)} images)", seen)
+        return Found(parts, f"image folder {plain(path.resolve().name)} ({len(first)} images)", seen)
 
     def skip(self, faults: list[decode.Fault]) -> None:
         """Name the files that cannot be read.

@@ -71,21 +71,15 @@ def plain(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def shown(name: str) -> str:
-    """A name as `plain` text, its control characters spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in plain(name))
-
-
 def normal(name: str) -> str:
     """A class name in Unicode's composed form: macOS and Linux store the same name in two.
 
     Raises:
         DataError: for one with a control character, which would steer the terminal that it is printed on.
     """
-    found = unicodedata.normalize("NFC", plain(name)).strip()
-    if any(unicodedata.category(c) == "Cc" for c in found):
-        raise DataError(f"class folder {name!r} has a control character in its name: rename it")
-    return found
+    if any(unicodedata.category(c) == "Cc" for c in name):
+        raise DataError(f"class {name!r} has a control character in its name: rename it")
+    return unicodedata.normalize("NFC", plain(name)).strip()
 
 
 def walk(root: Path, only: Callable[[str], bool] = lambda name: True) -> Tree:

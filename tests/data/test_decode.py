@@ -137,7 +137,7 @@ def test_a_photo_of_a_large_camera_is_read(tmp_path):
 
 def test_a_class_with_a_control_character(tmp_path):
     write_image_folder(tmp_path, classes=("ant", "b\x1b[2J"))
-    with pytest.raises(DataError, match=r"class folder 'b\\x1b\[2J' has a control character in its name: rename it"):
+    with pytest.raises(DataError, match=r"class 'b\\x1b\[2J' has a control character in its name: rename it"):
         data.load(tmp_path)
 
 

@@ -165,7 +165,7 @@ def test_a_whole_checkpoint_with_a_wrong_value(run, name):
     save_checkpoint(run / "last.pt", {**content, name: WRONG[name]})
     with pytest.raises(CheckpointError, match=f"has no right value of '{name}', so no run can go on from it"):
         resumed(run)
-    if name not in ("history", "tally", "optimizer", "batch", "seconds"):
+    if name not in ("step", "history", "tally", "optimizer", "batch", "seconds"):
         with pytest.raises(CheckpointError) as stopped:
             load_trained(run / "last.pt", torch.device("cpu"))
         assert "\n" not in str(stopped.value)

@@ -14,6 +14,7 @@ from fastres.nn.networks import AVERAGE, BIASED, BLOCKS, CALL, NORM, STEM, opene
 from fastres.nn.structure import entry_of, is_block, is_network, structure_of, tell
 
 LISTED = 3  # of what was left, in one line
+PASSING = ("has hooks", "is active")  # ends of reasons that may pass without another module or class
 
 
 @dataclass
@@ -125,8 +126,11 @@ def _add_network(found: Report, name: str, network: nn.Module, planned: bool) ->
 
 
 def is_fusable(module: nn.Module) -> bool:
-    """Whether a module is, or can be, a fused block."""
-    return is_block(type(module)) and _block_left(module, True) is None
+    """Whether a module is, or can be, a fused block, now or when what hinders it is over: hooks, an active dropout."""
+    if not is_block(type(module)):
+        return False
+    reason = _block_left(module, True)
+    return reason is None or reason.endswith(PASSING)
 
 
 def is_worthwhile(container: nn.Module) -> bool:

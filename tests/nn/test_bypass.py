@@ -230,6 +230,14 @@ def test_only_the_part_that_is_concerned_runs_eagerly():
     assert now.left == {"ResNet": "a ReLU has hooks", "layer2.1": "a BatchNorm2d has hooks"}
 
 
+def test_what_hinders_for_a_while_hinders_no_longer():
+    model = network()
+    handle = block(model).bn1.register_forward_hook(lambda *_: None)
+    assert report(fuse(model)).left == {"layer2.1": "a BatchNorm2d has hooks"}
+    handle.remove()
+    assert not report(model).left
+
+
 def test_it_is_said_once_for_each_module_and_reason(caplog):
     model = fuse(network())
     caplog.clear()

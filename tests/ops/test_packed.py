@@ -10,6 +10,7 @@ import torch
 from support_fused import FLOOR, random_weight, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastres.nn import repack
 from fastres.nn.fold import FoldedConv
 from fastres.ops import Conv, conv_bias_act, conv_bias_act_again, cpu, implementation
 from fastres.ops.cpu import PackedConv, onednn, packed
@@ -155,3 +156,48 @@ def test_a_cpu_without_avx512_has_bf16_too(monkeypatch):
             conv_bias_act(x, conv._replace(weight=weight.float()), bias, added)
     finally:
         onednn.takes.cache_clear()
+
+
+def test_weights_that_are_set_anew_are_noticed_and_others_after_repack():
+    conv = FoldedConv(torch.nn.Conv2d(8, 8, 1, bias=False), None, relu=False)
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    first = conv(x)
+    for change in (
+        lambda: setattr(conv.weight, "data", conv.weight.data * 2),
+        lambda: setattr(conv.weight, "data", conv.weight.data.clone().mul_(2)),
+        lambda: conv.weight.mul_(2),
+        lambda: conv.load_state_dict({"weight": conv.weight * 2, "bias": conv.bias}),
+    ):
+        change()
+        first = first * 2
+        for _ in range(2):
+            torch.testing.assert_close(conv(x), first)
+    conv.bias.data = conv.bias + 1
+    torch.testing.assert_close(conv(x), first + 1)
+    conv.weight.numpy()[:] *= 2  # which no version counts
+    conv.bias.data.zero_()
+    repack(torch.nn.Sequential(conv))
+    torch.testing.assert_close(conv(x), first * 2)
+
+
+def test_a_folded_convolution_is_differentiable_in_the_image_and_the_shortcut():
+    for stride in (1, 2):
+        conv = FoldedConv(torch.nn.Conv2d(8, 8, 3, stride, 1, bias=False), None, relu=True)
+        x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+        residual = torch.randn_like(conv(x))
+        for _ in range(2):  # ready for a call like this one, too
+            conv(x, residual)
+        for needs in ((x,), (residual,), (x, residual)):
+            inputs = [t.clone().requires_grad_(any(t is need for need in needs)) for t in (x, residual)]
+            exact = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+            y = torch.nn.functional.conv2d(exact[0], conv.weight.double(), conv.bias.double(), stride, 1) + exact[1]
+            y.relu().square().sum().backward()
+            conv(*inputs).square().sum().backward()
+            for ours, theirs in zip(inputs, exact):
+                assert (ours.grad is None) == (theirs.grad is None)
+                if theirs.grad is not None:
+                    assert relative_error(ours.grad, theirs.grad) <= FLOOR[torch.float32]
+        ours = torch.func.grad(lambda x, conv=conv: conv(x).sum())(x)
+        z = x.clone().requires_grad_()
+        conv(z).sum().backward()
+        torch.testing.assert_close(ours, z.grad)

@@ -15,6 +15,7 @@ from fastres.ops.layers import (
     check_coef,
     check_norm,
     contiguous,
+    dense,
     group_of,
     in_autocast,
     norm_vectors,
@@ -69,12 +70,13 @@ class _BNReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dout = dense(dout)
         saved = contiguous(ctx.saved_tensors)
         if again.is_differentiated(dout):
             needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
             dx, *parameters = again.bn_relu(ctx.given, saved[0], dout, needs, ctx.eps, ctx.group)
             return dx, None, None, None, *parameters
-        dx, norm_grads = bn_relu_backward(dout.contiguous(), *saved, ctx.trained, ctx.group)
+        dx, norm_grads = bn_relu_backward(dout, *saved, ctx.trained, ctx.group)
         dgamma, dbeta = norm_grads.chunk(2)
         need_gamma, need_beta = ctx.needs_input_grad[4:6]
         return (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastres.ops import again, plain
-from fastres.ops.layers import check_activations, nchw_size
+from fastres.ops.layers import check_activations, dense, nchw_size
 from fastres.ops.operation import operation
 from fastres.ops.select import primitives
 
@@ -35,10 +35,11 @@ class _GlobalAvgPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Tensor:
+        dout = dense(dout)
         height, width = ctx.hw
         if again.is_differentiated(dout):
             return (dout / (height * width))[:, None, None].expand(-1, height, width, -1)
-        return global_avg_pool_backward(dout.contiguous(), height, width)
+        return global_avg_pool_backward(dout, height, width)
 
 
 @operation("global_avg_pool_forward")

@@ -217,7 +217,8 @@ def check_norm(norm: Norm, shape: Shape, device: torch.device) -> None:
     Raises:
         RuntimeError: where a parameter or a running statistic has not as many elements as there are channels, or is on
             another device, or one of the running statistics is missing.
-        ValueError: where batch statistics would be of one value a channel, synchronised ones of none of this rank.
+        ValueError: where batch statistics would be of one value a channel, synchronised ones of none of this rank; for
+            an eps that is not positive, with running statistics for a negative one.
     """
     names = ("weight", "bias", "running_mean", "running_var")
     for name, tensor in zip(names, norm[:4]):
@@ -229,6 +230,11 @@ def check_norm(norm: Norm, shape: Shape, device: torch.device) -> None:
     if (norm.running_mean is None) != (norm.running_var is None):
         missing = "running_mean" if norm.running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode")
+    if norm.eps < 0 or (norm.running_mean is None and norm.eps == 0):
+        raise ValueError(
+            f"batch_norm eps must be {'positive during training' if norm.running_mean is None else 'non-negative'}, but "
+            f"got {norm.eps}"
+        )
     if norm.running_mean is None and pixels(shape) == (1 if norm.group is None else 0):
         raise ValueError(
             f"Expected more than {0 if norm.group else 1} value per channel when training, got input size "
@@ -264,6 +270,11 @@ def contiguous_vector(tensor: Tensor) -> Tensor:
 def contiguous(tensors: Sequence[Any]) -> list[Any]:
     """Saved tensors without gaps: hooks may hand back others than those that were saved."""
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+def dense(dout: Tensor) -> Tensor:
+    """The gradient of a result, without gaps: autograd may hand on an expanded or a sparse one."""
+    return (dout if dout.layout == torch.strided else dout.to_dense()).contiguous()
 
 
 def pixels(shape: Shape) -> int:

@@ -149,7 +149,8 @@ def _norm(y: Tensor, norm: Norm, found: list[Statistics]) -> Tensor:
     found.append(_statistics(y, norm))
     dtype = statistics_dtype(y.dtype)
     gamma, beta, mean, var = (None if t is None else t.to(dtype) for t in norm[:4])
-    return F.batch_norm(y, mean, var, gamma, beta, mean is None, 0.0, norm.eps)
+    # not functional.batch_norm, whose checks `check_norm` has done: PyTorch 2.11's refuse an eps of 0 everywhere
+    return torch.batch_norm(y, gamma, beta, mean, var, mean is None, 0.0, norm.eps, torch.backends.cudnn.enabled)
 
 
 def _statistics(y: Tensor, norm: Norm) -> Statistics:

@@ -25,6 +25,7 @@ from fastres.ops.layers import (
     check_shortcut_shape,
     contiguous,
     conv_shape,
+    dense,
     dilation_of,
     dilations_of,
     group_of,
@@ -148,6 +149,7 @@ class _PreactBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dout = dense(dout)
         n, (_, projection) = len(ctx.trained), ctx.shortcut
         x, *rest = contiguous(ctx.saved_tensors)
         if again.is_differentiated(dout):
@@ -161,7 +163,7 @@ class _PreactBlock(torch.autograd.Function):
         need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[11:]
         need_weights = need_parameters[4 * n :]
         found = preact_backward(
-            dout.contiguous(),
+            dout,
             x,
             rest[2 * n :],
             rest[n : 2 * n],

@@ -35,6 +35,7 @@ from fastres.ops.layers import (
     check_shortcut,
     check_shortcut_shape,
     contiguous,
+    dense,
     dilation_of,
     dilations_of,
     group_of,
@@ -202,6 +203,7 @@ class _ResidualChain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dout = dense(dout)
         n, inner = len(ctx.trained), len(ctx.geometry[0]) - 1
         x, out, *rest = contiguous(ctx.saved_tensors)
         if again.is_differentiated(dout):
@@ -210,7 +212,7 @@ class _ResidualChain(torch.autograd.Function):
         need_x, need_added, *need_parameters = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[14:])
         need_weights = need_parameters[::5]
         found = residual_backward(
-            dout.contiguous(),
+            dout,
             out,
             [x, *saved[:inner]],
             saved[inner:],

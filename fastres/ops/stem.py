@@ -18,6 +18,7 @@ from fastres.ops.layers import (
     Statistics,
     check_input,
     contiguous,
+    dense,
     group_of,
     in_autocast,
     layer_shape,
@@ -100,6 +101,7 @@ class _Stem(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dout = dense(dout)
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[0], *ctx.needs_input_grad[9:12]
         saved = contiguous(ctx.saved_tensors)
         if again.is_differentiated(dout):
@@ -110,7 +112,7 @@ class _Stem(torch.autograd.Function):
             dx, *parameters = again.stem(ctx.given, saved[1], dout, needs, ctx.group, **geometry, **pool)
             return dx, *[None] * 8, *parameters
         kinds = ctx.trained, need_x, need_weight, ctx.group, ctx.dilation
-        norm_grads, *grads = stem_backward(dout.contiguous(), *saved, *ctx.geometry, *kinds)
+        norm_grads, *grads = stem_backward(dout, *saved, *ctx.geometry, *kinds)
         dgamma, dbeta = norm_grads.chunk(2)
         dtypes = ctx.dtypes
         return (

@@ -54,15 +54,15 @@ def build_model(config: TrainConfig, dataset: Dataset, device: torch.device) -> 
     """
     backend = machine.pick_backend(config.backend, device)
     create = {"fused": create_fused_model, "eager": create_model}[backend]
-    torch.manual_seed(config.seed)
     options = model_options(config, image_size(config, dataset))
     if config.keep != "all":
         if backend != "fused":
             raise FastresError(f"--keep {config.keep} is of fused blocks: add --backend fused, or --checkpoint-every 1")
         options["keep"] = config.keep
-    model = create(config.model, num_classes=len(dataset.classes), **options)
-    if config.whiten:
-        whiten(model, dataset)
+    with machine.initial_weights(config.seed):
+        model = create(config.model, num_classes=len(dataset.classes), **options)
+        if config.whiten:
+            whiten(model, dataset)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)  # type: ignore[call-overload]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -16,6 +16,7 @@ from fastres.errors import FastresError
 from fastres.ops import cpu
 from fastres.train.config import TrainConfig
 
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -132,16 +133,43 @@ def check_cuda_graph(wanted: bool, device: torch.device, dtype: torch.dtype) -> 
         raise FastresError("--cuda-graph cannot hold fp16's loss scaling: add --precision bf16 or fp32")
 
 
-def set_deterministic(only: bool) -> None:
-    """Whether to use only deterministic algorithms, on every device; an operation that has none then raises.
+@contextmanager
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Which algorithms run inside: with ``deterministic`` only such, and an operation that has none raises, on every device.
 
     Else cuDNN takes the fastest of its algorithms, timed at the first call of a shape: another run may take others, which
-    round otherwise.
+    round otherwise; but where the process asks for deterministic ones itself that stays. Afterwards all is as before.
     """
-    if only:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = not only
-    torch.use_deterministic_algorithms(only)
+    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, named = torch.backends.cudnn.benchmark, _CUBLAS_WORKSPACE in os.environ
+    if deterministic:
+        os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not (deterministic or enabled)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        if deterministic:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            if not named:
+                del os.environ[_CUBLAS_WORKSPACE]
+
+
+@contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """Networks that are made inside are in fp32 on the CPU and have the seed's weights.
+
+    The process' random numbers go on afterwards as if nothing had been drawn, and its default dtype and device stay.
+    """
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def keep_freed_memory() -> bool:

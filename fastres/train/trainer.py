@@ -53,7 +53,8 @@ class Trainer:
     """Trains one network on one dataset and keeps its run folder.
 
     Every random choice is a function of (seed, epoch, step), and `save` stores all that is summed up over steps,
-    so a resumed run goes on bit for bit.
+    so a resumed run goes on bit for bit. The process' own switches and random numbers are left as they are: what a run needs
+    of them is set while it runs.
 
     Args:
         config: checked options.
@@ -79,7 +80,6 @@ class Trainer:
         self.device = machine.pick_device(rank_device(config.device, ranks))
         self.config = config = machine.settled(config, self.device, ranks.of_first)
         self.dtype = machine.pick_dtype(config.precision, self.device)
-        machine.set_deterministic(config.deterministic)
         machine.check_cuda_graph(config.cuda_graph, self.device, self.dtype)
         if config.cuda_graph and ranks.count > 1:
             raise FastresError("--cuda-graph cannot hold the exchange between ranks: leave it out")
@@ -146,7 +146,7 @@ class Trainer:
         if self.history:
             self.folder.restore_rows(self.history)  # a process that was killed may have saved a row only in last.pt
         self._saved_at = time.monotonic()
-        with self.ranks.stop_request(self._end_at_once) as stop:
+        with machine.algorithms(self.config.deterministic), self.ranks.stop_request(self._end_at_once) as stop:
             while self.step < self.total_steps or self.batch:  # a run may have been stopped before its last validation
                 if not self._epoch_is_over():
                     self._train_epoch(stop)
@@ -205,7 +205,8 @@ class Trainer:
         """
         set_lr(self.optimizer, self._lr_factor(self.step))
         skipped = self.tally.skipped
-        self.learn(images, labels)
+        with machine.algorithms(self.config.deterministic):
+            self.learn(images, labels)
         if self.tally.skipped > skipped and self.scaler.get_scale() < LEAST_SCALE:  # to skip, the scaler has waited itself
             raise OverflowingGradients(
                 f"gradients overflow fp16 in epoch {self.epoch + 1}, step {self.step + 1}, at every loss scale down to "

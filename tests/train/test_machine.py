@@ -3,11 +3,13 @@
 import io
 import os
 import platform
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from support_train import same_weights, tiny_trainer
 
 from fastres.train import machine
 
@@ -49,13 +51,19 @@ def test_a_compiler_that_is_missing_is_known_before_the_work_starts(tmp_path):
     assert "leave out --compile, or install a C++ compiler" in done.stdout and done.stdout.count("\n") == 1
 
 
-def test_cudnn_times_its_algorithms_unless_results_must_repeat(monkeypatch):
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda only: None)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    for only in (False, True):
-        machine.set_deterministic(only)
+@pytest.mark.parametrize("only", [False, True])
+def test_cudnn_times_its_algorithms_unless_they_must_be_deterministic(only):
+    before = torch.backends.cudnn.benchmark
+    with machine.algorithms(only):
         assert torch.backends.cudnn.benchmark != only
+        assert torch.are_deterministic_algorithms_enabled() == only
+    assert torch.backends.cudnn.benchmark == before and not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with machine.algorithms(only):
+            assert not torch.backends.cudnn.benchmark and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_freed_memory_is_kept_where_the_c_library_can():
@@ -76,3 +84,64 @@ def test_freed_memory_is_kept_or_returned(how, returned):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (float(done.stdout) > 200) == returned, done.stdout + done.stderr
+
+
+def switches():
+    """All that PyTorch lets one set for the whole process, and that a run might."""
+    cudnn = torch.backends.cudnn
+    return {
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cudnn": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision),
+        "precision": torch.get_float32_matmul_precision(),
+        "matmul": torch.backends.cuda.matmul.fp32_precision,
+        "onednn": (torch.backends.mkldnn.conv.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "grad": torch.is_grad_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "random": torch.get_rng_state().tolist(),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "environment": dict(os.environ),
+    }
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_run_leaves_the_process_as_it_was(tmp_path, deterministic, theirs, backend):
+    """Building a trainer and training: those that the process had set, and those that it had not."""
+    dtype, benchmark = torch.get_default_dtype(), torch.backends.cudnn.benchmark
+    if theirs:
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = True
+    try:
+        before = switches()
+        trainer = tiny_trainer(tmp_path, deterministic=deterministic, steps=1, backend=backend)
+        assert switches() == before
+        assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in trainer.model.parameters())
+        trainer.fit()
+        assert switches() == before
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def test_a_step_is_deterministic_and_the_process_is_not(tmp_path, monkeypatch):
+    trainer, seen = tiny_trainer(tmp_path, deterministic=True, steps=1), []
+    monkeypatch.setattr(trainer, "learn", lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    trainer.train_step(torch.randn(2, 3, 12, 12), torch.tensor([0, 1]))
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+    assert machine._CUBLAS_WORKSPACE not in os.environ
+
+
+def test_the_seed_alone_makes_the_weights(tmp_path):
+    torch.manual_seed(1)
+    first = tiny_trainer(tmp_path / "first", steps=1).model.state_dict()
+    torch.manual_seed(2)
+    again = tiny_trainer(tmp_path / "again", steps=1).model.state_dict()
+    other = tiny_trainer(tmp_path / "other", steps=1, seed=5).model.state_dict()
+    assert same_weights(first, again) and not same_weights(first, other)

@@ -20,6 +20,10 @@ from fastres.kernels.geometry import cdiv, power_of_2
 PROGRAMS = 132
 # Smallest side of a tile that tl.dot takes.
 LEAST = 16
+# Registers a thread of kernels that spill a few with 128, with Triton 3.6 and not with 3.8: the weight gradient of a
+# convolution of few channels, which computes a pixel's place for each column (104 bytes for the 7x7 stem on sm_80), and the
+# strided data gradient behind a BatchNorm whose statistics are constants (8 bytes). They need 161 and 144 at most.
+MORE_REGISTERS = 168
 
 
 class Config(NamedTuple):
@@ -45,7 +49,9 @@ class Config(NamedTuple):
         )
 
 
-def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype) -> list[Config]:
+def conv_configs(
+    rows: int, columns: int, depth: int, dtype: torch.dtype, least_registers: int = 0
+) -> list[Config]:
     """Configurations of a convolution's product, the one to take first.
 
     Args:
@@ -53,15 +59,18 @@ def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype) -> lis
         columns: its channels.
         depth: channels summed over, of one tap.
         dtype: of the operands.
+        least_registers: a thread's limit is no lower.
     """
     block_n = power_of_2(columns, LEAST, 128 if dtype.itemsize == 2 else 64)
     tiles = _distinct([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))], dtype)
     full = [tile for tile in tiles if cdiv(rows, tile[0]) * cdiv(columns, tile[1]) >= PROGRAMS]
     first = full[0] if full else tiles[-1]
-    return [_config(*tile, depth, dtype) for tile in sorted(tiles, key=lambda tile: tile != first)]
+    return [_config(*tile, depth, dtype, least_registers) for tile in sorted(tiles, key=lambda tile: tile != first)]
 
 
-def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype, flat: bool = False) -> list[Config]:
+def wgrad_configs(
+    rows: int, columns: int, pixels: int, dtype: torch.dtype, least_registers: int = 0
+) -> list[Config]:
     """Configurations of a weight gradient, the one to take first.
 
     Args:
@@ -69,13 +78,11 @@ def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype, flat
         columns: channels of a tap, or taps times channels.
         pixels: summed over.
         dtype: of the operands.
-        flat: whether a column is a tap and a channel: its pixel's place is then computed for each column, in registers of
-            their own, so that 128 do not do (the 7x7 stem spills 104 bytes with Triton 3.6, none with 168).
+        least_registers: a thread's limit is no lower.
     """
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
     tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype)
-    configs = [_config(*tile, pixels, dtype) for tile in tiles]
-    return [one._replace(most_registers=max(one.most_registers, 168)) for one in configs] if flat else configs
+    return [_config(*tile, pixels, dtype, least_registers) for tile in tiles]
 
 
 def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -84,7 +91,7 @@ def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[in
     return tiles[-1:] if precision(dtype) == "ieee" else tiles
 
 
-def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Config:
+def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype, least_registers: int) -> Config:
     """The tile with the step, warps and stages at which it neither spills nor outgrows an A100's shared memory.
 
     Told no limit of registers, the assembler aims low and spills a few bytes for it; told one, it does not. With up to 128
@@ -100,6 +107,7 @@ def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype) -> Confi
         block_k, num_warps, num_stages, registers = 32, 4, 3, 255
     if dtype.itemsize == 4:  # twice the shared memory for an element, and its registers
         block_k, num_stages, registers = 16 if precision(dtype) == "ieee" else 32, 3, 255
+    registers = max(registers, least_registers)
     return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages, registers)
 
 

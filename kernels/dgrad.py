@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import at_rank, conv_configs, precision
+from fastres.kernels.configs import MORE_REGISTERS, at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv
 from fastres.kernels.resources import Demand, falling_back, fitting
 from fastres.kernels.tiles import (
@@ -235,7 +235,11 @@ def conv_dgrad(
         made_columns=False,
         depth=kh * kw * cout,
     )
-    config = at_rank(conv_configs(rows * stride**2, cin, cout, dz.dtype), rank, fitting(demand))
+    frozen = abc is not None and y is None
+    configs = conv_configs(
+        rows * stride**2, cin, cout, dz.dtype, MORE_REGISTERS if frozen and stride > 1 else 0
+    )
+    config = at_rank(configs, rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     dx = buffers.empty(dz, n, height, width, cin)
     common = math.gcd(stride, dilation)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import LEAST, at_rank, precision, splits, wgrad_configs
+from fastres.kernels.configs import LEAST, MORE_REGISTERS, at_rank, precision, splits, wgrad_configs
 from fastres.kernels.geometry import Pad, cdiv
 from fastres.kernels.resources import Demand, falling_back, fitting
 from fastres.kernels.tiles import SCALE, SHIFT, bn_backward, frozen_bn_backward, relu
@@ -165,7 +165,8 @@ def conv_wgrad(
         made_columns=coef is not None,
         depth=pixels,
     )
-    config = at_rank(wgrad_configs(cout, columns, pixels, dz.dtype, flat), rank, fitting(demand))
+    configs = wgrad_configs(cout, columns, pixels, dz.dtype, MORE_REGISTERS if flat else 0)
+    config = at_rank(configs, rank, fitting(demand))
     programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)
     steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config.block_k))
     parts = cdiv(pixels, config.block_k * steps)

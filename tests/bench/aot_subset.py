@@ -136,22 +136,32 @@ def hits() -> list[bool]:
 def main() -> None:
     """The largest variant of each kernel, with and without a shortcut; of the 3x3 convolutions that of 256 channels.
 
-    Moreover the weight gradients of the 7x7 stem, and on devices of little shared memory the kernels that could not have
-    their first tiles there, each once.
+    Moreover the variants that spill where they have 128 registers, and on devices of little shared memory the kernels that
+    could not have their first tiles there, each once.
     """
-    rows = []
-    for limit in sorted({SHARED_LIMIT[arch] for arch in ARCHITECTURES}):
-        archs = [arch for arch in ARCHITECTURES if SHARED_LIMIT[arch] == limit]
-        found = specialisations("resnet50 ImageNet", "bf16", ranks=[0], shared=limit)
-        stems = {one for one in found if one.kernel == "conv_wgrad_kernel" and one.constants["KH"] == 7}
-        if limit == min(SHARED_LIMIT.values()):
-            smaller = found - specialisations("resnet50 ImageNet", "bf16", ranks=[0])
-            found, stems = smaller, set()
-        chosen = {(one.kernel, "shortcut_ptr" in one.pointers): one for one in sorted(found, key=_demand)}
-        rows += compile_all({*chosen.values(), *stems}, archs)
+    network, least = ("resnet50 ImageNet", "bf16"), min(SHARED_LIMIT.values())
+    found = specialisations(*network, ranks=[0])
+    second = filter(_is_strided_and_frozen, specialisations(*network, ranks=[1]))
+    chosen = {(one.kernel, "shortcut_ptr" in one.pointers): one for one in sorted(found, key=_demand)}
+    needy = {*filter(_is_stems_gradient, found), max(second, key=lambda one: one.constants["CIN"])}
+    rows = [*compile_all({*chosen.values(), *needy}, [arch for arch in ARCHITECTURES if SHARED_LIMIT[arch] > least])]
+    smaller = specialisations(*network, ranks=[0], shared=least) - found
+    chosen = {one.kernel: one for one in sorted(smaller, key=_demand)}
+    rows += compile_all(chosen.values(), [arch for arch in ARCHITECTURES if SHARED_LIMIT[arch] == least])
     apart = [row for arch in ARCHITECTURES for row in compile_all(dilated(SHARED_LIMIT[arch]), [arch])]
     records = {name: [as_record(row) for row in of] for name, of in (("rows", rows), ("dilated", apart))}
     print(json.dumps({"probe": probe(), **records, "keys": [*keys().values()], "hits": hits()}))
+
+
+def _is_stems_gradient(one: Specialisation) -> bool:
+    return one.kernel == "conv_wgrad_kernel" and one.constants["KH"] == 7
+
+
+def _is_strided_and_frozen(one: Specialisation) -> bool:
+    """Data gradient through a 3x3 convolution of stride 2 behind a BatchNorm of constant statistics, to one below."""
+    constants, tensors = one.constants, one.pointers
+    window = one.kernel == "conv_dgrad_kernel" and (constants["KH"], constants["STRIDE"]) == (3, 2)
+    return window and "abc_ptr" in tensors and "y_ptr" not in tensors and "sums_ptr" in tensors
 
 
 def _demand(one: Specialisation) -> tuple:

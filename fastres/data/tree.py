@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from fastres.data.dataset import DataError
 
@@ -16,14 +17,13 @@ BROKEN_LINK, NO_FILE, LOOP, UNSAFE = "broken links", "not regular files", "links
 NAMED = 10  # files of each kind that a line names
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A file: its path within the tree, what messages call it, and a stamp that changes when it does."""
 
     parts: tuple[str, ...]
     where: str
     stamp: str
-    read: Callable[[], bytes] = field(compare=False)
+    read: Callable[[], bytes]
 
 
 @dataclass
@@ -49,15 +49,23 @@ def hidden(name: str) -> bool:
 
 
 def read_file(path: str) -> bytes:
-    """A file's bytes."""
-    with open(path, "rb", buffering=0, opener=_no_wait) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    """A file's bytes.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it is no regular file.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer for ever
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is no regular file")
-        return file.read()
-
-
-def _no_wait(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer for ever
+        raw = os.read(file, status.st_size + 1)
+        while len(raw) < status.st_size and (more := os.read(file, status.st_size)):
+            raw += more
+        return raw
+    finally:
+        os.close(file)
 
 
 def stamp(status: os.stat_result) -> str:

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 import fastres
 from fastres import data
+from fastres import predict as predict_command
 from fastres.cache import cache_folder, clear, kept, private_folder
 from fastres.errors import FastresError
 from fastres.export import command as export_command
@@ -27,8 +26,9 @@ from fastres.models.registry import accepted_options
 from fastres.output import lasting_output
 from fastres.train import PRESETS, Interrupted, TrainConfig, Trainer, machine, preset, report
 from fastres.train import sweep as sweeps
+from fastres.train.confusion import confusion, write_confusion
 from fastres.train.distributed import ALONE, Onlooker, Ranks, joined, rank_device
-from fastres.train.evaluate import evaluate, predict_logits
+from fastres.train.evaluate import evaluate
 from fastres.train.facts import run_facts
 from fastres.train.final_test import final_test
 from fastres.train.identity import CHANGED_BY_RESUME, PLACE, difference
@@ -43,7 +43,6 @@ OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 DATA_OPTIONS = (  # those that `load_data` reads
     "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test",
 )  # fmt: skip
-PREDICTED = 64  # images at a time
 
 
 class Parser(argparse.ArgumentParser):
@@ -202,8 +201,8 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
         f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, "
         f"best {best['val_accuracy']:.2%} in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}",
     )
-    if tested:
-        say(ranks, tested)
+    for line in tested:
+        say(ranks, line)
     return 0
 
 
@@ -294,6 +293,10 @@ def eval_(args: argparse.Namespace) -> int:
     )
     start = time.perf_counter()
     scores = evaluate(trained.model, batches, dtype, config.tta)
+    if args.report is not None:
+        found = confusion(trained.model, batches, len(trained.classes), dtype)
+        write_confusion(args.report, found, trained.classes, f"{label}, {trained.path}")
+        print(f"{args.report}: by class, {found.line(trained.classes)}")
     averaged = "" if scores.tta_accuracy is None else f", with mirror images {scores.tta_accuracy:.2%}"
     rate = len(split) / (time.perf_counter() - start)
     print(
@@ -307,24 +310,6 @@ def eval_(args: argparse.Namespace) -> int:
 def same_data(one: str, other: str) -> bool:
     """Whether two values of --data mean the same: then what was kept for validation must not be trained on."""
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
-
-
-@torch.inference_mode()
-def predict(args: argparse.Namespace) -> int:
-    """Print the most probable classes of image files."""
-    device = machine.pick_device(getattr(args, "device", "auto"))
-    machine.use_device(device)
-    trained = load_trained(find_checkpoint(args.checkpoint), device)
-    for start in range(0, len(args.images), PREDICTED):
-        paths = args.images[start : start + PREDICTED]
-        images = data.read_images(paths, trained.stored_size).to(device)
-        inputs = data.normalise(data.resize(images, trained.image_size), trained.mean, trained.std)
-        probabilities = predict_logits(trained.model, inputs, getattr(args, "tta", False)).softmax(1)
-        for path, row in zip(paths, probabilities):
-            top = row.topk(min(args.top, len(trained.classes)))
-            chosen = zip(top.values.tolist(), top.indices.tolist())
-            print(f"{path}  {'  '.join(f'{trained.classes[i]} {p:.1%}' for p, i in chosen)}")
-    return 0
 
 
 def models(args: argparse.Namespace) -> int:
@@ -405,15 +390,14 @@ def make_parser() -> argparse.ArgumentParser:
     add_options(sub, OPTIONS)
 
     sub = command("eval", eval_)
+    sub.add_argument("--report", type=Path, metavar="FOLDER", help="write accuracy by class and confusion matrix there")
     sub.add_argument("checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
     add_options(sub, ("data", "data_root", "val_share", "val_seed", "skip_bad", "limit_test", "eval_batch_size", "tta"))
     add_options(sub, ("device", "precision"))
 
-    sub = command("predict", predict)
-    sub.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
-    sub.add_argument("--run", dest="checkpoint", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
-    sub.add_argument("--top", type=positive, default=3, help="classes to print [3]", metavar="INT")
-    add_options(sub, ("tta", "device"))
+    sub = command("predict", predict_command.predict)
+    predict_command.add_arguments(sub, positive)
+    add_options(sub, ("skip_bad", "tta", "device"))
 
     export_command.add_arguments(command("export", export))
 

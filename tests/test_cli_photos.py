@@ -68,8 +68,11 @@ def test_a_test_set_that_picks_nothing_is_evaluated_at_the_end(tmp_path, capsys)
     printed = capsys.readouterr().out
     result = json.loads((out / "test.json").read_text())
     assert f"test accuracy {result['accuracy']:.2%} of epoch {result['epoch']}" in printed and result["images"] == 12
-    assert main(["eval", str(out), "--device", "cpu"]) == 0
+    assert main(["eval", str(out), "--report", str(tmp_path / "report"), "--device", "cpu"]) == 0
     assert f"loss {result['loss']:.4f}" in capsys.readouterr().out
+    for name in ("confusion.csv", "classes.csv"):
+        assert (tmp_path / "report" / name).read_text() == (out / name).read_text()
+    assert (out / "confusion.png").exists()
     assert not train(root, tmp_path / "other", "--data", str(photos(tmp_path / "two")))["history"] == []
     assert not (tmp_path / "other" / "test.json").exists()
 

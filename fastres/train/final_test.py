@@ -1,4 +1,4 @@
-"""The accuracy of a finished run on images that picked nothing: neither the best epoch nor any option."""
+"""What the best epoch of a finished run comes to: its mistakes by class, and its accuracy on images that picked nothing."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import json
 
 from fastres.atomic import atomic_write
 from fastres.data import Augment, Batches
+from fastres.train.confusion import confusion, write_confusion
 from fastres.train.evaluate import evaluate
 from fastres.train.run_folder import TEST
 from fastres.train.trained import load_trained
 from fastres.train.trainer import Trainer
 
 
-def final_test(trainer: Trainer) -> str | None:
-    """Evaluate ``best.pt``, which validation images picked, on the test images; write ``test.json`` and tell in a line.
+def final_test(trainer: Trainer) -> list[str]:
+    """Evaluate ``best.pt`` on the test images, write the confusion matrix to the run folder, and tell in a line or two.
 
-    None where the data have no images for that alone, or on another rank than the first.
+    Where validation images of their own picked the epoch, ``test.json`` has the scores. Only the first rank does it.
     """
-    dataset, config = trainer.dataset, trainer.config
-    if dataset.val is None or not trainer.ranks.first:
-        return None
-    trained = load_trained(trainer.folder.best, trainer.device)
+    dataset, config, folder = trainer.dataset, trainer.config, trainer.folder
+    if not trainer.ranks.first or not folder.best.exists():
+        return []
+    trained = load_trained(folder.best, trainer.device)
     batches = Batches(
         dataset.test,
         min(config.eval_batch_size, len(dataset.test)),
@@ -30,11 +31,16 @@ def final_test(trainer: Trainer) -> str | None:
         train=False,
         device=trainer.device,
     )
-    scores = evaluate(trained.model, batches, trainer.dtype, config.tta)
-    row = {"epoch": trained.epoch, "images": len(dataset.test), "loss": scores.loss, "accuracy": scores.accuracy}
-    with atomic_write(trainer.folder.path / TEST) as file:
-        file.write(json.dumps({**row, "tta_accuracy": scores.tta_accuracy}).encode())
-    return (
-        f"test accuracy {scores.accuracy:.2%} of epoch {trained.epoch}, the best by validation, on {len(dataset.test)} images "
-        "that picked nothing"
-    )
+    found = confusion(trained.model, batches, len(dataset.classes), trainer.dtype)
+    write_confusion(folder.path, found, list(dataset.classes), f"{dataset.label}, epoch {trained.epoch}")
+    lines = [f"epoch {trained.epoch}, by class: {found.line(list(dataset.classes))}"]
+    if dataset.val is not None:
+        scores = evaluate(trained.model, batches, trainer.dtype, config.tta)
+        row = {"epoch": trained.epoch, "images": len(dataset.test), "loss": scores.loss, "accuracy": scores.accuracy}
+        with atomic_write(folder.path / TEST) as file:
+            file.write(json.dumps({**row, "tta_accuracy": scores.tta_accuracy, "top5": found.top5}).encode())
+        lines.append(
+            f"test accuracy {scores.accuracy:.2%} of epoch {trained.epoch}, the best by validation, on {len(dataset.test)} "
+            "images that picked nothing"
+        )
+    return lines

@@ -15,6 +15,7 @@ from fastres.atomic import atomic_write, leftovers
 from fastres.errors import FastresError
 from fastres.train.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
 from fastres.train.config import TrainConfig
+from fastres.train.confusion import FILES as CONFUSION
 from fastres.train.content import RUN, check_content
 from fastres.train.curves import plot_curves
 from fastres.train.events import Events
@@ -25,7 +26,7 @@ LOCK, CONFIG, METRICS, CURVES, RESULT, TEST = (
     ".lock", "config.json", "metrics.jsonl", "curves.png", "result.json", "test.json",
 )  # fmt: skip
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-_WRITTEN = (CONFIG, METRICS, CURVES, RESULT, TEST, LAST, PREVIOUS, BEST)
+_WRITTEN = (CONFIG, METRICS, CURVES, RESULT, TEST, LAST, PREVIOUS, BEST, *CONFUSION)
 _NO_RUN = "no run can go on from it"
 
 

@@ -223,9 +223,9 @@ def test_images_are_predicted_a_few_at_a_time(run, tmp_path, capsys, monkeypatch
     paths = [str(tmp_path / f"{number}.png") for number in range(5)]
     argv = ["predict", *paths, "--run", str(run), "--device", "cpu"]
     assert main(argv) == 0
-    whole, sizes, read = capsys.readouterr().out, [], data.read_images
-    monkeypatch.setattr("fastres.cli.PREDICTED", 2)
-    monkeypatch.setattr(data, "read_images", lambda paths, *args: sizes.append(len(paths)) or read(paths, *args))
+    whole, sizes, decode = capsys.readouterr().out, [], data.decode.decode
+    monkeypatch.setattr("fastres.predict.CHUNK", 2)
+    monkeypatch.setattr("fastres.predict.decode", lambda files, *args: sizes.append(len(files)) or decode(files, *args))
     assert main(argv) == 0
     assert capsys.readouterr().out == whole and sizes == [2, 2, 1]
 

@@ -122,7 +122,9 @@ def _add_network(found: Report, name: str, network: nn.Module, planned: bool) ->
     reasons = [part.reason for part in parts if part.reason is not None]
     if reasons:
         found.left[name] = "; ".join(dict.fromkeys(reasons))
-    return opened_containers(steps)
+    fused = {step for part in parts if part.kind == STEM for step in part.steps}
+    holders = [module for module in network.modules() if not fused.isdisjoint(module.children())]
+    return [*opened_containers(steps), *holders]
 
 
 def is_fusable(module: nn.Module) -> bool:

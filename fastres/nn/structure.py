@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fastres.nn.bypass import (
     CONTAINERS,
+    HOLDERS,
+    IDENTITIES,
     SHORTCUTS,
     Known,
     absent_reason,
@@ -30,9 +32,9 @@ class Block(NamedTuple):
 
     layers: Sequence[tuple[nn.Module, nn.Module]]  # each convolution with the BatchNorm behind it, or in front of it
     activations: Sequence[nn.Module] = ()  # the ReLU modules that the forward calls
-    # None: x itself, or a module: nn.Sequential(convolution, BatchNorm) joins the operation, others are called. With
-    # preactivation a convolution of the rectified x.
-    shortcut: nn.Module | None = None
+    # None: x itself, or a module: nn.Sequential(convolution, BatchNorm) joins the operation, others are called; or such a
+    # pair that another module holds. With preactivation a convolution of the rectified x.
+    shortcut: nn.Module | tuple[nn.Module, nn.Module] | None = None
     residual: bool = True  # whether it has a shortcut at all
     relu: bool = True  # whether ReLU ends it
     preactivation: bool = False
@@ -59,6 +61,7 @@ class Entry(NamedTuple):
 
 
 _entries: dict[type, Entry] = {}
+_named: dict[tuple[str, str], tuple[Callable[[Any], Any], bool]] = {}  # by module and name of classes that may be missing
 _found: dict[type, Entry | None] = {}
 
 
@@ -89,6 +92,18 @@ def _register(cls: type[nn.Module], adapter: Callable[[Any], Any], is_block: boo
     _found.clear()
 
 
+def register_named_block(module: str, name: str, adapter: Callable[[Any], Block]) -> None:
+    """`register_block` of a class by its module and name: a library that is imported later, or never."""
+    _named[module, name] = adapter, True
+    _found.clear()
+
+
+def register_named_network(module: str, name: str, adapter: Callable[[Any], Sequence[Step]]) -> None:
+    """`register_network` of a class by its module and name."""
+    _named[module, name] = adapter, False
+    _found.clear()
+
+
 def registered_classes() -> list[type]:
     """Those with an adapter."""
     return list(_entries)
@@ -97,8 +112,17 @@ def registered_classes() -> list[type]:
 def entry_of(cls: type) -> Entry | None:
     """What is registered for a class or its nearest base."""
     if cls not in _found:
-        _found[cls] = next((_entries[base] for base in cls.__mro__ if base in _entries), None)
+        _found[cls] = next((entry for base in cls.__mro__ if (entry := _entry_of(base)) is not None), None)
     return _found[cls]
+
+
+def _entry_of(cls: type) -> Entry | None:
+    """What is registered for this very class; one that is known by name is so only with its own module's forward."""
+    named = _named.get((cls.__module__, cls.__qualname__))
+    if cls not in _entries and named is not None and issubclass(cls, nn.Module):
+        if getattr(vars(cls).get("forward"), "__module__", None) == cls.__module__:
+            _entries[cls] = Entry(Known(cls), *named)
+    return _entries.get(cls)
 
 
 def is_block(cls: type) -> bool:
@@ -146,8 +170,10 @@ def structure_reason(block: Block) -> str | None:
         if reason := absent_reason(module):
             return reason
     for container in block.opened:
-        if reason := CONTAINERS.reason(container):
+        if reason := HOLDERS.reason(container):
             return reason
+    if isinstance(block.shortcut, tuple):
+        return "a pre-activation block's shortcut is a pair" if block.preactivation else unsupported(*block.shortcut)
     if block.preactivation and block.residual and block.shortcut is not None:
         return unsupported(block.shortcut)
     return None
@@ -155,11 +181,14 @@ def structure_reason(block: Block) -> str | None:
 
 def projection_of(shortcut: Any) -> tuple[nn.Module, nn.Module] | None:
     """Convolution and BatchNorm of a shortcut that joins the fused operation; None: it is called."""
-    if shortcut is None or CONTAINERS.of(type(shortcut)) is None or len(shortcut) != 2:
+    if isinstance(shortcut, tuple):
+        return shortcut
+    if shortcut is None or CONTAINERS.of(type(shortcut)) is None:
         return None
-    if CONTAINERS.reason(shortcut) or unsupported(*shortcut):
+    modules = [m for m in shortcut if IDENTITIES.of(type(m)) is None or IDENTITIES.reason(m)]
+    if len(modules) != 2 or CONTAINERS.reason(shortcut) or unsupported(*modules):
         return None
-    return shortcut[0], shortcut[1]
+    return modules[0], modules[1]
 
 
 def is_parameterless(shortcut: nn.Module) -> bool:

@@ -1,4 +1,7 @@
-"""What the blocks and networks of `fastres.reference` and torchvision are made of; the fused classes that have names."""
+"""What the blocks and networks of `fastres.reference` and torchvision are made of; the fused classes that have names.
+
+Those of libraries that need not be there have modules of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
 from fastres.nn import blocks, networks  # noqa: F401  the fused forms
+from fastres.nn.adapters import timm, transformers  # noqa: F401  known by the names of their classes
+from fastres.nn.adapters.common import numbered_layers
 from fastres.nn.classes import fused_class
 from fastres.nn.structure import Block, Stages, Step, register_block, register_network
 from fastres.reference import cifar, layers, notebook, preact
@@ -17,11 +22,6 @@ from fastres.reference.resnet import BasicBlock as EagerBasicBlock
 from fastres.reference.resnet import Bottleneck as EagerBottleneck
 from fastres.reference.resnet import ResNet
 from fastres.reference.speed import SpeedResNet, Widen, WidenAndHalve
-
-
-def numbered_layers(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """``conv1`` with ``bn1``, and so on, as far as the block has them."""
-    return [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
 
 
 def residual_block(block: Any) -> Block:

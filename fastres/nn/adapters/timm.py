@@ -1,0 +1,73 @@
+"""What timm's residual networks are made of; timm itself is not imported.
+
+Blocks with attention (SE and the like), anti-aliasing, or a dropping of paths or pixels that is active run eagerly.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.nn.adapters.common import numbered_layers
+from fastres.nn.bypass import has_hooks
+from fastres.nn.structure import Block, Step, register_named_block, register_named_network
+
+RESNET = "timm.models.resnet"
+
+
+def residual_block(block: Any) -> Block:
+    """Of ``BasicBlock`` and ``Bottleneck``."""
+    activations = [getattr(block, f"act{i}") for i in (1, 2, 3) if hasattr(block, f"act{i}")]
+    dropping = [module for module in (block.drop_block, block.drop_path) if not _is_inert(module)]
+    return Block(numbered_layers(block), activations, block.downsample, absent=[block.aa, block.se, *dropping])
+
+
+def resnet_steps(network: Any) -> list[Step]:
+    """Of ``ResNet``, whatever its stem, pool and head."""
+    stages: list[Step] = [network.layer1, network.layer2, network.layer3, network.layer4]
+    if network.grad_checkpointing:
+        stages = [partial(_checkpointed, network)]
+    steps: list[Step] = [network.conv1, network.bn1, network.act1, network.maxpool, *stages]
+    steps += _pool_steps(network.global_pool)
+    if network.drop_rate:
+        steps.append(_dropout(network))
+    return [*steps, network.fc]
+
+
+def _is_inert(module: nn.Module | None) -> bool:
+    """Whether it is one of timm's that drop paths or blocks, and drops none now."""
+    if type(module).__name__ not in ("DropPath", "DropBlock2d") or not type(module).__module__.startswith("timm."):
+        return False
+    own = has_hooks(module) or "forward" in module.__dict__  # type: ignore[arg-type, union-attr]
+    return not own and not (module.training and module.drop_prob)  # type: ignore[union-attr]
+
+
+def _pool_steps(pool: Any) -> list[Step]:
+    """Of a ``SelectAdaptivePool2d`` its own two modules, where nothing waits for its call."""
+    known = type(pool).__name__ == "SelectAdaptivePool2d" and type(pool).__module__.startswith("timm.")
+    if not known or has_hooks(pool) or "forward" in pool.__dict__:
+        return [pool]
+    return [pool.pool, pool.flatten]
+
+
+def _dropout(network: Any) -> Callable[[Tensor], Tensor]:
+    def dropout(x: Tensor) -> Tensor:
+        return F.dropout(x, p=float(network.drop_rate), training=network.training)
+
+    return dropout
+
+
+def _checkpointed(network: Any, x: Tensor) -> Tensor:
+    """The stages as timm runs them with ``set_grad_checkpointing``."""
+    checkpoint_seq = sys.modules[RESNET].checkpoint_seq
+    return checkpoint_seq([network.layer1, network.layer2, network.layer3, network.layer4], x, flatten=True)
+
+
+for _name in ("BasicBlock", "Bottleneck"):
+    register_named_block(RESNET, _name, residual_block)
+register_named_network(RESNET, "ResNet", resnet_steps)

@@ -213,7 +213,8 @@ def absent_reason(module: nn.Module | None) -> str | None:
     if IDENTITIES.of(type(module)):
         return IDENTITIES.reason(module)
     if DROPOUTS.of(type(module)):
-        return f"{type(module).__name__} is active" if module.training and module.p else DROPOUTS.reason(module)
+        rate = module.p if hasattr(module, "p") else module.drop_prob
+        return f"{type(module).__name__} is active" if module.training and rate else DROPOUTS.reason(module)
     return f"{_a(type(module))} stands in the block"
 
 

@@ -102,8 +102,9 @@ def test_drop_path_is_left_eager_in_training_alone(caplog):
     model = timm("resnet18", drop_path_rate=0.5)(small=True)
     left = survey(model, planned=True).left
     assert "layer2.0" in left and all("DropPath" in reason for reason in left.values())
-    model = fuse(model.eval())
-    assert report(model).fused_blocks == report(model).blocks
+    model = fuse(model)
+    assert report(model).left == left
+    assert report(model.eval()).fused_blocks == report(model).blocks
     eager = unfuse(copy.deepcopy(model))
     x = torch.randn(4, 3, 32, 32)
     for mode in (True, False):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.nn.adapters.common import numbered_layers
-from fastres.nn.bypass import has_hooks
+from fastres.nn.bypass import DROPOUTS, has_hooks
 from fastres.nn.structure import Block, Step, register_named_block, register_named_network
 
 RESNET = "timm.models.resnet"
@@ -23,8 +23,10 @@ RESNET = "timm.models.resnet"
 def residual_block(block: Any) -> Block:
     """Of ``BasicBlock`` and ``Bottleneck``."""
     activations = [getattr(block, f"act{i}") for i in (1, 2, 3) if hasattr(block, f"act{i}")]
-    dropping = [module for module in (block.drop_block, block.drop_path) if not _is_inert(module)]
-    return Block(numbered_layers(block), activations, block.downsample, absent=[block.aa, block.se, *dropping])
+    for module in (block.drop_block, block.drop_path):
+        _know(module)
+    absent = [block.aa, block.se, block.drop_block, block.drop_path]
+    return Block(numbered_layers(block), activations, block.downsample, absent=absent)
 
 
 def resnet_steps(network: Any) -> list[Step]:
@@ -39,12 +41,11 @@ def resnet_steps(network: Any) -> list[Step]:
     return [*steps, network.fc]
 
 
-def _is_inert(module: nn.Module | None) -> bool:
-    """Whether it is one of timm's that drop paths or blocks, and drops none now."""
-    if type(module).__name__ not in ("DropPath", "DropBlock2d") or not type(module).__module__.startswith("timm."):
-        return False
-    own = has_hooks(module) or "forward" in module.__dict__  # type: ignore[arg-type, union-attr]
-    return not own and not (module.training and module.drop_prob)  # type: ignore[union-attr]
+def _know(module: nn.Module | None) -> None:
+    """Let those of timm's modules that drop paths or blocks count as dropouts."""
+    named = type(module).__name__ in ("DropPath", "DropBlock2d") and type(module).__module__.startswith("timm.")
+    if module is not None and named and DROPOUTS.of(type(module)) is None:
+        DROPOUTS.add(type(module))
 
 
 def _pool_steps(pool: Any) -> list[Step]:

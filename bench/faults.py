@@ -319,10 +319,10 @@ def job(folder: Path, phase: str | None, other: bool = False) -> list[tuple[int 
     return [child.end() for child in [Child(partial(rank_of, number, port, folder, phase, other)) for number in ranks]]
 
 
-def lost(folder: Path) -> dict[str, Any]:
+def lost(folder: Path, phases: Sequence[str] = lost_ranks.PHASES) -> dict[str, Any]:
     """Two of three ranks end in each phase: the third says so, and the job goes on from whole files."""
     outcomes = []
-    for number, phase in enumerate(lost_ranks.PHASES):
+    for number, phase in enumerate(phases):
         run = folder / f"lost-{number}"
         status, text = job(run, phase)[0]
         told = status == 2 and text.count("\n") == 1 and ("lost contact" in text or "cannot meet" in text)

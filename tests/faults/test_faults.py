@@ -23,8 +23,15 @@ def folder(tmp_path):
         (faults.read_only, 3),
         (lambda folder: faults.two_runs(folder, 1), 2),
         (lambda folder: faults.clock_jumps(folder, (4102444800,)), 0),
+        (lambda folder: faults.operations(folder, 3), 0),
+        (faults.hostile_folders, 19),
+        (lambda folder: faults.lost(folder, ["in an epoch"]), 1),
+        (faults.other_data, 6),
     ],
-    ids=["kill -9", "file-size limit", "read-only folder", "two runs in one folder", "clock jumps"],
+    ids=[
+        "kill -9", "file-size limit", "read-only folder", "two runs in one folder", "clock jumps", "file operations",
+        "hostile folders", "lost ranks", "other data",
+    ],
 )
 def test_runs(fault, refused, folder):
     row = fault(folder)

@@ -15,7 +15,7 @@ BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 SMALL = 128 * 128  # pixels of an image that is always decoded whole
 MOST = 2**27  # pixels of an image: no camera's has more
-HARMLESS, MOST_PACKED = 2**22, 100  # a larger image that decodes to more bytes for one of the file is no photo
+HARMLESS, MOST_PACKED = 2**25, 100  # a larger image that decodes to more bytes for one of the file is neither photo nor scan
 UPRIGHT = {  # what undoes an EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -155,3 +155,9 @@ def test_text_chunks_are_no_pixels():
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 1000)
     np.testing.assert_array_equal(read(Image.fromarray(COLOUR), pnginfo=info), COLOUR)
+
+
+def test_an_empty_page_from_a_scanner_is_read():
+    buffer = io.BytesIO()
+    Image.new("1", (2480, 3508), 1).save(buffer, "TIFF", compression="group4")  # A4, 300 dots an inch, a few hundred bytes
+    assert (pixels.square(pixels.open_image(buffer.getvalue()), 16) == 255).all()

@@ -88,7 +88,7 @@ class Ranks:
 
     def any(self, mine: bool) -> bool:
         """Whether it is so on any rank."""
-        return bool(self.total(torch.tensor(int(mine))))
+        return mine if self.count == 1 else bool(self.total(torch.tensor(int(mine))))
 
     def others_than_first(self, value: str) -> list[int]:
         """The ranks whose value is not rank 0's."""

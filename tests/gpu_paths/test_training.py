@@ -40,7 +40,8 @@ def on_fake_cuda(device: str, folder, **changes):
         def patch(*args):
             stack.enter_context(mock.patch.object(*args))
 
-        patch(trainer, "save_checkpoint", lambda *_: None)
+        patch(RunFolder, "save", lambda *_: None)
+        patch(RunFolder, "save_best", lambda *_: None)
         patch(evaluate.Tally, "means", lambda tally: (1.0, 0.5))  # an epoch's end waits, once
         patch(Trainer, "check_finite", lambda run: None)
         patch(RunFolder, "write_curves", lambda *_: None)

@@ -2,10 +2,11 @@
 
 The launches of training steps and of inference are recorded (`bench.launches`), their specialisations compiled for
 each architecture by Triton, and registers, spills, shared memory, tensor-core instructions and the width of loads and
-stores read from the machine code (`bench.sass`). One table row stands for all specialisations that differ in nothing
-but their numbers of channels, and is that of the largest; ``--every-shape`` compiles them all. Exits with 1 when a
-configuration does not compile, spills, takes more shared memory than there is, or has a `tl.dot` but no tensor-core
-instruction.
+stores read from the machine code (`bench.sass`); how many programs a multiprocessor runs at once, and what share of the
+tensor cores' peak or of the memory's bandwidth the model predicts (`bench.machine`), whichever the kernel needs longer. One
+table row stands for all specialisations that differ in nothing but their numbers of channels, and is that of the largest;
+``--every-shape`` compiles them all. Exits with 1 when a configuration does not compile, spills, takes more shared memory
+than there is, has a `tl.dot` but no tensor-core instruction, or is slower by the model than `bench.machine.shares` allows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ import triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 
-from bench.launches import Specialisation, recorded
+from bench.launches import Launch, Specialisation, recorded
+from bench.machine.shares import fault, occupancy, share
 from bench.record import write_results
 from bench.sass import SHARED_LIMIT, Resources, resources
 from fastres.atomic import atomic_write
@@ -69,11 +71,23 @@ class Row:
     arch: int
     resources: Resources | None
     error: str = ""  # of the compilation
+    share: float | None = None  # of the tensor cores or of the memory, by the model; None: not modelled
+    first: bool = False  # whether it is the configuration that is taken first, which has a floor
 
     @property
     def faults(self) -> list[str]:
         """Why it must not be shipped; empty: it may."""
-        return [self.error] if self.resources is None else self.resources.faults(self.arch)
+        if self.resources is None:
+            return [self.error]
+        slow = fault(self.specialisation, self.arch, self.share) if self.first else []
+        return self.resources.faults(self.arch) + slow
+
+    @property
+    def occupancy(self) -> int | None:
+        """Programs that a multiprocessor runs at once; None: none fits, or the GPU is not known."""
+        if self.resources is None:
+            return None
+        return occupancy(self.resources, dict(self.specialisation.options).get("num_warps", 4), self.arch)
 
 
 def specialisations(
@@ -85,16 +99,25 @@ def specialisations(
         network, precision: keys of `NETWORKS` and `PRECISIONS`.
         shared: bytes of shared memory that a program can have on the device, by which configurations are chosen; None: any.
     """
+    return set(launches_of(network, precision, ranks, shared))
+
+
+def launches_of(
+    network: str, precision: str, ranks: Iterable[int] = range(RANKS), shared: int | None = None
+) -> dict[Specialisation, Launch]:
+    """`specialisations`, each with the launch of it at the lowest rank that has the most programs."""
     name, shape, options = NETWORKS[network]
     dtype, tf32 = PRECISIONS[precision]
     images = torch.empty(shape).contiguous(memory_format=torch.channels_last)
-    found: set[Specialisation] = set()
+    found: dict[Specialisation, Launch] = {}
     with _convolutions_in_tf32(tf32), shared_memory_of(shared):
         for rank in ranks:
             for run in _runs(name, options):
                 with recorded(rank) as launches:
                     run(images, dtype)
-                found.update(launch.specialisation for launch in launches)
+                for launch in launches:
+                    known = found.get(launch.specialisation, launch)
+                    found[launch.specialisation] = min(known, launch, key=lambda one: (one.rank or 0, -one.programs))
     return found
 
 
@@ -161,6 +184,11 @@ def compile_all(found: Iterable[Specialisation], archs: Iterable[int], processes
         yield from pool.imap_unordered(compile_one, tasks)
 
 
+def modelled(row: Row, launch: Launch) -> Row:
+    """The row with the model's share, for a launch of its specialisation."""
+    return row if row.resources is None else replace(row, share=share(launch, row.arch), first=launch.rank == 0)
+
+
 def compile_one(task: tuple[Specialisation, int]) -> Row:
     """Compile a specialisation for an architecture, or read what an earlier run found.
 
@@ -190,11 +218,12 @@ def _measured_by() -> str:
 
 
 COLUMNS = ("kernel", "dtype", "channels", "variant", "tile", "warps", "stages", "sm", "registers", "spills",
-           "shared KB", "wide loads", "wide stores", "tensor cores", "verdict")  # fmt: skip
+           "shared KB", "wide loads", "wide stores", "tensor cores", "programs an SM", "share of its bound",
+           "verdict")  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
-    """The row as `COLUMNS` of text."""
+    """The row as `COLUMNS` of text. The share of what binds, tensor cores or memory, is the model's (`bench.machine`)."""
     one, found, options = row.specialisation, row.resources, dict(row.specialisation.options)
     head = [
         one.kernel.removesuffix("_kernel"),
@@ -207,11 +236,12 @@ def cells(row: Row) -> list[str]:
         str(row.arch),
     ]
     if found is None:
-        return [*head, *[""] * 6, row.error]
+        return [*head, *[""] * 8, row.error]
     cores = ", ".join(f"{count} {name}" for name, count in found.tensor_cores.items())
     wide = ["" if share is None else f"{share:.0%}" for share in (found.wide_loads, found.wide_stores)]
     measured = [str(found.registers), str(found.spills), f"{found.shared / 1000:.0f}", *wide, cores]
-    return [*head, *measured, "; ".join(row.faults) or "ok"]
+    modelled = [str(row.occupancy or ""), "" if row.share is None else f"{row.share:.0%}"]
+    return [*head, *measured, *modelled, "; ".join(row.faults) or "ok"]
 
 
 def variant(one: Specialisation) -> str:
@@ -251,6 +281,8 @@ def as_record(row: Row) -> dict[str, Any]:
         "constants": {name: value for name, value in one.constants.items() if value is not None},
         "options": dict(one.options),
         **({} if row.resources is None else row.resources._asdict()),
+        "occupancy": row.occupancy,
+        "share": row.share,
         "faults": row.faults,
     }
 
@@ -277,21 +309,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only kernels whose names begin so")
     parser.add_argument("--rank", nargs="+", type=int, default=list(range(RANKS)), help="of the configurations (all)")
     parser.add_argument("--every-shape", action="store_true", help="every number of channels, not the largest only")
+    parser.add_argument("--no-model", action="store_true", help="without the model's shares, which take a second each")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser.parse_args(argv)
 
 
-def launched(options: argparse.Namespace) -> Iterator[tuple[set[Specialisation], list[int]]]:
+def launched(options: argparse.Namespace) -> Iterator[tuple[dict[Specialisation, Launch], list[int]]]:
     """What devices of the same shared memory launch, with their architectures."""
     limit_of = SHARED_LIMIT.__getitem__
     for limit, archs in itertools.groupby(sorted(options.arch, key=limit_of), limit_of):
-        found: set[Specialisation] = set()
+        found: dict[Specialisation, Launch] = {}
         for network, precision in itertools.product(options.network, options.precision):
-            found |= specialisations(network, precision, options.rank, limit)
+            found |= launches_of(network, precision, options.rank, limit)
         if options.kernel:
-            found = {one for one in found if one.kernel.startswith(tuple(options.kernel))}
+            found = {one: found[one] for one in found if one.kernel.startswith(tuple(options.kernel))}
         yield found, list(archs)
 
 
@@ -301,10 +334,10 @@ def main(argv: list[str] | None = None) -> int:
     everything: set[Specialisation] = set()
     rows = []
     for found, archs in launched(options):
-        everything |= found
+        everything |= found.keys()
         chosen = list(found) if options.every_shape else representatives(found)
         for row in compile_all(chosen, archs, options.processes):
-            rows.append(row)
+            rows.append(row if options.no_model else modelled(row, found[row.specialisation]))
             print(f"\r{len(rows)} compiled", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     rows.sort(key=cells)

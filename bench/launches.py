@@ -14,9 +14,10 @@ import base64
 import hashlib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,14 @@ class Launch:
 
     specialisation: Specialisation
     grid: tuple[int, ...]
+    integers: dict[str, int] = field(default_factory=dict, hash=False)  # arguments by name, those that are compiled in too
+    tensors: dict[str, tuple[int, int]] = field(default_factory=dict, hash=False)  # by name: address, bytes
+    rank: int | None = 0  # of the configuration; None: around the library's convolutions
+
+    @property
+    def programs(self) -> int:
+        """Programs in the grid."""
+        return math.prod(self.grid)
 
 
 @contextmanager
@@ -113,7 +122,9 @@ def recorded(rank: int | None = 0) -> Iterator[list[Launch]]:
     def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         specialisation, bound = _specialise(function, args, kwargs)
         size = grid(bound) if callable(grid) else grid
-        launches.append(Launch(specialisation, tuple(size)))
+        integers = {name: int(value) for name, value in bound.items() if isinstance(value, int)}
+        tensors = {name: (one.data_ptr(), one.nbytes) for name, one in bound.items() if isinstance(one, Tensor)}
+        launches.append(Launch(specialisation, tuple(size), integers, tensors, rank))
 
     with (
         mock.patch.object(JITFunction, "run", run),

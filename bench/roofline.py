@@ -1,11 +1,11 @@
-"""Predicted times of training steps on GPUs that are not at hand: ``python -m bench.roofline``.
+"""What bytes and operations of training steps would take on GPUs that are not at hand: ``python -m bench.roofline``.
 
 The bytes of every launch of the eager, the compiled (Inductor) and the fused step are those that `bench.traffic`
 counted, the operations those of the convolutions; a launch takes ``max(bytes / bandwidth, flops / rate) + launch``.
 Bandwidth and rate are the data sheets', times a share that large copies and matrix products are assumed to reach. These
-are predictions of a lower bound, not measurements: no kernel reaches its roof. Stem and blocks are counted; average
-pool, last layer, loss and optimizer, which are the same in all, are not. Where a folder of campaign results exists for
-one of the GPUs, the same model with the ceilings measured there stands beside the times measured there.
+are lower bounds, not measurements: no kernel reaches its roof; `bench.machine` predicts what they take. Stem and blocks are
+counted; average pool, last layer, loss and optimizer, which are the same in all, are not. Where a folder of campaign results
+exists for one of the GPUs, the same model with the ceilings measured there stands beside the times measured there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from bench.blocks import Part, parts_of
 from bench.record import RESULTS, write_results
 from bench.report.common import networks
 from bench.tables import markdown
-from fastres.atomic import atomic_write
 
 
 class Machine(NamedTuple):
@@ -223,55 +222,12 @@ def rows(predictions: dict[str, dict[str, dict[str, dict[str, float]]]]) -> list
             seconds = {kind: figures["seconds"] for kind, figures in kinds.items()}
             lines.append(
                 [network, gpu, *(f"{1e3 * value:.2f}" for value in seconds.values())]
-                + [
-                    f"{seconds['eager'] / seconds['fused']:.2f}x",
-                    f"{seconds['compiled'] / seconds['fused']:.2f}x",
-                ]
                 + [f"{kinds[kind]['bandwidth_bound']:.0%}" for kind in KINDS]
             )
     return lines
 
 
-COLUMNS = ("network", "GPU", "eager ms", "compiled ms", "fused ms", "eager / fused", "compiled / fused",
-           "bandwidth-bound: eager", "compiled", "fused")  # fmt: skip
-
-
-def plot(predictions: dict[str, Any], machines: dict[str, Machine], path: Path) -> None:
-    """Roofs of the GPUs with each network's whole step as a point a kind; and how much faster than eager each is."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    axes, bars = figure.subplots(1, 2)
-    intensity = [2 ** (power / 8) for power in range(16, 81)]
-    for name, machine in machines.items():
-        roof = [min(machine.rate, x * machine.bandwidth) / 1e12 for x in intensity]
-        axes.loglog(intensity, roof, label=f"{name}, roof as assumed", linewidth=1)
-    shown = list(machines)[-2 if len(machines) > 1 else -1]
-    for kind, marker in zip(KINDS, "os^"):
-        points = [gpus[shown][kind] for gpus in predictions.values()]
-        axes.loglog(
-            [one["flops"] / one["bytes"] for one in points],
-            [one["flops"] / one["seconds"] / 1e12 for one in points],
-            marker,
-            label=f"{kind}, whole steps predicted on {shown}",
-        )
-        for network, one in zip(predictions, points) if kind == "fused" else ():
-            axes.annotate(
-                network, (one["flops"] / one["bytes"], one["flops"] / one["seconds"] / 1e12), fontsize=6
-            )
-    axes.set(xlabel="FLOP a byte, counted", ylabel="TFLOP/s, predicted", title="Predictions, no measurement")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
-    for index, kind in enumerate(KINDS):
-        ratios = [gpus[shown]["eager"]["seconds"] / gpus[shown][kind]["seconds"] for gpus in predictions.values()]
-        places = [row + 0.27 * index for row in range(len(predictions))]
-        bars.bar_label(bars.barh(places, ratios, 0.25, label=kind), fmt="%.2f", fontsize=7)
-    bars.set_yticks([row + 0.27 for row in range(len(predictions))], predictions)
-    bars.invert_yaxis()
-    bars.set(xlabel="speed, eager 1", xlim=(0, 1.3 * bars.get_xlim()[1]), title=f"Predicted on {shown}")
-    bars.legend(fontsize=7)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+COLUMNS = ("network", "GPU", "eager ms", "compiled ms", "fused ms", "bandwidth-bound: eager", "compiled", "fused")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -291,7 +247,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Predict, compare, print, write the result and the picture."""
+    """Predict, compare, print, write the result."""
     args = parse(argv)
     traffic = read_traffic(args.traffic or sorted(RESULTS.glob("traffic*.json")))
     machines = {
@@ -325,7 +281,6 @@ def main(argv: list[str] | None = None) -> None:
             "compared": compared,
         },
     )
-    plot(predictions, machines, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

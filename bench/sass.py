@@ -80,6 +80,18 @@ def resources(kernel: Any) -> Resources:
     )
 
 
+def registers(cubin: bytes) -> int:
+    """Registers a thread of a compiled kernel.
+
+    Raises:
+        RuntimeError: if Triton's ``cuobjdump`` fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return _usage("REG", _cuobjdump("-res-usage", path))
+
+
 def _usage(name: str, text: str) -> int:
     found = re.search(rf"{name}:(\d+)", text)
     if found is None:

@@ -37,6 +37,7 @@ NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "resnet20": ("resnet20", 32, {}),
     "resnet110": ("resnet110", 32, {}),
     "resnet50 CIFAR": ("resnet50", 32, {"stem": "cifar"}),
+    "resnet18 CIFAR": ("resnet18", 32, {"stem": "cifar"}),
 }
 MOST = 20  # blocks of a stage that are all counted
 

@@ -118,13 +118,19 @@ def conv_wgrad_kernel(
 
 
 @triton.jit
-def sum_parts_kernel(parts_ptr, out_ptr, size, parts, BLOCK: tl.constexpr):
-    """``out[i] = sum over p of parts[p, i]``, in the order of p. parts_ptr: [parts, size] fp32. Moves each once."""
+def sum_parts_kernel(parts_ptr, out_ptr, size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[i] = sum over p of parts[p, i]``. parts_ptr: [parts, size] fp32. Moves each once.
+
+    A tile has PARTS parts, so that as many loads are in flight as there are, and few columns, so that small weights have
+    programs enough: the sum waits for the memory, not for its rate.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        total += tl.load(parts_ptr + part * size + i, mask=ok, other=0.0)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < parts)[:, None] & ok[None, :]
+        total += tl.sum(tl.load(parts_ptr + part[:, None] * size + i[None, :], mask=inside, other=0.0), 0)
     tl.store(out_ptr + i, total, mask=ok)
 
 
@@ -199,5 +205,5 @@ def conv_wgrad(
     if parts == 1:
         return dw[0]
     out = buffers.empty(dz, cout, kh, kw, cin, dtype=torch.float32)
-    sum_parts_kernel[(cdiv(out.numel(), 1024),)](dw, out, out.numel(), parts, BLOCK=1024)
+    sum_parts_kernel[(cdiv(out.numel(), 128),)](dw, out, out.numel(), parts, PARTS=16, BLOCK=128)
     return out

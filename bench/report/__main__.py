@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench import report
 from bench.record import RESULTS, ROOT
-from bench.report import counted, single, training
+from bench.report import counted, predicted, single, training
 from bench.report.campaign import CAMPAIGN, models
 from bench.report.common import read
 from bench.report.plots import plots
@@ -36,7 +36,9 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "traffic": counted.traffic(results),
         "traffic-networks": counted.network_traffic(results),
         "roofline": counted.predictions(roofline),
-        "roofline-ratios": counted.ratios(roofline),
+        "machine": predicted.steps(results),
+        "machine-kernels": predicted.kernels(results),
+        "machine-test": predicted.sharpest(results),
         "growth": single.growth_table(results / "growth-cpu.json"),
         "cpu": single.on_a_cpu(results / "cpu.json"),
         "levers": single.levers_of_a_cpu(results / "levers-cpu.json"),

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import roofline
-from bench.report.common import Record, picture, read
+from bench.report.common import Record, read
 from bench.tables import markdown
 
 KINDS = tuple(roofline.KINDS)  # eager, compiled, fused
 
 
 def predictions(path: Path) -> str | None:
-    """The roofline's table."""
+    """The roofline's table: what bytes and operations alone would take."""
     record = read(path)
     if not record:
         return None
@@ -26,32 +26,10 @@ def predictions(path: Path) -> str | None:
     bandwidth, rate = roofline.DATA_SHEETS[name]
     shares = f"{machine['bandwidth'] / bandwidth:.0%} and {machine['rate'] / rate:.0%} of the data sheets', assumed"
     return (
-        f"**Predictions, not measurements**: no GPU was used. Batch {record['batch']}, {record['dtype']}; counted "
-        f"bytes and operations of every launch under a roof of {assumed} ({shares}), "
+        f"**Lower bounds, not measurements**: no GPU was used, and no kernel reaches its roof. Batch {record['batch']}, "
+        f"{record['dtype']}; counted bytes and operations of every launch under a roof of {assumed} ({shares}), "
         f"{1e6 * machine['launch']:.0f} us a launch.\n\n"
         f"{markdown(roofline.COLUMNS, roofline.rows(record['predictions']))}"
-    )
-
-
-def ratios(path: Path) -> str | None:
-    """The roofline's predicted ratios, a row a network, and its picture."""
-    record = read(path)
-    if not record:
-        return None
-    columns = [f"{gpu}: {kind} / fused" for gpu in record["machines"] for kind in KINDS[:-1]]
-    rows = [
-        [network]
-        + [
-            f"{gpus[gpu][kind]['seconds'] / gpus[gpu]['fused']['seconds']:.2f}x"
-            for gpu in record["machines"]
-            for kind in KINDS[:-1]
-        ]
-        for network, gpus in record["predictions"].items()
-    ]
-    return (
-        f"**Predictions, not measurements**: no GPU was used. Step time over the fused step's, batch {record['batch']}, "
-        f"{record['dtype']}.\n\n{markdown(['network', *columns], rows)}"
-        + picture(path.with_suffix(".png"), "Roofline, predictions")
     )
 
 

@@ -6,10 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import triton
 
-from bench.aot import ARCHITECTURES
+from bench.aot import ARCHITECTURES, Row
+from bench.machine import floors
+from bench.machine.floors import FLOORS, TRITON
+from bench.machine.shares import fault
 from bench.sass import SHARED_LIMIT, Resources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +108,38 @@ def test_what_is_compiled_ahead_of_time_has_the_jits_key(subset):
 
 def test_the_jit_finds_in_its_cache_what_was_compiled_ahead_of_time(subset):
     assert subset["hits"] == [False, False, True, True, False]  # compiled twice, found twice, and one of its own
+
+
+def test_no_kernel_is_slower_than_its_floor(subset):
+    """By the model, of what binds it: a fault would name one below. Every convolution and pass has a floor and a share."""
+    rows = [row for row in subset["rows"] if row["share"] is not None and row["kernel"] in (*CONVOLUTIONS, *PASSES)]
+    assert {(row["kernel"], row["arch"]) for row in rows} == {*itertools.product((*CONVOLUTIONS, *PASSES), (80, 90))}
+    for row in rows:
+        names = ("KH", "STRIDE", "CIN", "COUT") if row["kernel"] in CONVOLUTIONS else ()
+        floor = FLOORS[row["arch"]][(row["kernel"], *(row["constants"][name] for name in names))]
+        assert 0 < row["share"] <= 1 and row["occupancy"] >= 1, row
+        if triton.__version__.startswith(TRITON):
+            assert floor <= row["share"], row
+            assert row["share"] <= 2 * floor, f"raise the floor to 0.9 * {row['share']:.3f}"
+
+
+def test_a_kernel_below_its_floor_is_not_shipped(monkeypatch):
+    constants = {"KH": 3, "STRIDE": 1, "CIN": 64, "COUT": 32}
+    one = SimpleNamespace(kernel="conv_kernel", constants=constants, pointers={"x_ptr": "bf16"})
+    monkeypatch.setattr(floors, "TRITON", triton.__version__)
+    monkeypatch.setitem(FLOORS, 90, {("conv_kernel", 3, 1, 64, 32): 0.3})
+    assert fault(one, 90, 0.31) == fault(one, 90, None) == fault(one, 75, 0.1) == []
+    assert fault(one, 90, 0.25) == ["25.0% of its bound by the model, 30.0% is the least"]
+    in_fp32 = SimpleNamespace(kernel="conv_kernel", constants=constants, pointers={"x_ptr": "fp32"})
+    assert fault(in_fp32, 90, 0.01) == []
+    assert Row(one, 90, GOOD, share=0.25, first=True).faults == fault(one, 90, 0.25)
+    assert Row(one, 90, GOOD, share=0.25).faults == []  # another rank's: a candidate, timed before it is taken
+
+
+def test_the_model_takes_products_for_what_libraries_reach(subset):
+    """Published: 600 to 800 TFLOP/s of large bf16 products on an H100, in large tiles."""
+    assert 600 < subset["products"]["large"] < 800
+    assert 200 < subset["products"]["small"] < 400
 
 
 def _convolutions(subset, arch):

@@ -138,9 +138,8 @@ def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys
         assert kinds["eager"]["seconds"] > kinds["fused"]["seconds"] > 0
     (one,) = found["compared"]
     assert (one["peer"], one["batch"], one["measured"]) == ("fused", 16, 1.0)
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     text = counted.predictions(out)
-    assert text.startswith("**Predictions, not measurements**") and text.count("resnet20") == 3
+    assert text.startswith("**Lower bounds, not measurements**") and text.count("resnet20") == 3
 
 
 def test_counts_become_tables(tmp_path):
@@ -170,7 +169,6 @@ def test_growth_measures_its_points(tmp_path, monkeypatch):
     for figures in point["peers"].values():
         assert figures["images_per_second"] == pytest.approx(2 / figures["seconds"]["median"])
         assert figures["peak_mib"] >= figures["idle_mib"] > 0
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "resnet20, batch 2, 32 pixels" in single.growth_table(out)
 
 

@@ -1,0 +1,42 @@
+"""The least share of what binds it that a kernel's first configuration is shipped with, by the model.
+
+Nine tenths of what the kernels had when this was written, in bf16, as one version of Triton compiled them: one that becomes
+slower is seen without a GPU. A kernel that becomes quicker raises its floor. By architecture; convolutions by kernel, window,
+stride, channels read and made, other kernels by name. What is not named, and what another Triton compiled, has no floor.
+"""
+
+from __future__ import annotations
+
+import triton
+
+from bench.launches import Specialisation
+
+TRITON = "3.8."
+FLOORS: dict[int, dict[tuple[str | int, ...], float]] = {
+    80: {
+        ("conv_kernel", 1, 1, 512, 128): 0.85,
+        ("conv_kernel", 3, 1, 256, 256): 0.36,
+        ("conv_dgrad_kernel", 3, 1, 256, 256): 0.29,
+        ("conv_wgrad_kernel", 3, 1, 256, 256): 0.26,
+        ("conv_wgrad_kernel", 7, 2, 3, 64): 0.062,
+        ("bn_add_relu_kernel",): 0.80,
+        ("bn_add_relu_backward_kernel",): 0.71,
+    },
+    90: {
+        ("conv_kernel", 1, 1, 512, 128): 0.70,
+        ("conv_kernel", 3, 1, 256, 256): 0.21,
+        ("conv_dgrad_kernel", 3, 1, 256, 256): 0.16,
+        ("conv_wgrad_kernel", 3, 1, 256, 256): 0.135,
+        ("conv_wgrad_kernel", 7, 2, 3, 64): 0.077,
+        ("bn_add_relu_kernel",): 0.82,
+        ("bn_add_relu_backward_kernel",): 0.64,
+    },
+}
+
+
+def floor_of(one: Specialisation, arch: int) -> float | None:
+    """The least share of a specialisation; None: there is none. fp32 has none."""
+    if not (triton.__version__.startswith(TRITON) and {"bf16", "fp16"} & set(one.pointers.values())):
+        return None
+    sizes = ("KH", "STRIDE", "CIN", "COUT") if "KH" in one.constants else ()
+    return FLOORS.get(arch, {}).get((one.kernel, *(one.constants[name] for name in sizes)))

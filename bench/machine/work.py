@@ -1,0 +1,82 @@
+"""What a recorded launch has to do: trips of its loop, bytes of its tensors, operations of its product."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from bench.launches import Launch
+from bench.machine.loops import body, main_loop
+from bench.machine.pipes import WARPGROUP, moved, operations
+from bench.machine.program import Program
+
+# Kernels that merge a few rows of sums: `bench.machine.chips.SMALL` each.
+MERGING = {"finalize_kernel", "merge_kernel", "bn_backward_coef_kernel", "partial_sums_kernel", "running_coef_kernel",
+           "update_running_kernel"}  # fmt: skip
+# Elementwise passes: at the memory's rate, as the peers' are.
+STREAMING = {"bn_add_relu_kernel", "bn_add_relu_backward_kernel", "bn_backward_apply_kernel", "moments_kernel"}
+
+
+class Work(NamedTuple):
+    """Of one launch."""
+
+    programs: int
+    trips: int  # of the machine code's main loop
+    bytes: int  # each tensor once; of a pointwise convolution with a stride the pixels that it reads
+    operations: int  # of a convolution
+
+
+def work_of(launch: Launch, program: Program) -> Work:
+    """What a launch of one of the project's kernels does."""
+    trips = math.ceil(_trips(launch) / unrolled(program, launch.specialisation.constants))
+    return Work(launch.programs, trips, _bytes(launch), _operations(launch))
+
+
+def _trips(launch: Launch) -> int:
+    integers, constants = launch.integers, launch.specialisation.constants
+    match launch.specialisation.kernel:
+        case "conv_kernel":
+            return integers["k_blocks"]
+        case "conv_wgrad_kernel":
+            return integers["steps"]
+        case "conv_dgrad_kernel":  # a program's taps are those of its pixels' remainder modulo the stride: the mean
+            taps = constants["KH"] * constants["KW"] / constants["STRIDE"] ** 2
+            return max(1, round(integers["c_blocks"] * taps))
+        case "sum_parts_kernel":
+            return math.ceil(integers["parts"] / constants["PARTS"])
+    return integers.get("tiles", 1)
+
+
+def _bytes(launch: Launch) -> int:
+    constants = launch.specialisation.constants
+    skipping = launch.specialisation.kernel != "conv_dgrad_kernel" and constants.get("KH") == 1
+    sizes: dict[int, int] = {}
+    for name, (address, size) in launch.tensors.items():
+        part = constants["STRIDE"] ** 2 if skipping and name == "x_ptr" else 1
+        sizes[address] = max(size // part, sizes.get(address, 0))
+    return sum(sizes.values())
+
+
+def _operations(launch: Launch) -> int:
+    constants, integers = launch.specialisation.constants, launch.integers
+    if "KH" not in constants:
+        return 0
+    pixels = integers["M"] if "M" in integers else integers["N"] * integers["OH"] * integers["OW"]  # of dz
+    return 2 * pixels * math.prod(constants[name] for name in ("CIN", "COUT", "KH", "KW"))
+
+
+def unrolled(program: Program, constants: dict) -> int:
+    """Trips of the source's loop that one of the machine code's makes, by what both do."""
+    loop = main_loop(program.code)
+    if loop is None:
+        return 1
+    inside, warps = body(program.code, loop), program.warps
+    tile = [int(constants.get(f"BLOCK_{side}") or 0) for side in "MNK"]
+    if all(tile):
+        per_warp = {"HGMMA": warps / WARPGROUP, "HMMA": warps}
+        done = sum(operations(one) * per_warp.get(one.name, 0) for one in inside)
+        return max(1, round(done / (2 * math.prod(tile))))
+    if "PARTS" in constants:
+        loaded = sum(moved(one) for one in inside if one.name == "LDG") * warps
+        return max(1, round(loaded / (4 * constants["PARTS"] * constants["BLOCK"])))
+    return 1

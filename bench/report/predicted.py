@@ -1,0 +1,73 @@
+"""Sections of the model's predictions: `bench.machine`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.machine import tables
+from bench.report.common import Record, read
+from bench.tables import markdown
+
+LABEL = "**Predictions of a model; no GPU has timed these kernels.**"
+# Launches of ResNet-50 at 224 pixels that test the model most sharply, since it predicts far more than their bytes take.
+SHARPEST = (("conv 1x1", 64, 256), ("conv_wgrad 3x3", 256, 256))
+
+
+def steps(results: Path) -> str | None:
+    """Step times and ratios of the networks, each a range."""
+    found = list(_records(results))
+    if not found:
+        return None
+    rows = [tables.step_cells(record) for record in found]
+    return (
+        f"{LABEL} Batch {found[0]['batch']}, {found[0]['dtype']}; ms a training step of stem and blocks, and ratios above 1 "
+        f"where the fused step is faster. {_meaning(found)}\n\n{markdown(tables.STEPS, rows)}"
+    )
+
+
+def _meaning(found: list[Record]) -> str:
+    ranks = max(record["ranks"] for record in found)
+    most = "the first configuration" if ranks == 1 else f"{ranks} configurations"
+    under = "; each under three sets of assumptions" if any(len(record["steps"]) > 1 for record in found) else ""
+    return (
+        "A range is between a library whose convolutions are the model's plain products in their best tiles and one in tiles "
+        f"of at most 128 x 128{under}. Timed choices are between {most} and the library. Absolute times may be off by a "
+        "quarter and more, ratios by as much: one between 0.8x and 1.25x says that neither is clearly faster."
+    )
+
+
+def kernels(results: Path) -> str | None:
+    """The launches of each network by kernel."""
+    text = [
+        f"**{record['network']}**, {record['chip']['name']}, Triton alone, first configurations\n\n"
+        f"{markdown(tables.KINDS, tables.kind_rows(record))}"
+        for record in _records(results)
+    ]
+    return f"{LABEL}\n\n" + "\n\n".join(text) if text else None
+
+
+def sharpest(results: Path) -> str | None:
+    """The launches by which an hour on a GPU would test the model."""
+    rows = [
+        [f"{record['network']}, {record['chip']['name']}", *tables.convolution_cells(row)]
+        for record in _records(results)
+        for row in _sharp(record)
+    ]
+    columns = ("network", *tables.CONVOLUTIONS)
+    return f"{LABEL} Batch 256.\n\n{markdown(columns, rows)}" if rows else None
+
+
+def _sharp(record: Record) -> Iterator[dict[str, Any]]:
+    if record["network"] != "resnet50":
+        return
+    for kernel, cin, cout in SHARPEST:
+        same = [row for row in record["convolutions"] if (row["kernel"], row["cin"], row["cout"]) == (kernel, cin, cout)]
+        yield from same[:1]
+
+
+def _records(results: Path) -> Iterator[Record]:
+    for path in sorted(results.glob("machine-*.json")):
+        if record := read(path):
+            yield record

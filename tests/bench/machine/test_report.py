@@ -1,0 +1,53 @@
+"""Predictions as they are shown."""
+
+import json
+
+import pytest
+
+from bench.machine import tables
+from bench.report import predicted
+
+STEP = {
+    "Triton": 0.060, "Triton tiles": 0.055, "fused tuned": 0.040, "fused plain": 0.042, "compiled tuned": 0.044,
+    "compiled plain": 0.048, "eager tuned": 0.050, "eager plain": 0.055,
+}  # fmt: skip
+ROW = {
+    "kernel": "conv 1x1", "cin": 64, "cout": 256, "with": ["coef", "mean"], "tile": [128, 128, 64], "registers": 168,
+    "resident": 1, "launches": 3, "seconds": 5.6e-4, "bytes": 1.8e-4, "tensor": 3e-5, "share": 0.31,
+    "busy": {"shared memory": 0.6, "issue": 0.5, "alu": 0.4},
+}  # fmt: skip
+FOUND = {
+    "network": "resnet50", "batch": 256, "dtype": "bfloat16", "chip": {"name": "H100"}, "bytes": 0.027, "ranks": 1,
+    "steps": {"assumed": STEP, "slower L2": {**STEP, "Triton": 0.066}},
+    "kinds": [{"kind": "conv 1x1", "launches": 3, "seconds": 0.04, "bytes": 0.01, "tensor": 0.001, "least": 0.012},
+              {"kind": "merging", "launches": 9, "seconds": 0.01, "bytes": 0.0, "tensor": 0.0, "least": 0.0}],
+    "convolutions": [{**ROW, "cout": 128}, ROW],
+}  # fmt: skip
+
+
+def test_ranges_are_over_assumptions_and_both_ends_of_the_library():
+    cells = dict(zip(tables.STEPS, tables.step_cells(FOUND)))
+    assert cells["Triton alone, ms"] == "60.0 to 66.0"
+    assert cells["torch.compile"] == "44.0 to 48.0"
+    assert cells["torch.compile / Triton alone"] == "0.67x to 0.80x"
+    assert cells["torch.compile / with timed choices"] == "1.10x to 1.14x"
+    assert cells["bytes and tensor cores alone, ms"] == "27.0"
+
+
+def test_kernels_by_their_share_of_the_step():
+    assert tables.kind_rows(FOUND) == [["conv 1x1", "3", "40.00", "80%", "12.00"], ["merging", "9", "10.00", "20%", "0.00"]]
+    assert "nothing was timed" in tables.summary(FOUND)
+
+
+def test_sections_are_labelled_as_a_models(tmp_path):
+    assert predicted.steps(tmp_path) is predicted.kernels(tmp_path) is predicted.sharpest(tmp_path) is None
+    (tmp_path / "machine-resnet50-sm90.json").write_text(json.dumps(FOUND))
+    for section in (predicted.steps, predicted.kernels, predicted.sharpest):
+        assert section(tmp_path).startswith("**Predictions of a model; no GPU has timed these kernels.**")
+    (line,) = [line for line in predicted.sharpest(tmp_path).splitlines() if "conv 1x1" in line]
+    assert "64 to 256" in line and "| 560 | 180 |" in line and "31%" in line
+
+
+@pytest.mark.parametrize("values, text", [([1.0, 1.001], "1.00x"), ([1.2, 0.9], "0.90x to 1.20x")])
+def test_a_range_of_one_value_is_one(values, text):
+    assert tables._range(values, "{:.2f}x") == text

@@ -95,8 +95,8 @@ def dilations() -> st.SearchStrategy[int]:
 
 
 @st.composite
-def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
-    """dtype, options and (x, layers, shortcut tensor or layer) of a residual block."""
+def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str, dilated: bool = True) -> tuple:
+    """dtype, options and (x, layers, shortcut tensor or layer) of a residual block, perhaps of a dilated one."""
     (n, height, width), widths = draw(images()), [draw(channels()) for _ in range(len(kernels) + 1)]
     stride, kind = 1 if shortcut == "identity" else draw(st.sampled_from([2, 1])), draw(kinds())
     if shortcut == "identity":
@@ -105,7 +105,7 @@ def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
         widths[-1], stride = widths[0] + draw(st.sampled_from([0, 0, 8])), 2
     options = dict(relu=draw(st.sampled_from([True, True, False])), keep=draw(st.sampled_from(["all", "fewer"])))
     dtype, value_seed, tensorflow = draw(dtypes()), draw(seeds()), draw(st.booleans())
-    dilation = 1 if tensorflow else draw(dilations())
+    dilation = draw(dilations()) if dilated and not tensorflow else 1
     note(f"{n}x{height}x{width} {widths} kernels {kernels} stride {stride} {shortcut} {kind} {options} {dtype}")
     note(f"dilation {dilation}")
     torch.manual_seed(value_seed)
@@ -166,7 +166,7 @@ def test_residual_block(kernels, shortcut):
 @st.composite
 def chains(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
     """dtype, what to keep, and (x, blocks, shortcut layer) of a block as `residuals` draws it and others behind it."""
-    dtype, options, (x, layers, added) = draw(residuals(kernels, shortcut))
+    dtype, options, (x, layers, added) = draw(residuals(kernels, shortcut, dilated=False))
     kind, outputs, inner = draw(kinds()), len(layers[-1].weight), draw(channels())
     widths, blocks = [outputs, *[inner] * (len(kernels) - 1), outputs], [layers]
     with device():
@@ -339,7 +339,7 @@ def test_global_avg_pool(dtype):
 def test_conv_bias_act():
     def check(dtype, options, arguments):
         x, (layer,), added = (cast(argument, dtype) for argument in arguments)
-        conv, bias = Conv(layer.weight, layer.stride, layer.pad), layer.norm.beta
+        conv, bias = Conv(layer.weight, *layer[2:]), layer.norm.beta
 
         def eager(x, weight, bias, added):
             y = eager_conv(x.permute(0, 3, 1, 2), conv._replace(weight=weight)).permute(0, 2, 3, 1) + bias.to(x.dtype)

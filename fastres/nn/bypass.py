@@ -46,10 +46,18 @@ class Known:
         self.cls = cls
         self.methods = _methods_of(cls)
         self.names = _CALLERS.union(self.methods)
+        self._on_top: dict[type, str | None] = {}
 
     def changed(self, module: nn.Module) -> str | None:
         """Whether its forward, or a method that this calls, is another than the class's."""
-        cls = eager_class(type(module))
+        cls = type(module)
+        if cls.__call__ is not _CALL:
+            return f"{cls.__name__} has a __call__ of its own"
+        if cls not in self._on_top:
+            self._on_top[cls] = _own_above_fused(cls, self.names)
+        if self._on_top[cls] is not None:
+            return f"{cls.__name__} has a {self._on_top[cls]} of its own"
+        cls = eager_class(cls)
         for name, function in self.methods.items():
             if getattr(cls, name) is not function:
                 return f"{cls.__name__} has a {name} of its own"
@@ -74,6 +82,18 @@ def _a(cls: type) -> str:
 def eager_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class itself, or of a fused one that which it was made of."""
     return getattr(cls, "_eager", cls)
+
+
+def _own_above_fused(cls: type[nn.Module], names: frozenset[str]) -> str | None:
+    """The first of the methods that a class, put on top of a fused one, has itself."""
+    if not hasattr(cls, "_eager"):
+        return None
+    for base in cls.__mro__:
+        if "_eager" in vars(base):
+            return None
+        if own := names.intersection(vars(base)):
+            return min(own)
+    return None
 
 
 def _methods_of(cls: type[nn.Module]) -> dict[str, types.FunctionType]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -78,25 +77,7 @@ def unfused_class(cls: type[nn.Module]) -> type[nn.Module]:
     return metaclass(cls.__name__, bases, names)
 
 
-def become_fused(module: nn.Module, channels_last: bool) -> None:
-    """Give a module the fused class, and its convolutions channels-last weights where they are to be that."""
+def become_fused(module: nn.Module) -> None:
+    """Give a module the fused class."""
     if not isinstance(module, Fused):
         module.__class__ = fused_class(type(module))
-    for child in module.modules() if channels_last else ():
-        if isinstance(child, nn.Conv2d):
-            for parameter in child.parameters(recurse=False):
-                _to_channels_last(parameter)
-
-
-@torch.no_grad()
-def _to_channels_last(parameter: nn.Parameter) -> None:
-    """Store a weight as the kernels read it, unless its memory is not its alone."""
-    if type(parameter) is not nn.Parameter or parameter.dim() != 4:
-        return
-    if parameter.is_contiguous(memory_format=torch.channels_last):
-        return
-    if parameter.device.type == "cpu" and parameter.is_shared():
-        return
-    if parameter.untyped_storage().nbytes() != parameter.numel() * parameter.element_size():
-        return
-    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

@@ -187,7 +187,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: where there is nothing to fold, or a BatchNorm has no running statistics.
     """
-    model = unfuse(copy.deepcopy(model)).eval().requires_grad_(False)
+    model = unfuse(_copy(model)).eval().requires_grad_(False)
     holder = nn.Module()
     holder.model = model  # so that a block given alone has a parent too
     found = survey(model, planned=True)
@@ -204,6 +204,17 @@ def fold(model: nn.Module) -> nn.Module:
             _fold_stems(module, found)
     logger.log(logging.WARNING if found.left else logging.INFO, "%s", str(found).replace(": fused", ": folded", 1))
     return holder.model.eval()
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; weights that a hook computed (pruned ones, say) are copied as values, which deepcopy refuses."""
+    computed = [
+        value
+        for module in model.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
 def _fold_blocks(holder: nn.Module, found: Report) -> None:

@@ -53,7 +53,7 @@ def test_trains_as_eager_and_unfuses(first, whole):
     eager, model = network(), network()
     expected = losses(eager)
     for step in ("fuse", "shard") if first == "fuse" else ("shard", "fuse"):
-        model = fuse(model, channels_last=first == "shard") if step == "fuse" else shard(model, whole)
+        model = fuse(model) if step == "fuse" else shard(model, whole)
     assert report(model).fused_blocks == 5 and not report(model).left
     assert losses(model) == pytest.approx(expected, rel=1e-6)
     unfuse(model)
@@ -63,7 +63,7 @@ def test_trains_as_eager_and_unfuses(first, whole):
 
 
 def test_data_parallel_in_a_process_group():
-    """Channels-last weights would give wrong gradients in the first step, for `fuse` comes after the wrapper."""
+    """`fuse` comes after the wrapper, which has noted the strides of the parameters: they must not change."""
     expected = losses(network())
     for inner in (False, True):
         model = nn.parallel.DistributedDataParallel(network())

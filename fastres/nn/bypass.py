@@ -51,7 +51,7 @@ class Known:
     def changed(self, module: nn.Module) -> str | None:
         """Whether its forward, or a method that this calls, is another than the class's."""
         cls = type(module)
-        if cls.__call__ is not _CALL:
+        if cls.__call__ is not nn.Module.__call__:
             return f"{cls.__name__} has a __call__ of its own"
         if cls not in self._on_top:
             self._on_top[cls] = _own_above_fused(cls, self.names)

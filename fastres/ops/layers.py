@@ -274,7 +274,9 @@ def contiguous(tensors: Sequence[Any]) -> list[Any]:
 
 def dense(dout: Tensor) -> Tensor:
     """The gradient of a result, without gaps: autograd may hand on an expanded or a sparse one."""
-    return (dout if dout.layout == torch.strided else dout.to_dense()).contiguous()
+    if torch.compiler.is_compiling() or dout.layout == torch.strided:  # compiled code knows dense tensors alone
+        return dout.contiguous()
+    return dout.to_dense().contiguous()
 
 
 def pixels(shape: Shape) -> int:

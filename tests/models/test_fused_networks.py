@@ -107,15 +107,16 @@ def test_functional_call_with_other_parameters():
     torch.testing.assert_close(torch.func.functional_call(fused, other, (x,)), expected)
 
 
-def test_fusing_keeps_every_object_and_name():
-    model = SMALL["torchvision"]()
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_fusing_keeps_every_object_name_and_memory(layout):
+    model = SMALL["torchvision"]().to(memory_format=layout)
     modules, state = dict(model.named_modules()), list(model.state_dict())
     tensors = [id(t) for t in (*model.parameters(), *model.buffers())]
     assert fuse(model) is model
     assert all(module is modules[name] for name, module in model.named_modules())
     assert [id(t) for t in (*model.parameters(), *model.buffers())] == tensors
     assert list(model.state_dict()) == state
-    assert model.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.layer1[0].conv2.weight.is_contiguous(memory_format=layout)
     assert fuse(model) is model
     assert type(unfuse(model)) is type(SMALL["torchvision"]())
 

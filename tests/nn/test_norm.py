@@ -94,7 +94,7 @@ def test_whole_bf16_modules_keep_bf16_statistics():
     "conv, reason",
     [
         (nn.Conv2d(4, 4, 3, groups=2, bias=False), "groups=2"),
-        (nn.Conv2d(4, 4, 3, dilation=2, bias=False), r"dilation=\(2, 2\)"),
+        (nn.Conv2d(4, 4, 3, dilation=(2, 1), bias=False), r"dilation=\(2, 1\)"),
         (nn.Conv2d(4, 4, 3), "bias"),
         (nn.Conv2d(4, 4, 3, (1, 2), bias=False), r"stride=\(1, 2\)"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False), "padding_mode='reflect'"),

@@ -133,12 +133,13 @@ class Primitives:
         return chosen(*args, **options)
 
     def _choose(self, able: dict[str, Callable], key: tuple, args: tuple, options: dict[str, Any]) -> Callable:
-        if torch.cuda.is_current_stream_capturing():
-            return next(iter(able.values()))  # a graph cannot hold the timing; an eager call may still decide
         assert self._choices is not None
-        name = self._choices.choose(_text(key), {n: partial(call, *args, **options) for n, call in able.items()})
+        text = _text(key)
+        if torch.cuda.is_current_stream_capturing():  # a graph cannot hold the timing; an eager call may still decide
+            return able[self._choices.known(text, able) or next(iter(able))]
+        name = self._choices.choose(text, {n: partial(call, *args, **options) for n, call in able.items()})
         self._chosen[key] = able[name]
-        _selection[_text(key)] = name
+        _selection[text] = name
         return able[name]
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,14 @@ class TimedChoices:
         # an earlier version kept those that ran out of memory as losers
         self._known = {key: entry for key, entry in known.items() if not any(map(_tells_of_memory, _errors(entry)))}
 
+    def known(self, key: str, candidates: Container[str]) -> str | None:
+        """Name of the fastest, if it was measured before and is among the candidates."""
+        winner = self._known[key]["winner"] if key in self._known else None
+        return winner if winner in candidates else None
+
     def choose(self, key: str, candidates: Mapping[str, Callable[[], Any]]) -> str:
         """Name of the fastest of ``candidates``, calls by name."""
-        entry = self._known.get(key)
-        if entry is None or entry["winner"] not in candidates:
+        if self.known(key, candidates) is None:
             self._known[key] = entry = self._measure(key, candidates)
             short = [name for name, text in entry["errors"].items() if _tells_of_memory(text)]
             if not short:
@@ -83,7 +87,7 @@ class TimedChoices:
                     f"{', '.join(short)} ran out of memory in the timing of {key}: this process takes {entry['winner']}, the "
                     "next one times again"
                 )
-        return entry["winner"]
+        return self._known[key]["winner"]
 
     def _measure(self, key: str, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         times: dict[str, float] = {}

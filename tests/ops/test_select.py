@@ -9,6 +9,7 @@ import torch
 from fastres import ops
 from fastres.ops import cpu, select
 from fastres.ops.select import Primitives, primitives
+from fastres.ops.timing import TimedChoices
 
 
 def chosen_for(x, monkeypatch, interpret="1", **environment):
@@ -92,6 +93,9 @@ class Choices:
             call()
         return list(candidates)[-1]
 
+    def known(self, key, candidates):
+        return None
+
 
 def test_each_shape_is_chosen_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -111,6 +115,21 @@ def test_nothing_is_timed_inside_a_graph_capture(monkeypatch):
     choices = Choices()
     spaces = {name: SimpleNamespace(op=lambda x, name=name: name) for name in ("first", "second")}
     assert Primitives(spaces, choices).op(torch.ones(1)) == "first" and not choices.keys
+
+
+def test_a_graph_captures_what_was_measured_before(monkeypatch, tmp_path):
+    spaces = {name: SimpleNamespace(op=lambda x, name=name: name) for name in ("first", "second")}
+    times = iter((2.0, 1.0))
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    choices = TimedChoices(tmp_path / "choices.json", "a machine", lambda call: next(times))
+    monkeypatch.setattr("fastres.ops.timing.difference", lambda *results: (0.0, None))
+    assert Primitives(spaces, choices).op(torch.ones(1)) == "second"
+    capturing = True
+    later = TimedChoices(tmp_path / "choices.json", "a machine", lambda call: pytest.fail("timed"))
+    assert Primitives(spaces, later).op(torch.ones(1)) == "second"
+    assert Primitives({"first": spaces["first"], "third": spaces["first"]}, later).op(torch.ones(1)) == "first"
+    assert Primitives(spaces, later).op(torch.ones(2)) == "first"
 
 
 class CurrentDevice:

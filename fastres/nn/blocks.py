@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastres.nn.bypass import SHORTCUTS, first_reason, has_hooks, say_once, unsupported, watched
 from fastres.nn.classes import Fused, form
 from fastres.nn.norm import conv_of, group_of, layer_of, norm_of, to_nchw, to_nhwc, track
-from fastres.nn.structure import Block, is_block, projection_of, structure_of
-from fastres.ops import Identity, Layer, preact_block, residual_chain
+from fastres.nn.structure import Block, is_block, projection_behind, projection_of, structure_of
+from fastres.ops import Identity, Layer, Statistics, preact_block, residual_chain
 from fastres.ops.layers import output_hw
 
 LONGEST = 8  # blocks in a chain
@@ -41,7 +41,8 @@ def fused_residual(
         x: [N, C, H, W], channels-last unless a copy is wanted.
         blocks: convolutions with their BatchNorms, in order, of one block and of others behind it.
         shortcut: of the first block, None: x itself. A convolution and a BatchNorm in an ``nn.Sequential`` join the
-            operation, and so does what `identity_of` knows; any other module is called.
+            operation, and so does what `identity_of` knows. With other modules in front of them there they are an
+            operation of their own. Any other module is called.
         residual: whether it has a shortcut at all.
         relu, keep, identities: see `residual_chain`.
     """
@@ -93,6 +94,7 @@ def _fused_residual(
             hw = output_hw(hw, conv.kernel_size, layer.stride, layer.pad, layer.dilation)
             chain[-1].append(layer)
     norms = [bn for pairs in blocks for _, bn in pairs]
+    behind: list[Statistics] = []
     added: Tensor | Layer | Identity | None = None
     if residual:
         identity, projection = identity_of(shortcut), projection_of(shortcut)
@@ -101,10 +103,18 @@ def _fused_residual(
         elif projection is not None:
             added = layer_of(*projection, tuple(nhwc.shape[1:3]))
             norms.append(projection[1])
+        elif (found := projection_behind(shortcut)) is not None:
+            called, (conv, bn) = found
+            y = x
+            for module in called:
+                y = module(y)
+            y = to_nhwc(y)
+            added, behind = residual_chain(y, [[layer_of(conv, bn, tuple(y.shape[1:3]))]], None, relu=False, keep=keep)
+            norms.append(bn)
         else:
             added = to_nhwc(shortcut(x))
     out, statistics = residual_chain(nhwc, chain, added, relu, keep, identities)
-    track(norms, statistics)
+    track(norms, [*statistics, *behind])
     return to_nchw(out)
 
 

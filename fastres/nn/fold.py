@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,15 @@ from fastres.nn.fuse import unfuse
 from fastres.nn.networks import STEM, opened_reason, parts_of
 from fastres.nn.norm import geometry_of, norm_of, to_nchw, to_nhwc
 from fastres.nn.report import Report, survey
-from fastres.nn.structure import Block, is_block, is_network, projection_of, structure_of, tell
+from fastres.nn.structure import (
+    Block,
+    is_block,
+    is_network,
+    projection_behind,
+    projection_of,
+    structure_of,
+    tell,
+)
 from fastres.ops import Conv, bn_relu, conv_bias_act, conv_bias_act_again
 from fastres.ops.cpu import PackedConv
 
@@ -134,9 +143,12 @@ class FoldedBlock(_Inference):
             FoldedConv(conv, bn, relu=block.relu or index < last) for index, (conv, bn) in enumerate(block.layers)
         )
         self.residual = block.residual
-        shortcut = block.shortcut
-        projection = projection_of(shortcut)
-        self.downsample = shortcut if projection is None else FoldedConv(*projection, relu=False)
+        shortcut: Any = block.shortcut
+        if (projection := projection_of(shortcut)) is not None:
+            shortcut = FoldedConv(*projection, relu=False)
+        elif (found := projection_behind(shortcut)) is not None:
+            shortcut = nn.Sequential(*found[0], FoldedConv(*found[1], relu=False))
+        self.downsample = shortcut
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:

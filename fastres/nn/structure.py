@@ -32,8 +32,9 @@ class Block(NamedTuple):
 
     layers: Sequence[tuple[nn.Module, nn.Module]]  # each convolution with the BatchNorm behind it, or in front of it
     activations: Sequence[nn.Module] = ()  # the ReLU modules that the forward calls
-    # None: x itself, or a module: nn.Sequential(convolution, BatchNorm) joins the operation, others are called; or such a
-    # pair that another module holds. With preactivation a convolution of the rectified x.
+    # None: x itself, or a module: nn.Sequential(convolution, BatchNorm) joins the operation; such a pair at the end of a longer
+    # nn.Sequential is one of its own, those in front of it (a pool, say) and all other modules are called; or a pair that
+    # another module holds. With preactivation a convolution of the rectified x.
     shortcut: nn.Module | tuple[nn.Module, nn.Module] | None = None
     residual: bool = True  # whether it has a shortcut at all
     relu: bool = True  # whether ReLU ends it
@@ -180,15 +181,24 @@ def structure_reason(block: Block) -> str | None:
 
 
 def projection_of(shortcut: Any) -> tuple[nn.Module, nn.Module] | None:
-    """Convolution and BatchNorm of a shortcut that joins the fused operation; None: it is called."""
+    """Convolution and BatchNorm of a shortcut that joins the fused operation; None: it is called, or a part of it."""
     if isinstance(shortcut, tuple):
         return shortcut
-    if shortcut is None or CONTAINERS.of(type(shortcut)) is None:
+    found = projection_behind(shortcut)
+    return None if found is None or found[0] else found[1]
+
+
+def projection_behind(shortcut: Any) -> tuple[list[nn.Module], tuple[nn.Module, nn.Module]] | None:
+    """Modules that a shortcut calls first, and the convolution and BatchNorm at its end; None: it has no such end.
+
+    As in ResNet-D (He et al. 2019, "Bag of tricks"), whose shortcut is an average pool and an unstrided projection.
+    """
+    if shortcut is None or CONTAINERS.of(type(shortcut)) is None or CONTAINERS.reason(shortcut):
         return None
     modules = [m for m in shortcut if IDENTITIES.of(type(m)) is None or IDENTITIES.reason(m)]
-    if len(modules) != 2 or CONTAINERS.reason(shortcut) or unsupported(*modules):
+    if len(modules) < 2 or unsupported(*modules[-2:]):
         return None
-    return modules[0], modules[1]
+    return modules[:-2], (modules[-2], modules[-1])
 
 
 def is_parameterless(shortcut: nn.Module) -> bool:

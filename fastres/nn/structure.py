@@ -83,7 +83,8 @@ def register_network(cls: type[nn.Module], adapter: Callable[[Any], Sequence[Ste
     Args:
         cls: takes [N, C, H, W] as the only argument of its forward.
         adapter: from a network to all that its forward does: modules and functions in the order in which they are
-            called, each with the result of the one before. ReLU must be a module.
+            called, each with the result of the one before. ReLU must be a module. A function may keep what it is given, and
+            the last one return what was kept.
     """
     _register(cls, adapter, False)
 

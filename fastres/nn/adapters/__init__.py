@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
+from torchvision.models._utils import IntermediateLayerGetter
 
 from fastres.nn import blocks, networks  # noqa: F401  the fused forms
 from fastres.nn.adapters import timm, transformers  # noqa: F401  known by the names of their classes
-from fastres.nn.adapters.common import numbered_layers
+from fastres.nn.adapters.common import keeping_steps, numbered_layers
 from fastres.nn.classes import fused_class
 from fastres.nn.structure import Block, Stages, Step, register_block, register_network
 from fastres.reference import cifar, layers, notebook, preact
@@ -74,6 +75,11 @@ def torchvision_steps(network: torchvision_resnet.ResNet) -> list[Step]:
     return [*stem_steps(network), *stages, network.avgpool, flatten, network.fc]
 
 
+def getter_steps(getter: IntermediateLayerGetter) -> list[Step]:
+    """Of torchvision's backbones of segmentation networks and detectors, which return what some of their modules give."""
+    return keeping_steps(getter, getter.return_layers, lambda x: x, lambda kept: kept)
+
+
 def sequential_steps(modules: nn.Sequential) -> list[Step]:
     """Of modules in a row, such as a slice of a network."""
     return list(modules._modules.values())
@@ -103,6 +109,7 @@ register_network(SpeedResNet, speed_steps)
 register_network(torchvision_resnet.ResNet, torchvision_steps)
 for _cls in (WidenAndHalve, layers.Stem):
     register_network(_cls, stem_steps)
+register_network(IntermediateLayerGetter, getter_steps)
 register_network(nn.Sequential, sequential_steps)
 
 BasicBlock: Any = fused_class(EagerBasicBlock)

@@ -6,18 +6,21 @@ Blocks with attention (SE and the like), anti-aliasing, or a dropping of paths o
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.nn.adapters.common import numbered_layers
-from fastres.nn.bypass import DROPOUTS, has_hooks
+from fastres.nn.adapters.common import keeping_steps, numbered_layers
+from fastres.nn.bypass import DROPOUTS, eager_class, has_hooks
 from fastres.nn.structure import Block, Step, register_named_block, register_named_network
 
 RESNET = "timm.models.resnet"
+FEATURES = "timm.models._features"
 
 
 def residual_block(block: Any) -> Block:
@@ -39,6 +42,24 @@ def resnet_steps(network: Any) -> list[Step]:
     if network.drop_rate:
         steps.append(_dropout(network))
     return [*steps, network.fc]
+
+
+def feature_steps(network: Any, result: Callable[[OrderedDict], Any] = lambda kept: kept) -> list[Step]:
+    """Of ``FeatureDictNet`` and ``FeatureListNet``, the networks of ``features_only=True``."""
+    if network.grad_checkpointing:  # of each module by itself
+        return [partial(eager_class(type(network)).forward, network)]
+
+    def value(x: Any) -> Any:
+        if not isinstance(x, (tuple, list)):
+            return x
+        return torch.cat(x, 1) if network.concat else x[0]
+
+    return keeping_steps(network, network.return_layers, value, result)
+
+
+def feature_list_steps(network: Any) -> list[Step]:
+    """Of ``FeatureListNet``."""
+    return feature_steps(network, lambda kept: list(kept.values()))
 
 
 def _know(module: nn.Module | None) -> None:
@@ -72,3 +93,5 @@ def _checkpointed(network: Any, x: Tensor) -> Tensor:
 for _name in ("BasicBlock", "Bottleneck"):
     register_named_block(RESNET, _name, residual_block)
 register_named_network(RESNET, "ResNet", resnet_steps)
+register_named_network(FEATURES, "FeatureDictNet", feature_steps)
+register_named_network(FEATURES, "FeatureListNet", feature_list_steps)

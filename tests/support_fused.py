@@ -14,6 +14,10 @@ from fastres.ops.layers import Pad
 
 # relative error that rounding alone explains, whatever eager's happens to be
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# A gradient of fewer values is held to the bar over so many gradients of the result. One draw of 3 values says little: of a
+# chain's bf16 gradients one in 12 was over by luck, compiled passes or Triton, dilated or not, though the median errors
+# were eager's. Over 8 draws none of 420 was, and a fault of 2% showed in 94% of them; in one draw it showed in 80%.
+FEW_VALUES, DRAWS = 32, 8
 
 
 def random_norm(channels: int, gamma: bool = True, frozen: bool = False, shift: float = 0.1) -> Norm:
@@ -185,7 +189,8 @@ def assert_as_good_as_eager(
 ) -> None:
     """Results and gradients of ``fused`` in ``dtype`` err at most twice as much as eager's, both against fp64.
 
-    Both are given the same values: the arguments rounded to ``dtype``.
+    Both are given the same values: the arguments rounded to ``dtype``. A gradient of few values that errs more is judged
+    over further draws of the result's gradient, see `FEW_VALUES`.
 
     Args:
         fused, eager: see `with_grads`.
@@ -198,15 +203,30 @@ def assert_as_good_as_eager(
             prepare(*arguments)
             arguments = rounded(arguments, dtype)
         out = eager(*arguments)
-    dout = torch.randn_like(out[0] if isinstance(out, tuple) else out).to(dtype).double()
-    exact = with_grads(eager, arguments, torch.float64, dout)
-    ours = with_grads(fused, arguments, dtype, dout)
-    theirs = with_grads(eager, arguments, dtype, dout)
-    assert len(ours) == len(exact)
-    for index, (a, b, e) in enumerate(zip(ours, theirs, exact)):
-        assert a.shape == e.shape
-        error, bound = relative_error(a, e), max(2 * relative_error(b, e), FLOOR[rounding or dtype])
-        assert error <= bound, f"tensor {index} of shape {tuple(e.shape)}: error {error:.2e} over {bound:.2e}"
+    out = out[0] if isinstance(out, tuple) else out
+    granted, gradients = FLOOR[rounding or dtype], range(1, 1 + len(leaves(*arguments)))
+
+    def compared() -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Ours, eager's and the exact one of each tensor, for a gradient of the result that is drawn."""
+        dout = torch.randn_like(out).to(dtype).double()
+        exact = with_grads(eager, arguments, torch.float64, dout)
+        ours, theirs = with_grads(fused, arguments, dtype, dout), with_grads(eager, arguments, dtype, dout)
+        assert [a.shape for a in ours] == [e.shape for e in exact]
+        return list(zip(ours, theirs, exact))
+
+    draws = [compared()]
+    for index, (ours, theirs, exact) in enumerate(draws[0]):
+        error, bound = _error_and_bound(ours, theirs, exact, granted)
+        if error > bound and index in gradients and exact.numel() < FEW_VALUES:
+            draws += [compared() for _ in range(DRAWS - len(draws))]
+            pooled = (torch.cat([draw[index][which].flatten() for draw in draws]) for which in range(3))
+            error, bound = _error_and_bound(*pooled, granted)
+        assert error <= bound, f"tensor {index} of shape {tuple(exact.shape)}: error {error:.2e} over {bound:.2e}"
+
+
+def _error_and_bound(ours: Tensor, theirs: Tensor, exact: Tensor, granted: float) -> tuple[float, float]:
+    """The error of ours and the most that it may be."""
+    return relative_error(ours, exact), max(2 * relative_error(theirs, exact), granted)
 
 
 def rounded(arguments: tuple, dtype: torch.dtype) -> tuple:

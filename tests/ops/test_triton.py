@@ -95,7 +95,7 @@ def dilations() -> st.SearchStrategy[int]:
 
 
 @st.composite
-def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str, dilated: bool = True) -> tuple:
+def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
     """dtype, options and (x, layers, shortcut tensor or layer) of a residual block, perhaps of a dilated one."""
     (n, height, width), widths = draw(images()), [draw(channels()) for _ in range(len(kernels) + 1)]
     stride, kind = 1 if shortcut == "identity" else draw(st.sampled_from([2, 1])), draw(kinds())
@@ -105,7 +105,7 @@ def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str, dilated: b
         widths[-1], stride = widths[0] + draw(st.sampled_from([0, 0, 8])), 2
     options = dict(relu=draw(st.sampled_from([True, True, False])), keep=draw(st.sampled_from(["all", "fewer"])))
     dtype, value_seed, tensorflow = draw(dtypes()), draw(seeds()), draw(st.booleans())
-    dilation = draw(dilations()) if dilated and not tensorflow else 1
+    dilation = 1 if tensorflow else draw(dilations())
     note(f"{n}x{height}x{width} {widths} kernels {kernels} stride {stride} {shortcut} {kind} {options} {dtype}")
     note(f"dilation {dilation}")
     torch.manual_seed(value_seed)
@@ -166,7 +166,7 @@ def test_residual_block(kernels, shortcut):
 @st.composite
 def chains(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
     """dtype, what to keep, and (x, blocks, shortcut layer) of a block as `residuals` draws it and others behind it."""
-    dtype, options, (x, layers, added) = draw(residuals(kernels, shortcut, dilated=False))
+    dtype, options, (x, layers, added) = draw(residuals(kernels, shortcut))
     kind, outputs, inner = draw(kinds()), len(layers[-1].weight), draw(channels())
     widths, blocks = [outputs, *[inner] * (len(kernels) - 1), outputs], [layers]
     with device():

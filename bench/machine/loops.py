@@ -28,3 +28,27 @@ def main_loop(code: Sequence[Instruction]) -> Loop | None:
 def body(code: Sequence[Instruction], loop: Loop) -> Sequence[Instruction]:
     """A loop's instructions."""
     return code[loop.first : loop.last + 1]
+
+
+def jumps(code: Sequence[Instruction]) -> list[int | None]:
+    """Where each instruction goes if not to the next one, with forward branches alone.
+
+    Those without a predicate are taken, those with one only where the main loop could not be reached otherwise: a compiler
+    may put the code for no trips at all in front of the loop, and a jump over the loop behind that code.
+    """
+    first, last = main_loop(code) or (0, -1)
+    reaches = [first <= index <= last for index in range(len(code) + 1)]
+    found: list[int | None] = [None] * len(code)
+    for index in reversed(range(len(code))):
+        one, target = code[index], code[index].target
+        if one.name == "BRA" and target is not None and target > index:
+            enters = index < first and reaches[target] and not reaches[index + 1]
+            found[index] = target if enters or _always(one) else None
+        if index < first:
+            following = found[index] or index + 1
+            reaches[index] = reaches[following] and not (one.name == "EXIT" and not one.guard)
+    return found
+
+
+def _always(one: Instruction) -> bool:
+    return not one.guard and "UP" not in one.operands

@@ -5,7 +5,8 @@ may when the stall count of its last instruction has passed, the scoreboards tha
 pipe takes it. Loads and stores queue for the shared memory's port and for this multiprocessor's share of the L2 and of the
 memory, a wgmma for the tensor cores and for the port once the four warps of its group have issued it. What is not there:
 bank conflicts, caches of instructions and constants, the L1 (Triton's cp.async goes round it), rows of the memory that are
-opened. Forward branches with a predicate are not taken; the main loop runs ``trips`` times, any other once.
+opened. Forward branches with a predicate are not taken unless only they lead to the main loop, which runs ``trips`` times;
+any other loop runs once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from bench.machine.assembly import NO_SCOREBOARD, Instruction
 from bench.machine.chips import Chip
-from bench.machine.loops import main_loop
+from bench.machine.loops import jumps, main_loop
 from bench.machine.pipes import (
     GLOBAL,
     QUARTERS,
@@ -54,15 +55,14 @@ class _Step(NamedTuple):
     operand_bytes: int  # of a wgmma
     threshold: int | None  # groups that a wait leaves unfinished; None: no wait
     commits: bool
-    jump: int | None  # where it always goes
+    jump: int | None  # where it goes, if not to the next one
     ends: bool
     never: bool
 
 
-def _decode(one: Instruction, index: int, chip: Chip) -> _Step:
+def _decode(one: Instruction, jump: int | None, chip: Chip) -> _Step:
     name, occupied = pipe(one)
     asynchronous = (one.name == "DEPBAR" and "SB0" in one.operands) or (one.name == "WARPGROUP" and "DEPBAR" in one.mnemonic)
-    always = one.name == "BRA" and not one.guard and "UP" not in one.operands and one.target is not None
     return _Step(
         one.name,
         max(one.stall, 1),
@@ -76,7 +76,7 @@ def _decode(one: Instruction, index: int, chip: Chip) -> _Step:
         wgmma_bytes(one) if one.name == "HGMMA" else 0,
         int(one.operands.split(",")[1], 16) if asynchronous else None,
         "gsb" in one.operands,
-        one.target if always and one.target is not None and one.target > index else None,
+        jump,
         one.name == "EXIT" and not one.guard,
         one.never,
     )
@@ -138,7 +138,7 @@ class Multiprocessor:
 
     def __init__(self, code: Sequence[Instruction], warps: int, resident: int, programs: int, trips: int, far: float,
                  memory: float, chip: Chip):  # fmt: skip
-        self._code = [_decode(one, index, chip) for index, one in enumerate(code)]
+        self._code = [_decode(one, jump, chip) for one, jump in zip(code, jumps(code))]
         self._loop = main_loop(code)
         self._warps, self._resident, self._programs, self._trips = warps, resident, programs, trips
         self._far, self._memory, self._chip = far, memory, chip

@@ -24,7 +24,15 @@ def network(precision):
         torch.set_default_dtype(before)
 
 
-def trained(model, precision):
+def chosen(precision, scaler):
+    """The trainer's options. On a CPU it takes bf16-mixed for 16-mixed, so its plugin for that is made here."""
+    if precision != "16-mixed":
+        return dict(precision=precision)
+    scaler = scaler or torch.amp.GradScaler("cpu")
+    return dict(plugins=[lightning.pytorch.plugins.MixedPrecision(precision, "cpu", scaler)])
+
+
+def trained(model, precision, scaler=None):
     """The losses of three steps."""
 
     class Task(lightning.LightningModule):
@@ -45,7 +53,7 @@ def trained(model, precision):
     lightning.Trainer(
         accelerator="cpu",
         devices=1,
-        precision=precision,
+        **chosen(precision, scaler),
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -57,8 +65,29 @@ def trained(model, precision):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "64-true"])
 def test_every_precision_trains(precision):
     eager, fused = trained(unfuse(network(precision)), precision), trained(network(precision), precision)
-    tolerance = {"32-true": 1e-5, "64-true": 1e-10, "16-true": 5e-3}.get(precision, 0.05)
+    tolerance = {"32-true": 1e-5, "64-true": 1e-10, "16-true": 5e-3, "16-mixed": 5e-3}.get(precision, 0.05)
     assert torch.allclose(fused, eager, rtol=0, atol=tolerance)
+
+
+def moved(model, precision, scaler=None):
+    """How far three steps moved the parameters, all of them in a row, fp64."""
+    before = [parameter.detach().double() for parameter in model.parameters()]
+    trained(model, precision, scaler)
+    return torch.cat([(a.detach().double() - b).flatten() for a, b in zip(model.parameters(), before)])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scale, skipped", [(2.0**10, 0), (2.0**40, 3)], ids=["taken", "overflow"])
+def test_a_gradient_scaler_takes_and_skips_the_steps_that_it_does_without_fusion(scale, skipped):
+    scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for _ in range(2)]
+    eager = moved(unfuse(network("16-mixed")), "16-mixed", scalers[0])
+    fused = moved(network("16-mixed"), "16-mixed", scalers[1])
+    assert [scaler.get_scale() for scaler in scalers] == [scale / 2**skipped] * 2
+    if skipped:
+        assert not fused.any() and not eager.any()
+    else:
+        exact = moved(unfuse(network("64-true")), "64-true")
+        assert (fused - exact).norm() <= 2 * (eager - exact).norm() < 0.1 * exact.norm()

@@ -4,7 +4,7 @@ import pytest
 
 from bench.machine.assembly import NO_SCOREBOARD, Instruction
 from bench.machine.chips import CHIPS
-from bench.machine.loops import main_loop
+from bench.machine.loops import jumps, main_loop
 from bench.machine.multiprocessor import BRANCH, GLOBAL_ISSUE, UNIFORM, Multiprocessor
 
 H100 = CHIPS[90]
@@ -146,6 +146,21 @@ def test_unconditional_branches_are_taken_and_guarded_ones_are_not():
     guarded = [Instruction("BRA", "`(.L_x_1)", "@P0", target=11), *skipped, EXIT]
     times = [Multiprocessor(code, 4, 1, 1, 1, 0.0, H100.memory, H100).run().ends[0] for code in (taken, guarded)]
     assert times[0] < 5 and times[1] >= 150
+
+
+@pytest.mark.parametrize("end", [Instruction("BRA", "`(.L_x_1)", target=6), EXIT], ids=["jump", "exit"])
+@pytest.mark.parametrize("guard, operands", [("@P0", "`(.L_x_2)"), ("", "UP0, `(.L_x_2)")])
+def test_the_code_for_no_trips_in_front_of_the_loop_is_passed_over(end, guard, operands):
+    """As Triton 3.6 puts it: a predicate leads to the loop, and behind the code for none a jump leads over it."""
+    in_front = [Instruction("BRA", operands, guard, target=3), Instruction("NOP", stall=15), end]
+    code = [*in_front, *[Instruction("NOP", stall=10)] * 2, Instruction("BRA", "`(.L_x_0)", "@P1", target=3), EXIT]
+    assert close(trip(code, warps=4), 2 * 10 + 1 + BRANCH)
+
+
+def test_what_a_predicate_may_pass_over_in_front_of_the_loop_is_run():
+    code = [Instruction("BRA", "`(.L_x_1)", "@P0", target=2), *looped(Instruction("NOP"))]
+    code[-2] = code[-2]._replace(target=2)
+    assert jumps(code) == [None] * len(code)
 
 
 def test_the_main_loop_is_the_innermost_with_tensor_cores():

@@ -127,6 +127,7 @@ def _fake_h100(found: list[CallTraffic]) -> Iterator[None]:
         _H100.warp_size,
     )
     interface = device_interface.CudaInterface
+    available = torch.cuda.is_available()  # which may count the devices
 
     def answer(value: Any) -> Callable:
         return lambda *_, **__: value
@@ -137,6 +138,7 @@ def _fake_h100(found: list[CallTraffic]) -> Iterator[None]:
             (torch.cuda, "get_device_capability", answer((9, 0))),
             (torch.cuda, "current_device", answer(0)),
             (torch.cuda, "device_count", answer(1)),
+            (torch.cuda, "is_available", answer(available)),
             (interface, "get_device_properties", staticmethod(answer(_H100))),
             (interface, "get_compute_capability", staticmethod(answer(90))),
             (interface, "is_available", staticmethod(answer(True))),

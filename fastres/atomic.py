@@ -27,8 +27,8 @@ def is_lacking(error: OSError) -> bool:
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning, each text once a process."""
-    logger.warning("warning: %s", message)
+    """Log a warning, each text once a process; bytes of file names that are not UTF-8 are written as escapes."""
+    logger.warning("warning: %s", message.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 @contextmanager

@@ -230,7 +230,7 @@ def test_images_are_predicted_a_few_at_a_time(run, tmp_path, capsys, monkeypatch
     assert capsys.readouterr().out == whole and sizes == [2, 2, 1]
 
 
-def test_a_name_with_a_dollar_sign_and_no_utf_8(tmp_path, capsys, monkeypatch):
+def test_a_name_with_a_dollar_sign_and_no_utf_8(tmp_path, capsys, monkeypatch, caplog):
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
     insects = tmp_path / os.fsdecode(b"prices_$5_$10_\xe9")
     write_image_folder(insects, train=10)
@@ -238,6 +238,7 @@ def test_a_name_with_a_dollar_sign_and_no_utf_8(tmp_path, capsys, monkeypatch):
     options = ["--model", "resnet8", "--data", str(insects), "--out", str(folder)]
     assert main(quick(*options, "--epochs", "1")) == 0
     assert (folder / "curves.png").exists()
+    assert r"run \udce9 gets no events" in caplog.text
     insects.rename(tmp_path / "renamed")
     assert main(["train", "--resume", str(folder), "--data", str(tmp_path / "renamed")]) == 0
     shutil.rmtree(tmp_path / "renamed" / "test")

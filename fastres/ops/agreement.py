@@ -132,7 +132,7 @@ def _merged(moments: Moments) -> tuple[float, Tensor, Tensor]:
 def _rms(values: Tensor) -> Tensor:
     """Root mean square of the finite values, fp64 []."""
     squares = [part.double().nan_to_num(0, 0, 0).square().sum() for part in values.reshape(-1).split(_CHUNK)]
-    return (torch.stack(squares).sum() / values.numel()).sqrt() if squares else torch.zeros(())
+    return (torch.stack(squares).sum() / values.numel()).sqrt() if squares else values.new_zeros((), dtype=torch.float64)
 
 
 def _apart(a: Tensor, b: Tensor, within: float, scale: Tensor, least: float = 0.0) -> Difference:

@@ -124,6 +124,10 @@ def reset(model: nn.Module) -> nn.Module:
     return model
 
 
+def standardised(small: bool = False) -> nn.Module:
+    return timm("resnetv2_50", conv_layer=library("timm.layers").StdConv2d)(small)
+
+
 CASES = [
     Case("torchvision", "resnet18", resnet("BasicBlock", [2, 2, 2, 2]), plain),
     Case("torchvision", "wide_resnet50_2", resnet("Bottleneck", [1, 1, 1, 1], width_per_group=128), plain),
@@ -150,6 +154,12 @@ CASES = [
     Case("timm", "resnetblur50", timm("resnetblur50"), plain),
     Case("timm", "resnext50_32x4d", timm("resnext50_32x4d"), plain),
     Case("timm", "resnetv2_50 (BatchNormAct2d)", timm("resnetv2_50"), plain),
+    Case("timm", "resnetv2_50d", timm("resnetv2_50d"), plain),
+    Case("timm", "resnetv2_34", timm("resnetv2_34"), plain),
+    Case("timm", "resnetv2_50, features_only", timm("resnetv2_50", features_only=True), plain),
+    Case("timm", "resnetv2_50, drop_path_rate=0.1", timm("resnetv2_50", drop_path_rate=0.1), plain),
+    Case("timm", "resnetv2_50d_gn", timm("resnetv2_50d_gn"), plain),
+    Case("timm", "resnetv2_50, conv_layer=StdConv2d", standardised, plain),
     Case("timm", "resnet50_gn", timm("resnet50_gn"), plain),
     Case("transformers", "ResNetForImageClassification, bottleneck", transformers("ResNetForImageClassification"), hidden_states),
     Case(

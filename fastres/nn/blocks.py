@@ -12,10 +12,17 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.nn.bypass import SHORTCUTS, first_reason, has_hooks, say_once, unsupported, watched
+from fastres.nn.bypass import SHORTCUTS, first_reason, has_hooks, say_once, watched
 from fastres.nn.classes import Fused, form
 from fastres.nn.norm import conv_of, group_of, layer_of, norm_of, to_nchw, to_nhwc, track
-from fastres.nn.structure import Block, is_block, projection_behind, projection_of, structure_of
+from fastres.nn.structure import (
+    Block,
+    is_block,
+    layers_reason,
+    projection_behind,
+    projection_of,
+    structure_of,
+)
 from fastres.ops import Identity, Layer, Statistics, preact_block, residual_chain
 from fastres.ops.layers import output_hw
 
@@ -46,7 +53,9 @@ def fused_residual(
         residual: whether it has a shortcut at all.
         relu, keep, identities: see `residual_chain`.
     """
-    reason = first_reason(unsupported(*pair) for pairs in blocks for pair in pairs)
+    reason = first_reason(
+        layers_reason(pairs, not residual and (relu or index < len(blocks) - 1)) for index, pairs in enumerate(blocks)
+    )
     if reason is not None:
         say_once(blocks[0][0][0], reason, "the eager forward of a block")
     if reason is not None or watched(x):

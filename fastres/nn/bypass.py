@@ -111,25 +111,36 @@ def _methods_of(cls: type[nn.Module]) -> dict[str, types.FunctionType]:
     return found
 
 
+def is_original(cls: type) -> bool:
+    """Whether a class that is known by its name is a module with the forward of its own file."""
+    return issubclass(cls, nn.Module) and getattr(vars(cls).get("forward"), "__module__", None) == cls.__module__
+
+
 class Kind:
     """Classes that one role in a fused operation accepts, and subclasses of them that change nothing in it."""
 
     def __init__(self, role: str, *classes: type[nn.Module]):
         self.role = role
         self._known = {cls: Known(cls) for cls in classes}
+        self._named: set[tuple[str, str]] = set()
         self._found: dict[type, Known | None] = {}
 
-    def add(self, cls: type[nn.Module]) -> None:
-        """Accept another class."""
-        self._known[cls] = Known(cls)
+    def add_named(self, module: str, *names: str) -> None:
+        """Accept classes by their module and names: of a library that is imported later, or never."""
+        self._named.update((module, name) for name in names)
         self._found.clear()
 
     def of(self, cls: type) -> Known | None:
         """What is known of a class."""
         if cls not in self._found:
-            bases = (self._known[base] for base in cls.__mro__ if base in self._known)
+            bases = (known for base in cls.__mro__ if (known := self._of_itself(base)) is not None)
             self._found[cls] = next(bases, None)
         return self._found[cls]
+
+    def _of_itself(self, cls: type) -> Known | None:
+        if cls not in self._known and (cls.__module__, cls.__qualname__) in self._named and is_original(cls):
+            self._known[cls] = Known(cls)
+        return self._known.get(cls)
 
     def reason(self, module: Any) -> str | None:
         """Why the module must be called."""
@@ -141,6 +152,7 @@ class Kind:
 
 CONVS = Kind("nn.Conv2d", nn.Conv2d, SameConv2d)
 NORMS = Kind("nn.BatchNorm2d", nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+RECTIFYING = Kind("a BatchNorm with an activation in it")  # `drop` and `act`, which its forward calls
 ACTIVATIONS = Kind("nn.ReLU", nn.ReLU)
 POOLS = Kind("nn.MaxPool2d", nn.MaxPool2d, SameMaxPool2d, HalvingPool)
 AVERAGES = Kind("nn.AdaptiveAvgPool2d", nn.AdaptiveAvgPool2d)
@@ -158,13 +170,16 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def unsupported(conv: nn.Module, bn: nn.Module | None = None, bias: bool = False) -> str | None:
+def unsupported(
+    conv: nn.Module, bn: nn.Module | None = None, bias: bool = False, rectified: bool = False
+) -> str | None:
     """Why the fused operations cannot stand for a convolution and its BatchNorm; None: they can.
 
     Args:
         bias: whether the convolution has a bias; the fused ones have none but where it stands for a BatchNorm.
+        rectified: see `norm_reason`.
     """
-    return conv_reason(conv, bias) or (None if bn is None else norm_reason(bn))
+    return conv_reason(conv, bias) or (None if bn is None else norm_reason(bn, rectified))
 
 
 def conv_reason(conv: Any, bias: bool = False) -> str | None:
@@ -184,9 +199,13 @@ def conv_reason(conv: Any, bias: bool = False) -> str | None:
     return _held(conv, "weight")
 
 
-def norm_reason(bn: Any) -> str | None:
-    """Why a BatchNorm must be called."""
-    if reason := NORMS.reason(bn):
+def norm_reason(bn: Any, rectified: bool = False) -> str | None:
+    """Why a BatchNorm must be called.
+
+    Args:
+        rectified: whether ReLU follows: it may be in the BatchNorm too.
+    """
+    if reason := NORMS.reason(bn) if RECTIFYING.of(type(bn)) is None else _rectifying_reason(bn, rectified):
         return reason
     buffers = bn._buffers
     if "running_mean" not in buffers or "running_var" not in buffers:
@@ -202,7 +221,23 @@ def norm_reason(bn: Any) -> str | None:
     return _held(bn, "weight") or _held(bn, "bias")
 
 
-def activation_reason(activation: nn.Module) -> str | None:
+def _rectifying_reason(bn: Any, rectified: bool) -> str | None:
+    if reason := RECTIFYING.reason(bn) or absent_reason(getattr(bn, "drop", None)):
+        return reason
+    act = getattr(bn, "act", None)
+    if act is None or IDENTITIES.of(type(act)) is not None:
+        return absent_reason(act)
+    return activation_reason(act) or (None if rectified else f"{_a(type(bn))} has an activation where none may be")
+
+
+def rectified_norm_reason(step: Any) -> str | None:
+    """Why a module is not to be taken for a BatchNorm and a ReLU behind it."""
+    if RECTIFYING.of(type(step)) is None:
+        return NORMS.reason(step) or f"{_a(type(step))} has no activation in it"
+    return norm_reason(step, rectified=True) or activation_reason(getattr(step, "act", None))
+
+
+def activation_reason(activation: nn.Module | None) -> str | None:
     """Why an activation must be called."""
     return ACTIVATIONS.reason(activation)
 

@@ -59,7 +59,7 @@ class FoldedConv(_Inference):
 
     def __init__(self, conv: nn.Module, bn: nn.Module | None, relu: bool):
         super().__init__()
-        if reason := unsupported(conv, bn):
+        if reason := unsupported(conv, bn, rectified=relu):
             raise ValueError(f"cannot fold: {reason}")
         with torch.no_grad():
             weight = conv.weight.detach()

@@ -15,6 +15,7 @@ from fastres.nn.bypass import (
     ACTIVATIONS,
     AVERAGES,
     CONTAINERS,
+    CONVS,
     IDENTITIES,
     NORMS,
     activation_reason,
@@ -22,13 +23,14 @@ from fastres.nn.bypass import (
     conv_reason,
     norm_reason,
     pool_reason,
+    rectified_norm_reason,
     say_once,
     watched,
 )
 from fastres.nn.classes import Fused, form
 from fastres.nn.norm import norm_of, to_nchw, to_nhwc, track
 from fastres.nn.stem import fused_conv_relu, fused_stem
-from fastres.nn.structure import Stages, Step, is_network, tell
+from fastres.nn.structure import Stages, Step, is_block, is_network, tell
 from fastres.ops import bn_relu, global_avg_pool
 from fastres.reference.checkpointing import run_blocks
 from fastres.reference.speed import WhiteningConv
@@ -71,13 +73,16 @@ def parts_of(steps: Sequence[Step], blocks: Callable[[nn.Module], bool] | None =
 
 
 def _opened(steps: Sequence[Step]) -> list[Any]:
-    """The steps with those of every ``nn.Sequential`` among them that nothing waits for, and without those that are None."""
+    """The steps with those of every ``nn.Sequential`` among them that nothing waits for, and without those that are None.
+
+    A BatchNorm with ReLU in it is followed by that.
+    """
     flat: list[Any] = []
     for step in steps:
         if isinstance(step, nn.Sequential) and opened_reason(step) is None:
             flat.extend(_opened(list(step._modules.values())))
         elif step is not None:
-            flat.append(step)
+            flat += [step] if rectified_norm_reason(step) else [step, step.act]
     return flat
 
 
@@ -115,21 +120,27 @@ def _first_part(
     if AVERAGES.of(type(step)) is not None:
         reason = average_reason(step)
         return Part(CALL if reason else AVERAGE, [step], reason), 1
-    if len(steps) > 2 and _is_norm(steps[1]) and _is_activation(steps[2]):
+    if len(steps) > 2 and not is_block(type(step)) and _is_norm(steps[1]) and _is_activation(steps[2]):
         return _first_layers(steps)
     if len(steps) > 1 and _is_norm(step) and _is_activation(steps[1]) and before and before[-1].kind == BLOCKS:
-        reason = norm_reason(step) or activation_reason(steps[1])
+        reason = norm_reason(step, rectified=True) or activation_reason(steps[1])
         return (Part(CALL, [step], reason), 1) if reason else (Part(NORM, steps[:2]), 2)
     if len(steps) > 1 and type(step) is WhiteningConv and _is_activation(steps[1]):
         reason = conv_reason(step, bias=True) or activation_reason(steps[1])
         return (Part(CALL, [step], reason), 1) if reason else (Part(BIASED, steps[:2]), 2)
+    if rectified_norm_reason(step) is None:
+        return Part(CALL, [step]), 2  # it calls its ReLU itself
+    if len(steps) > 1 and CONVS.of(type(step)) is not None and _has_activation(steps[1]):
+        return Part(CALL, [step], conv_reason(step) or rectified_norm_reason(steps[1])), 1
+    if before and before[-1].kind == BLOCKS and _has_activation(step):
+        return Part(CALL, [step], rectified_norm_reason(step)), 1
     return Part(CALL, [step]), 1
 
 
 def _first_layers(steps: list[Any]) -> tuple[Part, int]:
     """A convolution, a BatchNorm and an activation, and the pool behind them."""
     conv, norm, activation = steps[:3]
-    reason = conv_reason(conv) or norm_reason(norm) or activation_reason(activation)
+    reason = conv_reason(conv) or norm_reason(norm, rectified=True) or activation_reason(activation)
     if reason:
         return Part(CALL, [conv], reason), 1
     taken = 3
@@ -141,6 +152,11 @@ def _first_layers(steps: list[Any]) -> tuple[Part, int]:
 
 def _is_norm(step: Any) -> bool:
     return isinstance(step, nn.Module) and (NORMS.of(type(step)) is not None or "Norm" in type(step).__name__)
+
+
+def _has_activation(step: Any) -> bool:
+    """Whether it is a normalisation with an activation in it, as timm's are."""
+    return _is_norm(step) and IDENTITIES.of(type(getattr(step, "act", nn.Identity()))) is None
 
 
 def _is_activation(step: Any) -> bool:

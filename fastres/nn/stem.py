@@ -19,7 +19,7 @@ def fused_stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module | None
 
     What may not be bypassed is called.
     """
-    reason = unsupported(conv, bn)
+    reason = unsupported(conv, bn, rectified=True)
     if reason is not None:
         say_once(conv, reason, "the eager forward of a stem")
     if reason is not None or watched(x):

@@ -19,6 +19,8 @@ from fastres.nn.bypass import (
     Known,
     absent_reason,
     activation_reason,
+    first_reason,
+    is_original,
     unsupported,
 )
 
@@ -121,9 +123,8 @@ def entry_of(cls: type) -> Entry | None:
 def _entry_of(cls: type) -> Entry | None:
     """What is registered for this very class; one that is known by name is so only with its own module's forward."""
     named = _named.get((cls.__module__, cls.__qualname__))
-    if cls not in _entries and named is not None and issubclass(cls, nn.Module):
-        if getattr(vars(cls).get("forward"), "__module__", None) == cls.__module__:
-            _entries[cls] = Entry(Known(cls), *named)
+    if cls not in _entries and named is not None and is_original(cls):
+        _entries[cls] = Entry(Known(cls), *named)
     return _entries.get(cls)
 
 
@@ -165,9 +166,8 @@ def structure_reason(block: Block) -> str | None:
     for activation in block.activations:
         if reason := activation_reason(activation):
             return reason
-    for conv, norm in block.layers:
-        if reason := unsupported(conv, norm):
-            return reason
+    if reason := layers_reason(block.layers, block.preactivation or block.relu and not block.residual):
+        return reason
     for module in block.absent:
         if reason := absent_reason(module):
             return reason
@@ -179,6 +179,16 @@ def structure_reason(block: Block) -> str | None:
     if block.preactivation and block.residual and block.shortcut is not None:
         return unsupported(block.shortcut)
     return None
+
+
+def layers_reason(layers: Sequence[tuple[nn.Module, nn.Module]], rectified: bool) -> str | None:
+    """Why a fused operation cannot stand for convolutions and BatchNorms with ReLU between them.
+
+    Args:
+        rectified: whether ReLU follows the last BatchNorm too.
+    """
+    last = len(layers) - 1
+    return first_reason(unsupported(*pair, rectified=rectified or index < last) for index, pair in enumerate(layers))
 
 
 def projection_of(shortcut: Any) -> tuple[nn.Module, nn.Module] | None:

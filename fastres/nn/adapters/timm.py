@@ -13,21 +13,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastres.nn.adapters.common import keeping_steps, numbered_layers
-from fastres.nn.bypass import DROPOUTS, eager_class, has_hooks
+from fastres.nn.bypass import CONTAINERS, DROPOUTS, HOLDERS, RECTIFYING, eager_class
 from fastres.nn.structure import Block, Step, register_named_block, register_named_network
 
 RESNET = "timm.models.resnet"
+RESNETV2 = "timm.models.resnetv2"
 FEATURES = "timm.models._features"
+
+DROPOUTS.add_named("timm.layers.drop", "DropPath", "DropBlock2d")
+RECTIFYING.add_named("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct")
+HOLDERS.add_named("timm.layers.adaptive_avgmax_pool", "SelectAdaptivePool2d")
+HOLDERS.add_named("timm.layers.classifier", "ClassifierHead")
+HOLDERS.add_named(RESNETV2, "DownsampleConv", "DownsampleAvg", "ResNetStage")
 
 
 def residual_block(block: Any) -> Block:
     """Of ``BasicBlock`` and ``Bottleneck``."""
     activations = [getattr(block, f"act{i}") for i in (1, 2, 3) if hasattr(block, f"act{i}")]
-    for module in (block.drop_block, block.drop_path):
-        _know(module)
     absent = [block.aa, block.se, block.drop_block, block.drop_path]
     return Block(numbered_layers(block), activations, block.downsample, absent=absent)
 
@@ -62,19 +67,45 @@ def feature_list_steps(network: Any) -> list[Step]:
     return feature_steps(network, lambda kept: list(kept.values()))
 
 
-def _know(module: nn.Module | None) -> None:
-    """Let those of timm's modules that drop paths or blocks count as dropouts."""
-    named = type(module).__name__ in ("DropPath", "DropBlock2d") and type(module).__module__.startswith("timm.")
-    if module is not None and named and DROPOUTS.of(type(module)) is None:
-        DROPOUTS.add(type(module))
+def preactivation_block(block: Any) -> Block:
+    """Of resnetv2's ``PreActBasic`` and ``PreActBottleneck`` with ``BatchNormAct2d``."""
+    numbers = [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+    layers = [(getattr(block, f"conv{i}"), getattr(block, f"norm{i}")) for i in numbers]
+    activations = [norm.act for _, norm in layers]
+    shortcut, absent, opened = block.downsample, [block.drop_path], []
+    if shortcut is not None:
+        opened, absent = [shortcut], [*absent, getattr(shortcut, "pool", None), getattr(shortcut, "norm", None)]
+        shortcut = getattr(shortcut, "conv", shortcut)
+    return Block(layers, activations, shortcut, preactivation=True, absent=absent, opened=opened)
+
+
+def stage_steps(stage: Any) -> list[Step]:
+    """Of resnetv2's ``ResNetStage``: its blocks."""
+    if stage.grad_checkpointing:
+        return [partial(eager_class(type(stage)).forward, stage)]
+    return [stage.blocks]
+
+
+def resnetv2_steps(network: Any) -> list[Step]:
+    """Of ``ResNetV2``."""
+    steps: list[Step] = [network.stem]
+    if CONTAINERS.reason(network.stages) is None:
+        for stage in network.stages:
+            held = HOLDERS.reason(stage) is not None or stage.grad_checkpointing
+            steps.append(stage if held else stage.blocks)
+    else:
+        steps.append(network.stages)
+    head = network.head
+    steps.append(network.norm)
+    if type(head).__name__ != "ClassifierHead" or HOLDERS.reason(head) is not None:
+        return [*steps, head]
+    return [*steps, *_pool_steps(head.global_pool), head.drop, head.fc, head.flatten]
 
 
 def _pool_steps(pool: Any) -> list[Step]:
     """Of a ``SelectAdaptivePool2d`` its own two modules, where nothing waits for its call."""
-    known = type(pool).__name__ == "SelectAdaptivePool2d" and type(pool).__module__.startswith("timm.")
-    if not known or has_hooks(pool) or "forward" in pool.__dict__:
-        return [pool]
-    return [pool.pool, pool.flatten]
+    named = type(pool).__name__ == "SelectAdaptivePool2d"
+    return [pool.pool, pool.flatten] if named and HOLDERS.reason(pool) is None else [pool]
 
 
 def _dropout(network: Any) -> Callable[[Tensor], Tensor]:
@@ -93,5 +124,9 @@ def _checkpointed(network: Any, x: Tensor) -> Tensor:
 for _name in ("BasicBlock", "Bottleneck"):
     register_named_block(RESNET, _name, residual_block)
 register_named_network(RESNET, "ResNet", resnet_steps)
+for _name in ("PreActBasic", "PreActBottleneck"):
+    register_named_block(RESNETV2, _name, preactivation_block)
+register_named_network(RESNETV2, "ResNetStage", stage_steps)
+register_named_network(RESNETV2, "ResNetV2", resnetv2_steps)
 register_named_network(FEATURES, "FeatureDictNet", feature_steps)
 register_named_network(FEATURES, "FeatureListNet", feature_list_steps)

@@ -11,6 +11,7 @@ from fastres.nn.bypass import HOLDERS, unsupported
 from fastres.nn.structure import Block, Step, register_named_block, register_named_network
 
 RESNET = "transformers.models.resnet.modeling_resnet"
+HOLDERS.add_named(RESNET, "ResNetConvLayer", "ResNetShortCut")
 
 
 def residual_block(block: Any) -> Block:
@@ -18,12 +19,9 @@ def residual_block(block: Any) -> Block:
     layers = list(block.layer._modules.values())
     activations = [*(layer.activation for layer in layers[:-1]), block.activation]
     shortcut, absent, opened = block.shortcut, [layers[-1].activation], [block.layer, *layers]
-    for layer in layers:
-        _know(layer)
     if isinstance(shortcut, nn.Identity):
         shortcut, absent = None, [*absent, shortcut]
     elif type(shortcut).__name__ == "ResNetShortCut":
-        _know(shortcut)
         pair = shortcut.convolution, shortcut.normalization
         if HOLDERS.reason(shortcut) is None and unsupported(*pair) is None:
             shortcut = pair
@@ -39,7 +37,6 @@ def stage_steps(stage: Any) -> list[Step]:
 def embedding_steps(embeddings: Any) -> list[Step]:
     """Of ``ResNetEmbeddings``: the stem."""
     layer = embeddings.embedder
-    _know(layer)
     held = HOLDERS.reason(layer) is not None
     first = [layer] if held else [layer.convolution, layer.normalization, layer.activation]
     return [_check_of(embeddings), *first, embeddings.pooler]
@@ -54,13 +51,6 @@ def _check_of(embeddings: Any) -> Callable[[Tensor], Tensor]:
         return x
 
     return check
-
-
-def _know(module: nn.Module) -> None:
-    """Let a module of transformers that calls a convolution, a BatchNorm and an activation be opened."""
-    named = type(module).__module__ == RESNET and type(module).__name__ in ("ResNetConvLayer", "ResNetShortCut")
-    if named and HOLDERS.of(type(module)) is None:
-        HOLDERS.add(type(module))
 
 
 for _name in ("ResNetBasicLayer", "ResNetBottleNeckLayer"):

@@ -158,6 +158,8 @@ CASES = [
     Case("timm", "resnetv2_34", timm("resnetv2_34"), plain),
     Case("timm", "resnetv2_50, features_only", timm("resnetv2_50", features_only=True), plain),
     Case("timm", "resnetv2_50, drop_path_rate=0.1", timm("resnetv2_50", drop_path_rate=0.1), plain),
+    Case("timm", "resnetv2_50, preact=False", timm("resnetv2_50", preact=False), plain),
+    Case("timm", "resnetv2_50d, preact=False", timm("resnetv2_50d", preact=False), plain),
     Case("timm", "resnetv2_50d_gn", timm("resnetv2_50d_gn"), plain),
     Case("timm", "resnetv2_50, conv_layer=StdConv2d", standardised, plain),
     Case("timm", "resnet50_gn", timm("resnet50_gn"), plain),

@@ -18,7 +18,7 @@ def norm(channels: int, **options) -> nn.Module:
     return library("timm.layers").BatchNormAct2d(channels, **options)
 
 
-def preact(**options) -> nn.Module:
+def stage(**options) -> nn.Module:
     """A block with a projection and one with the identity, as a stage of resnetv2."""
     torch.manual_seed(0)
     made = library("timm.models.resnetv2")
@@ -42,7 +42,7 @@ def assert_is_what_it_was(eager: nn.Module, fused: nn.Module, x: torch.Tensor) -
 
 @pytest.mark.parametrize("basic", [False, True])
 def test_preactivation_blocks(basic):
-    eager = preact(**({"block_fn": library("timm.models.resnetv2").PreActBasic, "bottle_ratio": 1.0} if basic else {}))
+    eager = stage(**({"block_fn": library("timm.models.resnetv2").PreActBasic, "bottle_ratio": 1.0} if basic else {}))
     fused = fuse(copy.deepcopy(eager), strict=True)
     assert fastres.nn.report(fused).fused_blocks == 2
     assert_is_what_it_was(eager, fused, images())
@@ -58,7 +58,7 @@ def test_preactivation_blocks(basic):
     (lambda block: setattr(block, "downsample", nn.Conv2d(8, 16, 1, 2).double()), "Conv2d is not a module that only calls"),
 ])  # fmt: skip
 def test_what_is_changed_after_fuse_is_seen(change, reason):
-    eager = preact()
+    eager = stage()
     fused = fuse(copy.deepcopy(eager))
     for model in (eager, fused):
         torch.manual_seed(1)
@@ -70,8 +70,30 @@ def test_what_is_changed_after_fuse_is_seen(change, reason):
 
 @pytest.mark.parametrize("part", ["norm1", "norm1.act", "norm2.drop", "downsample", "downsample.conv", "downsample.norm"])
 def test_hooks_run(part):
-    eager, x, seen = preact(), images(), []
+    eager, x, seen = stage(), images(), []
     fused = fuse(copy.deepcopy(eager))
+    for model in (fused, eager):
+        hooked = model.blocks[0].get_submodule(part)
+        hooked.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()) or 2 * out)
+    assert_same(train_step(fused, x), train_step(eager, x), 1e-10)
+    assert len(seen) == 2
+    torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "part", ["", "norm1", "norm1.act", "norm3", "norm3.act", "downsample", "downsample.pool", "downsample.norm"]
+)
+@pytest.mark.parametrize("avg_down", [False, True])
+def test_post_activation_blocks(avg_down, part):
+    """As they are, and with a hook on each part."""
+    if part == "downsample.pool" and not avg_down:
+        return
+    eager, x = stage(block_fn=library("timm.models.resnetv2").Bottleneck, avg_down=avg_down), images()
+    fused = fuse(copy.deepcopy(eager), strict=True)
+    if not part:
+        assert_is_what_it_was(eager, fused, x)
+        return
+    seen = []
     for model in (fused, eager):
         hooked = model.blocks[0].get_submodule(part)
         hooked.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()) or 2 * out)

@@ -12,9 +12,9 @@ from torch import nn
 from fastres.nn.structure import Step
 
 
-def numbered_layers(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """``conv1`` with ``bn1``, and so on, as far as the block has them."""
-    return [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+def numbered_layers(block: nn.Module, norm: str = "bn") -> list[tuple[nn.Module, nn.Module]]:
+    """``conv1`` with ``bn1`` (or another name), and so on, as far as the block has them."""
+    return [(getattr(block, f"conv{i}"), getattr(block, f"{norm}{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
 
 
 def keeping_steps(

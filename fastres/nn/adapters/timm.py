@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.nn.adapters.common import keeping_steps, numbered_layers
-from fastres.nn.bypass import CONTAINERS, DROPOUTS, HOLDERS, RECTIFYING, eager_class
+from fastres.nn.bypass import (
+    CONTAINERS,
+    DROPOUTS,
+    HOLDERS,
+    RECTIFYING,
+    absent_reason,
+    eager_class,
+    unsupported,
+)
 from fastres.nn.structure import Block, Step, register_named_block, register_named_network
 
 RESNET = "timm.models.resnet"
@@ -69,14 +77,25 @@ def feature_list_steps(network: Any) -> list[Step]:
 
 def preactivation_block(block: Any) -> Block:
     """Of resnetv2's ``PreActBasic`` and ``PreActBottleneck`` with ``BatchNormAct2d``."""
-    numbers = [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
-    layers = [(getattr(block, f"conv{i}"), getattr(block, f"norm{i}")) for i in numbers]
-    activations = [norm.act for _, norm in layers]
+    layers = numbered_layers(block, "norm")
+    activations: list[Any] = [norm.act for _, norm in layers]
     shortcut, absent, opened = block.downsample, [block.drop_path], []
     if shortcut is not None:
         opened, absent = [shortcut], [*absent, getattr(shortcut, "pool", None), getattr(shortcut, "norm", None)]
         shortcut = getattr(shortcut, "conv", shortcut)
     return Block(layers, activations, shortcut, preactivation=True, absent=absent, opened=opened)
+
+
+def postactivation_block(block: Any) -> Block:
+    """Of resnetv2's ``Bottleneck``, of networks with ``preact=False``."""
+    layers, shortcut = numbered_layers(block, "norm"), block.downsample
+    activations: list[Any] = [*(norm.act for _, norm in layers[:-1]), block.act3]
+    opened: list[Any] = []
+    if shortcut is not None and HOLDERS.reason(shortcut) is None:
+        pair, pool = (shortcut.conv, shortcut.norm), getattr(shortcut, "pool", None)
+        if unsupported(*pair) is None and absent_reason(pool) is None:
+            shortcut, opened = pair, [shortcut]
+    return Block(layers, activations, shortcut, absent=[block.drop_path], opened=opened)
 
 
 def stage_steps(stage: Any) -> list[Step]:
@@ -126,6 +145,7 @@ for _name in ("BasicBlock", "Bottleneck"):
 register_named_network(RESNET, "ResNet", resnet_steps)
 for _name in ("PreActBasic", "PreActBottleneck"):
     register_named_block(RESNETV2, _name, preactivation_block)
+register_named_block(RESNETV2, "Bottleneck", postactivation_block)
 register_named_network(RESNETV2, "ResNetStage", stage_steps)
 register_named_network(RESNETV2, "ResNetV2", resnetv2_steps)
 register_named_network(FEATURES, "FeatureDictNet", feature_steps)

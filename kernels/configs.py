@@ -21,8 +21,9 @@ PROGRAMS = 132
 # Smallest side of a tile that tl.dot takes.
 LEAST = 16
 # Registers a thread of kernels that spill a few with 128, with Triton 3.6 and not with 3.8: the weight gradient of a
-# convolution of few channels, which computes a pixel's place for each column (104 bytes for the 7x7 stem on sm_80), and the
-# strided data gradient behind a BatchNorm whose statistics are constants (8 bytes). They need 161 and 144 at most.
+# convolution of few channels, which computes a pixel's place for each column (104 bytes for the 7x7 stem on sm_80), that of a
+# window wider than a pixel that makes both its operands (8 bytes in tiles of 128x64 and 64x128 on sm_80, dilated or not), and
+# the strided data gradient behind a BatchNorm whose statistics are constants (8 bytes). They need 161 at most.
 MORE_REGISTERS = 168
 
 

@@ -171,7 +171,8 @@ def conv_wgrad(
         made_columns=coef is not None,
         depth=pixels,
     )
-    configs = wgrad_configs(cout, columns, pixels, dz.dtype, MORE_REGISTERS if flat else 0)
+    needy = flat or (kh * kw > 1 and y is not None and coef is not None)
+    configs = wgrad_configs(cout, columns, pixels, dz.dtype, MORE_REGISTERS if needy else 0)
     config = at_rank(configs, rank, fitting(demand))
     programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)
     steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config.block_k))

@@ -25,6 +25,7 @@ from bench.launches import Launch, Specialisation, recorded
 from bench.machine.chips import CHIPS
 from bench.machine.product import TUNED, Tile, product
 from bench.sass import SHARED_LIMIT
+from fastres import kernels
 from fastres.kernels.resources import shared_memory_of
 from fastres.nn import fuse
 
@@ -62,10 +63,17 @@ def probe() -> list[dict]:
 
 
 def dilated(shared: int) -> list[Specialisation]:
-    """Launches of the 3x3 convolution in a bottleneck of dilation 2, forward and backward, in bf16; see `specialisations`."""
+    """Launches of the 3x3 convolution in a bottleneck of dilation 2, forward and backward, in bf16; see `specialisations`.
+
+    Moreover the weight gradients that make both operands in tiles of 128x64 and 64x128, which spill with 128 registers.
+    """
     block = fuse(torchvision.models.resnet.Bottleneck(1024, 256, dilation=2)).bfloat16()
     with shared_memory_of(shared), recorded() as launches:
         block(torch.empty(16, 1024, 28, 28, dtype=torch.bfloat16).requires_grad_()).sum().backward()
+        for inputs, outputs in ((64, 128), (128, 64)):
+            x, dz = (torch.empty(16, 28, 28, channels, dtype=torch.bfloat16) for channels in (inputs, outputs))
+            vectors = torch.empty(3, outputs), x, torch.empty(5, inputs)
+            kernels.conv_wgrad(dz, dz, *vectors, 1, (2, 2, 2, 2), (3, 3), dilation=2)
     found = {launch.specialisation for launch in launches}
     return sorted((one for one in found if one.constants.get("DILATION") == 2), key=str)
 

@@ -133,8 +133,8 @@ class Kind:
     def of(self, cls: type) -> Known | None:
         """What is known of a class."""
         if cls not in self._found:
-            bases = (known for base in cls.__mro__ if (known := self._of_itself(base)) is not None)
-            self._found[cls] = next(bases, None)
+            bases = [self._of_itself(base) for base in cls.__mro__]
+            self._found[cls] = next((known for known in bases if known is not None), None)
         return self._found[cls]
 
     def _of_itself(self, cls: type) -> Known | None:

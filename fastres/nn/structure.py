@@ -116,7 +116,8 @@ def registered_classes() -> list[type]:
 def entry_of(cls: type) -> Entry | None:
     """What is registered for a class or its nearest base."""
     if cls not in _found:
-        _found[cls] = next((entry for base in cls.__mro__ if (entry := _entry_of(base)) is not None), None)
+        found = [_entry_of(base) for base in cls.__mro__]  # torch.compile of 2.11 traces no := in a generator
+        _found[cls] = next((entry for entry in found if entry is not None), None)
     return _found[cls]
 
 

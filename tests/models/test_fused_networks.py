@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+import torchvision
 from support_nets import SMALL, assert_same, perturbed, train_step, twins
 from torch import nn
 
@@ -80,6 +81,20 @@ def test_compiles_whole(name, amp):
             train_step(fused, x, lambda x: fused(x).float()),
             5e-2 if amp else 1e-6,
         )
+
+
+def test_compiles_whole_before_its_first_call():
+    """Classes are then looked up while it is traced."""
+
+    class Own(torchvision.models.ResNet):
+        pass
+
+    model = Own(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=2).eval()
+    x = torch.randn(1, 3, 32, 32)
+    fuse(model)
+    torch._dynamo.reset()
+    out = torch.compile(model, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_compiles_with_inductor():

@@ -5,6 +5,7 @@ start, run on what a user's machine would take: interpreted kernels would take m
 """
 
 import os
+import signal
 
 import torch
 
@@ -33,5 +34,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure():
-    """One thread a process: the workers share the cores, and the tensors are small."""
+    """One thread a process: the workers share the cores, and the tensors are small.
+
+    Signals mean what they mean at a terminal, also for what tests start: `nohup` and jobs in the background ignore some.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

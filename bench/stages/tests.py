@@ -49,6 +49,7 @@ def run(setting: Setting, arguments: list[str], workers: int) -> dict[str, Any]:
         process = subprocess.Popen(
             [*command, f"--junitxml={report}", *arguments],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )  # fmt: skip
         try:
             output, _ = process.communicate(timeout=max(1, setting.left - TO_REPORT - TO_END))

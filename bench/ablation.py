@@ -2,9 +2,9 @@
 
     python -m bench.ablation --data cifar10 --epochs 2 --seeds 2
 
-Runs lie under ``--work``; finished ones are not run again and a stopped one goes on, so the command can be repeated. The
-result file has every run, and mean and standard error of each variant; its difference to the preset is over the same
-seeds.
+Runs lie under ``--work``; finished ones are not run again and a stopped one goes on, so the command can be repeated.
+The result file has every run, and mean and standard error of each variant; its difference to the preset is over the
+same seeds.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 - ``fastres``: the preset through `fastres.train`.
 - ``plain``: the same network, optimizer, schedule, whitening and loss in `bench.plain`'s loop; it crops by the same
   padding and flips at random. fp32, contiguous, two worker processes.
-- ``resnet18``: ResNet-18 with the CIFAR stem as it is mostly trained: SGD at 0.1, momentum 0.9, L2 5e-4, batches of 128,
-  crops padded by 4 zeros, cosine over ``--resnet18-epochs``; in the same plain loop.
+- ``resnet18``: ResNet-18 with the CIFAR stem as it is mostly trained: SGD at 0.1, momentum 0.9, L2 5e-4, batches of
+  128, crops padded by 4 zeros, cosine over ``--resnet18-epochs``; in the same plain loop.
 
 Each trains until the first epoch's end with the target accuracy (of single images, no mirror images). Seconds are of
 training, without validation and loading of data; those with validation are recorded for the preset. A plain loop that

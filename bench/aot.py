@@ -3,10 +3,11 @@
 The launches of training steps and of inference are recorded (`bench.launches`), their specialisations compiled for
 each architecture by Triton, and registers, spills, shared memory, tensor-core instructions and the width of loads and
 stores read from the machine code (`bench.sass`); how many programs a multiprocessor runs at once, and what share of the
-tensor cores' peak or of the memory's bandwidth the model predicts (`bench.machine`), whichever the kernel needs longer. One
-table row stands for all specialisations that differ in nothing but their numbers of channels, and is that of the largest;
-``--every-shape`` compiles them all. Exits with 1 when a configuration does not compile, spills, takes more shared memory
-than there is, has a `tl.dot` but no tensor-core instruction, or is slower by the model than `bench.machine.shares` allows.
+tensor cores' peak or of the memory's bandwidth the model predicts (`bench.machine`), whichever the kernel needs longer.
+One table row stands for all specialisations that differ in nothing but their numbers of channels, and is that of the
+largest; ``--every-shape`` compiles them all. Exits with 1 when a configuration does not compile, spills, takes more
+shared memory than there is, has a `tl.dot` but no tensor-core instruction, or is slower by the model than
+`bench.machine.shares` allows.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def specialisations(
 
     Args:
         network, precision: keys of `NETWORKS` and `PRECISIONS`.
-        shared: bytes of shared memory that a program can have on the device, by which configurations are chosen; None: any.
+        shared: bytes of shared memory that a program can have on the device, by which configurations are chosen; None:
+            any.
     """
     return set(launches_of(network, precision, ranks, shared))
 

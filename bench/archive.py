@@ -1,7 +1,7 @@
 """Triton's cache in a few files, so that a machine that starts anew need not compile again.
 
-Of each kernel only what a launch reads is kept, the machine code with its description, and the functions that launch: the
-intermediate languages are nine tenths of the cache.
+Of each kernel only what a launch reads is kept, the machine code with its description, and the functions that launch:
+the intermediate languages are nine tenths of the cache.
 """
 
 from __future__ import annotations

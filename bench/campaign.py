@@ -7,11 +7,12 @@
 
 Each stage is a process of its own with a limit of time, and one file ``<stage>.json`` in the folder, written anew
 after every case. A stage whose file says that it is complete is skipped; one that was cut off goes on where it
-stopped; a case that ended its process twice is left out. What fails leaves its error in the file and stops nothing else.
+stopped; a case that ended its process twice is left out. What fails leaves its error in the file and stops nothing
+else.
 
-A slice goes on from what earlier ones left: in ``build/campaign/`` on the same machine, or in files that were brought back
-and put under ``bench/results/<device>-<date>/`` or named by ``--resume``. Those hold the results, the timed choices and the
-compiled kernels.
+A slice goes on from what earlier ones left: in ``build/campaign/`` on the same machine, or in files that were brought
+back and put under ``bench/results/<device>-<date>/`` or named by ``--resume``. Those hold the results, the timed
+choices and the compiled kernels.
 """
 
 from __future__ import annotations
@@ -219,9 +220,7 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(picked) if picked.type == "cuda" else "cpu"
 
 
-def _supervise(
-    part: Part, path: Path, args: argparse.Namespace, seconds: float, environment: dict[str, str]
-) -> None:
+def _supervise(part: Part, path: Path, args: argparse.Namespace, seconds: float, environment: dict[str, str]) -> None:
     """Start a stage's process until it ends in order, or its time or its restarts are used up."""
     end = time.monotonic() + seconds
     for _ in range(RESTARTS):
@@ -297,7 +296,9 @@ def run_one(args: argparse.Namespace) -> int:
     setting = Setting(device, dtype, args.dry_run, args.data, args.out, args.seconds)
     importlib.import_module("bench.stages.autotune").restore(setting, args.out / "autotune.json")
     stage = importlib.import_module(f"bench.stages.{args.run}")
-    stand_in = importlib.import_module("bench.stand_ins").on_a_cpu if args.dry_run and device.type == "cpu" else nullcontext
+    stand_in = (
+        importlib.import_module("bench.stand_ins").on_a_cpu if args.dry_run and device.type == "cpu" else nullcontext
+    )
     with stand_in():
         # A case takes a while: the last one must not be killed for having begun too late.
         return run_stage(
@@ -337,9 +338,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--device", default="auto", metavar="STR", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
-    parser.add_argument(
-        "--data", default="synthetic", help="of `fastres train`, for the time to accuracy [synthetic]"
-    )
+    parser.add_argument("--data", default="synthetic", help="of `fastres train`, for the time to accuracy [synthetic]")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"limit of a stage, or of a slice [{SECONDS}]")
     parser.add_argument("--run", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN", help=argparse.SUPPRESS)

@@ -1,10 +1,11 @@
-"""Training and inference on a CPU against every peer at its best, and against the convolutions alone: ``python -m bench.cpu``.
+"""Training and inference on a CPU against every peer at its best, and against the convolutions alone: ``python -m
+bench.cpu``.
 
-Peers are eager PyTorch in both layouts and torch.compile, in fp32 and bf16, each with the C library's allocator as it comes
-and with `fastres.train.machine.keep_freed_memory`; for the least memory also with `return_freed_memory`, as the memory mode
-``--keep fewer`` of `fastres train` has it. Each runs in a process of its own, as the state of the allocator's heap is part
-of what is measured; the processes take turns. There are two limits: the time of PyTorch's own convolutions on the network's
-shapes, and that of their arithmetic at the rate of a large matrix product.
+Peers are eager PyTorch in both layouts and torch.compile, in fp32 and bf16, each with the C library's allocator as it
+comes and with `fastres.train.machine.keep_freed_memory`; for the least memory also with `return_freed_memory`, as the
+memory mode ``--keep fewer`` of `fastres train` has it. Each runs in a process of its own, as the state of the
+allocator's heap is part of what is measured; the processes take turns. There are two limits: the time of PyTorch's own
+convolutions on the network's shapes, and that of their arithmetic at the rate of a large matrix product.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     found["convolutions"] = {
         precision: in_own_process(_convolutions, workload, precision, args.threads) for precision in args.precisions
     }
-    found["products"] = {
-        precision: in_own_process(_products, precision, args.threads) for precision in args.precisions
-    }
+    found["products"] = {precision: in_own_process(_products, precision, args.threads) for precision in args.precisions}
     return found
 
 
@@ -183,7 +182,9 @@ def _products(precision: str, threads: int) -> float:
 
 
 def convolutions_of(workload: Workload) -> list[tuple[nn.Conv2d, torch.Size, tuple[int, int], int]]:
-    """Every convolution of a forward pass in order: itself, its input's shape, its padding in numbers, its output's pixels."""
+    """Every convolution of a forward pass in order: itself, its input's shape, its padding in numbers, its output's
+    pixels.
+    """
     found: list[tuple[nn.Conv2d, torch.Size, tuple[int, int], int]] = []
 
     def note(conv: nn.Conv2d, inputs: tuple[Tensor], y: Tensor) -> None:
@@ -200,8 +201,8 @@ def convolutions_of(workload: Workload) -> list[tuple[nn.Conv2d, torch.Size, tup
 
 
 def _convolutions(workload: Workload, precision: str, threads: int) -> dict[str, float]:
-    """All convolutions of a step, forward, and the gradients that are needed: seconds by PyTorch's own in the best layout,
-    and FLOPs, products with padding included.
+    """All convolutions of a step, forward, and the gradients that are needed: seconds by PyTorch's own in the best
+    layout, and FLOPs, products with padding included.
     """
     _prepare("kept", threads)
     dtype = machine.DTYPES[precision]
@@ -287,7 +288,9 @@ def table(found: list[dict[str, Any]]) -> str:
         facts = summary(one)
         for kind in ("training", "inference"):
             f = facts[kind]
-            ratios = [f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})" for p in ("peer", "peer with kept memory")]
+            ratios = [
+                f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})" for p in ("peer", "peer with kept memory")
+            ]
             name = f"{one['workload']}, {kind}: {f['best'].rpartition(', ')[0]}"
             limits = [f"{f[limit]:.2f}" if limit in f else "" for limit in ("of_the_convolutions", "of_the_products")]
             rows.append([name, f"{f['images_per_second']:.1f}", *ratios, *limits])

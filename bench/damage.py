@@ -92,7 +92,9 @@ def outcomes(file: Path, read: Callable[[], Any], times: int, draw: random.Rando
 def outcomes_with_warnings(
     file: Path, read: Callable[[], Any], said: list[str], times: int, draw: random.Random
 ) -> list[str]:
-    """`outcomes` of a file that is made anew where it is damaged: the same data with a warning in ``said`` is a refusal."""
+    """`outcomes` of a file that is made anew where it is damaged: the same data with a warning in ``said`` is a
+    refusal.
+    """
     raw, whole, found = file.read_bytes(), read(), []
     for _ in range(times):
         file.write_bytes(damaged(raw, draw))
@@ -121,9 +123,7 @@ def checkpoint(folder: Path, times: int, seed: int) -> list[str]:
     file = folder / "last.pt"
     weights = {f"layer{i}.weight": torch.randn(16, 8, 3, 3) for i in range(4)}
     state = {i: {"momentum_buffer": torch.randn(8)} for i in range(4)}
-    save_checkpoint(
-        file, {"weights": weights, "optimizer": {"state": state}, "history": [{"epoch": 1, "loss": 0.5}]}
-    )
+    save_checkpoint(file, {"weights": weights, "optimizer": {"state": state}, "history": [{"epoch": 1, "loss": 0.5}]})
     return outcomes(file, lambda: load_checkpoint(file), times, random.Random(seed), str(folder))
 
 

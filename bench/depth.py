@@ -49,9 +49,7 @@ def measure_twin(depth: int, residual: bool, args: argparse.Namespace) -> dict[s
     """Gradient norms before and after ``args.steps`` steps, and the losses of those steps."""
     device = machine.pick_device("auto")
     split = synthetic_split(args.batch * (args.steps + 1), seed=args.seed)
-    batches = Batches(
-        split, args.batch, *channel_statistics(split.images), Augment(), seed=args.seed, device=device
-    )
+    batches = Batches(split, args.batch, *channel_statistics(split.images), Augment(), seed=args.seed, device=device)
     stream = batches.epoch(0)
     probe = next(stream)
     torch.manual_seed(args.seed)

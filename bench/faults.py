@@ -1,5 +1,5 @@
-"""Faults on purpose: kill -9 at random moments and before file operations, full disk, two runs in one folder, clock jumps,
-folders that are no run's or another's, lost ranks, a rank with other data, damaged files.
+"""Faults on purpose: kill -9 at random moments and before file operations, full disk, two runs in one folder, clock
+jumps, folders that are no run's or another's, lost ranks, a rank with other data, damaged files.
 
     python -m bench.faults --kills 200 --damages 500
 
@@ -284,7 +284,9 @@ def hostile_folders(folder: Path) -> dict[str, Any]:
         place = shutil.copytree(folder / "run", folder / f"changed-{number}")
         make(place, folder / "other", mine)
         outcomes.append(refused(place, mine, resume=True))
-    outcomes.append(Child(partial(fit, folder / "run", epochs=2, other=True)).outcome("was trained on", "give the former"))
+    outcomes.append(
+        Child(partial(fit, folder / "run", epochs=2, other=True)).outcome("was trained on", "give the former")
+    )
     return table_row("hostile folder", outcomes)
 
 
@@ -339,7 +341,10 @@ def other_data(folder: Path) -> dict[str, Any]:
     ended = [end for number in range(2) for end in job(folder / f"other-{number}", None, other=True)]
     return table_row(
         "other data on one rank",
-        ["refused" if status == 2 and "other images or labels" in text else f"wrong: {status}: {text}" for status, text in ended],
+        [
+            "refused" if status == 2 and "other images or labels" in text else f"wrong: {status}: {text}"
+            for status, text in ended
+        ],
     )
 
 

@@ -32,10 +32,7 @@ def points(args: argparse.Namespace) -> list[tuple[str, int, Workload]]:
     """(axis, its value, workload) of every point: the CIFAR networks of He et al. 2015."""
     return [
         *(("batch", batch, Workload("resnet20", batch, 32)) for batch in args.batches),
-        *(
-            ("resolution", size, Workload("resnet20", args.resolution_batch, size))
-            for size in args.resolutions
-        ),
+        *(("resolution", size, Workload("resnet20", args.resolution_batch, size)) for size in args.resolutions),
         *(("depth", depth, Workload(f"resnet{depth}", args.depth_batch, 32)) for depth in args.depths),
     ]
 
@@ -65,9 +62,7 @@ def _times(
     return {peer: time._asdict() for peer, time in found.items()}
 
 
-def _memory(
-    device: torch.device, workload: Workload, peer: str, dtype: torch.dtype, threads: int
-) -> dict[str, float]:
+def _memory(device: torch.device, workload: Workload, peer: str, dtype: torch.dtype, threads: int) -> dict[str, float]:
     _prepare(device, threads)
     return peak_memory(workload, peer, device, dtype, steps=2)
 

@@ -76,7 +76,6 @@ class Specialisation:
         """Where Triton's cache has it, compiled for the target."""
         return cache_key(self.source(), target, dict(self.options))
 
-
     def compile(self, target: GPUTarget) -> CompiledKernel:
         """Compiled for the target, or found in Triton's cache."""
         return compile(self.source(), target=target, options=dict(self.options))
@@ -95,7 +94,9 @@ class Launch:
 
     specialisation: Specialisation
     grid: tuple[int, ...]
-    integers: dict[str, int] = field(default_factory=dict, hash=False)  # arguments by name, those that are compiled in too
+    integers: dict[str, int] = field(
+        default_factory=dict, hash=False
+    )  # arguments by name, those that are compiled in too
     tensors: dict[str, tuple[int, int]] = field(default_factory=dict, hash=False)  # by name: address, bytes
     rank: int | None = 0  # of the configuration; None: around the library's convolutions
 

@@ -33,16 +33,12 @@ def implementations(device: torch.device) -> dict[str, Any]:
         found = {"cpp": cpu.primitives(), **found}
     if device.type == "cuda":
         triton = select._triton()
-        library = LibraryConvolutions(
-            triton.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums
-        )
+        library = LibraryConvolutions(triton.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums)
         found = {"triton": triton, "library": library, **found}
     return found
 
 
-def bottleneck_calls(
-    batch: int, size: int, width: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[Call]:
+def bottleneck_calls(batch: int, size: int, width: int, device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
     """Forward and backward operations, in order, on random tensors; bare library convolutions stand beside them.
 
     Args:

@@ -1,8 +1,8 @@
 """What each lever of the CPU's implementation is worth: ``python -m bench.levers``.
 
 A fused training step with all of them, and again with one taken away, in turn in one process, as the difference of two
-steps is what is asked for; eager PyTorch's step beside them. Then the network's convolutions, forward, in each layout that
-PyTorch has for them and with weights that are packed beforehand or at every call.
+steps is what is asked for; eager PyTorch's step beside them. Then the network's convolutions, forward, in each layout
+that PyTorch has for them and with weights that are packed beforehand or at every call.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def _run_all(calls: list[Callable[[], Any]]) -> None:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Steps and convolutions of each workload in milliseconds, and how many times as long as with all levers or in NHWC."""
+    """Steps and convolutions of each workload in milliseconds, and how many times as long as with all levers or in
+    NHWC.
+    """
     lines = []
     for one in found:
         for kind, first in (("steps", "all"), ("convolutions", "NHWC")):

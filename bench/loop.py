@@ -2,9 +2,9 @@
 
     python -m bench.loop --presets speed fast notebook
 
-The trainer's own epoch is run on the built-in set with clocks around the calls of its parts: the batches (augmentation),
-the network and its loss (forward), backward, and the optimizer. What is left is the loop: schedule, tally, the check that
-the loss is finite, progress bar. The printed shares are medians over the epochs after the first.
+The trainer's own epoch is run on the built-in set with clocks around the calls of its parts: the batches
+(augmentation), the network and its loss (forward), backward, and the optimizer. What is left is the loop: schedule,
+tally, the check that the loss is finite, progress bar. The printed shares are medians over the epochs after the first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Results of a campaign's slices as one set: ``python -m bench.merge FOLDER ...``.
 
 Stage files of one device are joined case by case; of two results of a case the later one is taken, but none that failed
-instead of one that did not. They go to ``bench/results/<device>-<date>/`` or ``--out``, from where later slices go on and
-`bench.report` reads, with the newest archive of compiled kernels (`bench.archive`).
+instead of one that did not. They go to ``bench/results/<device>-<date>/`` or ``--out``, from where later slices go on
+and `bench.report` reads, with the newest archive of compiled kernels (`bench.archive`).
 """
 
 from __future__ import annotations

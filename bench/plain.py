@@ -33,7 +33,9 @@ class Images(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
-def loaders(dataset: Dataset, batch_size: int, pad: int, padding_mode: str, workers: int) -> tuple[DataLoader, DataLoader]:
+def loaders(
+    dataset: Dataset, batch_size: int, pad: int, padding_mode: str, workers: int
+) -> tuple[DataLoader, DataLoader]:
     """Training batches, shuffled, cropped and flipped, and test batches."""
     mean, std = ([value / 255 for value in values] for values in (dataset.mean, dataset.std))
     size = dataset.train.images.shape[-1]

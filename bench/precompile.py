@@ -1,8 +1,8 @@
 """Triton's kernels compiled by all cores before their first use: stage `precompile` of the campaign.
 
-On a GPU a kernel is compiled when it is first launched, one after the other. Here the launches of the campaign's networks
-are recorded without a GPU (`bench.launches`), in every tile configuration that is timed and as passes around the library's
-convolutions, and compiled into Triton's cache, under the keys by which the launches look there.
+On a GPU a kernel is compiled when it is first launched, one after the other. Here the launches of the campaign's
+networks are recorded without a GPU (`bench.launches`), in every tile configuration that is timed and as passes around
+the library's convolutions, and compiled into Triton's cache, under the keys by which the launches look there.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 The bytes of every launch of the eager, the compiled (Inductor) and the fused step are those that `bench.traffic`
 counted, the operations those of the convolutions; a launch takes ``max(bytes / bandwidth, flops / rate) + launch``.
 Bandwidth and rate are the data sheets', times a share that large copies and matrix products are assumed to reach. These
-are lower bounds, not measurements: no kernel reaches its roof; `bench.machine` predicts what they take. Stem and blocks are
-counted; average pool, last layer, loss and optimizer, which are the same in all, are not. Where a folder of campaign results
-exists for one of the GPUs, the same model with the ceilings measured there stands beside the times measured there.
+are lower bounds, not measurements: no kernel reaches its roof; `bench.machine` predicts what they take. Stem and blocks
+are counted; average pool, last layer, loss and optimizer, which are the same in all, are not. Where a folder of
+campaign results exists for one of the GPUs, the same model with the ceilings measured there stands beside the times
+measured there.
 """
 
 from __future__ import annotations
@@ -175,9 +176,7 @@ def comparisons(results: Path, traffic: dict[str, Any]) -> list[dict[str, Any]]:
         cases = json.loads(ceilings.read_text())["cases"]
         if "gb_per_second" not in cases.get("copy", {}) or "tflops" not in cases.get("matmul bfloat16", {}):
             continue
-        machine = Machine(
-            cases["copy"]["gb_per_second"] * 1e9, cases["matmul bfloat16"]["tflops"] * 1e12, LAUNCH
-        )
+        machine = Machine(cases["copy"]["gb_per_second"] * 1e9, cases["matmul bfloat16"]["tflops"] * 1e12, LAUNCH)
         for case in networks(models).values():
             same = (n for n in traffic["networks"].values() if (n["model"], n["image"]) == _model_of(case))
             if (counted := next(same, None)) is None:
@@ -237,9 +236,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--traffic", nargs="+", type=Path, help="results of bench.traffic [bench/results/traffic*.json]"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that campaigns' folders are in")
-    parser.add_argument(
-        "--bandwidth-share", type=float, default=BANDWIDTH_SHARE, help="of the data sheet's [0.9]"
-    )
+    parser.add_argument("--bandwidth-share", type=float, default=BANDWIDTH_SHARE, help="of the data sheet's [0.9]")
     parser.add_argument("--rate-share", type=float, default=RATE_SHARE, help="of the data sheet's [0.75]")
     parser.add_argument("--launch", type=float, default=LAUNCH, help="seconds a launch [3e-6]")
     parser.add_argument("--out", type=Path, default=RESULTS / "roofline.json", help="result file")
@@ -250,20 +247,15 @@ def main(argv: list[str] | None = None) -> None:
     """Predict, compare, print, write the result."""
     args = parse(argv)
     traffic = read_traffic(args.traffic or sorted(RESULTS.glob("traffic*.json")))
-    machines = {
-        name: assumed(name, args.bandwidth_share, args.rate_share, args.launch) for name in DATA_SHEETS
-    }
+    machines = {name: assumed(name, args.bandwidth_share, args.rate_share, args.launch) for name in DATA_SHEETS}
     predictions: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for network, counted in traffic["networks"].items():
         steps = steps_of(counted, traffic["batch"])
         predictions[network] = {
-            name: {kind: predict(step, machine) for kind, step in steps.items()}
-            for name, machine in machines.items()
+            name: {kind: predict(step, machine) for kind, step in steps.items()} for name, machine in machines.items()
         }
     compared = comparisons(args.results, traffic)
-    print(
-        f"Predictions, batch {traffic['batch']}, {traffic['dtype']}\n\n{markdown(COLUMNS, rows(predictions))}"
-    )
+    print(f"Predictions, batch {traffic['batch']}, {traffic['dtype']}\n\n{markdown(COLUMNS, rows(predictions))}")
     for one in compared:
         print(
             f"{one['device']}, {one['network']}, batch {one['batch']}, {one['peer']}: "

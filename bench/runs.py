@@ -1,6 +1,6 @@
 """Collects training runs into one result file: options, data, device and every epoch's row.
 
-    python -m bench.runs runs/A runs/B --out bench/results/accuracy.json
+python -m bench.runs runs/A runs/B --out bench/results/accuracy.json
 """
 
 from __future__ import annotations

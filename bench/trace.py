@@ -49,9 +49,7 @@ def summary(events: list[dict[str, Any]], gpu: bool, top: int) -> dict[str, Any]
         "launches": len(wanted),
         "seconds": sum(seconds for _, (_, seconds) in rows),
         "copies": sum(event.get("cat") in MEMORY for event in events),
-        "top": [
-            {"name": name[:120], "count": count, "seconds": seconds} for name, (count, seconds) in rows[:top]
-        ],
+        "top": [{"name": name[:120], "count": count, "seconds": seconds} for name, (count, seconds) in rows[:top]],
     }
 
 

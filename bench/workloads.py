@@ -91,9 +91,7 @@ class Setting:
         batches = self.pick((128, 256, 1024, 2048), (), (2,))  # on a CPU `bench.growth` has the batches
         names = self.pick(("resnet18 CIFAR", "resnet50 CIFAR"), (), tuple(DRY))
         base = self.workloads()
-        return {
-            f"{name}, batch {batch}": replace(base[name], batch=batch) for name in names for batch in batches
-        }
+        return {f"{name}, batch {batch}": replace(base[name], batch=batch) for name in names for batch in batches}
 
     def supported(self) -> list[str]:
         """Names of all peers that run: in a dry run on stand-ins for what only a GPU has."""

@@ -52,7 +52,9 @@ def atomic_write(path: str | os.PathLike, mode: int = 0o666) -> Iterator[BinaryI
             yield file
             file.flush()
             _sync(file.fileno(), path.parent)
-        with suppress(OSError):  # mkstemp makes files that only their owner can read; some file systems have one mode for all
+        with suppress(
+            OSError
+        ):  # mkstemp makes files that only their owner can read; some file systems have one mode for all
             os.chmod(temporary, mode & ~_umask())
         os.replace(temporary, path)
     except BaseException:

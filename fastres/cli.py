@@ -68,9 +68,7 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
         meta, default = OPTIONS[name].metadata, OPTIONS[name].default
         flag, help = "--" + name.replace("_", "-"), f"{meta['help']} [{default}]"
         if meta["kind"] is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help
-            )
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:
             parser.add_argument(
                 flag, type=meta["kind"], choices=meta["choices"], default=argparse.SUPPRESS, help=help,
@@ -123,7 +121,9 @@ def train(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """The run that is asked for: its options, its folder, whether that may hold its beginning, and whether it was named."""
+    """The run that is asked for: its options, its folder, whether that may hold its beginning, and whether it was
+    named.
+    """
 
     config: TrainConfig
     path: Path
@@ -442,9 +442,7 @@ def complain(line: str, status: int) -> int:
 def remedy_of(error: RuntimeError | MemoryError, training: bool) -> str | None:
     """What to do where the machine had too little of something; None: it had not."""
     if is_out_of_memory(error):
-        return (
-            "lower --batch-size, raise --accumulate or set --checkpoint-every" if training else "give it more memory"
-        )
+        return "lower --batch-size, raise --accumulate or set --checkpoint-every" if training else "give it more memory"
     if "can't start new thread" in str(error):
         return "let this user have more processes (ulimit -u), or set OMP_NUM_THREADS=1"
     return None

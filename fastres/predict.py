@@ -29,7 +29,10 @@ CHUNK = 64  # images at a time
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """The options of the command; ``positive`` parses an integer of at least 1."""
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image file, folder, pattern such as 'a/**/*.jpg', or - for a name a line"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image file, folder, pattern such as 'a/**/*.jpg', or - for a name a line",
     )
     parser.add_argument("--run", dest="checkpoint", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
     parser.add_argument("--top", type=positive, default=3, help="classes to print [3]", metavar="INT")
@@ -92,9 +95,7 @@ def predict(args: argparse.Namespace) -> int:
     machine.use_device(device)
     trained = load_trained(find_checkpoint(args.checkpoint), device)
     faults: list[Fault] = []
-    found = guesses(
-        trained, image_files(args.images), device, getattr(args, "tta", False), args.top, faults
-    )
+    found = guesses(trained, image_files(args.images), device, getattr(args, "tta", False), args.top, faults)
     table = csv.writer(sys.stdout, lineterminator="\n")
     for number, (path, row) in enumerate(found):
         if number == 0:

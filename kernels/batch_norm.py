@@ -252,9 +252,7 @@ def sum_rows(x_ptr, T, column, column_ok, COLUMNS: tl.constexpr, BLOCK_T: tl.con
 
 
 @triton.jit(do_not_specialize=["T"])
-def partial_sums_kernel(
-    x_ptr, out_ptr, T, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def partial_sums_kernel(x_ptr, out_ptr, T, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """Sums of every BLOCK_T rows: x [T, COLUMNS] fp32 to out [S, COLUMNS] fp64. Moves both once."""
     part = tl.program_id(0)
     first = part.to(tl.int64) * BLOCK_T

@@ -85,8 +85,8 @@ def bn_add_relu(
     Args:
         y: [N, H, W, C].
         coef: [5, C] fp32, see `fastres.kernels.tiles`.
-        shortcut: like y; or [N, H', W', C'], of which every ``shortcut_stride``-th pixel, H x W of them, is added to the
-            first C' of the channels.
+        shortcut: like y; or [N, H', W', C'], of which every ``shortcut_stride``-th pixel, H x W of them, is added to
+            the first C' of the channels.
         shortcut_coef: [5, C] fp32: the shortcut is normalised too.
     """
     channels = y.shape[3]
@@ -167,9 +167,7 @@ def bn_add_relu_backward_kernel(
             sum_dz_shortcut += dz * (shortcut - shortcut_mean)
     store_sums(sum_dz, sum_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C)
     if shortcut_ptr is not None:
-        store_sums(
-            sum_dz, sum_dz_shortcut, shortcut_coef_ptr, shortcut_sums_ptr, part, channel, channel_ok, C
-        )
+        store_sums(sum_dz, sum_dz_shortcut, shortcut_coef_ptr, shortcut_sums_ptr, part, channel, channel_ok, C)
 
 
 def bn_add_relu_backward(

@@ -1,8 +1,9 @@
 """Tile configurations of the convolution kernels, chosen from plain tables by shape and dtype.
 
-Every entry compiles for sm_80, sm_90 and sm_100 without a spill (``bench/aot.py``): 128x128 tiles with 4 warps do not. On
-sm_86, sm_89 and sm_120, which have less shared memory, those are passed over that do not fit (`fastres.kernels.resources`).
-`triton.autotune` is left out on purpose: it needs a GPU to import under, and times inside the first step of training.
+Every entry compiles for sm_80, sm_90 and sm_100 without a spill (``bench/aot.py``): 128x128 tiles with 4 warps do not.
+On sm_86, sm_89 and sm_120, which have less shared memory, those are passed over that do not fit
+(`fastres.kernels.resources`). `triton.autotune` is left out on purpose: it needs a GPU to import under, and times
+inside the first step of training.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ PROGRAMS = 132
 # Smallest side of a tile that tl.dot takes.
 LEAST = 16
 # Registers a thread of kernels that spill a few with 128, with Triton 3.6 and not with 3.8: the weight gradient of a
-# convolution of few channels, which computes a pixel's place for each column (104 bytes for the 7x7 stem on sm_80), that of a
-# window wider than a pixel that makes both its operands (8 bytes in tiles of 128x64 and 64x128 on sm_80, dilated or not), and
-# the strided data gradient behind a BatchNorm whose statistics are constants (8 bytes). They need 161 at most.
+# convolution of few channels, which computes a pixel's place for each column (104 bytes for the 7x7 stem on sm_80),
+# that of a window wider than a pixel that makes both its operands (8 bytes in tiles of 128x64 and 64x128 on sm_80,
+# dilated or not), and the strided data gradient behind a BatchNorm whose statistics are constants (8 bytes). They need
+# 161 at most.
 MORE_REGISTERS = 168
 
 
@@ -50,9 +52,7 @@ class Config(NamedTuple):
         )
 
 
-def conv_configs(
-    rows: int, columns: int, depth: int, dtype: torch.dtype, least_registers: int = 0
-) -> list[Config]:
+def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype, least_registers: int = 0) -> list[Config]:
     """Configurations of a convolution's product, the one to take first.
 
     Args:
@@ -69,9 +69,7 @@ def conv_configs(
     return [_config(*tile, depth, dtype, least_registers) for tile in sorted(tiles, key=lambda tile: tile != first)]
 
 
-def wgrad_configs(
-    rows: int, columns: int, pixels: int, dtype: torch.dtype, least_registers: int = 0
-) -> list[Config]:
+def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype, least_registers: int = 0) -> list[Config]:
     """Configurations of a weight gradient, the one to take first.
 
     Args:
@@ -95,8 +93,8 @@ def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[in
 def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype, least_registers: int) -> Config:
     """The tile with the step, warps and stages at which it neither spills nor outgrows an A100's shared memory.
 
-    Told no limit of registers, the assembler aims low and spills a few bytes for it; told one, it does not. With up to 128
-    registers a multiprocessor runs two programs of 8 warps.
+    Told no limit of registers, the assembler aims low and spills a few bytes for it; told one, it does not. With up to
+    128 registers a multiprocessor runs two programs of 8 warps.
     """
     if block_m == block_n == 128:
         block_k, num_warps, num_stages, registers = 64, 8, 3, 255
@@ -113,7 +111,8 @@ def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype, least_re
 
 
 def at_rank(configs: list[Config], rank: int, fits: Callable[[Config], bool] = lambda config: True) -> Config:
-    """The configuration of that rank, or the last one; if it does not fit, the next that does, behind the last the first.
+    """The configuration of that rank, or the last one; if it does not fit, the next that does, behind the last the
+    first.
 
     Where none fits it is that of the rank: its launch tells what is missing.
     """

@@ -57,12 +57,14 @@ def conv_kernel(
     Padding is zero behind the prologue. Statistics are those of the stored, rounded y. Moves x about once (its taps and
     column tiles come from the L2), w, y once.
 
-    With a shortcut, for a pointwise convolution, the prologue is the end of a residual block, ``out = relu(x*scale + shift +
-    shortcut)`` with the shortcut normalised by its own coefficients where it has some, and out is stored as well.
+    With a shortcut, for a pointwise convolution, the prologue is the end of a residual block, ``out = relu(x*scale +
+    shift + shortcut)`` with the shortcut normalised by its own coefficients where it has some, and out is stored as
+    well.
 
     Args:
         x_ptr: [N, H, W, CIN]. w_ptr: [COUT, KH, KW, CIN]. y_ptr, residual_ptr: [N, OH, OW, COUT].
-        coef_ptr: [5, CIN] or None: x as it is. shortcut_ptr, out_ptr: like x, or None both. shortcut_coef_ptr: [5, CIN] or None.
+        coef_ptr: [5, CIN] or None: x as it is. shortcut_ptr, out_ptr: like x, or None both. shortcut_coef_ptr: [5, CIN]
+            or None.
         bias_ptr: [COUT] fp32 or None. residual_ptr: or None.
         count_ptr, mean_ptr, m2_ptr: [T], [T, COUT], [T, COUT] fp32, T tiles of BLOCK_M rows; or None.
         k_blocks: trips of the loop; an argument, since a loop of known length would be unrolled.
@@ -199,7 +201,8 @@ def bn_add_relu_conv(
     moments: bool = True,
     rank: int = 0,
 ) -> tuple[Tensor, Tensor, Moments | None]:
-    """The end of a block and the pointwise convolution that opens the next: ``out = relu(bn(y) + shortcut)``, conv(out).
+    """The end of a block and the pointwise convolution that opens the next: ``out = relu(bn(y) + shortcut)``,
+    conv(out).
 
     Args:
         y, shortcut: [N, H, W, CIN]. coef, shortcut_coef: see `fastres.kernels.bn_add_relu.bn_add_relu`.

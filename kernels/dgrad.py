@@ -1,4 +1,6 @@
-"""Gradient at a convolution's input, BatchNorm's backward in its prologue, the ReLU and BatchNorm below in its epilogue."""
+"""Gradient at a convolution's input, BatchNorm's backward in its prologue, the ReLU and BatchNorm below in its
+epilogue.
+"""
 
 from __future__ import annotations
 
@@ -61,25 +63,27 @@ def conv_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``dx = conv_transpose2d(A*dz + B*y + C, w) + residual``, through the ReLU of ``relu(x*scale + shift)``, with sums.
+    """``dx = conv_transpose2d(A*dz + B*y + C, w) + residual``, through the ReLU of ``relu(x*scale + shift)``, with
+    sums.
 
-    The product's rows are the input's pixels, its columns the CIN channels; it sums over the taps that reach a pixel and
-    the COUT channels. Pixel h is reached by the taps kh for which ``h + TOP - kh*dilation`` is a multiple of the stride:
-    which these are its remainder modulo the stride tells, so rows are grouped by remainder (rh, rw), ``tiles`` tiles
-    each, and no product with a known zero is formed. Moves dz and y about once, w, residual, x and dx once.
+    The product's rows are the input's pixels, its columns the CIN channels; it sums over the taps that reach a pixel
+    and the COUT channels. Pixel h is reached by the taps kh for which ``h + TOP - kh*dilation`` is a multiple of the
+    stride: which these are its remainder modulo the stride tells, so rows are grouped by remainder (rh, rw), ``tiles``
+    tiles each, and no product with a known zero is formed. Moves dz and y about once, w, residual, x and dx once.
 
     Args:
-        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; None: dz is the convolution's gradient. y_ptr: None without
-            abc_ptr, and where B and C are 0.
+        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; None: dz is the convolution's gradient. y_ptr: None
+            without abc_ptr, and where B and C are 0.
         w_ptr: [COUT, KH, KW, CIN]. dx_ptr, residual_ptr, x_ptr: [N, H, W, CIN]. residual_ptr: or None.
-        x_ptr, coef_ptr, sums_ptr: the BatchNorm below: its input, its [5, CIN], and [T, 2, CIN] fp32 for each tile's sums of dx
-            and dx * xhat; or None: no BatchNorm and no ReLU.
-        mask_ptr: [N, H, W, CIN], the rectified tensor where it is not ``relu(x*scale + shift)`` but the end of a block; or None.
+        x_ptr, coef_ptr, sums_ptr: the BatchNorm below: its input, its [5, CIN], and [T, 2, CIN] fp32 for each tile's
+            sums of dx and dx * xhat; or None: no BatchNorm and no ReLU.
+        mask_ptr: [N, H, W, CIN], the rectified tensor where it is not ``relu(x*scale + shift)`` but the end of a block;
+            or None.
         c_blocks: blocks of COUT, an argument so that the loop is not unrolled.
         TAP_STEP: from one tap that reaches a pixel to the next: the stride without its greatest common divisor with the
             dilation. INVERSE: of the dilation without that divisor, modulo TAP_STEP.
-        RESIDUAL_STRIDE, RESIDUAL_C: None both, or the residual is [N, ceil(H / RESIDUAL_STRIDE), ceil(W / RESIDUAL_STRIDE),
-            RESIDUAL_C], whose first CIN channels are added to every RESIDUAL_STRIDE-th pixel.
+        RESIDUAL_STRIDE, RESIDUAL_C: None both, or the residual is [N, ceil(H / RESIDUAL_STRIDE), ceil(W /
+            RESIDUAL_STRIDE), RESIDUAL_C], whose first CIN channels are added to every RESIDUAL_STRIDE-th pixel.
     """
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
     N_TILES: tl.constexpr = (CIN + BLOCK_N - 1) // BLOCK_N
@@ -207,11 +211,13 @@ def conv_dgrad(
 
     Args:
         dz: [N, OH, OW, COUT], NHWC and contiguous, fp32, fp16 or bf16.
-        y, abc: [N, OH, OW, COUT] and [3, COUT] fp32: the convolution's gradient is ``A*dz + B*y + C``; y None: ``A*dz``,
-            both None: dz.
+        y, abc: [N, OH, OW, COUT] and [3, COUT] fp32: the convolution's gradient is ``A*dz + B*y + C``; y None:
+            ``A*dz``, both None: dz.
         w: [COUT, KH, KW, CIN] in dz's dtype.
-        below: the BatchNorm whose rectified result the convolution read: its input [N, H, W, CIN] and its coef [5, CIN].
-        mask: what the convolution read [N, H, W, CIN], where ReLU came after the addition of a shortcut to that BatchNorm.
+        below: the BatchNorm whose rectified result the convolution read: its input [N, H, W, CIN] and its coef [5,
+            CIN].
+        mask: what the convolution read [N, H, W, CIN], where ReLU came after the addition of a shortcut to that
+            BatchNorm.
         residual: [N, H, W, CIN], added to the gradient; or [N, H', W', C'], whose first CIN channels are added to every
             ``residual_stride``-th pixel, H' x W' of them.
         rank: which of `conv_configs`, the first at 0; the last where there are fewer.
@@ -236,9 +242,7 @@ def conv_dgrad(
         depth=kh * kw * cout,
     )
     frozen = abc is not None and y is None
-    configs = conv_configs(
-        rows * stride**2, cin, cout, dz.dtype, MORE_REGISTERS if frozen and stride > 1 else 0
-    )
+    configs = conv_configs(rows * stride**2, cin, cout, dz.dtype, MORE_REGISTERS if frozen and stride > 1 else 0)
     config = at_rank(configs, rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     dx = buffers.empty(dz, n, height, width, cin)

@@ -166,9 +166,7 @@ def bn_relu_max_pool_backward_kernel(
                 ow = w // STRIDE - back_w
                 kh = h - oh * STRIDE
                 kw = w - ow * STRIDE
-                inside = (
-                    row_ok & (oh >= 0) & (oh < OH) & (kh < KERNEL) & (ow >= 0) & (ow < OW) & (kw < KERNEL)
-                )
+                inside = row_ok & (oh >= 0) & (oh < OH) & (kh < KERNEL) & (ow >= 0) & (ow < OW) & (kw < KERNEL)
                 ok = inside[:, None] & channel_ok[None, :]
                 offset = (((m // W // H * OH + oh) * OW + ow) * C)[:, None] + channel[None, :]
                 index = tl.load(index_ptr + window_base + offset, mask=ok, other=0).to(tl.int32)
@@ -240,9 +238,7 @@ def global_avg_pool_kernel(x_ptr, out_ptr, HW, C: tl.constexpr, BLOCK_M: tl.cons
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, HW, BLOCK_M):
         ok = (start + row < HW)[:, None] & channel_ok[None, :]
-        x = tl.load(
-            x_ptr + (image * HW + start) * C + (row * C)[:, None] + channel[None, :], mask=ok, other=0.0
-        )
+        x = tl.load(x_ptr + (image * HW + start) * C + (row * C)[:, None] + channel[None, :], mask=ok, other=0.0)
         total += x.to(tl.float32)
     mean = tl.sum(total, 0) / HW
     tl.store(out_ptr + image * C + channel, mean.to(out_ptr.dtype.element_ty), mask=channel_ok)

@@ -20,8 +20,9 @@ T = TypeVar("T")
 class Demand(NamedTuple):
     """What a convolution's launch asks of a multiprocessor beside its configuration.
 
-    ``rows``, ``columns`` and ``vectors`` are the tiles [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K] and the fp32 [BLOCK_K] that
-    a step of its loop loads; ``made_rows`` and ``made_columns`` tell which operand of the product is computed from them.
+    ``rows``, ``columns`` and ``vectors`` are the tiles [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K] and the fp32 [BLOCK_K]
+    that a step of its loop loads; ``made_rows`` and ``made_columns`` tell which operand of the product is computed from
+    them.
     """
 
     kernel: str
@@ -38,9 +39,9 @@ class Demand(NamedTuple):
 def shared_memory(config: Config, demand: Demand) -> int:
     """Bytes of shared memory that a program takes on sm_80, sm_86, sm_89 and sm_120, or a few more, never fewer.
 
-    The pipeline holds the tiles of ``num_stages - 1`` steps, an operand that is computed goes through shared memory once
-    more, and the result's tile is laid out anew for its stores: compared with what the compiler took (``bench/aot.py``).
-    On sm_90 and sm_100, which have twice the memory, the pipeline holds another step.
+    The pipeline holds the tiles of ``num_stages - 1`` steps, an operand that is computed goes through shared memory
+    once more, and the result's tile is laid out anew for its stores: compared with what the compiler took
+    (``bench/aot.py``). On sm_90 and sm_100, which have twice the memory, the pipeline holds another step.
     """
     step = (demand.rows * config.block_m + demand.columns * config.block_n) * config.block_k * demand.dtype.itemsize
     step += demand.vectors * config.block_k * 4
@@ -90,10 +91,11 @@ def fitting(demand: Demand) -> Callable[[Config], bool]:
 
 
 def falling_back(launcher: Callable[..., T]) -> Callable[..., T]:
-    """The launcher, which takes the next configuration that is `fitting` where a launch is refused for want of a resource.
+    """The launcher, which takes the next configuration that is `fitting` where a launch is refused for want of a
+    resource.
 
-    Registers and tensor memory are known only once a kernel is compiled, and the compiler may take more shared memory than
-    was estimated. What was refused is not tried again in this process.
+    Registers and tensor memory are known only once a kernel is compiled, and the compiler may take more shared memory
+    than was estimated. What was refused is not tried again in this process.
 
     Raises:
         OutOfResources: where no configuration fits.

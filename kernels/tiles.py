@@ -1,8 +1,8 @@
 """Device code that several kernels share. Everything is computed in fp32: values are widened right after a load.
 
 ``coef`` is the [5, C] fp32 matrix of a BatchNorm's coefficients: rows mean, biased variance, rstd, scale and shift;
-``abc`` is [3, C]: BatchNorm's backward as ``dy = A*dz + B*y + C``. Where its statistics are constants B and C are 0, and
-kernels are given no y: it is not read, and ``0*y`` is not NaN where y is not finite.
+``abc`` is [3, C]: BatchNorm's backward as ``dy = A*dz + B*y + C``. Where its statistics are constants B and C are 0,
+and kernels are given no y: it is not read, and ``0*y`` is not NaN where y is not finite.
 """
 
 import triton

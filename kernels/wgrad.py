@@ -45,12 +45,12 @@ def conv_wgrad_kernel(
     """``dw = (A*dz + B*y + C)^T relu(x*scale + shift)``, summed over ``steps`` blocks of pixels: one part of several.
 
     The product's rows are the COUT channels, its columns the CIN channels of one tap or, where those would not fill a
-    tensor core (FLAT), of all taps in a row; it sums over the M = N*OH*OW pixels, BLOCK_K a step. Moves dz, y and x about
-    once for each tile of the other one's channels, mostly from the L2, and a part of dw once.
+    tensor core (FLAT), of all taps in a row; it sums over the M = N*OH*OW pixels, BLOCK_K a step. Moves dz, y and x
+    about once for each tile of the other one's channels, mostly from the L2, and a part of dw once.
 
     Args:
-        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; None: dz is the convolution's gradient. y_ptr: None without
-            abc_ptr, and where B and C are 0.
+        dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; None: dz is the convolution's gradient. y_ptr: None
+            without abc_ptr, and where B and C are 0.
         x_ptr: [N, H, W, CIN]. coef_ptr: [5, CIN] fp32 or None: x as it is.
         dw_ptr: [parts, COUT, KH, KW, CIN] fp32; program (t, s) writes tile t of part s.
     """
@@ -121,8 +121,8 @@ def conv_wgrad_kernel(
 def sum_parts_kernel(parts_ptr, out_ptr, size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """``out[i] = sum over p of parts[p, i]``. parts_ptr: [parts, size] fp32. Moves each once.
 
-    A tile has PARTS parts, so that as many loads are in flight as there are, and few columns, so that small weights have
-    programs enough: the sum waits for the memory, not for its rate.
+    A tile has PARTS parts, so that as many loads are in flight as there are, and few columns, so that small weights
+    have programs enough: the sum waits for the memory, not for its rate.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < size

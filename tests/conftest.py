@@ -1,7 +1,7 @@
 """Test-wide set-up: interpreted kernels where there is no GPU, GPU tests skipped there, one thread a worker.
 
-In the interpreter kernels compute bfloat16 as a GPU does. Networks and training, in this process and in those that tests
-start, run on what a user's machine would take: interpreted kernels would take minutes, so tests ask for them.
+In the interpreter kernels compute bfloat16 as a GPU does. Networks and training, in this process and in those that
+tests start, run on what a user's machine would take: interpreted kernels would take minutes, so tests ask for them.
 """
 
 import os
@@ -36,7 +36,8 @@ def pytest_collection_modifyitems(items):
 def pytest_configure():
     """One thread a process: the workers share the cores, and the tensors are small.
 
-    Signals mean what they mean at a terminal, also for what tests start: `nohup` and jobs in the background ignore some.
+    Signals mean what they mean at a terminal, also for what tests start: `nohup` and jobs in the background ignore
+        some.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)

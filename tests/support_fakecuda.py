@@ -1,8 +1,10 @@
-"""CUDA without a GPU: tensors that have a device, a shape and no values, and a recorder in every place that a GPU would act.
+"""CUDA without a GPU: tensors that have a device, a shape and no values, and a recorder in every place that a GPU would
+act.
 
-Inside `fake_cuda` tensors are PyTorch's fake ones, so an operation on tensors of two devices raises and so does a question
-for a value, which on a GPU would be a wait. Triton launches are checked and listed instead of made, ``torch.cuda`` tells of
-two H100s, and autograd's engine, which needs a device, is a Python one. What is not seen: any value.
+Inside `fake_cuda` tensors are PyTorch's fake ones, so an operation on tensors of two devices raises and so does a
+question for a value, which on a GPU would be a wait. Triton launches are checked and listed instead of made,
+``torch.cuda`` tells of two H100s, and autograd's engine, which needs a device, is a Python one. What is not seen: any
+value.
 """
 
 from __future__ import annotations
@@ -119,17 +121,21 @@ def checked_launch(kernel: Callable, args: tuple, grid: Any, given: dict[str, An
     """The launch, if Triton and CUDA would take it.
 
     Raises:
-        AssertionError: for an argument too few or too many, a tensor that is elsewhere or not contiguous, or a grid that
-            CUDA does not have.
+        AssertionError: for an argument too few or too many, a tensor that is elsewhere or not contiguous, or a grid
+            that CUDA does not have.
     """
     name = kernel.__name__
     options = {option for option in given if option in OPTIONS}
     bound = inspect.signature(kernel).bind(*args, **{n: v for n, v in given.items() if n not in options}).arguments
     for argument, value in bound.items():
         if isinstance(value, Tensor):
-            assert value.device == torch.device("cuda", device), f"{name}: {argument} is on {value.device}, not {device}"
+            assert value.device == torch.device("cuda", device), (
+                f"{name}: {argument} is on {value.device}, not {device}"
+            )
             assert value.is_contiguous(), f"{name}: {argument} has strides {value.stride()} of {tuple(value.shape)}"
-        assert argument.endswith("_ptr") == isinstance(value, Tensor) or value is None, f"{name}: {argument} is {value!r}"
+        assert argument.endswith("_ptr") == isinstance(value, Tensor) or value is None, (
+            f"{name}: {argument} is {value!r}"
+        )
         if argument.startswith("BLOCK"):
             assert value & (value - 1) == 0, f"{name}: {argument} is {value}, no power of 2"
     size = tuple(grid(bound) if callable(grid) else grid)
@@ -351,7 +357,11 @@ def _autograd_patches() -> list[Any]:
         for name, value in vars(module).items():
             if isinstance(value, CustomOpDef):
                 patches.append(mock.patch.object(module, name, value._init_fn))
-            elif isinstance(value, type) and issubclass(value, torch.autograd.Function) and value.__module__ == module.__name__:
+            elif (
+                isinstance(value, type)
+                and issubclass(value, torch.autograd.Function)
+                and value.__module__ == module.__name__
+            ):
                 patches.append(mock.patch.object(value, "apply", engine.noting(value.apply)))
     return patches
 

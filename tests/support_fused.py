@@ -14,9 +14,10 @@ from fastres.ops.layers import Pad
 
 # relative error that rounding alone explains, whatever eager's happens to be
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-# A gradient of fewer values is held to the bar over so many gradients of the result. One draw of 3 values says little: of a
-# chain's bf16 gradients one in 12 was over by luck, compiled passes or Triton, dilated or not, though the median errors
-# were eager's. Over 8 draws none of 420 was, and a fault of 2% showed in 94% of them; in one draw it showed in 80%.
+# A gradient of fewer values is held to the bar over so many gradients of the result. One draw of 3 values says little:
+# of a chain's bf16 gradients one in 12 was over by luck, compiled passes or Triton, dilated or not, though the median
+# errors were eager's. Over 8 draws none of 420 was, and a fault of 2% showed in 94% of them; in one draw it showed in
+# 80%.
 FEW_VALUES, DRAWS = 32, 8
 
 
@@ -189,8 +190,8 @@ def assert_as_good_as_eager(
 ) -> None:
     """Results and gradients of ``fused`` in ``dtype`` err at most twice as much as eager's, both against fp64.
 
-    Both are given the same values: the arguments rounded to ``dtype``. A gradient of few values that errs more is judged
-    over further draws of the result's gradient, see `FEW_VALUES`.
+    Both are given the same values: the arguments rounded to ``dtype``. A gradient of few values that errs more is
+    judged over further draws of the result's gradient, see `FEW_VALUES`.
 
     Args:
         fused, eager: see `with_grads`.

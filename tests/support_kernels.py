@@ -48,9 +48,7 @@ def device() -> torch.device:
 # -- shapes and dtypes --
 
 
-def nhwc_shapes(
-    max_pixels: int = 200, max_channels: int = 40
-) -> st.SearchStrategy[tuple[int, int, int, int]]:
+def nhwc_shapes(max_pixels: int = 200, max_channels: int = 40) -> st.SearchStrategy[tuple[int, int, int, int]]:
     """N, H, W, C: odd sizes, images of one pixel, batch 1, channels that fill no tile or just one."""
     channels = st.sampled_from([1, 3, 8, 16, 20, 24, 32]) | st.integers(1, max_channels)
     sizes = st.tuples(st.integers(1, 4), st.integers(1, 13), st.integers(1, 13), channels)
@@ -107,9 +105,7 @@ def assert_as_good(
         for index, trio in enumerate(zip(ours or (), eager or (), exact or ())):
             assert_as_good(*trio, rounding, terms, f"{name}[{index}]")
         return
-    assert isinstance(ours, Tensor) and ours.shape == exact.shape, (
-        f"{name}: not of shape {tuple(exact.shape)}"
-    )
+    assert isinstance(ours, Tensor) and ours.shape == exact.shape, f"{name}: not of shape {tuple(exact.shape)}"
     assert ours.dtype == eager.dtype, f"{name}: {ours.dtype}, not {eager.dtype}"
     granted = max(FLOOR[rounding or ours.dtype], FLOOR[torch.float32] * (terms / 256) ** 0.5)
     for kind, error in (("rms", relative_error), ("largest", _largest_error)):
@@ -163,9 +159,7 @@ class Guards:
         buffers, self._buffers = self._buffers, []
         for buffer, size in buffers:
             for side, band in (("before", buffer[:_GUARD_BYTES]), ("behind", buffer[_GUARD_BYTES + size :])):
-                assert (_pattern(len(band), band.device) == band).all(), (
-                    f"write {side} a tensor of {size} bytes"
-                )
+                assert (_pattern(len(band), band.device) == band).all(), f"write {side} a tensor of {size} bytes"
 
     def _fenced_bytes(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -203,9 +197,7 @@ def guarded(launch: Callable, *args: Any, mutates: tuple[Tensor, ...] = (), **op
         if any(tensor is changed for changed in mutates):
             tensor.copy_(copy)
         else:
-            assert torch.equal(_bytes(tensor), _bytes(copy)), (
-                f"an input of shape {tuple(tensor.shape)} was changed"
-            )
+            assert torch.equal(_bytes(tensor), _bytes(copy)), f"an input of shape {tuple(tensor.shape)} was changed"
     return result
 
 
@@ -294,9 +286,7 @@ def last_program_only() -> Iterator[list[tuple[int, int]]]:
         mock.patch.object(InterpreterBuilder, "create_masked_store", no_store),
         mock.patch.object(InterpreterBuilder, "create_get_program_id", program_id),
         mock.patch.object(GridExecutor, "__call__", call_once),
-        mock.patch.object(
-            GridExecutor, "_restore_args_dev", lambda *_: None
-        ),  # copies each tensor onto itself
+        mock.patch.object(GridExecutor, "_restore_args_dev", lambda *_: None),  # copies each tensor onto itself
     ):
         yield reached
 
@@ -305,9 +295,7 @@ class _Launch:
     """The tensors of a launch, as byte ranges, and which program stored to which byte."""
 
     def __init__(self, arguments: list[Any]):
-        tensors = [
-            getattr(argument, "base", argument) for argument in arguments
-        ]  # of a tensor descriptor: its base
+        tensors = [getattr(argument, "base", argument) for argument in arguments]  # of a tensor descriptor: its base
         self._spans: list[tuple[int, int]] = []
         for start, end in sorted(span_of(t) for t in tensors if isinstance(t, Tensor) and t.numel()):
             if self._spans and start < self._spans[-1][1]:  # views of the same memory
@@ -344,9 +332,7 @@ class _Launch:
         spans = np.searchsorted(self._starts, addresses, side="right") - 1
         inside = (spans >= 0) & (addresses + np.uint64(_width(pointers)) <= self._ends[np.maximum(spans, 0)])
         outside = addresses[~inside]
-        assert not len(outside), (
-            f"{len(outside)} of {len(addresses)} addresses of a {what} are outside all tensors"
-        )
+        assert not len(outside), f"{len(outside)} of {len(addresses)} addresses of a {what} are outside all tensors"
         for span in np.unique(spans):
             yield span, (addresses[spans == span] - self._starts[span]).astype(np.int64)
 

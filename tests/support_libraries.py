@@ -102,7 +102,9 @@ def segmenting(name: str) -> Callable[..., nn.Module]:
 def detecting(name: str) -> Callable[..., nn.Module]:
     """The backbone with FPN of a torchvision detector."""
     build = getattr(detection, name)
-    return lambda small=False: build(weights=None, weights_backbone=None, num_classes=3, trainable_backbone_layers=5).backbone
+    return lambda small=False: (
+        build(weights=None, weights_backbone=None, num_classes=3, trainable_backbone_layers=5).backbone
+    )
 
 
 def frozen_backbone(small: bool = False) -> nn.Module:
@@ -147,7 +149,9 @@ CASES = [
     Case("timm", "resnet50d", timm("resnet50d"), plain),
     Case("timm", "wide_resnet50_2", timm("wide_resnet50_2"), plain),
     Case("timm", "resnet18, features_only", timm("resnet18", features_only=True), plain),
-    Case("timm", "resnet18, reset_classifier(7, 'catavgmax')", lambda small=False: reset(timm("resnet18")(small)), plain),
+    Case(
+        "timm", "resnet18, reset_classifier(7, 'catavgmax')", lambda small=False: reset(timm("resnet18")(small)), plain
+    ),
     Case("timm", "resnet18, global_pool='avgmax'", timm("resnet18", global_pool="avgmax"), plain),
     Case("timm", "resnet18, drop_path_rate=0.1", timm("resnet18", drop_path_rate=0.1), plain),
     Case("timm", "seresnet50", timm("seresnet50"), plain),
@@ -163,7 +167,12 @@ CASES = [
     Case("timm", "resnetv2_50d_gn", timm("resnetv2_50d_gn"), plain),
     Case("timm", "resnetv2_50, conv_layer=StdConv2d", standardised, plain),
     Case("timm", "resnet50_gn", timm("resnet50_gn"), plain),
-    Case("transformers", "ResNetForImageClassification, bottleneck", transformers("ResNetForImageClassification"), hidden_states),
+    Case(
+        "transformers",
+        "ResNetForImageClassification, bottleneck",
+        transformers("ResNetForImageClassification"),
+        hidden_states,
+    ),
     Case(
         "transformers",
         "ResNetForImageClassification, basic",

@@ -43,7 +43,13 @@ def run(rank: int, ranks: int, meeting_file: str, batches: list[int]) -> None:
 
 
 def joined_batch(
-    own: slice, count: int, name: str, options: dict[str, Any], dtype: torch.dtype, implementation: str, tolerance: float
+    own: slice,
+    count: int,
+    name: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    implementation: str,
+    tolerance: float,
 ) -> None:
     """Two steps of the fused network over all ranks equal those of its eager twin on all images at once."""
     torch.manual_seed(0)

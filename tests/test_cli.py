@@ -78,7 +78,10 @@ def test_models_lists_published_sizes(capsys):
         (quick("--muon-lr", "0.1"), "--muon-lr does nothing without --optimizer muon: add it, or leave the option out"),
         (quick("--milestones", "0.5"), "--milestones does nothing without --schedule step"),
         (quick("--decay-factor", "0.2", "--schedule", "cosine"), "--decay-factor does nothing without --schedule step"),
-        (quick("--warmup", "0.1", "--schedule", "constant"), "--warmup does nothing without a --schedule that is not constant"),
+        (
+            quick("--warmup", "0.1", "--schedule", "constant"),
+            "--warmup does nothing without a --schedule that is not constant",
+        ),
         (quick("--data-root", "x"), "--data-root does nothing without --data auto or cifar10"),
         (quick("--sync-bn"), "--sync-bn does nothing in one process"),
         (["sweep", "--set", "lr=0.1,0.2", "--set", "lr=0.3"], "--set lr is given twice: write all its values in one"),

@@ -43,7 +43,9 @@ def train(root, out, *more):
     return load_checkpoint(out / "last.pt")
 
 
-@pytest.mark.parametrize("more, stored, seen", [([], 28, 28), (["--image-size", "32"], 28, 32), (["--image-size", "16"], 16, 16)])
+@pytest.mark.parametrize(
+    "more, stored, seen", [([], 28, 28), (["--image-size", "32"], 28, 32), (["--image-size", "16"], 16, 16)]
+)
 def test_one_size_in_training_evaluation_prediction_and_export(tmp_path, capsys, more, stored, seen):
     root, out = photos(tmp_path / "photos"), tmp_path / "run"
     saved = train(root, out, *more)

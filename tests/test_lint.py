@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("tool, arguments", [("ruff", ["check", "--no-cache"]), ("mypy", ["--cache-dir"])])
+@pytest.mark.parametrize(
+    "tool, arguments",
+    [("ruff", ["check", "--no-cache"]), ("ruff", ["format", "--check", "--no-cache"]), ("mypy", ["--cache-dir"])],
+)
 def test_has_no_complaint(tool, arguments, tmp_path):
     if find_spec(tool) is None:
         pytest.skip(f"{tool} is not installed")
     where = [str(tmp_path)] if tool == "mypy" else []
-    done = subprocess.run(
-        [sys.executable, "-m", tool, *arguments, *where], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", tool, *arguments, *where], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -72,7 +72,10 @@ def test_other_commands_end_without_a_word(monkeypatch, capsys):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "CUDA out of memory: give it more memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "give it more memory"),
         (MemoryError(), "out of memory: give it more memory"),
-        (RuntimeError("can't start new thread"), "can't start new thread: let this user have more processes (ulimit -u)"),
+        (
+            RuntimeError("can't start new thread"),
+            "can't start new thread: let this user have more processes (ulimit -u)",
+        ),
     ],
 )
 def test_too_little_of_something_is_one_line(error, words, monkeypatch, capsys):

@@ -74,7 +74,9 @@ def test_what_cannot_be_read_is_named_after_the_others(run, pictures, capsys):
     assert "left out: 2 unreadable images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, complaint", [("empty", "holds no image"), ("*.nothing", "holds no image"), ("-", "no name came")])
+@pytest.mark.parametrize(
+    "name, complaint", [("empty", "holds no image"), ("*.nothing", "holds no image"), ("-", "no name came")]
+)
 def test_nothing_to_predict(run, tmp_path, capsys, monkeypatch, name, complaint):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))

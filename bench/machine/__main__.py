@@ -21,7 +21,9 @@ from bench.record import RESULTS, write_results
 Steps = dict[str, float]
 
 
-def predicted(network: str, arch: int, counted: dict[str, Any], ranks: int = RANKS, sensitivity: bool = True) -> dict[str, Any]:
+def predicted(
+    network: str, arch: int, counted: dict[str, Any], ranks: int = RANKS, sensitivity: bool = True
+) -> dict[str, Any]:
     """Everything that the result file has of a network.
 
     Args:
@@ -39,7 +41,9 @@ def predicted(network: str, arch: int, counted: dict[str, Any], ranks: int = RAN
     steps = {}
     for name, variant in (variants(chip) if sensitivity else {"assumed": chip}).items():
         first = timed(recorded[0], programs, variant)
-        steps[name] = _steps(network, arch, counted, first, timed([one.launch for one in best], programs, variant), variant)
+        steps[name] = _steps(
+            network, arch, counted, first, timed([one.launch for one in best], programs, variant), variant
+        )
         _say(f"{network}, {name}", began)
     return {
         "kind": "prediction of a model",
@@ -50,16 +54,23 @@ def predicted(network: str, arch: int, counted: dict[str, Any], ranks: int = RAN
         "chip": chip._asdict(),
         "ranks": ranks,
         "steps": steps,
-        "bytes": sum(max(one.work.bytes / chip.bandwidth, one.work.operations / chip.peak) + LAUNCH for one in of_rank[0]),
+        "bytes": sum(
+            max(one.work.bytes / chip.bandwidth, one.work.operations / chip.peak) + LAUNCH for one in of_rank[0]
+        ),
         "kinds": by_kind(of_rank[0], chip),
         "convolutions": _distinct(of_rank[0], programs, chip),
     }
 
 
-def _steps(network: str, arch: int, counted: dict[str, Any], first: list[Timed], best: list[Timed], chip: Chip) -> Steps:
+def _steps(
+    network: str, arch: int, counted: dict[str, Any], first: list[Timed], best: list[Timed], chip: Chip
+) -> Steps:
     """Seconds of a step of every kind, of peers with the library at both ends of its range."""
     others = others_seconds(counted, chip)
-    found = {"Triton": sum(one.seconds for one in first) + others, "Triton tiles": sum(one.seconds for one in best) + others}
+    found = {
+        "Triton": sum(one.seconds for one in first) + others,
+        "Triton tiles": sum(one.seconds for one in best) + others,
+    }
     peers = roofline.steps_of(counted, BATCH)
     sizes = convolutions(*NETWORKS[network], BATCH)
     for end in ENDS:
@@ -105,7 +116,9 @@ def result_path(network: str, arch: int, results: Path = RESULTS) -> Path:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.machine", description=(machine.__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.machine", description=(machine.__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(all)")
     parser.add_argument("--arch", type=int, choices=CHIPS, default=90, help="(90)")
     parser.add_argument("--ranks", type=int, default=RANKS, help="configurations of the launchers that are candidates")

@@ -1,8 +1,9 @@
 """Machine code as ``nvdisasm -hex`` prints it, with the control fields that the assembler wrote into every instruction.
 
-Of the 128 bits of an instruction, since Volta: 105 to 108 cycles until the warp's next instruction may issue, 110 to 112 the
-scoreboard that is released with the result, 113 to 115 the one that is released when the operands have been read, 116 to 121
-the scoreboards to wait for. The encoding is NVIDIA's own and is not documented; these fields are as public studies found them.
+Of the 128 bits of an instruction, since Volta: 105 to 108 cycles until the warp's next instruction may issue, 110 to
+112 the scoreboard that is released with the result, 113 to 115 the one that is released when the operands have been
+read, 116 to 121 the scoreboards to wait for. The encoding is NVIDIA's own and is not documented; these fields are as
+public studies found them.
 """
 
 from __future__ import annotations

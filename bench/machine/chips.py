@@ -9,8 +9,8 @@ class Chip(NamedTuple):
     """A GPU, its rates of one multiprocessor (SM) and clock unless they say otherwise.
 
     Sources: [DS] the data sheet; [CC] CUDA C++ Programming Guide, technical specifications and arithmetic throughput by
-    compute capability; [WP] NVIDIA's architecture white paper; [MB] published microbenchmarks of Ampere and Hopper, rounded;
-    [A] assumed here.
+    compute capability; [WP] NVIDIA's architecture white paper; [MB] published microbenchmarks of Ampere and Hopper,
+    rounded; [A] assumed here.
     """
 
     name: str
@@ -44,14 +44,22 @@ class Chip(NamedTuple):
         return self.bandwidth / self.sms / self.clock
 
 
-# By compute capability. Latencies of all but the A100 are the H100's [A], and so is the GeForces' rate of the L2 [A]. Of sm_100
-# only kernels without tcgen05 are modelled, see `bench.machine.pipes.unmodelled`.
+# By compute capability. Latencies of all but the A100 are the H100's [A], and so is the GeForces' rate of the L2 [A].
+# Of sm_100 only kernels without tcgen05 are modelled, see `bench.machine.pipes.unmodelled`.
 CHIPS = {
-    80: Chip("A100", 108, 1.33e9, 2048, 1.0, 1, 47.0, 0.9 * 2.039e12, shared=164 * 1024, l2_latency=200, memory_latency=470),
+    80: Chip(
+        "A100", 108, 1.33e9, 2048, 1.0, 1, 47.0, 0.9 * 2.039e12, shared=164 * 1024, l2_latency=200, memory_latency=470
+    ),
     90: Chip("H100", 132, 1.755e9, 4096, 0.62, 2, 38.8, 0.9 * 3.35e12),
-    86: Chip("RTX 3090", 82, 1.695e9, 512, 1.0, 2, 20.0, 0.9 * 0.936e12, shared=100 * 1024, most_warps=48, most_programs=16),
-    89: Chip("RTX 4090", 128, 2.52e9, 512, 1.0, 2, 20.0, 0.9 * 1.008e12, shared=100 * 1024, most_warps=48, most_programs=24),
-    120: Chip("RTX 5090", 170, 2.407e9, 512, 1.0, 2, 20.0, 0.9 * 1.792e12, shared=100 * 1024, most_warps=48, most_programs=24),
+    86: Chip(
+        "RTX 3090", 82, 1.695e9, 512, 1.0, 2, 20.0, 0.9 * 0.936e12, shared=100 * 1024, most_warps=48, most_programs=16
+    ),
+    89: Chip(
+        "RTX 4090", 128, 2.52e9, 512, 1.0, 2, 20.0, 0.9 * 1.008e12, shared=100 * 1024, most_warps=48, most_programs=24
+    ),
+    120: Chip(
+        "RTX 5090", 170, 2.407e9, 512, 1.0, 2, 20.0, 0.9 * 1.792e12, shared=100 * 1024, most_warps=48, most_programs=24
+    ),
     100: Chip("B200", 148, 1.75e9, 8192, 0.31, 2, 42.0, 0.9 * 8.0e12),
 }
 PROGRAM_SHARED = 1024  # bytes of shared memory that a program costs beside its own [CC], from sm_80 on

@@ -1,8 +1,9 @@
 """The least share of what binds it that a kernel's first configuration is shipped with, by the model.
 
-Nine tenths of what the kernels had when this was written, in bf16, as one version of Triton compiled them: one that becomes
-slower is seen without a GPU. A kernel that becomes quicker raises its floor. By architecture; convolutions by kernel, window,
-stride, channels read and made, other kernels by name. What is not named, and what another Triton compiled, has no floor.
+Nine tenths of what the kernels had when this was written, in bf16, as one version of Triton compiled them: one that
+becomes slower is seen without a GPU. A kernel that becomes quicker raises its floor. By architecture; convolutions by
+kernel, window, stride, channels read and made, other kernels by name. What is not named, and what another Triton
+compiled, has no floor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The fused step: what each of Triton's launches takes, and the quicker of it and the library where both are candidates.
+"""The fused step: what each of Triton's launches takes, and the quicker of it and the library where both are
+candidates.
 
 Training times the candidates of every convolution when it first meets its shape (`fastres.ops.timing`): Triton's
-configurations, and cuDNN with the passes that it needs around it. Both choices are predicted here with the model's times.
+configurations, and cuDNN with the passes that it needs around it. Both choices are predicted here with the model's
+times.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def body(code: Sequence[Instruction], loop: Loop) -> Sequence[Instruction]:
 def jumps(code: Sequence[Instruction]) -> list[int | None]:
     """Where each instruction goes if not to the next one, with forward branches alone.
 
-    Those without a predicate are taken, those with one only where the main loop could not be reached otherwise: a compiler
-    may put the code for no trips at all in front of the loop, and a jump over the loop behind that code.
+    Those without a predicate are taken, those with one only where the main loop could not be reached otherwise: a
+    compiler may put the code for no trips at all in front of the loop, and a jump over the loop behind that code.
     """
     first, last = main_loop(code) or (0, -1)
     reaches = [first <= index <= last for index in range(len(code) + 1)]

@@ -1,12 +1,12 @@
 """An in-order model of one multiprocessor that runs machine code.
 
-Each of the four quarters issues an instruction a clock, of the warp that issued least recently among those that may. A warp
-may when the stall count of its last instruction has passed, the scoreboards that the instruction waits for are free, and its
-pipe takes it. Loads and stores queue for the shared memory's port and for this multiprocessor's share of the L2 and of the
-memory, a wgmma for the tensor cores and for the port once the four warps of its group have issued it. What is not there:
-bank conflicts, caches of instructions and constants, the L1 (Triton's cp.async goes round it), rows of the memory that are
-opened. Forward branches with a predicate are not taken unless only they lead to the main loop, which runs ``trips`` times;
-any other loop runs once.
+Each of the four quarters issues an instruction a clock, of the warp that issued least recently among those that may. A
+warp may when the stall count of its last instruction has passed, the scoreboards that the instruction waits for are
+free, and its pipe takes it. Loads and stores queue for the shared memory's port and for this multiprocessor's share of
+the L2 and of the memory, a wgmma for the tensor cores and for the port once the four warps of its group have issued it.
+What is not there: bank conflicts, caches of instructions and constants, the L1 (Triton's cp.async goes round it), rows
+of the memory that are opened. Forward branches with a predicate are not taken unless only they lead to the main loop,
+which runs ``trips`` times; any other loop runs once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from bench.machine.pipes import (
 
 SCOREBOARDS = 6
 # Cycles from issue on [A]: until an address has reached its memory, an operand of no other kind has been read, a
-# transcendental or a uniform result is there, a shuffle's, a warp goes on behind a taken branch or another program begins.
+# transcendental or a uniform result is there, a shuffle's, a warp goes on behind a taken branch or another program
+# begins.
 GLOBAL_ISSUE, SHARED_ISSUE, OTHER, TRANSCENDENTAL, UNIFORM, SHUFFLE, BRANCH, REPLACED = 20, 4, 12, 24, 25, 22, 4, 200
 MMA_SYNC_LATENCY, MMA_SYNC_READ = 33, 10
 WGMMA_READ = 16  # cycles after which a wgmma has taken the operands that are in registers
@@ -62,7 +63,9 @@ class _Step(NamedTuple):
 
 def _decode(one: Instruction, jump: int | None, chip: Chip) -> _Step:
     name, occupied = pipe(one)
-    asynchronous = (one.name == "DEPBAR" and "SB0" in one.operands) or (one.name == "WARPGROUP" and "DEPBAR" in one.mnemonic)
+    asynchronous = (one.name == "DEPBAR" and "SB0" in one.operands) or (
+        one.name == "WARPGROUP" and "DEPBAR" in one.mnemonic
+    )
     return _Step(
         one.name,
         max(one.stall, 1),
@@ -251,7 +254,9 @@ class Multiprocessor:
         warp.pc, warp.ready = following_pc, following
         self._push(warp)
 
-    def _execute(self, warp: _Warp, step: _Step, quarter: int, now: float, following: float) -> tuple[float, float, float]:
+    def _execute(
+        self, warp: _Warp, step: _Step, quarter: int, now: float, following: float
+    ) -> tuple[float, float, float]:
         """Cycles at which the result is there, the operands are read, and the warp goes on."""
         chip, name = self._chip, step.name
         written = read = now + OTHER

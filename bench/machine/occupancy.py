@@ -5,7 +5,9 @@ from __future__ import annotations
 from bench.machine.chips import PROGRAM_SHARED, Chip
 from bench.machine.pipes import WARP
 
-REGISTERS_A_WARP = 256  # registers are given out to a warp by so many (CUDA C++ Programming Guide, as its occupancy API)
+REGISTERS_A_WARP = (
+    256  # registers are given out to a warp by so many (CUDA C++ Programming Guide, as its occupancy API)
+)
 
 
 def residents(registers: int, shared: int, warps: int, chip: Chip) -> int:

@@ -1,8 +1,8 @@
 """Steps of eager PyTorch and of torch.compile with cuDNN, from the same model.
 
 A convolution is three products, each the model's plain product of that size (`bench.machine.product`) that moves the
-convolution's own tensors once; every other launch moves the bytes that `bench.traffic` counted at the memory's rate, which
-favours the peer: no pass is slower than a copy. Channels of an image are padded to 8, as tensor cores want them.
+convolution's own tensors once; every other launch moves the bytes that `bench.traffic` counted at the memory's rate,
+which favours the peer: no pass is slower than a copy. Channels of an image are padded to 8, as tensor cores want them.
 """
 
 from __future__ import annotations

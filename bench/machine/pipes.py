@@ -1,7 +1,8 @@
 """Which pipe an instruction occupies, for how long, and how many bytes it moves.
 
-Cycles are of a warp's 32 threads on one of the four quarters of a multiprocessor, from the results per clock in the CUDA C++
-Programming Guide's table of arithmetic throughput: 16 lanes a quarter take two cycles, the 4 of the transcendental unit eight.
+Cycles are of a warp's 32 threads on one of the four quarters of a multiprocessor, from the results per clock in the
+CUDA C++ Programming Guide's table of arithmetic throughput: 16 lanes a quarter take two cycles, the 4 of the
+transcendental unit eight.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _MEMORY = SHARED | GLOBAL | {"SHFL", "REDUX", "ATOMS", "ATOM", "RED"}
 _WIDTHS = ((".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1))
 _MATRICES = {".M88.4": 16, ".M88.2": 8}  # bytes a thread of LDSM and STSM
 _MMA = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
-# Their shapes and arrivals are in descriptors that the kernel makes at run time, so that machine code does not tell them.
+# Their shapes and arrivals are in descriptors that the kernel makes at run time, so that machine code does not tell
+# them.
 _DESCRIBED = re.compile(r"UTC\w*MMA|UTMA|LDTM|STTM")
 
 

@@ -102,7 +102,9 @@ def issued_bytes(program: Program, trips: int) -> int:
 
 
 def _simulated(program: Program, resident: int, count: int, trips: int, far: float, memory: float, chip: Chip) -> Run:
-    """Run the model, or read what an earlier run found; the cache, ``machine/`` beside the timed choices, knows its source."""
+    """Run the model, or read what an earlier run found; the cache, ``machine/`` beside the timed choices, knows its
+    source.
+    """
     if reason := unmodelled(program.code):
         raise ValueError(reason)
     key = repr((program, resident, count, trips, round(far, 4), round(memory, 4), chip, _source()))

@@ -1,8 +1,8 @@
 """Plain matrix products, as the model sees them: what stands for the library's convolutions.
 
-A loop of wgmma (mma.sync on sm_80) fed from the shared memory by asynchronous copies, compiled by Triton, without prologue,
-gather or statistics. The best of several tiles, 128 x 256 among them, stands for a well-tuned library (CUTLASS, cuDNN at its
-best); tiles of 128 x 128 alone for a plain Triton kernel.
+A loop of wgmma (mma.sync on sm_80) fed from the shared memory by asynchronous copies, compiled by Triton, without
+prologue, gather or statistics. The best of several tiles, 128 x 256 among them, stands for a well-tuned library
+(CUTLASS, cuDNN at its best); tiles of 128 x 128 alone for a plain Triton kernel.
 """
 
 from __future__ import annotations

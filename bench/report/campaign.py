@@ -26,11 +26,7 @@ def environment(folder: Path) -> str | None:
     if not record or not found:
         return None
     rows = [["large copy, bytes read and written", f"{found['copy']:.4g} GB/s"]] if "copy" in found else []
-    rows += [
-        [f"large matrix product, {name}", f"{rate:.3g} TFLOP/s"]
-        for name, rate in found.items()
-        if name != "copy"
-    ]
+    rows += [[f"large matrix product, {name}", f"{rate:.3g} TFLOP/s"] for name, rate in found.items() if name != "copy"]
     load = measured_cases(record).get("machine", {}).get("load_average")
     where = f"Measured ceilings: {machine_line(record)}.{busy(load, record['threads'])}"
     return f"{where}\n\n{markdown(('ceiling', 'measured'), rows)}"
@@ -159,9 +155,7 @@ def parts(folder: Path) -> str | None:
             ]
             for case in blocks
         ]
-        text.append(
-            f"Forward and backward of a stage or its first block, ms.\n\n{markdown(['part', *peers], rows)}"
-        )
+        text.append(f"Forward and backward of a stage or its first block, ms.\n\n{markdown(['part', *peers], rows)}")
     calls = {name: case for name, case in cases.items() if "calls" in case}
     for name, case in calls.items():
         which = list(dict.fromkeys(c for call in case["calls"].values() for c in call["candidates"]))
@@ -205,8 +199,7 @@ def step(folder: Path) -> str | None:
             f"{1e3 * case['kernels']['seconds']:.4g}",
             f"{1e3 * case['host_seconds']:.4g}",
             ", ".join(
-                f"{top['name'][:40].replace('|', '/')} {1e3 * top['seconds']:.3g}"
-                for top in case["kernels"]["top"][:3]
+                f"{top['name'][:40].replace('|', '/')} {1e3 * top['seconds']:.3g}" for top in case["kernels"]["top"][:3]
             ),
         ]
         for case in cases

@@ -56,7 +56,8 @@ def measured_cases(record: Record) -> dict[str, Record]:
 def networks(record: Record) -> dict[str, Record]:
     """The cases of stage `models` by network: those named ``<network> | <group of peers>`` as one.
 
-    A peer's figures are of the first case that has them, with its ``speed`` in units of eager PyTorch in that very case.
+    A peer's figures are of the first case that has them, with its ``speed`` in units of eager PyTorch in that very
+    case.
     """
     found: dict[str, Record] = {}
     for name, case in measured_cases(record).items():

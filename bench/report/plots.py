@@ -16,18 +16,12 @@ def plots(folder: Path) -> list[Path]:
     cases = networks(record) if record else {}
     title = machine_line(record) if record else ""
     written = []
-    single = {
-        name: case for name, case in cases.items() if ", batch " not in name and "eager" in case["peers"]
-    }
+    single = {name: case for name, case in cases.items() if ", batch " not in name and "eager" in case["peers"]}
     if single:
-        written.append(
-            _draw(folder / "models.png", lambda figure: _bars(figure, single, title))
-        )
+        written.append(_draw(folder / "models.png", lambda figure: _bars(figure, single, title)))
     sweeps = {name: case for name, case in cases.items() if ", batch " in name}
     if sweeps:
-        written.append(
-            _draw(folder / "batches.png", lambda figure: _sweep(figure, sweeps, title))
-        )
+        written.append(_draw(folder / "batches.png", lambda figure: _sweep(figure, sweeps, title)))
     limits = ceilings(folder)
     operations = read(folder / "parts.json")
     if operations and "copy" in limits:
@@ -74,9 +68,7 @@ def _sweep(figure: Any, cases: dict[str, Record], title: str) -> None:
     for case in cases.values():
         for peer, figures in case["peers"].items():
             if "seconds" in figures:
-                lines.setdefault((case["model"], peer), []).append(
-                    (case["batch"], figures["images_per_second"])
-                )
+                lines.setdefault((case["model"], peer), []).append((case["batch"], figures["images_per_second"]))
     for (model, peer), points in lines.items():
         axes.loglog(*zip(*sorted(points)), "o-", label=f"{model}, {peer}")
     axes.set(xlabel="batch", ylabel="images/s")
@@ -96,9 +88,7 @@ def _points(cases: dict[str, Record]) -> dict[str, list[tuple[float, float]]]:
     return points
 
 
-def _roof(
-    figure: Any, points: dict[str, list[tuple[float, float]]], limits: dict[str, float], title: str
-) -> None:
+def _roof(figure: Any, points: dict[str, list[tuple[float, float]]], limits: dict[str, float], title: str) -> None:
     axes = figure.subplots()
     every = [x for line in points.values() for x, _ in line]
     intensity = [min(every) / 2, max(every) * 2]

@@ -11,7 +11,8 @@ from bench.report.common import Record, read
 from bench.tables import markdown
 
 LABEL = "**Predictions of a model; no GPU has timed these kernels.**"
-# Launches of ResNet-50 at 224 pixels that test the model most sharply, since it predicts far more than their bytes take.
+# Launches of ResNet-50 at 224 pixels that test the model most sharply, since it predicts far more than their bytes
+# take.
 SHARPEST = (("conv 1x1", 64, 256), ("conv_wgrad 3x3", 256, 256))
 
 
@@ -63,7 +64,9 @@ def _sharp(record: Record) -> Iterator[dict[str, Any]]:
     if record["network"] != "resnet50":
         return
     for kernel, cin, cout in SHARPEST:
-        same = [row for row in record["convolutions"] if (row["kernel"], row["cin"], row["cout"]) == (kernel, cin, cout)]
+        same = [
+            row for row in record["convolutions"] if (row["kernel"], row["cin"], row["cout"]) == (kernel, cin, cout)
+        ]
         yield from same[:1]
 
 

@@ -96,7 +96,9 @@ def levers(path: Path) -> str | None:
         return None
     outcomes = [Outcome(**run) for run in record["runs"]]
     seeds = len({outcome.seed for outcome in outcomes})
-    where = f"{record['data']}, {record['options']['epochs']} epochs, {seeds} seeds, measured on {machine_line(record)}."
+    where = (
+        f"{record['data']}, {record['options']['epochs']} epochs, {seeds} seeds, measured on {machine_line(record)}."
+    )
     return f"{where}{busy(record['load'], record['threads'])}\n\n{ablation.table(outcomes)}"
 
 

@@ -37,9 +37,7 @@ def train(setting: Setting, backend: str, seed: int, more: Sequence[str] = ()) -
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "fastres.cli", "train", *options, "--out", str(run)]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, setting.left - 5)
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, setting.left - 5))
         if done.returncode:
             raise RuntimeError(f"fastres train ended with {done.returncode}: {done.stderr[-300:]}")
         label = json.loads((run / "config.json").read_text())["data"]

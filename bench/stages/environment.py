@@ -20,9 +20,7 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "machine": partial(describe, setting),
         "copy": partial(copy, setting),
-        **{
-            f"matmul {str(dtype).removeprefix('torch.')}": partial(matmul, setting, dtype) for dtype in dtypes
-        },
+        **{f"matmul {str(dtype).removeprefix('torch.')}": partial(matmul, setting, dtype) for dtype in dtypes},
     }
 
 

@@ -1,7 +1,7 @@
 """Training steps of whole networks, a few peers a case; then over batches.
 
-Every case has eager PyTorch in channels-last beside its peers, so that ratios are of one case: clocks and neighbours may
-differ between cases, which can be hours apart. No case compiles for longer than a slice of the campaign has.
+Every case has eager PyTorch in channels-last beside its peers, so that ratios are of one case: clocks and neighbours
+may differ between cases, which can be hours apart. No case compiles for longer than a slice of the campaign has.
 """
 
 from __future__ import annotations

@@ -36,9 +36,7 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
     found: dict[str, Callable[[], dict[str, Any]]] = {}
     for size, width in setting.pick(BOTTLENECKS, BOTTLENECKS[1:3], ((4, 16),)):
-        found[f"operations, bottleneck {size}x{size}x{4 * width}"] = partial(
-            measure_calls, setting, size, width
-        )
+        found[f"operations, bottleneck {size}x{size}x{4 * width}"] = partial(measure_calls, setting, size, width)
     networks = setting.pick(tuple(NETWORKS), ("resnet50 224", "notebook"), ("resnet20",))
     for name in networks:
         model, image, options, gpu_batch, cpu_batch = NETWORKS[name]
@@ -46,9 +44,7 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
         parts = parts_of(model, image, **options)
         for part in parts[1:2] if setting.dry else parts:
             slow = name == networks[0]
-            found[f"{name}, block {part.name}"] = partial(
-                measure_part, setting, name, part.first(), batch, slow
-            )
+            found[f"{name}, block {part.name}"] = partial(measure_part, setting, name, part.first(), batch, slow)
             if len(part.modules) > 1 and not setting.dry:
                 found[f"{name}, stage {part.name}"] = partial(measure_part, setting, name, part, batch, False)
     return found

@@ -80,8 +80,7 @@ def read(report: Path) -> dict[str, Any]:
     """Counts and failures of a JUnit report."""
     suites = list(ElementTree.parse(report).iter("testsuite"))
     counts = {
-        kind: sum(int(suite.get(kind, 0)) for suite in suites)
-        for kind in ("tests", "failures", "errors", "skipped")
+        kind: sum(int(suite.get(kind, 0)) for suite in suites) for kind in ("tests", "failures", "errors", "skipped")
     }
     failures = [
         {

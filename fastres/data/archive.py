@@ -1,4 +1,6 @@
-"""zip and tar archives as trees of files: read where they are, so that no name in one decides where anything is written."""
+"""zip and tar archives as trees of files: read where they are, so that no name in one decides where anything is
+written.
+"""
 
 from __future__ import annotations
 
@@ -161,9 +163,7 @@ def _plain(path: Path) -> BinaryIO:
                     "and name the folder with --data"
                 )
             if written % (64 * CHUNK) < CHUNK and shutil.disk_usage(tempfile.gettempdir()).free < SPARE:
-                raise DataError(
-                    f"archive {path} does not fit {tempfile.gettempdir()}: free space there, or set TMPDIR"
-                )
+                raise DataError(f"archive {path} does not fit {tempfile.gettempdir()}: free space there, or set TMPDIR")
             plain.write(chunk)
     plain.seek(0)
     return plain  # type: ignore[return-value]

@@ -43,8 +43,8 @@ class Batches:
     in the middle of an epoch sees the same batches, bit for bit, without doing the work of those before.
 
     Several ranks may share them: of each batch that one process would have, a rank yields every ``ranks``-th image, the
-    same to the bit, so together they see each image once, their numbers of images differ by one at most, and micro-batches
-    are of the same images too. A rank whose part of the last test batch is empty leaves it out.
+    same to the bit, so together they see each image once, their numbers of images differ by one at most, and
+    micro-batches are of the same images too. A rank whose part of the last test batch is empty leaves it out.
 
     Args:
         split: images and labels; all of them are held on ``device``.
@@ -82,13 +82,11 @@ class Batches:
             raise DataError(f"batch size {batch_size} must be at least 1")
         if batch_size > len(split):
             raise DataError(
-                f"batch size {batch_size} exceeds the {len(split)} images of the set: "
-                f"lower it to {len(split)} or less"
+                f"batch size {batch_size} exceeds the {len(split)} images of the set: lower it to {len(split)} or less"
             )
         if train and augment.crop_pad >= side:
             raise DataError(
-                f"crop_pad {augment.crop_pad} cannot be reflected in images of {side} pixels: "
-                f"lower it below {side}"
+                f"crop_pad {augment.crop_pad} cannot be reflected in images of {side} pixels: lower it below {side}"
             )
         self.device = torch.device(device)
         self.split, self.batch_size = split.to(self.device), batch_size
@@ -129,9 +127,7 @@ class Batches:
             DataError: for a ``start_step`` that the epoch does not have.
         """
         if not 0 <= start_step <= len(self):
-            raise DataError(
-                f"step {start_step} is not in an epoch of {len(self)} batches: resume with the same data"
-            )
+            raise DataError(f"step {start_step} is not in an epoch of {len(self)} batches: resume with the same data")
         return self._epoch(epoch, start_step, size_at)
 
     def _epoch(

@@ -64,7 +64,9 @@ class Cache:
         if self.folder is None:
             return find()
         path = self.folder / f"{digest(place)[:24]}{ENTRY}"
-        entries = {entry: self._entry(entry) for entry in sorted(self.folder.glob(f"*{ENTRY}"), key=lambda e: e != path)}
+        entries = {
+            entry: self._entry(entry) for entry in sorted(self.folder.glob(f"*{ENTRY}"), key=lambda e: e != path)
+        }
         hit = next((entry for entry, content in entries.items() if content and content["state"] == state), None)
         facts = find() if hit is None else _facts(entries[hit] or {})
         former = entries.pop(path, None)
@@ -116,9 +118,7 @@ class Cache:
                 else:
                     np.savez(file, **_arrays(content, identity))  # type: ignore[arg-type]
         except OSError as error:
-            self.say(
-                f"warning: cannot keep decoded images in {path.parent} ({first_line(error)}): going on without"
-            )
+            self.say(f"warning: cannot keep decoded images in {path.parent} ({first_line(error)}): going on without")
             self.folder = None  # one warning is enough
 
 

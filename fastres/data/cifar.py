@@ -128,9 +128,7 @@ def unpickle(path: Path, remedy: str = CIFAR10.remedy) -> dict[str, object]:
             content = _Unpickler(file, encoding="bytes").load()
         if not isinstance(content, dict):
             raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, not a dictionary")
-        return {
-            _text(key): value.value if isinstance(value, _Array) else value for key, value in content.items()
-        }
+        return {_text(key): value.value if isinstance(value, _Array) else value for key, value in content.items()}
     except FileNotFoundError:
         raise DataError(f"{path} is missing: {remedy}") from None
     except Exception as error:  # a damaged pickle can raise anything
@@ -169,9 +167,7 @@ def read_batches(folder: Path, kind: Kind = CIFAR10) -> tuple[Split, Split, tupl
     names = unpickle(folder / kind.meta, kind.remedy).get(kind.names)
     texts = isinstance(names, list) and all(isinstance(name, (bytes, str)) for name in names)
     if not isinstance(names, list) or len(names) != kind.classes or not texts:
-        raise DataError(
-            f"{folder / kind.meta}: {kind.names!r} is not a list of {kind.classes} names: {kind.remedy}"
-        )
+        raise DataError(f"{folder / kind.meta}: {kind.names!r} is not a list of {kind.classes} names: {kind.remedy}")
     classes = tuple(_text(name) for name in names)
 
     def split(files: tuple[str, ...]) -> Split:

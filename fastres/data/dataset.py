@@ -65,8 +65,8 @@ class Dataset:
     channel, on the pixels' scale 0..255; the std of a constant channel is given as 1, so that it is
     normalised to 0.
 
-    ``digest`` is that of all pixels, labels and class names, made where it is not given: the same data has the same one under
-    any name.
+    ``digest`` is that of all pixels, labels and class names, made where it is not given: the same data has the same one
+    under any name.
 
     ``val``: images that pick the best epoch, where ``test`` shall pick nothing; None: ``test`` picks.
     ``image_size``: pixels a side that the images are meant to be seen at, which may be more than are stored; None: any.
@@ -153,9 +153,7 @@ def make_dataset(
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= len(classes):
             wrong = low if low < 0 else high
-            raise DataError(
-                f"{label}: {name} label {wrong} is outside 0..{len(classes) - 1}: correct the labels"
-            )
+            raise DataError(f"{label}: {name} label {wrong} is outside 0..{len(classes) - 1}: correct the labels")
     return Dataset(train, test, tuple(classes), label, *channel_statistics(train.images), val, image_size)
 
 

@@ -37,15 +37,12 @@ def download(root: Path, why: str, say: Callable[[str], None], kind: Kind = CIFA
     say(f"{why}: downloading it")
     try:
         with _socket_timeout(STALL):
-            download_and_extract_archive(
-                published.url, str(root), filename=published.filename, md5=published.tgz_md5
-            )
+            download_and_extract_archive(published.url, str(root), filename=published.filename, md5=published.tgz_md5)
         if not is_genuine(root / kind.folder, kind):
             raise RuntimeError("the unpacked files have other checksums than torchvision knows")
     except Exception as error:  # network, disk, archive and checksum faults are of many types
         raise DataError(
-            f"the download of {kind.name} to {root} failed ({first_line(error)}): "
-            f"try again or put {kind.folder} there"
+            f"the download of {kind.name} to {root} failed ({first_line(error)}): try again or put {kind.folder} there"
         ) from error
 
 

@@ -100,7 +100,9 @@ def arrange(tree: Tree) -> Listing:
     of_place = {place: split for split, place in places.items()}
     depth = len(base) + bool(splits)
     if not splits and (names := tree.children(base)) and all(split_of(name) for name in names):
-        raise DataError(f"{tree.where}/{names[0]} has no class folders with images: make {tree.where}/{names[0]}/CLASS/IMAGE")
+        raise DataError(
+            f"{tree.where}/{names[0]} has no class folders with images: make {tree.where}/{names[0]}/CLASS/IMAGE"
+        )
     for member in tree.members:
         split = of_place.get(member.parts[:depth])
         if split is None:
@@ -143,9 +145,7 @@ def check_classes(
                 "`fastres.data.pixels.suffixes`): add some or remove it"
             )
     if not any(found.values()):
-        raise DataError(
-            f"{where} holds neither train/CLASS/IMAGE and test/CLASS/IMAGE nor CLASS/IMAGE: arrange it so"
-        )
+        raise DataError(f"{where} holds neither train/CLASS/IMAGE and test/CLASS/IMAGE nor CLASS/IMAGE: arrange it so")
 
 
 def for_training(listing: Listing, val_share: float | None) -> Listing:
@@ -177,4 +177,3 @@ def for_training(listing: Listing, val_share: float | None) -> Listing:
                     "both need the same class folders"
                 )
     return listing
-

@@ -15,7 +15,10 @@ BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 SMALL = 128 * 128  # pixels of an image that is always decoded whole
 MOST = 2**27  # pixels of an image: no camera's has more
-HARMLESS, MOST_PACKED = 2**25, 100  # a larger image that decodes to more bytes for one of the file is neither photo nor scan
+HARMLESS, MOST_PACKED = (
+    2**25,
+    100,
+)  # a larger image that decodes to more bytes for one of the file is neither photo nor scan
 UPRIGHT = {  # what undoes an EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -147,8 +150,8 @@ def to_bytes(samples: np.ndarray, top: int | None) -> np.ndarray:
 
     Args:
         samples: integers or floats; one that is not finite counts as the least.
-        top: the sample that is white; None: the least of 1 (floats only), 255 and 65535 that none exceeds. Where samples
-            are negative or larger still, the image's own least is black and its largest white.
+        top: the sample that is white; None: the least of 1 (floats only), 255 and 65535 that none exceeds. Where
+            samples are negative or larger still, the image's own least is black and its largest white.
     """
     values = samples.astype(np.float64)
     finite = np.isfinite(values)

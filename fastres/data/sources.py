@@ -99,7 +99,9 @@ class Loader:
         """An image folder, or one of CIFAR's, in a zip or tar file."""
         tree = open_archive(path)
         for kind in cifar.KINDS:
-            files = {m.parts[-1]: m for m in tree.members if m.parts[-2:-1] == (kind.folder,) and m.parts[-1] in kind.files}
+            files = {
+                m.parts[-1]: m for m in tree.members if m.parts[-2:-1] == (kind.folder,) and m.parts[-1] in kind.files
+            }
             if files:
                 with tempfile.TemporaryDirectory() as folder:
                     for name, member in files.items():  # names that are known: nothing is written elsewhere
@@ -174,7 +176,11 @@ class Loader:
         if path.is_file() and path.suffix.lower() in table.SUFFIXES:
             return self.listed(table.read_tables([path], path), path)
         if not path.is_dir():
-            what = "neither a folder nor one of " + " ".join((*ARCHIVES, *table.SUFFIXES)) if path.exists() else "not there"
+            what = (
+                "neither a folder nor one of " + " ".join((*ARCHIVES, *table.SUFFIXES))
+                if path.exists()
+                else "not there"
+            )
             raise DataError(f"data {str(path)!r} is {what}: give {', '.join(SOURCES)} or an existing folder")
         if not has_splits(path):
             for kind in cifar.KINDS:
@@ -259,8 +265,8 @@ def load(
             ``synthetic``: ten drawn shapes, built in. A path: an image folder ``PATH/{train,val,test}/CLASS/**`` or
             ``PATH/CLASS/**``; a zip or tar archive of one; a CSV file with the columns file, label and, if you like,
             split; ``cifar-10-batches-py``, ``cifar-100-python`` or the folder it is in. ``auto``: the first that is
-            there of CIFAR-10, an image folder ``root``, ``root/cifar-10-batches-py`` and the synthetic set; ``say`` hears
-            which one and why not those before it.
+            there of CIFAR-10, an image folder ``root``, ``root/cifar-10-batches-py`` and the synthetic set; ``say``
+            hears which one and why not those before it.
         root: where ``auto`` and ``cifar10`` look.
         image_size: side in pixels that an image folder's images are to be seen at; None: their median shorter side, or
             224 where that is less. They are decoded to it, or to what the largest has where that is less. CIFAR-10

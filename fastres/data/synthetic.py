@@ -116,9 +116,7 @@ def _square(choices: Choices, low: int, stop: int) -> np.ndarray:
     """A square of random place and size: bool [n, SIDE, SIDE, 1]."""
     size, x, y = choices.integers(low, stop), choices.integers(0, SIDE), choices.integers(0, SIDE)
     pixel = np.arange(SIDE, dtype=np.int32)
-    covered = (np.abs(2 * (pixel[None, None, :] - x)) < size) & (
-        np.abs(2 * (pixel[None, :, None] - y)) < size
-    )
+    covered = (np.abs(2 * (pixel[None, None, :] - x)) < size) & (np.abs(2 * (pixel[None, :, None] - y)) < size)
     return covered[..., None]
 
 

@@ -14,7 +14,19 @@ from fastres.data.tree import Member, normal, read_file, stamp
 
 SUFFIXES = (".csv", ".tsv")
 COLUMNS = {  # what a heading may be called, in lower case
-    "file": {"file", "filename", "file_name", "path", "filepath", "file_path", "image", "image_path", "img", "image_id", "id"},
+    "file": {
+        "file",
+        "filename",
+        "file_name",
+        "path",
+        "filepath",
+        "file_path",
+        "image",
+        "image_path",
+        "img",
+        "image_id",
+        "id",
+    },
     "label": {"label", "labels", "class", "class_name", "category", "target", "breed", "species"},
     "split": {"split", "set", "subset", "partition"},
 }
@@ -25,8 +37,8 @@ REPEATED = "lines that repeat a file"
 def read_tables(paths: Iterable[Path], where: Path) -> Listing:
     """The images of one table, or of several that are named after splits.
 
-    A file is looked for beside its table, in the folder of the table's name, and in ``images``. Labels that are all whole
-    numbers are sorted as numbers.
+    A file is looked for beside its table, in the folder of the table's name, and in ``images``. Labels that are all
+    whole numbers are sorted as numbers.
 
     Raises:
         DataError: for a table that is no table of files and labels; the message names the line.
@@ -76,7 +88,11 @@ def read_rows(path: Path) -> Iterable[tuple[int, str, str, str]]:
     first = text.partition("\n")[0]
     delimiter = max(",;\t", key=first.count)
     try:
-        lines = [(number, row) for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1) if any(row)]
+        lines = [
+            (number, row)
+            for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1)
+            if any(row)
+        ]
     except csv.Error as error:
         raise DataError(f"table {path} cannot be read ({error}): save it as CSV in UTF-8") from error
     columns = columns_of(path, lines[0][1] if lines else [])
@@ -92,7 +108,9 @@ def read_rows(path: Path) -> Iterable[tuple[int, str, str, str]]:
             raise DataError(f"table {path}, line {number} has no {'label' if cells['file'] else 'file'}: add it")
         split = split_of(cells["split"]) if "split" in cells else split_of(path.stem) or ALL
         if split is None:
-            raise DataError(f"table {path}, line {number}: split {cells['split']!r} is not train, val or test: correct it")
+            raise DataError(
+                f"table {path}, line {number}: split {cells['split']!r} is not train, val or test: correct it"
+            )
         yield number, found(path, cells["file"]), normal(cells["label"]), split
 
 

@@ -13,7 +13,12 @@ from typing import NamedTuple
 
 from fastres.data.dataset import DataError
 
-BROKEN_LINK, NO_FILE, LOOP, UNSAFE = "broken links", "not regular files", "links to a folder around them", "unsafe names"
+BROKEN_LINK, NO_FILE, LOOP, UNSAFE = (
+    "broken links",
+    "not regular files",
+    "links to a folder around them",
+    "unsafe names",
+)
 NAMED = 10  # files of each kind that a line names
 
 

@@ -26,22 +26,16 @@ TOLERANCE = 1e-3  # of the largest logit: fp32 in another order of sums stays a 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument(
-        "checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]"
-    )
+    parser.add_argument("checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
     kinds = "; ".join(f"{suffix}: {meaning}" for suffix, meaning in SUFFIXES.items())
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", default=Path("model.onnx"), help=f"{kinds} [model.onnx]"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", default=Path("model.onnx"), help=f"{kinds} [model.onnx]")
 
 
 def export(args: argparse.Namespace) -> int:
     """Write a trained network for other programs."""
     path: Path = args.out
     if path.suffix not in SUFFIXES:
-        raise FastresError(
-            f"--out {path} has none of the endings {', '.join(SUFFIXES)}: they tell what to write"
-        )
+        raise FastresError(f"--out {path} has none of the endings {', '.join(SUFFIXES)}: they tell what to write")
     checkpoint = find_checkpoint(args.checkpoint)
     trained = load_trained(checkpoint, torch.device("cpu"))
     if path.suffix == ".pt":

@@ -27,9 +27,7 @@ def to_program(model: nn.Module, image_size: int, dtype: torch.dtype = torch.flo
         dtype: of the images.
     """
     device = next(model.parameters()).device
-    images = torch.zeros(
-        2, 3, image_size, image_size, dtype=dtype, device=device
-    )  # of 1, the size would be fixed
+    images = torch.zeros(2, 3, image_size, image_size, dtype=dtype, device=device)  # of 1, the size would be fixed
     return torch.export.export(model, (images,), dynamic_shapes=_ANY_BATCH)
 
 

@@ -13,7 +13,8 @@ from fastres.nn.fold import FoldedConv, FoldedPreActBottleneck
 
 
 def portable(model: nn.Module) -> nn.Module:
-    """A copy for inference, folded (see `fastres.nn.fold`) and made of PyTorch's own operations, [N, 3, H, W] to logits.
+    """A copy for inference, folded (see `fastres.nn.fold`) and made of PyTorch's own operations, [N, 3, H, W] to
+    logits.
 
     Args:
         model: eager, fused or folded.

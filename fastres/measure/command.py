@@ -24,19 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--model", default="resnet18", help="network, or package.module:function of your own [resnet18]"
     )
     parser.add_argument("--batch-size", type=positive, default=128, metavar="INT", help="images a step [128]")
-    parser.add_argument(
-        "--image-size", type=positive, default=32, metavar="INT", help="height and width, pixels [32]"
-    )
+    parser.add_argument("--image-size", type=positive, default=32, metavar="INT", help="height and width, pixels [32]")
     parser.add_argument("--device", default="auto", metavar="STR", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument(
         "--precision", choices=("auto", *machine.DTYPES), default="auto", help="see `fastres train` [auto]"
     )
-    parser.add_argument(
-        "--peers", nargs="+", metavar="PEER", help=f"of: {', '.join(PEERS)} [all that run here]"
-    )
-    parser.add_argument(
-        "--rounds", type=positive, default=10, metavar="INT", help="timed samples of each peer [10]"
-    )
+    parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"of: {', '.join(PEERS)} [all that run here]")
+    parser.add_argument("--rounds", type=positive, default=10, metavar="INT", help="timed samples of each peer [10]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
 
 
@@ -54,9 +48,7 @@ def bench(args: argparse.Namespace) -> int:
         raise FastresError("--batch-size 1 leaves BatchNorm no statistics: make it at least 2")
     if device.type == "cpu":
         machine.keep_freed_memory()
-    workload = Workload(
-        args.model, args.batch_size, args.image_size, stem_option(args.model, args.image_size)
-    )
+    workload = Workload(args.model, args.batch_size, args.image_size, stem_option(args.model, args.image_size))
     found = measure_steps(workload, peers, device, dtype, rounds=args.rounds)
     print(
         f"{args.model}, training, batch {args.batch_size}, {args.image_size}x{args.image_size}, "
@@ -81,11 +73,7 @@ def stem_option(model: str, image_size: int) -> dict[str, Any]:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or that it is a CPU and with how many threads."""
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def measure_steps(

@@ -49,13 +49,9 @@ PEERS: dict[str, Peer] = {
         gpu_only=True,
     ),
     "fused": Peer("fused, implementation chosen by timing on a GPU, compiled C++ passes on a CPU", fused=True),
-    "fused fewer": Peer(
-        "fused, the last convolution of each block recomputed in backward", fused=True, keep="fewer"
-    ),
+    "fused fewer": Peer("fused, the last convolution of each block recomputed in backward", fused=True, keep="fewer"),
     "fused compile": Peer("fused, under torch.compile", fused=True, compile="default"),
-    "fused graph": Peer(
-        "fused, the step replayed as one CUDA graph", fused=True, cuda_graph=True, gpu_only=True
-    ),
+    "fused graph": Peer("fused, the step replayed as one CUDA graph", fused=True, cuda_graph=True, gpu_only=True),
 }
 
 

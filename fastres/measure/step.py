@@ -107,9 +107,7 @@ class Step:
         self.network: Callable[[Tensor], Tensor] = self.model
         if self.peer.compile is not None:
             self.network = torch.compile(self.model, mode=self.peer.compile, backend=backend, dynamic=False)
-        self.optimizer = make_optimizer(
-            self.model, 1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, scaled=False
-        )
+        self.optimizer = make_optimizer(self.model, 1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, scaled=False)
         self.images, self.labels = workload.inputs(device, self.peer.channels_last)
         self._run = self._before_recording if self.peer.cuda_graph else self._step
         self._taken = 0
@@ -175,8 +173,8 @@ def peak_memory(
 ) -> dict[str, float]:
     """Memory of some training steps in MiB, before and at the highest: allocated on a GPU, resident on a CPU.
 
-    On a GPU the first step does not count, in which implementations are tried. On a CPU call it in a process of its own, as
-    the highest figure there is that of the process.
+    On a GPU the first step does not count, in which implementations are tried. On a CPU call it in a process of its
+    own, as the highest figure there is that of the process.
     """
     gc.collect()
     if device.type == "cuda":

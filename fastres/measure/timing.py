@@ -12,9 +12,7 @@ import torch
 
 from fastres.train.machine import on_device
 
-SAMPLE_SECONDS = (
-    0.05  # a sample on a GPU is as many calls as take so long: launches then overlap as in training
-)
+SAMPLE_SECONDS = 0.05  # a sample on a GPU is as many calls as take so long: launches then overlap as in training
 
 
 class Timing(NamedTuple):
@@ -29,9 +27,7 @@ class Timing(NamedTuple):
     @classmethod
     def of(cls, seconds: list[float], calls: int = 1) -> Timing:
         """The summary of the samples' seconds a call."""
-        low, median, high = (
-            statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-        )
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
         return cls(median, low, high, len(seconds), calls)
 
 

@@ -30,9 +30,7 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
         FastresError: for an unknown name (the nearest one is named) or an option that this network has not.
     """
     if unknown := sorted(set(options) - set(accepted_options(name))):
-        raise FastresError(
-            f"model {name!r} has no option {unknown[0]!r}: it takes {', '.join(accepted_options(name))}"
-        )
+        raise FastresError(f"model {name!r} has no option {unknown[0]!r}: it takes {', '.join(accepted_options(name))}")
     return MODELS[name](num_classes=num_classes, **options)
 
 

@@ -78,7 +78,7 @@ def _eager_residual(
         if residual and index == 0:
             y = y + (x if shortcut is None else shortcut(x))
         elif residual:
-            step, added = (Identity() if identities is None else identities[index - 1])
+            step, added = Identity() if identities is None else identities[index - 1]
             y = y + F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, 0, added))
         x = F.relu(y) if relu or index < len(blocks) - 1 else y
     return x
@@ -167,8 +167,8 @@ def in_chains(blocks: Sequence[nn.Module], x: Any) -> Any:
     """Apply blocks in order, chains of them at once.
 
     Args:
-        x: [N, C, H, W]; or a pair of it and the ``coef`` of `fastres.ops.preact_block`, or None: then the result is such
-            a pair too, for what begins with the BatchNorm of x.
+        x: [N, C, H, W]; or a pair of it and the ``coef`` of `fastres.ops.preact_block`, or None: then the result is
+            such a pair too, for what begins with the BatchNorm of x.
     """
     paired = isinstance(x, tuple)
     x, coef = x if paired else (x, None)
@@ -226,7 +226,9 @@ def _chain(x: Tensor, blocks: Sequence[nn.Module], structures: Sequence[Block]) 
 
 
 def _preactivation(x: Tensor, block: Block, coef: Tensor | None, next_coef: bool) -> tuple[Tensor, Tensor | None]:
-    """A pre-activation block of [N, C, H, W], and with ``next_coef`` what the next BatchNorm needs to know of the result."""
+    """A pre-activation block of [N, C, H, W], and with ``next_coef`` what the next BatchNorm needs to know of the
+    result.
+    """
     nhwc = to_nhwc(x)
     first = hw = tuple(nhwc.shape[1:3])
     layers = []

@@ -1,8 +1,8 @@
 """Whether a module's own call may be left out because a fused operation does the same: the one place that decides.
 
-A fused operation stands for what a class's forward says. So it may not stand for a module that has hooks, a forward or a
-helper of it replaced on the class or on the instance, a weight that something else than the module computes, or a setting
-that the operations do not know. Each function returns the reason why not, in words for the user, or None.
+A fused operation stands for what a class's forward says. So it may not stand for a module that has hooks, a forward or
+a helper of it replaced on the class or on the instance, a weight that something else than the module computes, or a
+setting that the operations do not know. Each function returns the reason why not, in words for the user, or None.
 """
 
 from __future__ import annotations
@@ -274,7 +274,9 @@ def absent_reason(module: nn.Module | None) -> str | None:
 
 
 def _held(module: Any, name: str) -> str | None:
-    """Why a parameter is not to be read: it is a Parameter of the module or a parametrization's, or else a stale result."""
+    """Why a parameter is not to be read: it is a Parameter of the module or a parametrization's, or else a stale
+    result.
+    """
     if name in module._parameters:
         value = module._parameters[name]
         if value is None or is_plain(type(value)):

@@ -42,8 +42,8 @@ class FoldedConv(_Inference):
     """``relu(conv(x) + bias (+ residual))`` of a convolution and the BatchNorm behind it.
 
     Differentiable in x and residual, then by PyTorch's own convolution. On a CPU the weight is kept in oneDNN's layout
-    too. That a weight or bias was changed is noticed, but for writes that PyTorch does not see: through ``.data`` in place,
-    NumPy, or another process that shares the memory; call `repack` after those.
+    too. That a weight or bias was changed is noticed, but for writes that PyTorch does not see: through ``.data`` in
+    place, NumPy, or another process that shares the memory; call `repack` after those.
 
     Args:
         conv: the convolution.
@@ -90,7 +90,9 @@ class FoldedConv(_Inference):
         if watched(x) or _is_differentiated(x, residual):
             return self.plain(x, residual)
         nhwc = to_nhwc(x)
-        conv = Conv(self.weight, self.geometry.stride, self.geometry.pad(tuple(nhwc.shape[1:3])), self.geometry.dilation)
+        conv = Conv(
+            self.weight, self.geometry.stride, self.geometry.pad(tuple(nhwc.shape[1:3])), self.geometry.dilation
+        )
         added = None if residual is None else to_nhwc(residual)
         return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.relu, self.packed))
 
@@ -191,7 +193,8 @@ class FoldedPreActBottleneck(_Inference):
 def fold(model: nn.Module) -> nn.Module:
     """A copy for inference, BatchNorms folded into the convolutions; its state_dict has names of its own.
 
-    What `fuse` leaves eager stays eager here too, in evaluation mode; a line is logged that says what (logger ``fastres``).
+    What `fuse` leaves eager stays eager here too, in evaluation mode; a line is logged that says what (logger
+    ``fastres``).
 
     Args:
         model: as `fuse` takes it, fused or eager.

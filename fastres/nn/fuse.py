@@ -19,18 +19,19 @@ def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module
 
     Every module, Parameter and buffer stays the same object, so optimizers, EMA copies and hooks stay valid and
     ``state_dict`` keeps its names; only classes change. Fused convolutions, BatchNorms, activations and pools are not
-    called. Where one of them must be, for it has hooks, a forward of its own, or a type or setting without a kernel (groups,
-    biases, other norms or activations), that block, stem or head runs its eager forward. That is decided at each forward,
-    so it holds for what is changed afterwards too.
+    called. Where one of them must be, for it has hooks, a forward of its own, or a type or setting without a kernel
+    (groups, biases, other norms or activations), that block, stem or head runs its eager forward. That is decided at
+    each forward, so it holds for what is changed afterwards too.
 
-    As for eager PyTorch, channels-last weights are the fastest: ``model.to(memory_format=torch.channels_last)``. Others are
-    copied at every forward.
+    As for eager PyTorch, channels-last weights are the fastest: ``model.to(memory_format=torch.channels_last)``. Others
+    are copied at every forward.
 
     What was fused, what was not and why is logged in a line (logger ``fastres``); `fastres.nn.report` tells it again.
 
     Args:
         model: a torchvision or `fastres.reference` ResNet, or any module that contains one, their blocks, blocks of a
-            registered class (see `fastres.nn.register_block`) or convolution, BatchNorm and ReLU in an ``nn.Sequential``.
+            registered class (see `fastres.nn.register_block`) or convolution, BatchNorm and ReLU in an
+            ``nn.Sequential``.
         keep: ``"all"``, or ``"fewer"`` to recompute each block's last convolution in backward and save its memory.
         strict: raise where anything is left eager, and change nothing.
 

@@ -1,4 +1,5 @@
-"""The fused forward of networks and of ``nn.Sequential``: steps in order, in which stem, chains of blocks and head fuse.
+"""The fused forward of networks and of ``nn.Sequential``: steps in order, in which stem, chains of blocks and head
+fuse.
 
 What is fused is decided at each forward, part by part; every step that no part takes in is called.
 """
@@ -73,7 +74,8 @@ def parts_of(steps: Sequence[Step], blocks: Callable[[nn.Module], bool] | None =
 
 
 def _opened(steps: Sequence[Step]) -> list[Any]:
-    """The steps with those of every ``nn.Sequential`` among them that nothing waits for, and without those that are None.
+    """The steps with those of every ``nn.Sequential`` among them that nothing waits for, and without those that are
+    None.
 
     A BatchNorm with ReLU in it is followed by that.
     """
@@ -106,9 +108,7 @@ def _is_fused_block(module: nn.Module) -> bool:
     return isinstance(module, FusedBlock)
 
 
-def _first_part(
-    steps: list[Any], before: list[Part], is_fused: Callable[[nn.Module], bool]
-) -> tuple[Part, int]:
+def _first_part(steps: list[Any], before: list[Part], is_fused: Callable[[nn.Module], bool]) -> tuple[Part, int]:
     """What the steps begin with, and how many of them that are."""
     step = steps[0]
     if isinstance(step, Stages):

@@ -98,7 +98,10 @@ def track(norms: Sequence[nn.Module], statistics: Sequence[Statistics]) -> None:
     tracking = [
         (bn, used)
         for bn, used in zip(norms, statistics, strict=True)
-        if bn.training and not isinstance(bn, FrozenBatchNorm2d) and bn.track_running_stats and bn.running_mean is not None
+        if bn.training
+        and not isinstance(bn, FrozenBatchNorm2d)
+        and bn.track_running_stats
+        and bn.running_mean is not None
     ]
     if len({bn for bn, _ in tracking}) < len(tracking):  # one that is used twice moves twice, one after the other
         for bn, used in tracking:

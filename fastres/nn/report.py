@@ -44,7 +44,11 @@ class Report:
     def __str__(self) -> str:
         """One line."""
         parts = [f"{self.fused_blocks} of {self.blocks} blocks"]
-        parts += [f"{count} {name}{'s' * (count > 1)}" for count, name in ((self.stems, "stem"), (self.heads, "head")) if count]
+        parts += [
+            f"{count} {name}{'s' * (count > 1)}"
+            for count, name in ((self.stems, "stem"), (self.heads, "head"))
+            if count
+        ]
         text = f"{self.name}: fused {', '.join(parts)}"
         return f"{text}; left {self.reasons()}" if self.left else text
 

@@ -34,9 +34,9 @@ class Block(NamedTuple):
 
     layers: Sequence[tuple[nn.Module, nn.Module]]  # each convolution with the BatchNorm behind it, or in front of it
     activations: Sequence[nn.Module] = ()  # the ReLU modules that the forward calls
-    # None: x itself, or a module: nn.Sequential(convolution, BatchNorm) joins the operation; such a pair at the end of a longer
-    # nn.Sequential is one of its own, those in front of it (a pool, say) and all other modules are called; or a pair that
-    # another module holds. With preactivation a convolution of the rectified x.
+    # None: x itself, or a module: nn.Sequential(convolution, BatchNorm) joins the operation; such a pair at the end of
+    # a longer nn.Sequential is one of its own, those in front of it (a pool, say) and all other modules are called; or
+    # a pair that another module holds. With preactivation a convolution of the rectified x.
     shortcut: nn.Module | tuple[nn.Module, nn.Module] | None = None
     residual: bool = True  # whether it has a shortcut at all
     relu: bool = True  # whether ReLU ends it
@@ -64,7 +64,9 @@ class Entry(NamedTuple):
 
 
 _entries: dict[type, Entry] = {}
-_named: dict[tuple[str, str], tuple[Callable[[Any], Any], bool]] = {}  # by module and name of classes that may be missing
+_named: dict[
+    tuple[str, str], tuple[Callable[[Any], Any], bool]
+] = {}  # by module and name of classes that may be missing
 _found: dict[type, Entry | None] = {}
 
 
@@ -85,8 +87,8 @@ def register_network(cls: type[nn.Module], adapter: Callable[[Any], Sequence[Ste
     Args:
         cls: takes [N, C, H, W] as the only argument of its forward.
         adapter: from a network to all that its forward does: modules and functions in the order in which they are
-            called, each with the result of the one before. ReLU must be a module. A function may keep what it is given, and
-            the last one return what was kept.
+            called, each with the result of the one before. ReLU must be a module. A function may keep what it is given,
+            and the last one return what was kept.
     """
     _register(cls, adapter, False)
 

@@ -1,8 +1,8 @@
 """Gradients of the fused operations that can be differentiated again.
 
 Where a backward pass is itself recorded (``create_graph=True``: gradient penalties, Hessian-vector products, MAML), or
-runs under a transform of `torch.func`, its operation is computed again by `fastres.ops.plain` from what the forward pass was
-given, and PyTorch differentiates that.
+runs under a transform of `torch.func`, its operation is computed again by `fastres.ops.plain` from what the forward
+pass was given, and PyTorch differentiates that.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def given(tensors: Sequence[Tensor | None]) -> Given | None:
 
 
 def is_differentiated(dout: Tensor) -> bool:
-    """Whether the gradients that a backward pass makes of dout are to be differentiated, batched or dualised themselves."""
+    """Whether the gradients that a backward pass makes of dout are to be differentiated, batched or dualised
+    themselves.
+    """
     if torch.compiler.is_compiling():
         return False
     return torch.is_grad_enabled() or plain.is_transformed() or torch._C._functorch.is_legacy_batchedtensor(dout)
@@ -100,7 +102,13 @@ def windows_of(geometry: dict[str, Any]) -> list[tuple[int, Pad, int]]:
 
 
 def residual_chain(
-    given: Given, x: Tensor, result: Tensor | None, dout: Tensor, needs: Sequence[bool], has_added: bool, **geometry: Any
+    given: Given,
+    x: Tensor,
+    result: Tensor | None,
+    dout: Tensor,
+    needs: Sequence[bool],
+    has_added: bool,
+    **geometry: Any,
 ) -> Gradients:
     """Gradients of x, of the shortcut tensor and of the parameters of `fastres.ops.residual.residual_forward`.
 
@@ -122,7 +130,9 @@ def residual_chain(
         widths = [x.shape[3], *(block[-1].weight.shape[0] for block in blocks)]
         identities = [Identity(step, out - into) for step, into, out in zip(steps, widths, widths[1:])]
         shortcut = identities[0] if geometry["identity"] else layers[-1] if geometry["projection"] else added
-        return plain.residual_chain(x, blocks, shortcut, geometry["relu"], identities[1:], result if has_added else None)[0]
+        return plain.residual_chain(
+            x, blocks, shortcut, geometry["relu"], identities[1:], result if has_added else None
+        )[0]
 
     added = None
     if has_added:
@@ -141,8 +151,7 @@ def preact_block(given: Given, x: Tensor, dout: Tensor, needs: Sequence[bool], *
     def form(x: Tensor, *parameters: Any) -> Tensor:
         weights = parameters[4 * len(eps) :]
         layers = [
-            Layer(weights[i], norm_of(parameters[4 * i : 4 * i + 4], eps[i]), *windows[i])
-            for i in range(len(eps))
+            Layer(weights[i], norm_of(parameters[4 * i : 4 * i + 4], eps[i]), *windows[i]) for i in range(len(eps))
         ]
         shortcut: Tensor | Conv | None = x if geometry["identity"] else None
         if geometry["projection"]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastres.kernels.configs import precision
 from fastres.kernels.types import Moments
 
-# Share of the values that may be further apart: where a ReLU's input is zero but for rounding, its gradient is kept by one
-# implementation and not by the other.
+# Share of the values that may be further apart: where a ReLU's input is zero but for rounding, its gradient is kept by
+# one implementation and not by the other.
 MOST_APART = 1e-3
 # No such value is more than a few times the largest one; memory that was never written often is.
 LARGEST = 4.0
@@ -29,8 +29,8 @@ class Difference(NamedTuple):
 def difference(first: Any, other: Any, dtype: torch.dtype) -> Difference:
     """Compare all tensors of two results, nests of tuples, tensors, `Moments` and None; other values are passed over.
 
-    Statistics that come by tiles are merged before, as their tiles may differ: `Moments` to mean and variance, and partial
-    sums, fp32 [T, 2, C], to their total.
+    Statistics that come by tiles are merged before, as their tiles may differ: `Moments` to mean and variance, and
+    partial sums, fp32 [T, 2, C], to their total.
 
     Args:
         dtype: the coarsest that the implementations round to.
@@ -52,8 +52,8 @@ def difference(first: Any, other: Any, dtype: torch.dtype) -> Difference:
 def rounding(dtype: torch.dtype) -> float:
     """How far two results may be apart, relative to the value itself and the root mean square of all.
 
-    In 16 bits and tf32 four units in the last place: a result is rounded once or, with a residual added, twice, and so are
-    operands that a prologue computes. In fp32 sums of millions of terms in another order, or a library's Winograd
+    In 16 bits and tf32 four units in the last place: a result is rounded once or, with a residual added, twice, and so
+    are operands that a prologue computes. In fp32 sums of millions of terms in another order, or a library's Winograd
     transform, cost more than a thousand of them.
     """
     if dtype == torch.float32:
@@ -132,7 +132,9 @@ def _merged(moments: Moments) -> tuple[float, Tensor, Tensor]:
 def _rms(values: Tensor) -> Tensor:
     """Root mean square of the finite values, fp64 []."""
     squares = [part.double().nan_to_num(0, 0, 0).square().sum() for part in values.reshape(-1).split(_CHUNK)]
-    return (torch.stack(squares).sum() / values.numel()).sqrt() if squares else values.new_zeros((), dtype=torch.float64)
+    return (
+        (torch.stack(squares).sum() / values.numel()).sqrt() if squares else values.new_zeros((), dtype=torch.float64)
+    )
 
 
 def _apart(a: Tensor, b: Tensor, within: float, scale: Tensor, least: float = 0.0) -> Difference:

@@ -17,8 +17,8 @@ from fastres.kernels.types import Moments
 from fastres.ops.library import LibraryConvolutions, add_shortcut, nchw, nhwc
 
 MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
-# ATen's channels-last loops sum in fp32, pixel after pixel. On a CPU tiles keep those sums short and so accurate, and the
-# second pass in the cache; as many pixels as fit this width count as channels of their own, which costs nothing.
+# ATen's channels-last loops sum in fp32, pixel after pixel. On a CPU tiles keep those sums short and so accurate, and
+# the second pass in the cache; as many pixels as fit this width count as channels of their own, which costs nothing.
 _TILE_BYTES, _TILE_ROWS, _TILE_WIDTH = 1024 * 1024, 128, 2048
 
 _aten = torch.ops.aten
@@ -78,7 +78,8 @@ def bn_add_relu(
 ) -> Tensor:
     """``relu(y*scale + shift + shortcut)``, the shortcut normalised by its own coefficients where it has some.
 
-    The shortcut is like y, or every ``shortcut_stride``-th pixel of it is added to as many of the first channels as it has.
+    The shortcut is like y, or every ``shortcut_stride``-th pixel of it is added to as many of the first channels as it
+    has.
     """
     out = _affine(y, coef[SCALE], coef[SHIFT])
     if shortcut is not None:

@@ -1,7 +1,7 @@
 """What `torch.utils.flop_counter.FlopCounterMode` counts for the fused operations: eager PyTorch's own figure.
 
-That is two FLOPs a multiply-add of each convolution, forward, and as many for its gradient at its input and at its weight.
-What ``keep="fewer"`` computes again in backward is not counted: the figure is the network's, whatever it keeps.
+That is two FLOPs a multiply-add of each convolution, forward, and as many for its gradient at its input and at its
+weight. What ``keep="fewer"`` computes again in backward is not counted: the figure is the network's, whatever it keeps.
 """
 
 from __future__ import annotations

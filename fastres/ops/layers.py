@@ -168,8 +168,8 @@ def conv_shape(shape: Shape, conv: Conv | Layer) -> Shape:
     """Shape of the convolution of an input of ``shape``.
 
     Raises:
-        RuntimeError: for another number of channels, a kernel that is larger than the padded input, or a stride, padding
-            or dilation that means nothing.
+        RuntimeError: for another number of channels, a kernel that is larger than the padded input, or a stride,
+            padding or dilation that means nothing.
     """
     n, height, width, channels = shape
     weight, pad = conv.weight, conv.pad

@@ -1,7 +1,7 @@
 """Convolution primitives made of PyTorch's own convolution and separate elementwise passes.
 
-With ATen's passes they are the CPU's implementation; with the Triton passes they are the candidate on a GPU that a fused
-kernel has to beat: normalise in one pass, then the vendor's convolution.
+With ATen's passes they are the CPU's implementation; with the Triton passes they are the candidate on a GPU that a
+fused kernel has to beat: normalise in one pass, then the vendor's convolution.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""How an operation's body is registered: torch.compile keeps it whole, and what it computes depends on its arguments alone."""
+"""How an operation's body is registered: torch.compile keeps it whole, and what it computes depends on its arguments
+alone.
+"""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext

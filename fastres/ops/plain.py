@@ -1,7 +1,7 @@
 """Every operation in PyTorch's own functions, which can be differentiated any number of times, batched and dualised.
 
-What the fused operations have no form of their own for is computed by these, see `is_needed`; so are gradients that are to
-be differentiated again, see `fastres.ops.again`. Arguments and results are those of the operations.
+What the fused operations have no form of their own for is computed by these, see `is_needed`; so are gradients that are
+to be differentiated again, see `fastres.ops.again`. Arguments and results are those of the operations.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fastres.ops.operation import without_autocast
 def is_needed(*tensors: Tensor | None) -> bool:
     """Whether an operation on these is computed here.
 
-    So are empty batches, what `torch.func` transforms, forward-mode differentiation and subclasses that wrap tensors (such
-    as DTensor), as PyTorch's own functions know what to do with them.
+    So are empty batches, what `torch.func` transforms, forward-mode differentiation and subclasses that wrap tensors
+    (such as DTensor), as PyTorch's own functions know what to do with them.
     """
     x = tensors[0]
     if x is not None and not x.numel():
@@ -60,7 +60,8 @@ def residual_chain(
     """See `fastres.ops.residual_chain`.
 
     Args:
-        result: of the first block, where the values of its shortcut, a tensor, are not known; derivatives are as if they were.
+        result: of the first block, where the values of its shortcut, a tensor, are not known; derivatives are as if
+            they were.
     """
     found: list[Statistics] = []
     projected: list[Statistics] = []

@@ -1,8 +1,8 @@
 """Pre-activation residual blocks (He et al. 2016) as one operation.
 
-``shortcut + conv_n(relu(bn_n(... conv_1(relu(bn_1(x))))))``: BatchNorm and ReLU stand before each convolution, so all of
-them are prologues, and the shortcut is added in the last convolution's epilogue, which also reduces the statistics that
-the next block's first BatchNorm needs. Kept for backward: x and y1 ... y(n-1).
+``shortcut + conv_n(relu(bn_n(... conv_1(relu(bn_1(x))))))``: BatchNorm and ReLU stand before each convolution, so all
+of them are prologues, and the shortcut is added in the last convolution's epilogue, which also reduces the statistics
+that the next block's first BatchNorm needs. Kept for backward: x and y1 ... y(n-1).
 """
 
 from collections.abc import Sequence
@@ -92,9 +92,7 @@ def preact_block(
     return out, out_coef, [Statistics(coef, count) for coef, count in zip(coefs, counts)]
 
 
-def _check(
-    x: Tensor, layers: Sequence[Layer], shortcut: Tensor | Conv | None, coef: Tensor | None
-) -> list[int]:
+def _check(x: Tensor, layers: Sequence[Layer], shortcut: Tensor | Conv | None, coef: Tensor | None) -> list[int]:
     """Check the input; pixels that each layer's BatchNorm sees."""
     projection = isinstance(shortcut, Conv)
     if not layers:
@@ -252,9 +250,7 @@ def _(
         y = x.new_empty(x.shape[0], *hw, weights[i].shape[0])
         ys.append(y)
     statistics = statistics_dtype(x.dtype)
-    coefs = [
-        x.new_empty(rows(mean, group), a.shape[3], dtype=statistics) for a, mean in zip([x, *ys], norms[2::4])
-    ]
+    coefs = [x.new_empty(rows(mean, group), a.shape[3], dtype=statistics) for a, mean in zip([x, *ys], norms[2::4])]
     if next_coef:
         coefs.append(x.new_empty(5, y.shape[3], dtype=statistics))
     return [y, *(ys[:-1] if recording else []), *coefs]
@@ -295,7 +291,15 @@ def preact_backward(
         if i == 0 and projection:
             geometry = weights[layers], strides[layers], pad_of(pads, layers)
             residual, dws[layers], step = projection_backward(
-                p, dout, None, None, x, coefs[0], *geometry, True, need_weights[layers],
+                p,
+                dout,
+                None,
+                None,
+                x,
+                coefs[0],
+                *geometry,
+                True,
+                need_weights[layers],
                 dilation_of(dilations, layers),
             )
         dz, sums, dws[i] = p.conv_backward(
@@ -313,9 +317,7 @@ def preact_backward(
             dilation=dilation_of(dilations, i),
         )
         y = below if trained[i] else None
-        abc, dgamma, dbeta = backward_coefficients(
-            p, sums, coefs[i], gammas[i], pixels(below.shape), trained[i], group
-        )
+        abc, dgamma, dbeta = backward_coefficients(p, sums, coefs[i], gammas[i], pixels(below.shape), trained[i], group)
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
     dx = [p.bn_backward_apply(dz, y, abc, dout if identity else None)] if need_x else []
     return [torch.cat(norm_grads), *dx, *(dw for dw in dws if dw is not None)]

@@ -7,9 +7,9 @@ or ReLU'd copy. Blocks with identity shortcuts that follow one another are one o
 memory disappear between them: the next block's first 1x1 convolution ends the block before as it reads it, and its data
 gradient yields that block's masked gradient and BatchNorm sums as it writes it.
 
-A shortcut without parameters may take every few pixels and add channels of zeros (`Identity`): it is read where the block
-ends and its gradient added where backward ends, at those pixels, with no tensor of its own. The gradient of a strided 1x1
-projection likewise exists for the pixels it reads alone.
+A shortcut without parameters may take every few pixels and add channels of zeros (`Identity`): it is read where the
+block ends and its gradient added where backward ends, at those pixels, with no tensor of its own. The gradient of a
+strided 1x1 projection likewise exists for the pixels it reads alone.
 
 In units of M*w elements a bottleneck with widths w and 4w and an identity shortcut moves 24 forward and 58 backward, 20
 and 50 inside a chain, where eager PyTorch moves 54 and 84.
@@ -109,9 +109,7 @@ def residual_chain(
     if plain.is_needed(x, added):
         return plain.residual_chain(x, blocks, shortcut if added is None else added, relu, identities)
     parameters = [tensor for layer in every_layer for tensor in (layer.weight, *norm_vectors(layer.norm))]
-    recording = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, added, *parameters)
-    )
+    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, added, *parameters))
     out, *coefs = _ResidualChain.apply(
         x,
         added,
@@ -302,8 +300,8 @@ def residual_forward(
         dilations: of each layer; None: all 1.
 
     Returns:
-        The result; with ``recording`` the other blocks' results, then the layers' outputs, without ``keep_all`` not those
-        of each block's last layer and of the projection; every layer's coef.
+        The result; with ``recording`` the other blocks' results, then the layers' outputs, without ``keep_all`` not
+        those of each block's last layer and of the projection; every layer's coef.
     """
     p = primitives(x)
 
@@ -351,8 +349,22 @@ def residual_forward(
 
 @residual_forward.register_fake
 def _(
-    x, added, weights, norms, depths, strides, pads, eps, steps, identity, projection, relu, recording, keep_all,
-    group=None, dilations=None,
+    x,
+    added,
+    weights,
+    norms,
+    depths,
+    strides,
+    pads,
+    eps,
+    steps,
+    identity,
+    projection,
+    relu,
+    recording,
+    keep_all,
+    group=None,
+    dilations=None,
 ):
     def output(a, i):
         geometry = strides[i], pad_of(pads, i), dilation_of(dilations, i)
@@ -437,9 +449,7 @@ def residual_backward(
     def layer(i: int, dz: Tensor, sums: Tensor) -> tuple:
         """BatchNorm's backward of layer i; what its convolution's backward takes first."""
         y = y_of(i) if trained[i] else None
-        abc, dgamma, dbeta = backward_coefficients(
-            p, sums, coefs[i], gammas[i], pixels(dz.shape), trained[i], group
-        )
+        abc, dgamma, dbeta = backward_coefficients(p, sums, coefs[i], gammas[i], pixels(dz.shape), trained[i], group)
         norm_grads[2 * i : 2 * i + 2] = dgamma, dbeta
         return dz, y, abc, *below(i), weights[i], strides[i], pad_of(pads, i)
 
@@ -461,7 +471,10 @@ def residual_backward(
         if projection and block == 0:
             last = starts[-1]
             dshortcut, dws[last], step = projection_backward(
-                p, *layer(last, dz, shortcut_sums), need_x, need_weights[last],
+                p,
+                *layer(last, dz, shortcut_sums),
+                need_x,
+                need_weights[last],
                 dilation_of(dilations, last),
             )
             again.pop(last, None)
@@ -489,8 +502,24 @@ def residual_backward(
 
 @residual_backward.register_fake
 def _(
-    dout, out, inputs, ys, coefs, weights, gammas, depths, strides, pads, steps, trained, identity, projection, keep_all,
-    needs, group=None, dilations=None,
+    dout,
+    out,
+    inputs,
+    ys,
+    coefs,
+    weights,
+    gammas,
+    depths,
+    strides,
+    pads,
+    steps,
+    trained,
+    identity,
+    projection,
+    keep_all,
+    needs,
+    group=None,
+    dilations=None,
 ):
     statistics = statistics_dtype(dout.dtype)
     need_x, need_added, *need_weights = needs

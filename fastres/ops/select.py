@@ -38,7 +38,8 @@ _sole: dict[str, list[str]] = {}
 
 @contextmanager
 def implementation(mode: str) -> Iterator[None]:
-    """Run what is inside with ``"triton"``, ``"cpp"``, ``"aten"`` or ``"auto"``; for the whole process, as backward has threads.
+    """Run what is inside with ``"triton"``, ``"cpp"``, ``"aten"`` or ``"auto"``; for the whole process, as backward has
+    threads.
 
     Raises:
         ValueError: for another mode.
@@ -52,8 +53,8 @@ def implementation(mode: str) -> Iterator[None]:
 
 
 def selection() -> dict[str, str]:
-    """What ran so far: ``"op(shapes, ...)"`` to the implementation that was chosen by time; ``"op"`` to those that ran it
-    where there was nothing to choose."""
+    """What ran so far: ``"op(shapes, ...)"`` to the implementation that was chosen by time; ``"op"`` to those that ran
+    it where there was nothing to choose."""
     return {op: ", ".join(names) for op, names in _sole.items()} | _selection
 
 

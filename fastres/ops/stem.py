@@ -47,7 +47,9 @@ def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[T
     if stride < 1:
         raise RuntimeError("stride should not be zero")
     if min(pad) < 0 or 2 * max(pad) > kernel:
-        raise RuntimeError(f"pad should be at most half of effective kernel size, but got pad={pad}, kernel_size={kernel}")
+        raise RuntimeError(
+            f"pad should be at most half of effective kernel size, but got pad={pad}, kernel_size={kernel}"
+        )
     if min(output_hw(shape[1:3], (kernel, kernel), stride, pad)) < 1:
         raise RuntimeError(f"Given input size: ({shape[3]}x{shape[1]}x{shape[2]}). Output size is too small")
     x = in_autocast(x).contiguous()
@@ -152,7 +154,19 @@ def stem_forward(
 
 @stem_forward.register_fake
 def _(
-    x, w, gamma, beta, running_mean, running_var, stride, pad, eps, pool_kernel, pool_stride, pool_pad, group=None,
+    x,
+    w,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    stride,
+    pad,
+    eps,
+    pool_kernel,
+    pool_stride,
+    pool_pad,
+    group=None,
     dilation=1,
 ):
     n, channels = x.shape[0], w.shape[0]
@@ -194,8 +208,23 @@ def stem_backward(
 
 @stem_backward.register_fake
 def _(
-    dout, index, x, y, coef, w, gamma, stride, pad, pool_kernel, pool_stride, pool_pad, trained, need_x, need_weight,
-    group=None, dilation=1,
+    dout,
+    index,
+    x,
+    y,
+    coef,
+    w,
+    gamma,
+    stride,
+    pad,
+    pool_kernel,
+    pool_stride,
+    pool_pad,
+    trained,
+    need_x,
+    need_weight,
+    group=None,
+    dilation=1,
 ):
     statistics = statistics_dtype(x.dtype)
     grads = [torch.empty_like(x)] * need_x + [torch.empty_like(w, dtype=statistics)] * need_weight

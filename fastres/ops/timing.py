@@ -48,15 +48,15 @@ def choices_path() -> Path:
 class TimedChoices:
     """Winners by key, measured when first asked for.
 
-    A candidate that takes the very tiles of an earlier one is left out. One that fails (no kernel for a shape, say) loses
-    and its error is kept beside the times; when all fail, the first one's error is raised. One whose result is not that of
-    the first (`fastres.ops.agreement`) loses with a warning; how far each is from it is kept too. A choice in which a
-    candidate ran out of memory holds for this process only, as the next may have more. An error after which the device
-    computes no more (an illegal address, say) is raised, as nothing can be timed behind it.
+    A candidate that takes the very tiles of an earlier one is left out. One that fails (no kernel for a shape, say)
+    loses and its error is kept beside the times; when all fail, the first one's error is raised. One whose result is
+    not that of the first (`fastres.ops.agreement`) loses with a warning; how far each is from it is kept too. A choice
+    in which a candidate ran out of memory holds for this process only, as the next may have more. An error after which
+    the device computes no more (an illegal address, say) is raised, as nothing can be timed behind it.
 
     Processes share the file: each writes what it read together with what it measured, and of two that write at once one
-    loses some measurements, never the file. What in it is no choice is left out with a warning and measured again, by this
-    machine or by the one it belongs to.
+    loses some measurements, never the file. What in it is no choice is left out with a warning and measured again, by
+    this machine or by the one it belongs to.
 
     Args:
         path: the JSON file, made with its folder when first written.

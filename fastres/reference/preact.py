@@ -91,8 +91,6 @@ class PreActResNet(nn.Module):
         return self.fc(self.avgpool(self.relu(self.bn(x))).flatten(1))
 
 
-def preact_resnet(
-    depth: int, num_classes: int = 10, residual: bool = True, checkpoint_every: int = 0
-) -> PreActResNet:
+def preact_resnet(depth: int, num_classes: int = 10, residual: bool = True, checkpoint_every: int = 0) -> PreActResNet:
     """Pre-activation bottleneck network of He et al. 2016."""
     return PreActResNet(depth, num_classes, residual, checkpoint_every)

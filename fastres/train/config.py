@@ -26,9 +26,7 @@ def option(
     high: float | None = None,
 ) -> Any:
     """A dataclass field that knows its ``--help`` line, its scalar type and its valid values."""
-    return field(
-        default=default, metadata={"help": help, "kind": kind, "choices": choices, "low": low, "high": high}
-    )
+    return field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "low": low, "high": high})
 
 
 # values with which a run is not what their option promises
@@ -68,7 +66,11 @@ class TrainConfig:
     data: str = option("auto", "auto, cifar10, synthetic, or a path, see README.md", kind=str)
     data_root: str = option("data", "folder that CIFAR-10 is looked for in and downloaded to", kind=str)
     image_size: int | None = option(
-        None, "pixels a side of every image; none: a folder's median shorter side, at most 224", kind=int, low=8, high=1024
+        None,
+        "pixels a side of every image; none: a folder's median shorter side, at most 224",
+        kind=int,
+        low=8,
+        high=1024,
     )
     val_share: float | None = option(
         None, "share of each class kept from training to pick the best epoch; a test set then picks nothing",
@@ -79,9 +81,7 @@ class TrainConfig:
     limit_train: int | None = option(None, "use only so many images of the training set, drawn once", kind=int, low=1)
     limit_test: int | None = option(None, "use only so many images of the test set, drawn once", kind=int, low=1)
     crop_pad: int = option(4, "random crop: pixels of reflect padding", kind=int, low=0)
-    flip: str = option(
-        "alternating", "horizontal flips", kind=str, choices=("none", "random", "alternating")
-    )
+    flip: str = option("alternating", "horizontal flips", kind=str, choices=("none", "random", "alternating"))
     cutout: int = option(0, "side of the square that is cut out, in pixels", kind=int, low=0, high=1024)
     progressive: str | None = option(
         None, "smaller images first, as SIZE:SHARE-OF-RUN pairs such as 16:0.3,24:0.7", kind=str
@@ -116,9 +116,7 @@ class TrainConfig:
     decay_factor: float = option(0.1, "factor of each step of schedule step", kind=float, low=0.0, high=1.0)
     label_smoothing: float = option(0.0, "label smoothing", kind=float, low=0.0, high=1.0)
     clip: float | None = option(None, "largest norm of the whole gradient", kind=float, low=0.0)
-    ema: float | None = option(
-        None, "decay of the weight average that is evaluated", kind=float, low=0.0, high=1.0
-    )
+    ema: float | None = option(None, "decay of the weight average that is evaluated", kind=float, low=0.0, high=1.0)
     tta: bool = option(False, "report the accuracy over each image and its mirror image too", kind=bool)
     # machine
     device: str = option("auto", "auto, cpu, cuda or cuda:N", kind=str)
@@ -147,9 +145,7 @@ class TrainConfig:
     save_minutes: float | None = option(
         None, "save a checkpoint within an epoch too, after so many minutes", kind=float, low=0.0
     )
-    save_steps: int | None = option(
-        None, "save a checkpoint within an epoch too, after so many steps", kind=int, low=1
-    )
+    save_steps: int | None = option(None, "save a checkpoint within an epoch too, after so many steps", kind=int, low=1)
     seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0, high=2**63 - 1)
     deterministic: bool = option(False, "only deterministic algorithms; else cuDNN takes its fastest", kind=bool)
 

@@ -22,8 +22,8 @@ NAMED = 40  # classes whose names still fit the picture
 
 @dataclass(frozen=True)
 class Confusion:
-    """Images by class (row) and by the class they were taken for (column), int64 [C, C] on the CPU, and the share of them
-    whose class was among the five most probable."""
+    """Images by class (row) and by the class they were taken for (column), int64 [C, C] on the CPU, and the share of
+    them whose class was among the five most probable."""
 
     counts: Tensor
     top5: float

@@ -122,9 +122,7 @@ def check_content(saved: dict[str, Any], wanted: Mapping[str, Check], source: Pa
     """
     for name, is_right in wanted.items():
         if name not in saved:
-            raise CheckpointError(
-                f"checkpoint {source} lacks {name!r}, so {purpose}: take another one or train again"
-            )
+            raise CheckpointError(f"checkpoint {source} lacks {name!r}, so {purpose}: take another one or train again")
         if not is_right(saved[name]):
             raise CheckpointError(
                 f"checkpoint {source} has no right value of {name!r}, so {purpose}: take another one or train again"

@@ -227,8 +227,8 @@ def joined() -> Iterator[Ranks]:
 def _own_store(rank: int, shared: dist.Store) -> dist.Store:
     """A store that no earlier start of the job has written to: rank 0's process serves it.
 
-    ``torchrun`` keeps one store for all starts, with the addresses of ranks that have ended; those that take them for the
-    others' wait without end. Its count of restarts cannot tell starts apart: each machine has its own, of its own
+    ``torchrun`` keeps one store for all starts, with the addresses of ranks that have ended; those that take them for
+    the others' wait without end. Its count of restarts cannot tell starts apart: each machine has its own, of its own
     failures, and another machine's joining does not count. What the former rank 0 left is known by its dead port.
 
     Args:
@@ -247,7 +247,9 @@ def _own_store(rank: int, shared: dist.Store) -> dist.Store:
     while time.monotonic() < deadline:
         port, token = shared.get(_ADDRESS).decode().split()
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()  # PyTorch would print a dead port's stack trace
+            socket.create_connection(
+                (host, int(port)), timeout=5
+            ).close()  # PyTorch would print a dead port's stack trace
             store = dist.TCPStore(
                 host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5)
             )

@@ -57,7 +57,9 @@ class Tally:
         self.images, self.skipped = images, skipped
 
     def total(self, ranks: Ranks) -> Tally:
-        """The sums over all ranks, in one exchange; alone the tally itself. The skipped steps are those of all together."""
+        """The sums over all ranks, in one exchange; alone the tally itself. The skipped steps are those of all
+        together.
+        """
         if ranks.count == 1:
             return self
         counted = self.loss.new_tensor([self.images, self.skipped if ranks.first else 0])

@@ -21,7 +21,9 @@ class Events:
         self._writer: Any = None  # a SummaryWriter
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add rows of epochs; TensorBoard takes the first row of a process for the next one, whatever was there behind it."""
+        """Add rows of epochs; TensorBoard takes the first row of a process for the next one, whatever was there behind
+        it.
+        """
         if not self._is_text():
             warn_once(f"TensorBoard takes no folder whose name is not UTF-8, so {self._folder} gets no events")
             return

@@ -1,4 +1,6 @@
-"""What the best epoch of a finished run comes to: its mistakes by class, and its accuracy on images that picked nothing."""
+"""What the best epoch of a finished run comes to: its mistakes by class, and its accuracy on images that picked
+nothing.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Launch:
-    """A call of ``torchrun``, whose restarts and changes of machines belong to it, and a job of SLURM, which may be requeued.
+    """A call of ``torchrun``, whose restarts and changes of machines belong to it, and a job of SLURM, which may be
+    requeued.
 
     Args:
         agents: ``torchrun``'s own processes on all machines; as machines join and leave, some of them stay.

@@ -135,12 +135,17 @@ def check_cuda_graph(wanted: bool, device: torch.device, dtype: torch.dtype) -> 
 
 @contextmanager
 def algorithms(deterministic: bool) -> Iterator[None]:
-    """Which algorithms run inside: with ``deterministic`` only such, and an operation that has none raises, on every device.
+    """Which algorithms run inside: with ``deterministic`` only such, and an operation that has none raises, on every
+    device.
 
-    Else cuDNN takes the fastest of its algorithms, timed at the first call of a shape: another run may take others, which
-    round otherwise; but where the process asks for deterministic ones itself that stays. Afterwards all is as before.
+    Else cuDNN takes the fastest of its algorithms, timed at the first call of a shape: another run may take others,
+    which round otherwise; but where the process asks for deterministic ones itself that stays. Afterwards all is as
+    before.
     """
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     benchmark, named = torch.backends.cudnn.benchmark, _CUBLAS_WORKSPACE in os.environ
     if deterministic:
         os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
@@ -188,8 +193,8 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Tell glibc's allocator to give every large buffer back to the system when it is freed, for the least memory.
 
-    By default it raises the size from which it does so as buffers are freed, up to 32 MiB; what is smaller leaves holes.
-    For the whole process.
+    By default it raises the size from which it does so as buffers are freed, up to 32 MiB; what is smaller leaves
+    holes. For the whole process.
 
     Returns:
         As `keep_freed_memory`.

@@ -1,8 +1,8 @@
 """Muon for convolution kernels: momentum whose update is orthogonalised (Jordan et al. 2024).
 
-PyTorch's own ``torch.optim.Muon`` takes matrices only and a learning rate on the host. So each kernel [O, I, h, w] has a
-matrix [O, I*h*w] of zeros, which Muon moves at rate 1; the kernel is moved by that at the rate of the present step, which
-may be a tensor on the device.
+PyTorch's own ``torch.optim.Muon`` takes matrices only and a learning rate on the host. So each kernel [O, I, h, w] has
+a matrix [O, I*h*w] of zeros, which Muon moves at rate 1; the kernel is moved by that at the rate of the present step,
+which may be a tensor on the device.
 """
 
 from __future__ import annotations

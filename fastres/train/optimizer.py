@@ -14,8 +14,8 @@ class SGDW(torch.optim.SGD):
     """SGD whose weight decay shrinks the weights by ``1 - lr * decay`` apart from the momentum.
 
     Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 1. A parameter group's
-    ``decay`` is its decoupled coefficient, its ``weight_decay`` PyTorch's own coupled one. ``taken`` counts the calls of
-    `step` in this process.
+    ``decay`` is its decoupled coefficient, its ``weight_decay`` PyTorch's own coupled one. ``taken`` counts the calls
+    of `step` in this process.
     """
 
     taken = 0

@@ -108,8 +108,8 @@ PRESETS: dict[str, dict] = {
 def preset(name: str, **changes: Any) -> TrainConfig:
     """The configuration of a recipe, with other options where they are given.
 
-    Where they change the batch and not ``lr``, that follows in proportion (Goyal et al. 2017, "Accurate, Large Minibatch
-    SGD"); ``muon_lr``, of steps whose length does not depend on the gradient's, stays.
+    Where they change the batch and not ``lr``, that follows in proportion (Goyal et al. 2017, "Accurate, Large
+    Minibatch SGD"); ``muon_lr``, of steps whose length does not depend on the gradient's, stays.
 
     Raises:
         FastresError: for a name that is not in `PRESETS`.

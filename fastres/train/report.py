@@ -41,9 +41,7 @@ def heading(tta: bool, scaled: bool) -> str:
 
 def line(row: dict[str, Any], tta: bool, scaled: bool) -> str:
     """One epoch as a line of the table."""
-    return "  ".join(
-        f"{form.format(row[key]):>{max(_WIDTH, len(name))}}" for name, key, form in _columns(tta, scaled)
-    )
+    return "  ".join(f"{form.format(row[key]):>{max(_WIDTH, len(name))}}" for name, key, form in _columns(tta, scaled))
 
 
 def _columns(tta: bool, scaled: bool) -> list[tuple[str, str, str]]:

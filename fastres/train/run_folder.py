@@ -34,8 +34,8 @@ class RunFolder:
     """One run's folder, held by one process at a time; one that was made and stays empty is removed by `close`.
 
     Files: ``config.json``, ``metrics.jsonl`` (a row an epoch), ``curves.png``, ``events.out.tfevents.*``,
-    ``last.pt`` (everything a resumed run needs), ``previous.pt`` (the checkpoint before it) and ``best.pt`` (the weights
-    with the best validation accuracy). Nothing else in the folder is touched.
+    ``last.pt`` (everything a resumed run needs), ``previous.pt`` (the checkpoint before it) and ``best.pt`` (the
+    weights with the best validation accuracy). Nothing else in the folder is touched.
 
     Args:
         resume: whether the folder may hold a run; it is then the beginning of this one.

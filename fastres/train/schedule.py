@@ -20,9 +20,7 @@ def parse_milestones(text: str) -> tuple[float, ...]:
     except ValueError:
         shares = ()
     if not shares or not all(low < high for low, high in zip((0.0, *shares), (*shares, 1.0))):
-        raise FastresError(
-            f"--milestones {text!r} must be growing shares of the run between 0 and 1, such as 0.5,0.75"
-        )
+        raise FastresError(f"--milestones {text!r} must be growing shares of the run between 0 and 1, such as 0.5,0.75")
     return shares
 
 

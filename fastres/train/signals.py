@@ -21,7 +21,9 @@ def _ends() -> list[signal.Signals]:
 
 @contextmanager
 def terminate_orderly() -> Iterator[None]:
-    """In this context the signals unwind the stack, as SIGINT does anyway, so that open files and folders are cleaned up."""
+    """In this context the signals unwind the stack, as SIGINT does anyway, so that open files and folders are cleaned
+    up.
+    """
 
     def leave(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -23,9 +23,9 @@ from fastres.train.machine import pick_backend
 class Trained:
     """A network in evaluation mode with what its inputs and outputs mean.
 
-    ``mean`` and ``std`` are per channel on the scale 0..255 of the pixels; ``data`` labels its training images, which were
-    decoded to ``stored_size`` pixels a side and brought to ``image_size``, which the network sees. ``averaged``: the weights
-    are the average of a run with ``--ema``, which is what its accuracies are of.
+    ``mean`` and ``std`` are per channel on the scale 0..255 of the pixels; ``data`` labels its training images, which
+    were decoded to ``stored_size`` pixels a side and brought to ``image_size``, which the network sees. ``averaged``:
+    the weights are the average of a run with ``--ema``, which is what its accuracies are of.
     """
 
     model: nn.Module

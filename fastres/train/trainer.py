@@ -29,7 +29,8 @@ from fastres.train.schedule import lr_factor, parse_milestones
 from fastres.train.signals import StopRequest
 from fastres.train.update import GraphedUpdate, Update
 
-# fp16's gradient scaler halves the scale at each step it skips, without end; gradients that overflow below this are lost
+# fp16's gradient scaler halves the scale at each step it skips, without end; gradients that overflow below this are
+# lost
 LEAST_SCALE = 1.0
 
 
@@ -53,8 +54,8 @@ class Trainer:
     """Trains one network on one dataset and keeps its run folder.
 
     Every random choice is a function of (seed, epoch, step), and `save` stores all that is summed up over steps,
-    so a resumed run goes on bit for bit. The process' own switches and random numbers are left as they are: what a run needs
-    of them is set while it runs.
+    so a resumed run goes on bit for bit. The process' own switches and random numbers are left as they are: what a run
+    needs of them is set while it runs.
 
     Args:
         config: checked options.
@@ -207,7 +208,9 @@ class Trainer:
         skipped = self.tally.skipped
         with machine.algorithms(self.config.deterministic):
             self.learn(images, labels)
-        if self.tally.skipped > skipped and self.scaler.get_scale() < LEAST_SCALE:  # to skip, the scaler has waited itself
+        if (
+            self.tally.skipped > skipped and self.scaler.get_scale() < LEAST_SCALE
+        ):  # to skip, the scaler has waited itself
             raise OverflowingGradients(
                 f"gradients overflow fp16 in epoch {self.epoch + 1}, step {self.step + 1}, at every loss scale down to "
                 f"{LEAST_SCALE:g}: add --precision bf16 or fp32, or lower --lr (now {self.config.lr}); {self._kept()}"
@@ -219,9 +222,7 @@ class Trainer:
 
     def _lr_factor(self, step: int) -> float:
         config = self.config
-        return lr_factor(
-            config.schedule, step, self.total_steps, config.warmup, self.milestones, config.decay_factor
-        )
+        return lr_factor(config.schedule, step, self.total_steps, config.warmup, self.milestones, config.decay_factor)
 
     def check_finite(self) -> None:
         """Wait for the device and raise `NonFiniteLoss` if the epoch's loss so far is not finite."""
@@ -305,7 +306,8 @@ class Trainer:
         """A second signal: nothing more is saved."""
         saved = "nothing is saved" if self._saved_step is None else f"{self.folder.last} is of step {self._saved_step}"
         raise Interrupted(
-            signum, f"ended at once by {signal.Signals(signum).name} in step {self.step + 1}, the second signal; {saved}"
+            signum,
+            f"ended at once by {signal.Signals(signum).name} in step {self.step + 1}, the second signal; {saved}",
         )
 
     def _stop(self, signum: int) -> NoReturn:
@@ -343,7 +345,9 @@ class Trainer:
             if self.batch == 0 and best is self.history[-1]:  # a process ended between the two files
                 self._save_best()
             else:
-                self.say(f"warning: best.pt is not of epoch {best['epoch']}, the best one: only a better one will be saved")
+                self.say(
+                    f"warning: best.pt is not of epoch {best['epoch']}, the best one: only a better one will be saved"
+                )
 
     def _save_best(self) -> None:
         if self.ranks.first:

@@ -75,8 +75,8 @@ class Update:
 class GraphedUpdate:
     """An `Update` that is recorded as one CUDA graph for each shape of batch and replayed from then on.
 
-    The first `graph.WARMUP` batches of a shape are learnt from without a graph. The learning rates must be tensors on the
-    device. Counting the images is left to the host: a replay is one launch.
+    The first `graph.WARMUP` batches of a shape are learnt from without a graph. The learning rates must be tensors on
+    the device. Counting the images is left to the host: a replay is one launch.
     """
 
     def __init__(self, update: Update):

@@ -33,4 +33,6 @@ def check_given(configs: Iterable[TrainConfig], given: Iterable[str]) -> None:
     for name in given:
         needed, works = _NEEDS.get(name, ("", lambda config: True))
         if not any(map(works, configs)):
-            raise FastresError(f"--{name.replace('_', '-')} does nothing without {needed}: add it, or leave the option out")
+            raise FastresError(
+                f"--{name.replace('_', '-')} does nothing without {needed}: add it, or leave the option out"
+            )

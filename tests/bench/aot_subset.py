@@ -1,7 +1,7 @@
 """Run by `test_aot` in a process without ``TRITON_INTERPRET``: compiles the largest variant of each kernel.
 
-Prints JSON: rows of `bench.aot.as_record`, those of a dilated block, what the recorder made of a probe's arguments, and the
-keys in Triton's cache ahead of time and just in time.
+Prints JSON: rows of `bench.aot.as_record`, those of a dilated block, what the recorder made of a probe's arguments, and
+the keys in Triton's cache ahead of time and just in time.
 """
 
 import json
@@ -63,7 +63,8 @@ def probe() -> list[dict]:
 
 
 def dilated(shared: int) -> list[Specialisation]:
-    """Launches of the 3x3 convolution in a bottleneck of dilation 2, forward and backward, in bf16; see `specialisations`.
+    """Launches of the 3x3 convolution in a bottleneck of dilation 2, forward and backward, in bf16; see
+    `specialisations`.
 
     Moreover the weight gradients that make both operands in tiles of 128x64 and 64x128, which spill with 128 registers.
     """
@@ -94,7 +95,9 @@ def hopper() -> Iterator[None]:
 
 
 def keys() -> dict[str, list[str]]:
-    """Of every launch of some networks' steps the kernel and both keys: recorded, and of what Triton's own JIT compiles."""
+    """Of every launch of some networks' steps the kernel and both keys: recorded, and of what Triton's own JIT
+    compiles.
+    """
     found: dict[str, list[str]] = {}
     specialise, run = launches._specialise, launches.JITFunction.run
     asked: list[Any] = []
@@ -145,7 +148,9 @@ def hits() -> list[bool]:
 
 
 def products() -> dict[str, float]:
-    """The model's TFLOP/s of plain products on an H100, 8192 rows, columns and channels: in the best tiles, in small ones."""
+    """The model's TFLOP/s of plain products on an H100, 8192 rows, columns and channels: in the best tiles, in small
+    ones.
+    """
     candidates, size = {"large": TUNED, "small": (Tile(64, 64, 64, 4, 3),)}, 8192
     seconds = {
         name: product(size, size, size, 6 * size**2, tiles, 90, CHIPS[90]).seconds for name, tiles in candidates.items()
@@ -156,8 +161,8 @@ def products() -> dict[str, float]:
 def main() -> None:
     """The largest variant of each kernel, with and without a shortcut; of the 3x3 convolutions that of 256 channels.
 
-    Moreover the variants that spill where they have 128 registers, and on devices of little shared memory the kernels that
-    could not have their first tiles there, each once.
+    Moreover the variants that spill where they have 128 registers, and on devices of little shared memory the kernels
+    that could not have their first tiles there, each once.
     """
     network, least = ("resnet50 ImageNet", "bf16"), min(SHARED_LIMIT.values())
     made = launches_of(*network, ranks=[0])

@@ -62,8 +62,9 @@ def test_convolutions_use_each_architectures_tensor_cores(subset):
 
 
 def test_activations_move_in_sixteen_bytes_a_thread(subset):
-    """By bytes of instructions; the rest are coefficients and a tile's sums, a quarter of what the strided gradient behind
-    constant statistics loads. (Pools also store taps, a byte each; of 3 channels no thread can load 16 bytes.)"""
+    """By bytes of instructions; the rest are coefficients and a tile's sums, a quarter of what the strided gradient
+    behind constant statistics loads. (Pools also store taps, a byte each; of 3 channels no thread can load 16
+    bytes.)"""
     rows = [row for row in subset["rows"] if row["kernel"] in (*CONVOLUTIONS, *PASSES)]
     rows = [row for row in rows if row["options"].get("maxnreg") != 168]
     assert {row["kernel"] for row in rows} >= {*CONVOLUTIONS, *PASSES}

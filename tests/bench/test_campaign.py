@@ -48,9 +48,7 @@ def slices(tmp_path_factory):
         command = [str(ROOT / "bench" / "campaign.sh"), "--dry-run", "--slice", str(number)]
         command += ["--resume", *map(str, folders)] * bool(folders)
         out = folder / str(number)
-        done = subprocess.run(
-            command, env={**environment, "OUT": str(out)}, capture_output=True, text=True, cwd=folder
-        )
+        done = subprocess.run(command, env={**environment, "OUT": str(out)}, capture_output=True, text=True, cwd=folder)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
         folders.append(out)
     return folders
@@ -227,7 +225,12 @@ def test_a_slice_goes_on_from_todays_results_of_the_same_commit(tmp_path, monkey
     monkeypatch.setattr(campaign, "WORK", tmp_path / "build")
     monkeypatch.setattr(campaign, "device_name", lambda device: "Some GPU 80GB")
     today = date.today()
-    for root, days, commit in (("results", 0, "now"), ("results", 1, "now"), ("results", 2, "now"), ("build/results", 0, "old")):
+    for root, days, commit in (
+        ("results", 0, "now"),
+        ("results", 1, "now"),
+        ("results", 2, "now"),
+        ("build/results", 0, "old"),
+    ):
         name = merge.folder_name("Some GPU 80GB", (today - timedelta(days=days)).isoformat())
         merge.write(tmp_path / root / name / "models.json", record("2026", {}, commit=commit))
     monkeypatch.setattr(campaign, "commit", lambda: "now")
@@ -276,9 +279,7 @@ def test_no_case_has_many_peers_and_each_has_its_baseline():
 
 
 def test_a_pytest_run_that_takes_too_long_reports_what_it_ran(tmp_path, monkeypatch):
-    (tmp_path / "test_slow.py").write_text(
-        "import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n"
-    )
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
     monkeypatch.setattr(stage_tests, "TO_END", 0)
     monkeypatch.setattr(stage_tests.importlib.util, "find_spec", lambda name: None)
     setting = Setting(torch.device("cpu"), torch.float32, True, "synthetic", tmp_path, stage_tests.TO_REPORT + 20)
@@ -313,9 +314,7 @@ def test_a_case_that_raises_leaves_its_error_and_the_rest_is_measured(tmp_path):
 
     assert run_stage(tmp_path / "s.json", lambda: {"a": broken, "b": dict}, 60, lambda: True) == 0
     record = json.loads((tmp_path / "s.json").read_text())
-    assert (
-        record["cases"]["a"]["error"] == "ValueError: no such layout" and "error" not in record["cases"]["b"]
-    )
+    assert record["cases"]["a"]["error"] == "ValueError: no such layout" and "error" not in record["cases"]["b"]
     assert record["complete"]
 
 
@@ -343,9 +342,7 @@ def test_a_case_that_takes_its_process_down_is_left_out_in_the_end(tmp_path):
 def test_a_process_that_hangs_or_dies_is_noted(tmp_path, monkeypatch):
     args = campaign.parse(["--out", str(tmp_path)])
     monkeypatch.setattr(campaign, "RESTARTS", 2)
-    status, tail, killed = campaign._stream(
-        [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), 1
-    )
+    status, tail, killed = campaign._stream([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), 1)
     assert killed and status != 0
     monkeypatch.setattr(campaign, "_stream", lambda *_: (7, "out of luck", False))
     campaign._supervise(Part("models"), tmp_path / "models.json", args, 2, {})
@@ -383,9 +380,7 @@ def test_trace_counts_kernels_and_their_own_time():
 def test_a_gpu_campaign_names_every_network_and_peer():
     setting = Setting(torch.device("cuda"), torch.bfloat16, False, "synthetic", ROOT, 1.0)
     assert setting.workloads().keys() == GPU.keys()
-    assert {"compile graphs", "compile max-autotune", "library", "fused graph"} <= set(
-        setting.peers("resnet50 224")
-    )
+    assert {"compile graphs", "compile max-autotune", "library", "fused graph"} <= set(setting.peers("resnet50 224"))
     assert not [peer for peer in setting.peers("preact_resnet1001") if "compile" in peer]
     assert {one.batch for one in setting.sweeps().values()} == {128, 256, 1024, 2048}
 

@@ -38,25 +38,15 @@ def test_convolutions_find_their_operations():
     assert flops == [2 * 5 * products for products in expected]
 
     names = (
-        ["convolution"] * 4
-        + ["native_batch_norm"]
-        + ["convolution_backward dgrad", "convolution_backward wgrad"] * 4
+        ["convolution"] * 4 + ["native_batch_norm"] + ["convolution_backward dgrad", "convolution_backward wgrad"] * 4
     )
-    launches = with_flops(
-        [{"kernel": n, "loaded": 2, "stored": 1} for n in names], convolution_flops(bottleneck(), 5)
-    )
+    launches = with_flops([{"kernel": n, "loaded": 2, "stored": 1} for n in names], convolution_flops(bottleneck(), 5))
     assert [one.flops for one in launches if one.kernel == "convolution"] == flops
     assert [one.flops for one in launches if "dgrad" in one.kernel] == flops[::-1]
-    assert (
-        sum(one.flops for one in launches) == 3 * sum(flops)
-        and launches[4].flops == 0
-        and launches[0].bytes == 3
-    )
+    assert sum(one.flops for one in launches) == 3 * sum(flops) and launches[4].flops == 0 and launches[0].bytes == 3
 
     joint = ["torch.ops.aten.convolution"] * 4 + ["torch.ops.aten.convolution_backward.default"] * 4
-    launches = with_flops(
-        [{"kernel": n, "loaded": 2, "stored": 1} for n in joint], convolution_flops(bottleneck(), 5)
-    )
+    launches = with_flops([{"kernel": n, "loaded": 2, "stored": 1} for n in joint], convolution_flops(bottleneck(), 5))
     assert sum(one.flops for one in launches) == 3 * sum(flops)
 
 
@@ -82,9 +72,7 @@ def test_a_fused_step_has_its_own_operations():
 def counted_resnet20(tmp_path):
     def kernels(forward, backward, convolutions, factor):
         halves = [f"{backward} {half}" for _ in range(convolutions) for half in ("dgrad", "wgrad")]
-        return [
-            {"kernel": k, "loaded": factor * 10**6, "stored": 0} for k in [forward] * convolutions + halves
-        ]
+        return [{"kernel": k, "loaded": factor * 10**6, "stored": 0} for k in [forward] * convolutions + halves]
 
     stages = []
     for part in parts_of("resnet20", 32):
@@ -128,9 +116,7 @@ def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys
     }
     (campaign / "models.json").write_text(json.dumps({"device": "NVIDIA H100", "cases": {"resnet20": case}}))
     out = tmp_path / "roofline.json"
-    roofline.main(
-        ["--traffic", str(counted_resnet20(tmp_path)), "--results", str(tmp_path), "--out", str(out)]
-    )
+    roofline.main(["--traffic", str(counted_resnet20(tmp_path)), "--results", str(tmp_path), "--out", str(out)])
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
     assert printed.startswith("Predictions") and found["kind"] == "prediction"
     for gpu in ("A100", "H100", "H200"):

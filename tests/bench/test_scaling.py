@@ -40,7 +40,9 @@ def test_launches_do_not_shrink():
 
 def test_the_page_is_filled_in(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- bench:volume -->\nold\n<!-- /bench:volume -->\nb\n<!-- bench:steps -->\n<!-- /bench:steps -->\nc\n")
+    page.write_text(
+        "a\n<!-- bench:volume -->\nold\n<!-- /bench:volume -->\nb\n<!-- bench:steps -->\n<!-- /bench:steps -->\nc\n"
+    )
     scaling.main(["--page", str(page), "--out", str(tmp_path / "scaling.json")])
     text, found = page.read_text(), json.loads((tmp_path / "scaling.json").read_text())
     assert "old" not in text

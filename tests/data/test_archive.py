@@ -49,7 +49,13 @@ def test_unsafe_names_are_left_out_and_nothing_is_written(tmp_path, kind):
     write_image_folder(tmp_path / "insects")
     pack(tmp_path / "insects", tmp_path / f"a.{kind}")
     raw = (tmp_path / "insects" / "train" / "ant" / "0000.png").read_bytes()
-    names = ["../escaped.png", "/absolute.png", "insects/train/ant/../../../../up.png", "C:\\x\\y.png", "__MACOSX/._a.png"]
+    names = [
+        "../escaped.png",
+        "/absolute.png",
+        "insects/train/ant/../../../../up.png",
+        "C:\\x\\y.png",
+        "__MACOSX/._a.png",
+    ]
     if kind == "zip":
         with zipfile.ZipFile(tmp_path / "a.zip", "a") as file:
             for name in names:

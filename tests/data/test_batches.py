@@ -188,9 +188,7 @@ def test_test_batches_are_in_order_whole_and_only_resized():
     parts = list(batches.epoch(1))
     assert len(batches) == 3 and [len(labels) for _, labels in parts] == [8, 8, 4]
     assert torch.equal(torch.cat([labels for _, labels in parts]), split.labels)
-    assert torch.equal(
-        torch.cat([images for images, _ in parts]), normalise(resize(split.images, 6), MEAN, STD)
-    )
+    assert torch.equal(torch.cat([images for images, _ in parts]), normalise(resize(split.images, 6), MEAN, STD))
 
 
 @pytest.mark.parametrize(
@@ -209,9 +207,7 @@ def test_bad_sizes_are_named():
         make(split, 21)
     with pytest.raises(DataError, match="batch size 0 must be at least 1"):
         make(split, 0)
-    with pytest.raises(
-        DataError, match="crop_pad 8 cannot be reflected in images of 8 pixels: lower it below 8"
-    ):
+    with pytest.raises(DataError, match="crop_pad 8 cannot be reflected in images of 8 pixels: lower it below 8"):
         make(split, augment=Augment(8))
     make(split, augment=Augment(8), train=False)
     assert len(make(split, 20)) == 1

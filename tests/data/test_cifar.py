@@ -80,9 +80,7 @@ def test_a_truncated_file_is_named(tmp_path, kept):
     write_batches(tmp_path)
     file = tmp_path / "data_batch_4"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(
-        DataError, match="data_batch_4 is truncated, damaged or unsafe .*unpack https"
-    ) as error:
+    with pytest.raises(DataError, match="data_batch_4 is truncated, damaged or unsafe .*unpack https") as error:
         read_batches(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -128,9 +126,7 @@ def test_wrong_class_names_are_named(tmp_path, names):
 
 
 def test_an_array_that_lacks_bytes_is_damage(tmp_path):
-    raw = python2_batch(IMAGES, [0, 1, 2]).replace(
-        (3).to_bytes(4, "little") + b"J", (4).to_bytes(4, "little") + b"J"
-    )
+    raw = python2_batch(IMAGES, [0, 1, 2]).replace((3).to_bytes(4, "little") + b"J", (4).to_bytes(4, "little") + b"J")
     (tmp_path / "batch").write_bytes(raw)
     with pytest.raises(DataError, match="truncated"):
         unpickle(tmp_path / "batch")
@@ -161,7 +157,9 @@ def test_cifar_100(tmp_path):
         assert (dataset.label, len(dataset.classes)) == ("batches cifar-100-python (20 images)", 100)
         assert dataset.train.labels.tolist() + dataset.test.labels.tolist() == labels
         assert np.array_equal(dataset.train.images.reshape(20, -1).numpy(), images[:20])
-    with pytest.raises(DataError, match="cifar-100-python has not the checksums of CIFAR-100; .*put cifar-100-python into"):
+    with pytest.raises(
+        DataError, match="cifar-100-python has not the checksums of CIFAR-100; .*put cifar-100-python into"
+    ):
         data.load("cifar100", root=tmp_path)
     (folder / "train").unlink()
     with pytest.raises(DataError, match="train is missing: unpack .*cifar-100-python.tar.gz again"):

@@ -70,12 +70,12 @@ def test_a_large_jpeg_comes_close_to_its_full_decode(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 @pytest.mark.parametrize("size", [(16, 16), (200, 150)])  # decoded at the first look, and later
-@pytest.mark.parametrize(
-    "damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"hello" * 100]
-)
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"hello" * 100])
 def test_damaged_images_are_all_named_or_left_out(tmp_path, suffix, size, damage):
     written = write_image_folder(tmp_path, train=5, test=2, size=size, suffix=suffix)
-    files = [tmp_path / place for place in (f"train/ant/0001{suffix}", f"train/bee/0004{suffix}", f"test/bee/0000{suffix}")]
+    files = [
+        tmp_path / place for place in (f"train/ant/0001{suffix}", f"train/bee/0004{suffix}", f"test/bee/0000{suffix}")
+    ]
     for file in files:
         file.write_bytes(damage(file.read_bytes()))
     for _ in range(2):  # decoded, and from the cache

@@ -11,9 +11,7 @@ from fastres.data.download import download, reachable  # the true one: conftest 
 
 
 def test_download_without_a_network_says_so(tmp_path):
-    with pytest.raises(
-        DataError, match="nothing there; www.cs.toronto.edu is out of reach: put cifar-10-batches-py"
-    ):
+    with pytest.raises(DataError, match="nothing there; www.cs.toronto.edu is out of reach: put cifar-10-batches-py"):
         download(tmp_path, "nothing there", print)
 
 

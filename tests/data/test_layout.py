@@ -29,7 +29,9 @@ def load(path, **options):
     return data.load(path, say=said.append, **options), said
 
 
-@pytest.mark.parametrize("train, test", [("train", "val"), ("Train", "Valid"), ("training", "validation"), ("train", "testing")])
+@pytest.mark.parametrize(
+    "train, test", [("train", "val"), ("Train", "Valid"), ("training", "validation"), ("train", "testing")]
+)
 def test_names_of_splits(tmp_path, train, test):
     written = write_image_folder(tmp_path)
     (tmp_path / "train").rename(tmp_path / "a")
@@ -66,11 +68,17 @@ def test_a_share_is_kept_of_each_class(tmp_path):
     with pytest.raises(DataError, match="is flat, CLASS/IMAGE: .* --val-share 0.2"):
         load(tmp_path)
     dataset, _ = load(tmp_path, val_share=0.2)
-    assert dataset.test.labels.bincount().tolist() == [2, 2, 4] and dataset.train.labels.bincount().tolist() == [8, 8, 16]
+    assert dataset.test.labels.bincount().tolist() == [2, 2, 4] and dataset.train.labels.bincount().tolist() == [
+        8,
+        8,
+        16,
+    ]
     values = [set(split.images[:, 0, 0, 0].tolist()) for split in (dataset.train, dataset.test)]
     assert not values[0] & values[1] and len(values[0] | values[1]) == 40
     again, other = load(tmp_path, val_share=0.2)[0], load(tmp_path, val_share=0.2, val_seed=1)[0]
-    assert torch.equal(dataset.test.images, again.test.images) and not torch.equal(dataset.test.images, other.test.images)
+    assert torch.equal(dataset.test.images, again.test.images) and not torch.equal(
+        dataset.test.images, other.test.images
+    )
     assert dataset.mean == data.dataset.channel_statistics(dataset.train.images)[0]
     for share in (0, 1, 1.5, float("nan")):
         with pytest.raises(DataError, match="--val-share .* is not between 0 and 1"):

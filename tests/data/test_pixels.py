@@ -159,5 +159,7 @@ def test_text_chunks_are_no_pixels():
 
 def test_an_empty_page_from_a_scanner_is_read():
     buffer = io.BytesIO()
-    Image.new("1", (2480, 3508), 1).save(buffer, "TIFF", compression="group4")  # A4, 300 dots an inch, a few hundred bytes
+    Image.new("1", (2480, 3508), 1).save(
+        buffer, "TIFF", compression="group4"
+    )  # A4, 300 dots an inch, a few hundred bytes
     assert (pixels.square(pixels.open_image(buffer.getvalue()), 16) == 255).all()

@@ -14,10 +14,7 @@ def digest(split):
 
 def test_the_same_bytes_everywhere():
     assert digest(synthetic_split(200)) == "0acc75f3e2a5fd4b87c5fb9af300a26c7eba09fcc107d870b8ae09541070bca6"
-    assert (
-        digest(synthetic_split(200, split=1))
-        == "e0874de93d3da91f7de6753f9f233b3a51e08e2cfa5275128684b094731f2887"
-    )
+    assert digest(synthetic_split(200, split=1)) == "e0874de93d3da91f7de6753f9f233b3a51e08e2cfa5275128684b094731f2887"
 
 
 def test_splitmix_matches_the_published_generator():
@@ -67,8 +64,6 @@ def test_a_linear_classifier_is_poor():
 
     x, target = features(train), F.one_hot(train.labels, 10).double()
     for ridge in (10.0, 1000.0):
-        weights = torch.linalg.solve(
-            x.T @ x + ridge * torch.eye(x.shape[1], dtype=torch.float64), x.T @ target
-        )
+        weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1], dtype=torch.float64), x.T @ target)
         accuracy = ((features(test) @ weights).argmax(1) == test.labels).double().mean().item()
         assert accuracy < 0.35

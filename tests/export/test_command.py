@@ -21,9 +21,7 @@ from fastres.train.run_folder import RunFolder
 def run(tmp_path_factory):
     """A finished run of ResNet-8."""
     folder = tmp_path_factory.mktemp("run")
-    Trainer(
-        tiny_config(model="resnet8", epochs=1), tiny_dataset(), RunFolder(folder), say=lambda line: None
-    ).fit()
+    Trainer(tiny_config(model="resnet8", epochs=1), tiny_dataset(), RunFolder(folder), say=lambda line: None).fit()
     return folder
 
 

@@ -1,4 +1,6 @@
-"""A few of every fault that `bench.faults` tries by the hundred: nothing is lost, half written or taken for what it is not."""
+"""A few of every fault that `bench.faults` tries by the hundred: nothing is lost, half written or taken for what it is
+not.
+"""
 
 import zipfile
 
@@ -29,8 +31,15 @@ def folder(tmp_path):
         (faults.other_data, 6),
     ],
     ids=[
-        "kill -9", "file-size limit", "read-only folder", "two runs in one folder", "clock jumps", "file operations",
-        "hostile folders", "lost ranks", "other data",
+        "kill -9",
+        "file-size limit",
+        "read-only folder",
+        "two runs in one folder",
+        "clock jumps",
+        "file operations",
+        "hostile folders",
+        "lost ranks",
+        "other data",
     ],
 )
 def test_runs(fault, refused, folder):

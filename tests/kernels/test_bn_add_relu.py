@@ -29,9 +29,7 @@ def shortcut_of(kind, shape, seed, dtype):
     """Shortcut and its coefficients."""
     if kind == "none":
         return None, None
-    return randn(*shape, seed=seed, dtype=dtype), random_coef(
-        shape[3], seed + 1
-    ) if kind == "projection" else None
+    return randn(*shape, seed=seed, dtype=dtype), random_coef(shape[3], seed + 1) if kind == "projection" else None
 
 
 def compare(ours, reference, arguments, summed=lambda result: result):
@@ -60,7 +58,9 @@ def test_every_few_pixels_of_a_shortcut_are_added(shape, dtype, stride, added, r
     n, height, width, channels = shape
     y = randn(n, -(-height // stride), -(-width // stride), channels + added, seed=seed, dtype=dtype)
     shortcut = randn(*shape, seed=seed + 1, dtype=dtype)
-    compare(kernels.bn_add_relu, aten.bn_add_relu, (y, random_coef(channels + added, seed), shortcut, None, relu, stride))
+    compare(
+        kernels.bn_add_relu, aten.bn_add_relu, (y, random_coef(channels + added, seed), shortcut, None, relu, stride)
+    )
 
 
 def test_many_tiles_of_a_strided_shortcut():
@@ -152,7 +152,5 @@ def test_without_relu_dz_is_a_copy():
 def test_the_same_bits_from_run_to_run():
     dout, y, shortcut = randn(3, 2, 25, 15, 72, seed=0)
     coef, shortcut_coef = random_coef(72, 1), random_coef(72, 2)
-    first, second = (
-        kernels.bn_add_relu_backward(dout, y, y, coef, shortcut, shortcut_coef) for _ in range(2)
-    )
+    first, second = (kernels.bn_add_relu_backward(dout, y, y, coef, shortcut, shortcut_coef) for _ in range(2))
     assert_same_bits(first, second)

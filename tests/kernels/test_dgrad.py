@@ -55,9 +55,7 @@ def test_conv_dgrad(problem, prologue, below, add):
 
 def test_the_same_bits_every_time():
     dz, w, x = randn(2, 5, 4, 40, seed=0), randn(40, 3, 3, 24, seed=1), randn(2, 9, 7, 24, seed=2)
-    runs = [
-        conv_dgrad(dz, None, None, w, 2, (1, 1, 1, 1), (9, 7), (x, random_coef(24, 3))) for _ in range(2)
-    ]
+    runs = [conv_dgrad(dz, None, None, w, 2, (1, 1, 1, 1), (9, 7), (x, random_coef(24, 3))) for _ in range(2)]
     assert_same_bits(*runs)
 
 

@@ -70,9 +70,7 @@ def double(x, first=0, count=None, programs=1):
 
 @interpreted
 def test_a_race_is_seen():
-    with pytest.raises(
-        InterpreterError, match="stores to 20 addresses that another one of the launch stored"
-    ):
+    with pytest.raises(InterpreterError, match="stores to 20 addresses that another one of the launch stored"):
         guarded(double, randn(20, seed=0), programs=2)
 
 

@@ -11,9 +11,7 @@ IMAGES = 5, 32769, 517, CHANNELS  # the last one begins beyond 2^31
 MANY = 2**21 + 1, 4, 8, CHANNELS
 WINDOW = 3, 2, (1, 1, 1, 1)
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED, reason="needs the interpreter, which can leave memory untouched"
-)
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, which can leave memory untouched")
 
 
 def large(shape=IMAGES, dtype=torch.float16):

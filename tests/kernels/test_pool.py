@@ -30,9 +30,7 @@ def pools(draw):
     """Shape of an image, and kernel, stride and padding (symmetric, 'SAME', any) that leave at least one window."""
     kernel, stride = draw(st.sampled_from([1, 2, 3, 5])), draw(st.integers(1, 3))
     pad = tuple(draw(st.integers(0, kernel - 1)) for _ in range(4))
-    shape = draw(
-        nhwc_shapes(max_pixels=120).filter(lambda s: min(output_hw(s[1:3], (kernel, kernel), 1, pad)) > 0)
-    )
+    shape = draw(nhwc_shapes(max_pixels=120).filter(lambda s: min(output_hw(s[1:3], (kernel, kernel), 1, pad)) > 0))
     return shape, (kernel, stride, pad)
 
 
@@ -62,9 +60,7 @@ def test_the_winner_is_the_first_among_equals(drawn, dtype, seed):
     y = randn(*shape, seed=seed).round().to(dtype)
     coef = identity(shape[3])
     coef[3], coef[4] = 2, -1
-    assert_same_bits(
-        guarded(pool.bn_relu_max_pool, y, coef, *window), aten.bn_relu_max_pool(y, coef, *window)
-    )
+    assert_same_bits(guarded(pool.bn_relu_max_pool, y, coef, *window), aten.bn_relu_max_pool(y, coef, *window))
 
 
 @few_examples

@@ -136,7 +136,9 @@ def demand(**changes):
     ],
 )
 def test_shared_memory_is_what_the_compiler_takes(changes, size):
-    """Of 128x128 tiles on sm_80, by Triton 3.8: dgrad, dgrad behind a frozen BatchNorm, alone, wgrad with its prologues."""
+    """Of 128x128 tiles on sm_80, by Triton 3.8: dgrad, dgrad behind a frozen BatchNorm, alone, wgrad with its
+    prologues.
+    """
     (config, *_) = conv_configs(10**6, 256, 256, torch.bfloat16)
     assert shared_memory(config, demand(**changes)) == size
 

@@ -30,7 +30,9 @@ def test_conv_wgrad(problem, prologue_dy, prologue_x):
 @pytest.mark.parametrize("inputs", [3, 20], ids=["all taps in a row", "tap by tap"])
 @pytest.mark.parametrize("parts", [2, 5, 28])
 def test_parts_of_the_sum(inputs, parts):
-    """Whatever the number of parts, more than one tile of them too, and with a last one that is shorter than the others."""
+    """Whatever the number of parts, more than one tile of them too, and with a last one that is shorter than the
+    others.
+    """
     dz, x = randn(2, 22, 10, 24, seed=0), randn(2, 22, 10, inputs, seed=1)
     args = (dz, None, None, x, None, 1, (1, 1, 1, 1), (3, 3))
     with mock.patch.object(wgrad, "splits", lambda *_: parts):

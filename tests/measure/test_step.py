@@ -27,9 +27,7 @@ def aten_only(monkeypatch):
 def test_peers_train_alike(peer):
     """Step for step, also while graphs are warmed up and recorded."""
     with stand_ins.on_a_cpu():
-        reference, step = (
-            Step(SMALL, name, CPU, torch.float32, backend="eager") for name in ("eager NCHW", peer)
-        )
+        reference, step = (Step(SMALL, name, CPU, torch.float32, backend="eager") for name in ("eager NCHW", peer))
         expected, found = ([one().item() for _ in range(6)] for one in (reference, step))
     assert found == pytest.approx(expected, rel=1e-3) and expected[0] != expected[5]
     for ours, theirs in zip(step.model.parameters(), reference.model.parameters()):
@@ -41,7 +39,9 @@ def test_the_first_loss_is_the_first_steps(peer):
     with stand_ins.on_a_cpu():
         expected = Step(SMALL, "eager", CPU, torch.float32)().item()
         step, calls = Step(SMALL, peer, CPU, torch.float32, backend="eager"), []
-        assert step.settle(lambda: calls.append(step.model.fc.weight.clone())).item() == pytest.approx(expected, rel=1e-5)
+        assert step.settle(lambda: calls.append(step.model.fc.weight.clone())).item() == pytest.approx(
+            expected, rel=1e-5
+        )
         found = measure_steps(SMALL, [peer], CPU, torch.float32, rounds=1, warmup=1, backend="eager")
     assert found["peers"][peer]["first_loss"] == pytest.approx(expected, rel=1e-5)
     assert torch.equal(calls[0], step.model.fc.weight) == (peer == "eager")
@@ -104,9 +104,7 @@ def test_the_library_peer_takes_the_library_wherever_it_can(monkeypatch):
     assert y.shape == (2, 4, 4, 5) and chosen == "library" and selection["finalize"] == "triton"
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, peer in PEERS.items() if peer.implementation in select.MODES]
-)
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.implementation in select.MODES])
 def test_other_peers_force_what_they_name(name):
     with peers.forced(PEERS[name].implementation):
         assert select._forced == PEERS[name].implementation
@@ -115,9 +113,7 @@ def test_other_peers_force_what_they_name(name):
 
 
 def test_bench_prints_and_writes(tmp_path, capsys):
-    options = (
-        "bench --model resnet8 --batch-size 4 --image-size 8 --device cpu --precision fp32 --rounds 2".split()
-    )
+    options = "bench --model resnet8 --batch-size 4 --image-size 8 --device cpu --precision fp32 --rounds 2".split()
     assert cli.main([*options, "--peers", "eager", "fused", "--json", str(tmp_path / "b.json")]) == 0
     printed, found = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
     assert "resnet8, training, batch 4, 8x8, float32, CPU" in printed and "1.00x" in printed

@@ -15,9 +15,7 @@ def test_calls_take_turns_after_the_warm_up():
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     found = interleaved(calls, CPU, warmup=2, rounds=3)
     assert order == list("aabbcc") + list("abccbaabc")
-    assert list(found) == list("abc") and all(
-        time.samples == 3 and time.calls == 1 for time in found.values()
-    )
+    assert list(found) == list("abc") and all(time.samples == 3 and time.calls == 1 for time in found.values())
 
 
 def test_samples_are_as_long_as_asked_for(monkeypatch):

@@ -66,7 +66,9 @@ def test_gradients_err_no_more_than_eagers(name, dtype):
     assert ours <= max(2 * theirs, 5e-6 if dtype == torch.float32 else 8e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "torchvision-dilated"])  # the graph of "torchvision"
+@pytest.mark.parametrize(
+    "name", [name for name in SMALL if name != "torchvision-dilated"]
+)  # the graph of "torchvision"
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "autocast"])
 def test_compiles_whole(name, amp):
     _, fused = twins(name, torch.float32)

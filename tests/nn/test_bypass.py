@@ -171,8 +171,12 @@ CHANGES = {
     "hook on the network's relu": lambda m: m.relu.register_forward_hook(lambda *a: a[-1] + 1),
     "hook on the pool": lambda m: m.maxpool.register_forward_hook(lambda *a: a[-1] * 2),
     "hook on the last pool": lambda m: m.avgpool.register_forward_hook(lambda *a: a[-1] * 2),
-    "backward hook on a relu": lambda m: block(m).relu.register_full_backward_hook(lambda _, grads, __: (grads[0] * 2,)),
-    "backward pre-hook on a norm": lambda m: block(m).bn1.register_full_backward_pre_hook(lambda _, grads: (grads[0] * 2,)),
+    "backward hook on a relu": lambda m: block(m).relu.register_full_backward_hook(
+        lambda _, grads, __: (grads[0] * 2,)
+    ),
+    "backward pre-hook on a norm": lambda m: block(m).bn1.register_full_backward_pre_hook(
+        lambda _, grads: (grads[0] * 2,)
+    ),
 }
 # what has no sense or no like in a network that is folded
 NOT_FOLDED = {"backward hook on a relu", "backward pre-hook on a norm", "one frozen"}
@@ -224,7 +228,9 @@ def test_folds_weights_that_a_hook_computed_in_training(change):
         torch.testing.assert_close(fold(model)(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("name", ["nothing", "activation", "hook on a norm", "hook on the network's relu", "head's pool"])
+@pytest.mark.parametrize(
+    "name", ["nothing", "activation", "hook on a norm", "hook on the network's relu", "head's pool"]
+)
 def test_on_the_compiled_passes(name):
     if reason := ops.cpu.unavailable():
         pytest.skip(reason)

@@ -19,7 +19,9 @@ def torchvision_network(**options):
 def test_grouped_and_unevenly_dilated_blocks_stay_eager_and_a_line_is_logged(caplog):
     model = fuse(torchvision_network(groups=32, width_per_group=4))
     (said,) = caplog.messages
-    assert said.startswith("ResNet: fused 0 of 4 blocks, 1 stem, 1 head; left layer1.0 and 3 more (a convolution has groups=32")
+    assert said.startswith(
+        "ResNet: fused 0 of 4 blocks, 1 stem, 1 head; left layer1.0 and 3 more (a convolution has groups=32"
+    )
     assert type(model.layer1[0]) is torchvision.models.resnet.Bottleneck
     model = torchvision_network()
     model.layer2[0].conv2 = nn.Conv2d(128, 128, 3, 2, (2, 1), (2, 1), bias=False)

@@ -64,7 +64,9 @@ CONTAINERS = {
 def test_is_what_it_was(name):
     eager, x = CONTAINERS[name](), images()
     fused = fuse(copy.deepcopy(eager), strict=True)
-    assert isinstance(fused, FusedNetwork) and fastres.nn.report(fused).stems == (name not in ("all", "inside the stem"))
+    assert isinstance(fused, FusedNetwork) and fastres.nn.report(fused).stems == (
+        name not in ("all", "inside the stem")
+    )
     ours, theirs = fused(x), eager(x)
     assert type(ours) is type(theirs) and type(ours) in (OrderedDict, list)
     if isinstance(theirs, dict):
@@ -112,7 +114,9 @@ def test_timms_checkpointing(build):
     for model in (fused, eager):
         model.set_grad_checkpointing(True)
     ours, theirs = (train_step(model, x, joined(model)) for model in (fused, eager))
-    unbuffered = [{k: v for k, v in found.items() if "running" not in k and "tracked" not in k} for found in (ours, theirs)]
+    unbuffered = [
+        {k: v for k, v in found.items() if "running" not in k and "tracked" not in k} for found in (ours, theirs)
+    ]
     assert_same(*unbuffered, 1e-8)
 
 

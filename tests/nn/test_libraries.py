@@ -1,4 +1,6 @@
-"""Networks of torchvision, timm and transformers: fused and folded they are what they were, and the docs say of them what is."""
+"""Networks of torchvision, timm and transformers: fused and folded they are what they were, and the docs say of them
+what is.
+"""
 
 import copy
 import statistics
@@ -131,7 +133,9 @@ def test_timms_switches_after_fuse():
     assert_close(*({k: v for k, v in found.items() if "running" not in k} for found in (ours, theirs)), 1e-8)
 
 
-@pytest.mark.parametrize("part", ["embedder.embedder", "encoder.stages.1.layers.0.layer.1", "encoder.stages.1.layers.0.shortcut"])
+@pytest.mark.parametrize(
+    "part", ["embedder.embedder", "encoder.stages.1.layers.0.layer.1", "encoder.stages.1.layers.0.shortcut"]
+)
 def test_hooks_inside_transformers_layers_run(part):
     model = fuse(transformers("ResNetModel")()).eval()
     x, seen = torch.randn(1, 3, 32, 32), []

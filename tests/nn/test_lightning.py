@@ -1,6 +1,5 @@
 """Fused networks in PyTorch Lightning: what it sets around a step (default dtype, autocast) is as without them."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

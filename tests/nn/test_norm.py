@@ -69,7 +69,9 @@ def test_statistics_withheld_for_a_while():
     module.bn.track_running_stats = False
     before = copy.deepcopy(module.state_dict())
     assert_same_steps(module)
-    assert all(torch.equal(value, before[name]) for name, value in module.double().state_dict().items() if "run" in name)
+    assert all(
+        torch.equal(value, before[name]) for name, value in module.double().state_dict().items() if "run" in name
+    )
 
 
 def test_counter_counts():

@@ -79,7 +79,9 @@ def assert_hook_runs(eager, fused, part, x):
     torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("part", ["norm1", "norm1.act", "norm2.drop", "downsample", "downsample.conv", "downsample.norm"])
+@pytest.mark.parametrize(
+    "part", ["norm1", "norm1.act", "norm2.drop", "downsample", "downsample.conv", "downsample.norm"]
+)
 def test_hooks_run(part):
     eager = stage()
     assert_hook_runs(eager, fuse(copy.deepcopy(eager)), part, images())
@@ -172,6 +174,8 @@ def test_stem_and_head_of_resnetv2_say_why_they_are_left(change, reason):
     eager = perturbed(timm("resnetv2_50d", layers=(1, 1, 1, 2))()).double().eval()
     change(eager)
     fused, x = fuse(copy.deepcopy(eager)), torch.randn(1, 3, 40, 36, dtype=torch.float64)
-    assert reason in survey(eager, planned=True).left["ResNetV2"] and reason in fastres.nn.report(fused).left["ResNetV2"]
+    assert (
+        reason in survey(eager, planned=True).left["ResNetV2"] and reason in fastres.nn.report(fused).left["ResNetV2"]
+    )
     for model in (fused, fold(eager)):
         torch.testing.assert_close(model(x), eager(x), rtol=1e-9, atol=1e-9)

@@ -127,7 +127,9 @@ def test_ones_own_blocks_and_networks(registered):
 
 def test_strict_raises_and_changes_nothing(registered):
     model = Tower(drop=0.1)
-    with pytest.raises(ValueError, match="units.0 and 2 more .Dropout is active.; with strict=True nothing may be left"):
+    with pytest.raises(
+        ValueError, match="units.0 and 2 more .Dropout is active.; with strict=True nothing may be left"
+    ):
         fuse(model, strict=True)
     assert type(model) is Tower
 

@@ -1,4 +1,6 @@
-"""What traces, transforms, wraps or copies modules: with fused and folded networks as with eager ones, or a clear error."""
+"""What traces, transforms, wraps or copies modules: with fused and folded networks as with eager ones, or a clear
+error.
+"""
 
 import copy
 import io

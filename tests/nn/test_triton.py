@@ -109,7 +109,9 @@ def test_compiles_whole(block):
     torch._dynamo.reset()
     call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     ours, theirs = train_step(compiled, x, call), train_step(block, x)
-    tracked = {name for name in theirs if "running" in name}  # PyTorch 2.11 compiles their moving average to another rounding
+    tracked = {
+        name for name in theirs if "running" in name
+    }  # PyTorch 2.11 compiles their moving average to another rounding
     assert tracked
     for names, tolerance in ((theirs.keys() - tracked, 0), (tracked, torch.finfo(torch.float32).eps)):
         assert_same({name: ours[name] for name in names}, {name: theirs[name] for name in names}, tolerance)

@@ -1,7 +1,8 @@
 """Values at the ends of the range: scales of 1e-30 to 1e30, channels without variance, infinities, NaN.
 
-Fused operations are finite exactly where eager PyTorch is, so nothing becomes NaN in silence and nothing hides one; and what
-is finite errs as little as eager's. The cases are drawn, on ATen, the passes compiled for CPUs and the Triton kernels.
+Fused operations are finite exactly where eager PyTorch is, so nothing becomes NaN in silence and nothing hides one; and
+what is finite errs as little as eager's. The cases are drawn, on ATen, the passes compiled for CPUs and the Triton
+kernels.
 """
 
 from __future__ import annotations
@@ -92,9 +93,7 @@ class Extreme:
         """A BatchNorm of values of this scale."""
         norm = random_norm(channels, frozen=self.frozen, shift=0.5)
         if self.frozen:
-            norm = norm._replace(
-                running_mean=norm.running_mean * scale, running_var=norm.running_var * scale**2
-            )
+            norm = norm._replace(running_mean=norm.running_mean * scale, running_var=norm.running_var * scale**2)
         return norm
 
 
@@ -168,7 +167,8 @@ def assert_same_places(
 
 
 def granted(case: Extreme, tracked: list[Tensor]) -> float:
-    """Relative error that rounding explains: that of the dtype, and fp32's of ``y*scale + shift`` where they nearly cancel.
+    """Relative error that rounding explains: that of the dtype, and fp32's of ``y*scale + shift`` where they nearly
+    cancel.
 
     Args:
         tracked: exact mean and variance of each BatchNorm.
@@ -353,7 +353,9 @@ def frozen(part):
 
 
 def frozen_layers(*outputs: int, before: bool = False) -> list[Layer]:
-    """Layers with running statistics that follow one another, from 8 channels on; their BatchNorms stand ``before`` them."""
+    """Layers with running statistics that follow one another, from 8 channels on; their BatchNorms stand ``before``
+    them.
+    """
     layers = []
     for inputs, channels in zip((8, *outputs), outputs):
         layer = random_layer(inputs, channels, 3, frozen=True)

@@ -8,7 +8,17 @@ from fastres.ops import cpu
 from fastres.ops.cpu import convolutions
 
 # modules that test an operation, whatever implements its primitives
-OPERATIONS = {"ambient", "bn_relu", "conv_bias_act", "dilation", "global_avg_pool", "odd_input", "preact", "residual", "stem"}
+OPERATIONS = {
+    "ambient",
+    "bn_relu",
+    "conv_bias_act",
+    "dilation",
+    "global_avg_pool",
+    "odd_input",
+    "preact",
+    "residual",
+    "stem",
+}
 
 
 def pytest_generate_tests(metafunc):

@@ -1,4 +1,6 @@
-"""Gradients of gradients, transforms of `torch.func` and forward-mode differentiation: as PyTorch's own functions have them."""
+"""Gradients of gradients, transforms of `torch.func` and forward-mode differentiation: as PyTorch's own functions have
+them.
+"""
 
 import pytest
 import torch

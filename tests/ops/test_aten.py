@@ -67,7 +67,11 @@ def test_pool_index_is_the_winning_tap():
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_gradient_in_front_of_batchnorm_is_rounded_once(dtype, residual):
     """Of a constant channel it is A*dz + C, its sum 0: C rounded by itself would err alike at every pixel."""
-    dz, y, added = torch.randn(8, 16, 16, 4).to(dtype), torch.zeros(8, 16, 16, 4, dtype=dtype), torch.randn(8, 16, 16, 4)
+    dz, y, added = (
+        torch.randn(8, 16, 16, 4).to(dtype),
+        torch.zeros(8, 16, 16, 4, dtype=dtype),
+        torch.randn(8, 16, 16, 4),
+    )
     added = added.to(dtype) if residual else None
     abc = torch.tensor([[300.0] * 4, [7.0] * 4, [0.013, 1.03, 10.3, 103.3]])
     exact = aten.bn_backward_apply(dz.double(), y.double(), abc.double(), None if added is None else added.double())

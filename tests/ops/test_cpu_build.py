@@ -17,7 +17,7 @@ from fastres.ops.cpu import build, passes
 def fresh(monkeypatch, tmp_path):
     """An empty cache folder, a source that compiles at once, and nothing loaded yet."""
     source = tmp_path / "source.cpp"
-    source.write_text("#include <vector>\nextern \"C\" int fastres_answer() { return 42; }\n")
+    source.write_text('#include <vector>\nextern "C" int fastres_answer() { return 42; }\n')
     monkeypatch.setattr(build, "_SOURCES", (source,))
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
     build._loaded.cache_clear()
@@ -63,7 +63,9 @@ def test_a_library_is_loaded_only_as_it_was_written(compiler, tmp_path, damage, 
     if damage.startswith("bit"):
         spoilt[-1 if damage.endswith("digest") else len(whole) // 2] ^= 1
     library.unlink()  # the loaded one stays as it is
-    library.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "no digest": whole[:-100]}.get(damage, bytes(spoilt)))
+    library.write_bytes(
+        {"cut": whole[: len(whole) // 2], "empty": b"", "no digest": whole[:-100]}.get(damage, bytes(spoilt))
+    )
     library.chmod(0o600)
     loads = []
 
@@ -122,15 +124,16 @@ def test_no_compiler(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         x = torch.randn(1, 2, 2, 3)
         out, _ = ops.bn_relu(x, ops.Norm(None, None))
-    torch.testing.assert_close(out, torch.nn.functional.batch_norm(x.permute(0, 3, 1, 2), None, None, training=True)
-                               .relu().permute(0, 2, 3, 1))
+    torch.testing.assert_close(
+        out, torch.nn.functional.batch_norm(x.permute(0, 3, 1, 2), None, None, training=True).relu().permute(0, 2, 3, 1)
+    )
     with pytest.raises(RuntimeError, match="no C"):
         build.library()
 
 
 def test_a_compiler_that_fails(monkeypatch, tmp_path):
     script = tmp_path / "cxx"
-    script.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho cannot compile >&2\nexit 1\n")
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho cannot compile >&2\nexit 1\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(script))
     assert "failed: cannot compile" in cpu.unavailable()

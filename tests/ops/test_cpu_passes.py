@@ -102,14 +102,18 @@ def test_max_pool(kernel, stride, pad, dtype):
     assert (index == expected_index).float().mean() > (1 if dtype == torch.float32 else 0.9) - 1e-6  # ties in bf16
     dout = torch.randn_like(out)
     dz, sums = passes.bn_relu_max_pool_backward(dout, index, y, statistics, kernel, stride, pad)
-    exact, _ = aten.bn_relu_max_pool_backward(dout.double(), index, y.double(), statistics.double(), kernel, stride, pad)
+    exact, _ = aten.bn_relu_max_pool_backward(
+        dout.double(), index, y.double(), statistics.double(), kernel, stride, pad
+    )
     assert relative_error(dz, exact) < FLOOR[dtype]
     exact_sums = aten.bn_sums(dz.double(), y.double(), statistics.double())
     assert relative_error(sums.sum(0), exact_sums.sum(0)) < 2e-6
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-@pytest.mark.parametrize("kernel, stride, pad", [(3, 2, (1, 1, 1, 1)), (3, 2, (0, 0, 1, 1)), (1, 2, (0,) * 4), (5, 3, (2,) * 4)])
+@pytest.mark.parametrize(
+    "kernel, stride, pad", [(3, 2, (1, 1, 1, 1)), (3, 2, (0, 0, 1, 1)), (1, 2, (0,) * 4), (5, 3, (2,) * 4)]
+)
 def test_patches_are_unfold(kernel, stride, pad, normalised):
     x, statistics = torch.randn(2, 9, 8, 17), coef(17) if normalised else None
     a = x if statistics is None else aten.bn_add_relu(x, statistics)
@@ -187,7 +191,11 @@ def test_parts_of_the_batch_are_the_whole(kernel, stride, outputs, dtype, monkey
 def test_the_gradient_may_take_a_spare_residuals_memory(kernel, through_relu, dtype, monkeypatch):
     """Also where the residual is the gradient that comes in, as in a block of one convolution."""
     p, pad = cpu.primitives(), (kernel // 2,) * 4
-    x, dz, w = torch.randn(7, 9, 8, 16, dtype=dtype), torch.randn(7, 9, 8, 16, dtype=dtype), torch.randn(16, kernel, kernel, 16)
+    x, dz, w = (
+        torch.randn(7, 9, 8, 16, dtype=dtype),
+        torch.randn(7, 9, 8, 16, dtype=dtype),
+        torch.randn(16, kernel, kernel, 16),
+    )
     arguments = x, coef(16) if through_relu else None, w.to(dtype), 1, pad
     monkeypatch.setattr(convolutions, "PART_BYTES", 4 * x[0].numel() * x.element_size())
     monkeypatch.setattr(convolutions, "WEIGHTS_SHARE", 0)

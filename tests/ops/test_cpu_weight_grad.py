@@ -12,9 +12,7 @@ from support_kernels import few_examples
 from fastres.ops import aten, cpu
 from fastres.ops.cpu import passes, products
 
-pytestmark = pytest.mark.skipif(
-    cpu.unavailable() is not None or not passes.has_weight_grad(), reason="no AVX512-BF16"
-)
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None or not passes.has_weight_grad(), reason="no AVX512-BF16")
 BF16 = torch.bfloat16
 
 
@@ -28,7 +26,11 @@ def exact(x, coef, dy, w, stride, pad, dilation=1):
     """In fp64; and PyTorch's own gradient in bf16."""
     results = []
     for dtype in (torch.float64, BF16):
-        a = x.to(dtype) if coef is None else aten.bn_add_relu(x.to(dtype), coef.to(torch.promote_types(dtype, coef.dtype)))
+        a = (
+            x.to(dtype)
+            if coef is None
+            else aten.bn_add_relu(x.to(dtype), coef.to(torch.promote_types(dtype, coef.dtype)))
+        )
         leaf = w.to(dtype).permute(0, 3, 1, 2).contiguous().requires_grad_()
         padded = F.pad(a.to(dtype), (0, 0, pad[1], pad[3], pad[0], pad[2])).permute(0, 3, 1, 2)
         y = F.conv2d(padded, leaf, stride=stride, dilation=dilation)
@@ -108,8 +110,10 @@ def test_nan_and_infinity_reach_only_their_channels():
     assert passes.weight_grad(bad, frozen, dy, w, stride, pad).isfinite().all()
 
 
-@pytest.mark.parametrize("inputs, kernel, normalised, used", [(64, 3, True, True), (64, 3, False, True), (64, 1, True, True),
-                                                              (64, 1, False, False), (3, 3, False, False)])
+@pytest.mark.parametrize(
+    "inputs, kernel, normalised, used",
+    [(64, 3, True, True), (64, 3, False, True), (64, 1, True, True), (64, 1, False, False), (3, 3, False, False)],
+)
 def test_where_it_is_used(inputs, kernel, normalised, used, monkeypatch):
     """Elsewhere, as on a CPU that lacks it, the gradients are PyTorch's and the same but for rounding."""
     x, coef, dy, w, stride, pad = made(3, (8, 9), inputs, 24, kernel, 2, (kernel // 2,) * 4, normalised=normalised)

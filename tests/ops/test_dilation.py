@@ -176,7 +176,9 @@ def test_second_derivatives_and_flops():
     arguments = cast(x, torch.float64), cast(layers, torch.float64), cast(projection, torch.float64)
     preact = [Layer(random_weight(3, 4, 3), random_norm(3), 2, (3,) * 4, 3)]
     forms = [(lambda *values: residual_block(*values)[0], eager_residual, arguments)]
-    forms.append((lambda *values: preact_block(*values)[0], eager_preact, (arguments[0], cast(preact, torch.float64), None)))
+    forms.append(
+        (lambda *values: preact_block(*values)[0], eager_preact, (arguments[0], cast(preact, torch.float64), None))
+    )
     stemmed = arguments[0], cast(random_layer(3, 4, 3, 1, dilation=2), torch.float64)
     pool = 2, 2, (0,) * 4
     forms.append((lambda *values: stem(*values, *pool)[0], lambda *values: eager_stem(*values, *pool), stemmed))

@@ -12,13 +12,18 @@ from fastres.ops.layers import nhwc_weight, output_hw
 
 
 def layer(**norm):
-    return Layer(torch.randn(4, 3, 3, 3), Norm(**{"gamma": torch.rand(4), "beta": torch.rand(4), **norm}), 1, symmetric(1))
+    return Layer(
+        torch.randn(4, 3, 3, 3), Norm(**{"gamma": torch.rand(4), "beta": torch.rand(4), **norm}), 1, symmetric(1)
+    )
 
 
 @pytest.mark.parametrize(
     "x, message",
     [
-        (torch.randn(2, 8, 8, 3).double(), r"Input type \(torch.float64\) and weight type \(torch.float32\) should be the"),
+        (
+            torch.randn(2, 8, 8, 3).double(),
+            r"Input type \(torch.float64\) and weight type \(torch.float32\) should be the",
+        ),
         (torch.ones(2, 8, 8, 3, dtype=torch.int64), r"Input type \(torch.int64\) should be floating point"),
         (torch.randn(2, 8, 8, 3, device="meta"), "Expected all tensors to be on the same device.* meta .* and cpu"),
         (torch.randn(2, 2, 8, 8, 3), r"expected 4D input \(got 5D input\)"),
@@ -116,7 +121,10 @@ RESULT = torch.randn(2, 8, 8, 4)
         (RESULT.long(), r"Input type \(torch.int64\) should be floating point"),
         (RESULT.to("meta"), r"same device.* meta \(shortcut\)"),
         (RESULT[None], r"expected 4D input \(got 5D input\)"),
-        (RESULT[:, :1], r"size of the shortcut \[2, 4, 1, 8\] must match the size of the block's result \[2, 4, 8, 8\]"),
+        (
+            RESULT[:, :1],
+            r"size of the shortcut \[2, 4, 1, 8\] must match the size of the block's result \[2, 4, 8, 8\]",
+        ),
     ],
     ids=["fp64", "int", "device", "5d", "size"],
 )

@@ -1,4 +1,6 @@
-"""Empty batches, meta and fake tensors, strange gradients and settings: as eager PyTorch does, or an error in its words."""
+"""Empty batches, meta and fake tensors, strange gradients and settings: as eager PyTorch does, or an error in its
+words.
+"""
 
 import pytest
 import torch
@@ -37,7 +39,9 @@ def test_no_image(name):
 
 
 def test_no_image_moves_no_statistics():
-    layers = [layer._replace(weight=layer.weight.float(), norm=ops.Norm(None, None)) for layer in [random_layer(3, 4, 3)]]
+    layers = [
+        layer._replace(weight=layer.weight.float(), norm=ops.Norm(None, None)) for layer in [random_layer(3, 4, 3)]
+    ]
     _, used = ops.residual_block(torch.randn(0, 5, 4, 3), layers)
     mean, var = torch.randn(4), torch.rand(4)
     before = mean.clone(), var.clone()

@@ -15,7 +15,9 @@ from fastres.nn.fold import FoldedConv
 from fastres.ops import Conv, conv_bias_act, conv_bias_act_again, cpu, implementation
 from fastres.ops.cpu import PackedConv, onednn, packed
 
-pytestmark = pytest.mark.skipif(not packed.AVAILABLE or cpu.unavailable() is not None, reason="no oneDNN or no compiler")
+pytestmark = pytest.mark.skipif(
+    not packed.AVAILABLE or cpu.unavailable() is not None, reason="no oneDNN or no compiler"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,9 @@ def packed_calls(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel, stride, pad", [(1, 1, (0,) * 4), (1, 2, (0,) * 4), (3, 1, (1,) * 4), (3, 2, (0, 0, 1, 1))])
+@pytest.mark.parametrize(
+    "kernel, stride, pad", [(1, 1, (0,) * 4), (1, 2, (0,) * 4), (3, 1, (1,) * 4), (3, 2, (0, 0, 1, 1))]
+)
 def test_give_what_plain_ones_give(kernel, stride, pad, dtype):
     weight, bias, kept = random_weight(16, 24, kernel).to(dtype), torch.randn(24), PackedConv()
     for n, size in ((2, 8), (1, 8), (2, 8), (2, 11)):
@@ -148,7 +152,9 @@ def test_a_cpu_without_avx512_has_bf16_too(monkeypatch):
     try:
         x, weight, bias = torch.randn(2, 5, 4, 8), random_weight(8, 8, 3), torch.randn(8)
         conv, added = Conv(weight.bfloat16(), 1, (1,) * 4), torch.randn(2, 5, 4, 8)
-        exact = conv_bias_act(x.bfloat16().double(), conv._replace(weight=conv.weight.double()), bias, added.bfloat16().double())
+        exact = conv_bias_act(
+            x.bfloat16().double(), conv._replace(weight=conv.weight.double()), bias, added.bfloat16().double()
+        )
         for kept in (None, PackedConv()):
             ours = conv_bias_act(x.bfloat16(), conv, bias, added.bfloat16(), packed=kept)
             assert relative_error(ours, exact) < FLOOR[torch.bfloat16]

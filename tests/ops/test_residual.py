@@ -61,7 +61,15 @@ def both(shortcut: str):
 @pytest.mark.parametrize(
     "shortcut, stride",
     [
-        *(("identity", 1), ("projection", 1), ("projection", 2), ("tensor", 1), ("tensor", 2), ("none", 1), ("none", 2)),
+        *(
+            ("identity", 1),
+            ("projection", 1),
+            ("projection", 2),
+            ("tensor", 1),
+            ("tensor", 2),
+            ("none", 1),
+            ("none", 2),
+        ),
         *(("subsampled", 1), ("subsampled", 2), ("subsampled", 3), ("padded", 1), ("padded", 2)),
     ],
 )
@@ -312,7 +320,9 @@ def test_opcheck_of_a_chain(keep_all):
 
 def test_gradcheck():
     x = image(2, 3, 4, 3).requires_grad_()
-    layers = [cast(la, torch.float64) for la in (random_layer(3, 2, 1), random_layer(2, 2, 3, 2), random_layer(2, 4, 1))]
+    layers = [
+        cast(la, torch.float64) for la in (random_layer(3, 2, 1), random_layer(2, 2, 3, 2), random_layer(2, 4, 1))
+    ]
     projection = cast(random_layer(3, 4, 1, 2), torch.float64)
     flat = leaves(layers, projection)
 

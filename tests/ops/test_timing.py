@@ -134,7 +134,10 @@ def test_a_loss_by_memory_that_is_in_the_file_is_timed_again(tmp_path):
 )
 def test_an_error_that_breaks_the_device_is_raised(words, tmp_path):
     timer, calls = fake_timer({"w": 3.0, "x": RuntimeError(words), "y": 1.0})
-    with pytest.warns(UserWarning, match="'x' of op, or a kernel before it"), pytest.raises(RuntimeError, match=words[-20:]):
+    with (
+        pytest.warns(UserWarning, match="'x' of op, or a kernel before it"),
+        pytest.raises(RuntimeError, match=words[-20:]),
+    ):
         TimedChoices(tmp_path / "choices.json", "gpu", timer).choose("op", candidates("w", "x", "y"))
     assert calls == ["w", "x"] and not (tmp_path / "choices.json").exists()
 
@@ -164,7 +167,9 @@ def test_a_candidate_of_another_result_loses_with_a_warning(tmp_path):
     wrong = y.clone()
     wrong[:, -1] = 0
     calls, timer = results(triton=(y, None), library=(wrong, None), near=(y * 1.005, None))
-    with pytest.warns(UserWarning, match=r"WRONG RESULT: 'library' of conv\(2x8x8x16\): its result\[0\] is further") as said:
+    with pytest.warns(
+        UserWarning, match=r"WRONG RESULT: 'library' of conv\(2x8x8x16\): its result\[0\] is further"
+    ) as said:
         assert TimedChoices(path, "gpu", timer).choose("conv(2x8x8x16)", calls) == "near"
     assert len(said) == 1
     entry = json.loads(path.read_text())["gpu"]["conv(2x8x8x16)"]
@@ -197,7 +202,9 @@ def test_the_first_that_runs_is_compared_with(tmp_path):
 def test_results_of_16_bit_operands_are_compared_as_such(tmp_path):
     """A weight gradient is fp32, but a library rounds it to the operands' dtype before."""
     dw, x = torch.randn(256), torch.ones(1).bfloat16()
-    calls = {name: partial(lambda x, value: value, x, value) for name, value in (("a", dw), ("b", dw.bfloat16().float()))}
+    calls = {
+        name: partial(lambda x, value: value, x, value) for name, value in (("a", dw), ("b", dw.bfloat16().float()))
+    }
     timer = results()[1]
     assert TimedChoices(tmp_path / "choices.json", "gpu", timer).choose("op", calls) == "b"
 

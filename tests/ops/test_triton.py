@@ -58,7 +58,8 @@ def triton(implementation):
         yield
 
 
-# -- drawn blocks -------------------------------------------------------------------------------------------------------
+# -- drawn blocks
+# -------------------------------------------------------------------------------------------------------
 
 
 def for_each(name: str, cases: st.SearchStrategy, check: Callable, count: int = 4) -> None:
@@ -265,7 +266,8 @@ def test_preact_block(shortcut):
     for_each(shortcut, preacts(shortcut), check)
 
 
-# -- the other operations -----------------------------------------------------------------------------------------------
+# -- the other operations
+# -----------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -356,7 +358,8 @@ def test_conv_bias_act():
         for_each(f"conv_bias_act {kernel}", residuals((kernel,), shortcut), check, 5)
 
 
-# -- the same operations, differently called ----------------------------------------------------------------------------
+# -- the same operations, differently called
+# ----------------------------------------------------------------------------
 
 
 def fixed(shortcut: str, dtype: torch.dtype = torch.float32) -> tuple:

@@ -219,13 +219,24 @@ def test_a_rank_with_other_data_is_named(tmp_path):
         "data.load = spoilt\nsys.exit(cli.main(sys.argv[1:]))"
     )
     (tmp_path / "spoilt.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "--max-restarts",
+        "1",
+    ]
     command += [str(tmp_path / "spoilt.py"), "train", "--out", str(tmp_path / "run"), "--data", "synthetic"]
     command += "--device cpu --image-size 16 --batch-size 12 --epochs 1 --model resnet8 --precision fp32".split()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode != 0
-    assert done.stderr.count("fastres: error: rank 1 has other images or labels than rank 0, here 'synthetic shapes") == 4
+    assert (
+        done.stderr.count("fastres: error: rank 1 has other images or labels than rank 0, here 'synthetic shapes") == 4
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -260,7 +271,9 @@ def test_a_killed_rank_and_elastic_restart(tmp_path):
         job.kill()
     text = output.read_text()
     assert re.search(rf"rank [01] of 2 lost contact with the others: .* --resume {re.escape(str(folder))}`\n", text)
-    assert [row["epoch"] for row in map(json.loads, open(folder / "metrics.jsonl"))] == list(range(1, epochs(folder) + 1))
+    assert [row["epoch"] for row in map(json.loads, open(folder / "metrics.jsonl"))] == list(
+        range(1, epochs(folder) + 1)
+    )
     assert re.search(r"stopped by SIGTERM after step (\d+)", text)
     assert int(re.search(r"stopped by SIGTERM after step (\d+)", text)[1]) == last(folder)["step"]
 

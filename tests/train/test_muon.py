@@ -102,7 +102,9 @@ def test_moves_as_pytorchs_muon_moves_the_matrix(layout):
         for optimizer in (ours, theirs):
             optimizer.param_groups[-1]["lr"] = 0.1 / (seed + 1)
             optimizer.step()
-    torch.testing.assert_close(as_matrix(kernel.detach(), layout == "channels_last"), matrix.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        as_matrix(kernel.detach(), layout == "channels_last"), matrix.detach(), rtol=0, atol=1e-6
+    )
 
 
 def test_rates_on_the_device_move_it_as_numbers_do_and_are_not_read():

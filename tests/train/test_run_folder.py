@@ -268,7 +268,9 @@ def test_a_second_signal_ends_at_once_and_says_what_is_saved(tmp_path, monkeypat
 
     update = run._lr_factor
     monkeypatch.setattr(run, "_lr_factor", twice)
-    with pytest.raises(Interrupted, match=r"ended at once by SIGINT in step 4, the second signal; .*last.pt is of step 2"):
+    with pytest.raises(
+        Interrupted, match=r"ended at once by SIGINT in step 4, the second signal; .*last.pt is of step 2"
+    ):
         run.fit()
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
@@ -317,7 +319,9 @@ def test_validation_that_does_not_fit_takes_smaller_batches(tmp_path, monkeypatc
 
     def small_memory(images):
         if not run.model.training and len(images) > 6:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
         return forward(images)
 
     monkeypatch.setattr(run.model, "forward", small_memory)

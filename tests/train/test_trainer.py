@@ -188,7 +188,9 @@ def test_weights_that_turn_nan_in_an_epochs_last_step_leave_both_checkpoints(tmp
             kept.update({path: path.read_bytes() for path in (run.folder.last, run.folder.best)})
 
     monkeypatch.setattr(run, "train_step", spoil)
-    with pytest.raises(NonFiniteLoss, match=r"the validation loss is NaN .* epoch 2.* lower --lr .*last.pt is the last good"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"the validation loss is NaN .* epoch 2.* lower --lr .*last.pt is the last good"
+    ):
         run.fit()
     assert kept and all(path.read_bytes() == content for path, content in kept.items())
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
@@ -245,7 +247,9 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(tmp_path):
     more = in_fp16(tmp_path, 8.0, epochs=4)
     more.resume()
     next(more.model.parameters()).register_hook(lambda grad: grad * float("inf"))
-    message = r"overflow fp16 in epoch 3, step 16, at every loss scale down to 1: add --precision bf16 .*last.pt is the last"
+    message = (
+        r"overflow fp16 in epoch 3, step 16, at every loss scale down to 1: add --precision bf16 .*last.pt is the last"
+    )
     with pytest.raises(OverflowingGradients, match=message):
         more.fit()
     assert all(path.read_bytes() == content for path, content in kept.items())

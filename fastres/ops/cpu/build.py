@@ -48,8 +48,8 @@ def _loaded() -> ctypes.CDLL | str:
     """The compiled passes, or in one line why there are none.
 
     The library is kept in a private cache folder under a name made of its sources, the compiler and the CPU, and its
-    digest is checked before it is loaded. ``$CXX`` names the compiler, with arguments if need be, else the first of c++,
-    g++ and clang++ is taken.
+    digest is checked before it is loaded. ``$CXX`` names the compiler, with arguments if need be, else the first of
+    c++, g++ and clang++ is taken.
     """
     try:
         compiler = _compiler()

@@ -1,4 +1,5 @@
-"""The convolution primitives: PyTorch's convolution over parts of the batch, the passes around it while a part is in cache.
+"""The convolution primitives: PyTorch's convolution over parts of the batch, the passes around it while a part is in
+cache.
 
 A part's normalised input, its convolution output and the gradient in front of BatchNorm exist for that part only: they
 are made, read and forgotten in the last-level cache, so that memory sees what the fused GPU kernels' memory sees. The
@@ -75,9 +76,7 @@ class PartedConvolutions(LibraryConvolutions):
         out, pad = torch.empty_like(y), (0, 0, 0, 0)
         output = _Output(out, w, 1, pad, moments)
         for images in output.parts:
-            a = passes.store_bn_add_relu(
-                y[images], coef, _at(shortcut, images), shortcut_coef, True, out[images]
-            )
+            a = passes.store_bn_add_relu(y[images], coef, _at(shortcut, images), shortcut_coef, True, out[images])
             output.take(images, products.forward(a, w, 1, pad, output.at(images)))
         return out, *output.result()
 
@@ -113,9 +112,7 @@ class PartedConvolutions(LibraryConvolutions):
             dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], _at(y, images), abc)
             to = _at(dx, images)
             room = None if in_residual else to
-            dx_part, dw_part = products.backward(
-                dy, x[images], coef, w, stride, pad, room, need_dx, need_dw, dilation
-            )
+            dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, room, need_dx, need_dw, dilation)
             if need_dw:
                 dw = dw_part if dw is None else dw.add_(dw_part)
             if not need_dx:

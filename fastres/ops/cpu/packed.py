@@ -1,7 +1,7 @@
 """Inference convolutions that keep what calls share: the weight in oneDNN's own layout, and the checked arguments.
 
-A convolution reorders plain weights at every call, which is most of a small batch's time; looking at the arguments is most
-of the rest.
+A convolution reorders plain weights at every call, which is most of a small batch's time; looking at the arguments is
+most of the rest.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class _Ready(NamedTuple):
 class PackedConv:
     """One convolution with constant weight and bias, ready for calls like the last one; made ready again for others.
 
-    So it is after writes in place and for other memory (``.data = ...``). Writes that no version counts, through ``.data``,
-    NumPy or shared memory, need `clear`.
+    So it is after writes in place and for other memory (``.data = ...``). Writes that no version counts, through
+    ``.data``, NumPy or shared memory, need `clear`.
 
     A copy of it starts empty, so that networks are copied and saved without. Threads may share it.
     """

@@ -150,7 +150,9 @@ def store_relu_backward(
     dz: Tensor,
     sums: Tensor,
 ) -> None:
-    """``dz = (dx + residual) * (relu > 0)`` and its BatchNorm's sums; the ReLU of ``a * scale + shift``, or ``a`` itself."""
+    """``dz = (dx + residual) * (relu > 0)`` and its BatchNorm's sums; the ReLU of ``a * scale + shift``, or ``a``
+    itself.
+    """
     _backward_sums(dx, residual, a, a_coef, below, (None, None), dz, sums, None)
 
 
@@ -240,7 +242,20 @@ def weight_grad(
     pitch = [height * width * channels, width * channels, channels]
     if is_pointwise(w.shape[1:3], pad):  # as one without stride over the pixels that it reads
         height, width, stride, pitch = out_height, out_width, 1, [pitch[0], pitch[1] * stride, pitch[2] * stride]
-    sizes = [n, height, width, channels, *pitch, out_height, out_width, outputs, *w.shape[1:3], stride, *pad[:2], dilation]
+    sizes = [
+        n,
+        height,
+        width,
+        channels,
+        *pitch,
+        out_height,
+        out_width,
+        outputs,
+        *w.shape[1:3],
+        stride,
+        *pad[:2],
+        dilation,
+    ]
     dw = empty(w, *w.shape, dtype=torch.float32)
     call(
         "weight_grad",

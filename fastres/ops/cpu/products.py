@@ -1,9 +1,9 @@
 """Convolutions of one part of a batch: as a matrix product where they are one, else PyTorch's own.
 
 A 1x1 convolution's product in bf16 needs no reordered copy of weights and activations, and leaves its result where it
-belongs; in fp32 PyTorch's products go to another library, which is not faster than its convolutions. Weight gradients in
-bf16 are `passes.weight_grad`'s where that is, but for 1x1 convolutions of what is normalised already; elsewhere that of a
-strided convolution is faster as one product with all windows' inputs, which are normalised as they are gathered.
+belongs; in fp32 PyTorch's products go to another library, which is not faster than its convolutions. Weight gradients
+in bf16 are `passes.weight_grad`'s where that is, but for 1x1 convolutions of what is normalised already; elsewhere that
+of a strided convolution is faster as one product with all windows' inputs, which are normalised as they are gathered.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def backward(
     need_dw: bool,
     dilation: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the convolution of ``relu(x*scale + shift)``, or of x without ``coef``: (at its input, of w in fp32).
+    """Gradients of the convolution of ``relu(x*scale + shift)``, or of x without ``coef``: (at its input, of w in
+    fp32).
 
     The first is in dx where it can be, else in a tensor of its own.
     """

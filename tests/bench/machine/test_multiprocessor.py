@@ -166,7 +166,16 @@ def test_what_a_predicate_may_pass_over_in_front_of_the_loop_is_run():
 def test_the_main_loop_is_the_innermost_with_tensor_cores():
     mma = Instruction("HMMA.16816.F32.BF16")
     back = Instruction("BRA", "x", "@P0")
-    code = [mma, back._replace(target=0), Instruction("NOP"), mma, mma, back._replace(target=3), back._replace(target=2), EXIT]
+    code = [
+        mma,
+        back._replace(target=0),
+        Instruction("NOP"),
+        mma,
+        mma,
+        back._replace(target=3),
+        back._replace(target=2),
+        EXIT,
+    ]
     assert main_loop(code) == (0, 1)
     longest = [Instruction("NOP"), back._replace(target=0), *[Instruction("NOP")] * 3, back._replace(target=2), EXIT]
     assert main_loop(longest) == (2, 5)

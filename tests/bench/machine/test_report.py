@@ -35,7 +35,10 @@ def test_ranges_are_over_assumptions_and_both_ends_of_the_library():
 
 
 def test_kernels_by_their_share_of_the_step():
-    assert tables.kind_rows(FOUND) == [["conv 1x1", "3", "40.00", "80%", "12.00"], ["merging", "9", "10.00", "20%", "0.00"]]
+    assert tables.kind_rows(FOUND) == [
+        ["conv 1x1", "3", "40.00", "80%", "12.00"],
+        ["merging", "9", "10.00", "20%", "0.00"],
+    ]
     assert "nothing was timed" in tables.summary(FOUND)
 
 

@@ -1,4 +1,4 @@
-"""Predicted data-parallel training on 8 to 1024 GPUs: ``python -m bench.scaling``, which fills in docs/scaling.md.
+"""Predicted data-parallel training on 8 to 1024 GPUs: ``python -m bench.scaling``, which fills in docs/distributed.md.
 
 A step takes the roofline's time of the fused step (`bench.roofline`), shared out as launches, which do not shrink with
 the batch, and the rest, which does; and what of the exchange backward does not hide. Nothing here is measured.
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--roofline", type=Path, default=RESULTS / "roofline.json", help="what bench.roofline wrote")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
-    parser.add_argument("--page", type=Path, default=RESULTS.parents[1] / "docs" / "scaling.md")
+    parser.add_argument("--page", type=Path, default=RESULTS.parents[1] / "docs" / "distributed.md")
     args = parser.parse_args(argv)
     cluster, roofline = Cluster(), json.loads(args.roofline.read_text())
     predictions = {name: predict(name, roofline, cluster) for name in LIMITS}

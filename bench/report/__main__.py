@@ -7,14 +7,14 @@ from pathlib import Path
 
 from bench import report
 from bench.record import RESULTS, ROOT
-from bench.report import counted, predicted, single, training
+from bench.report import counted, headline, predicted, single, training
 from bench.report.campaign import CAMPAIGN, models
 from bench.report.common import read
 from bench.report.plots import plots
 from bench.tables import fill
 from fastres.atomic import atomic_write
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def newest_campaign(results: Path) -> Path | None:
@@ -31,6 +31,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
     """Markdown by section, those that there are results for."""
     roofline = results / "roofline.json"
     found = {
+        "headline": headline.sentence(results),
         "aot": counted.ahead_of_time(results),
         "aot-architectures": counted.architectures(results),
         "traffic": counted.traffic(results),
@@ -66,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=report.__doc__.split("\n\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, help="campaigns [the newest under bench/results]")
-    parser.add_argument("--fill", action="store_true", help="fill in README.md and docs/results.md instead of printing")
+    parser.add_argument("--fill", action="store_true", help="fill in README.md and docs/*.md instead of printing")
     return parser.parse_args(argv)
 
 

@@ -53,7 +53,7 @@ def test_the_page_is_filled_in(tmp_path):
 
 
 def test_the_page_stands_as_computed():
-    """docs/scaling.md and scaling.json are of one run."""
+    """docs/distributed.md and scaling.json are of one run."""
     found = json.loads((RESULTS / "scaling.json").read_text())["predictions"]
-    text = (RESULTS.parents[1] / "docs" / "scaling.md").read_text()
+    text = (RESULTS.parents[1] / "docs" / "distributed.md").read_text()
     assert fill(text, {"volume": scaling.volumes(found), "steps": scaling.steps(found)}) == text

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.record import RESULTS
-from fastres.cli import DataCache
+from fastres.commands.options import DataCache
 from fastres.train import TrainConfig, machine, preset
 from fastres.train.sweep import Outcome, standard_error, summarise, sweep
 

@@ -8,7 +8,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,21 +24,6 @@ from fastres.train.evaluate import predict_logits
 from fastres.train.trained import Trained, find_checkpoint, load_trained
 
 CHUNK = 64  # images at a time
-
-
-def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The options of the command; ``positive`` parses an integer of at least 1."""
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="image file, folder, pattern such as 'a/**/*.jpg', or - for a name a line",
-    )
-    parser.add_argument("--run", dest="checkpoint", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
-    parser.add_argument("--top", type=positive, default=3, help="classes to print [3]", metavar="INT")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print a JSON object a line")
-    form.add_argument("--csv", action="store_true", help="print a CSV table")
 
 
 def image_files(names: Iterable[str]) -> list[str]:

@@ -82,7 +82,7 @@ def test_too_little_of_something_is_one_line(error, words, monkeypatch, capsys):
     def fail():
         raise error
 
-    monkeypatch.setattr(cli, "describe_models", fail)
+    monkeypatch.setattr("fastres.commands.models.describe_models", fail)
     assert cli.main(["models"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("fastres: error: ") and words in err and err.count("\n") == 1

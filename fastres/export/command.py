@@ -10,32 +10,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastres.arguments import EXPORTS
 from fastres.errors import FastresError
 from fastres.export.formats import check_onnx, to_onnx, to_program, write_onnx, write_program, write_weights
 from fastres.export.portable import FromPixels, portable
 from fastres.train.checkpoint import load_checkpoint
 from fastres.train.trained import Trained, evaluated_weights, find_checkpoint, load_trained
 
-SUFFIXES = {
-    ".onnx": "ONNX",
-    ".pt2": "a program for torch.export.load",
-    ".pt": "the weights, which torchvision's network of the same name takes",
-}
 TOLERANCE = 1e-3  # of the largest logit: fp32 in another order of sums stays a hundred times below it
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
-    kinds = "; ".join(f"{suffix}: {meaning}" for suffix, meaning in SUFFIXES.items())
-    parser.add_argument("--out", type=Path, metavar="FILE", default=Path("model.onnx"), help=f"{kinds} [model.onnx]")
 
 
 def export(args: argparse.Namespace) -> int:
     """Write a trained network for other programs."""
     path: Path = args.out
-    if path.suffix not in SUFFIXES:
-        raise FastresError(f"--out {path} has none of the endings {', '.join(SUFFIXES)}: they tell what to write")
+    if path.suffix not in EXPORTS:
+        raise FastresError(f"--out {path} has none of the endings {', '.join(EXPORTS)}: they tell what to write")
     checkpoint = find_checkpoint(args.checkpoint)
     trained = load_trained(checkpoint, torch.device("cpu"))
     if path.suffix == ".pt":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +14,6 @@ from fastres.measure.step import Step, Workload
 from fastres.measure.timing import Timing, interleaved
 from fastres.models.registry import accepted_options
 from fastres.train import machine
-
-
-def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The options of the command; ``positive`` parses an integer of at least 1."""
-    parser.add_argument(
-        "--model", default="resnet18", help="network, or package.module:function of your own [resnet18]"
-    )
-    parser.add_argument("--batch-size", type=positive, default=128, metavar="INT", help="images a step [128]")
-    parser.add_argument("--image-size", type=positive, default=32, metavar="INT", help="height and width, pixels [32]")
-    parser.add_argument("--device", default="auto", metavar="STR", help="auto, cpu, cuda or cuda:N [auto]")
-    parser.add_argument(
-        "--precision", choices=("auto", *machine.DTYPES), default="auto", help="see `fastres train` [auto]"
-    )
-    parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"of: {', '.join(PEERS)} [all that run here]")
-    parser.add_argument("--rounds", type=positive, default=10, metavar="INT", help="timed samples of each peer [10]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
 
 
 def bench(args: argparse.Namespace) -> int:

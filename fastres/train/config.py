@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastres.errors import FastresError
-from fastres.ops.residual import KEEP
 from fastres.train.progressive import parse_progressive
 from fastres.train.schedule import parse_milestones
 
@@ -28,6 +27,12 @@ def option(
     """A dataclass field that knows its ``--help`` line, its scalar type and its valid values."""
     return field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "low": low, "high": high})
 
+
+KEEP = ("all", "fewer")  # `fastres.ops.residual.KEEP`; this module is imported without PyTorch
+# heading in the help -> the first option under it
+GROUPS = {
+    "network": "model", "data": "data", "length": "epochs", "optimisation": "optimizer", "machine": "device",
+}  # fmt: skip
 
 # values with which a run is not what their option promises
 _WITHOUT_EFFECT = (

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastres.train.checkpoint import CheckpointError
-from fastres.train.report import COLUMNS
+from fastres.train.report import FORMS
 
 Check = Callable[[Any], bool]
 
@@ -66,10 +66,8 @@ def _history(value: Any) -> bool:
 def _row(value: Any) -> bool:
     if not isinstance(value, dict) or not all(map(_printable, value)):
         return False
-    whole = all(_count(value.get(key)) for _, key, form in COLUMNS if form == "{:d}")
-    return whole and all(
-        _number(value.get(key)) or (value.get(key) is None and key == "tta_accuracy") for _, key, _ in COLUMNS
-    )
+    whole = all(_count(value.get(key)) for key, form in FORMS.items() if form == "{:d}")
+    return whole and all(_number(value.get(key)) or (value.get(key) is None and key == "tta_accuracy") for key in FORMS)
 
 
 def _sums(value: Any) -> bool:

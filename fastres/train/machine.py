@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -83,6 +84,21 @@ def pick_backend(name: str, device: torch.device) -> str:
     if reason and os.environ.get("RANK", "0") == "0":
         warn_once(f"blocks are plain eager PyTorch, as there are no compiled passes: {reason}")
     return "eager" if reason else "fused"
+
+
+def building_note(device: torch.device, backend: str) -> str | None:
+    """A line for the first run on a GPU, whose Triton kernels are built in its first steps; None: some are built
+    already, or there are none. Of the CPU's compiled passes `fastres.ops.cpu` says it.
+    """
+    if device.type != "cuda" or backend != "fused":
+        return None
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser()
+    try:
+        if next(folder.iterdir(), None) is not None:
+            return None
+    except OSError:
+        pass
+    return f"building the kernels in the first steps, once, which takes minutes; they are kept in {folder}"
 
 
 def settled(

@@ -1,27 +1,41 @@
-"""What a run prints: a table with a row an epoch."""
+"""What a run prints: a table with a row an epoch, in 80 columns."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# (heading, key of the row, format)
-COLUMNS = (
-    ("epoch", "epoch", "{:d}"),
-    ("step", "step", "{:d}"),
-    ("lr", "lr", "{:.2e}"),
-    ("train loss", "train_loss", "{:.4f}"),
-    ("train acc", "train_accuracy", "{:.2%}"),
-    ("val loss", "val_loss", "{:.4f}"),
-    ("val acc", "val_accuracy", "{:.2%}"),
-    ("tta acc", "tta_accuracy", "{:.2%}"),
-    ("skipped", "skipped_steps", "{:d}"),
-    ("images/s", "images_per_second", "{:.0f}"),
-    ("train s/batch", "train_seconds_per_batch", "{:.4f}"),
-    ("val s/batch", "val_seconds_per_batch", "{:.4f}"),
-    ("peak MiB", "peak_memory_mib", "{:.0f}"),
-    ("seconds", "seconds", "{:.1f}"),
-)
-_WIDTH = 10
+WIDTH = 80  # of the terminals that need it most
+# key of an epoch's row -> format
+FORMS = {
+    "epoch": "{:d}",
+    "step": "{:d}",
+    "lr": "{:.1e}",
+    "train_loss": "{:.4f}",
+    "train_accuracy": "{:.2%}",
+    "val_loss": "{:.4f}",
+    "val_accuracy": "{:.2%}",
+    "tta_accuracy": "{:.2%}",
+    "skipped_steps": "{:d}",
+    "images_per_second": "{:.0f}",
+    "train_seconds_per_batch": "{:.4f}",
+    "val_seconds_per_batch": "{:.4f}",
+    "peak_memory_mib": "{:.0f}",
+    "train_seconds": "{:.1f}",
+    "seconds": "{:.1f}",
+}
+# those that the table shows -> (heading, width); metrics.jsonl has all
+COLUMNS = {
+    "epoch": ("epoch", 5),
+    "lr": ("lr", 7),
+    "train_loss": ("loss", 7),
+    "train_accuracy": ("acc", 7),
+    "val_loss": ("val loss", 8),
+    "val_accuracy": ("val acc", 7),
+    "tta_accuracy": ("tta acc", 7),
+    "skipped_steps": ("skipped", 7),
+    "images_per_second": ("images/s", 8),
+    "seconds": ("seconds", 7),
+}
 
 
 def rank(row: dict[str, Any]) -> tuple[float, float]:
@@ -36,14 +50,17 @@ def heading(tta: bool, scaled: bool) -> str:
         tta: with the accuracy over mirror images.
         scaled: with the steps that fp16's gradient scaler skipped.
     """
-    return "  ".join(f"{name:>{max(_WIDTH, len(name))}}" for name, _, _ in _columns(tta, scaled))
+    return _joined({key: name for key, (name, _) in COLUMNS.items()}, tta, scaled)
 
 
 def line(row: dict[str, Any], tta: bool, scaled: bool) -> str:
     """One epoch as a line of the table."""
-    return "  ".join(f"{form.format(row[key]):>{max(_WIDTH, len(name))}}" for name, key, form in _columns(tta, scaled))
+    shown = {key for key in COLUMNS if row[key] is not None}
+    return _joined({key: FORMS[key].format(row[key]) for key in shown}, tta, scaled)
 
 
-def _columns(tta: bool, scaled: bool) -> list[tuple[str, str, str]]:
+def _joined(cells: dict[str, str], tta: bool, scaled: bool) -> str:
     wanted = {"tta_accuracy": tta, "skipped_steps": scaled}
-    return [column for column in COLUMNS if wanted.get(column[1], True)]
+    columns = {key: width for key, (_, width) in COLUMNS.items() if wanted.get(key, True)}
+    gap = "  " if sum(columns.values()) + 2 * (len(columns) - 1) <= WIDTH else " "
+    return gap.join(f"{cells.get(key, ''):>{width}}" for key, width in columns.items())

@@ -13,6 +13,14 @@ from types import FrameType
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
+class Interrupted(Exception):
+    """A signal ended the run after its state was saved, or a second one at once."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
 def _ends() -> list[signal.Signals]:
     """Signals that end a process, but one that ``nohup`` has told it to ignore."""
     known = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]

@@ -26,7 +26,7 @@ from fastres.train.optimizer import set_lr
 from fastres.train.progressive import parse_progressive, size_at
 from fastres.train.run_folder import RunFolder
 from fastres.train.schedule import lr_factor, parse_milestones
-from fastres.train.signals import StopRequest
+from fastres.train.signals import Interrupted, StopRequest
 from fastres.train.update import GraphedUpdate, Update
 
 # fp16's gradient scaler halves the scale at each step it skips, without end; gradients that overflow below this are
@@ -40,14 +40,6 @@ class NonFiniteLoss(FastresError):
 
 class OverflowingGradients(FastresError):
     """Gradients overflow fp16 whatever the loss is scaled by; the last good checkpoint is left as it was."""
-
-
-class Interrupted(Exception):
-    """A signal ended the run after its state was saved, or a second one at once."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
 
 
 class Trainer:
@@ -141,6 +133,8 @@ class Trainer:
             OverflowingGradients: when fp16's gradients are, at every scale of the loss.
             Interrupted: after a signal that asks it to end, with the state saved; after a second one at once.
         """
+        if note := machine.building_note(self.device, self.backend):
+            self.say(note)
         self.say(report.heading(*self._columns))
         for row in self.history:
             self.say(report.line(row, *self._columns))

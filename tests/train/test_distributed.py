@@ -18,7 +18,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from support_train import tiny_config, tiny_dataset, tiny_split, tiny_trainer
 
-from fastres import cli
+from fastres.arguments import make_parser
+from fastres.commands.train import plan
 from fastres.data import Augment, Batches, DataError
 from fastres.errors import FastresError
 from fastres.train import Trainer, distributed
@@ -174,24 +175,24 @@ FIRST = Launch(("agent 1", "agent 2"), "cluster 7")
     ],
 )
 def test_a_launch_goes_on_with_its_own_run_alone(tmp_path, now, begun):
-    arguments = cli.make_parser().parse_args(["train", "--out", str(tmp_path), "--model", "resnet8"])
-    asked = cli.plan(arguments, Ranks(launch=FIRST))
+    arguments = make_parser().parse_args(["train", "--out", str(tmp_path), "--model", "resnet8"])
+    asked = plan(arguments, Ranks(launch=FIRST))
     assert not asked.begun
     folder = RunFolder(tmp_path)
     folder.write_config(asked.config, {"launch": FIRST.facts()})
     folder.close()
     for _ in range(2):  # a refusal stays one
-        again = cli.plan(arguments, Ranks(launch=now))
+        again = plan(arguments, Ranks(launch=now))
         assert again.begun is begun
         if not begun:
             with pytest.raises(FastresError, match="already holds a run"):
                 again.folder()
-    other = cli.make_parser().parse_args(["train", "--out", str(tmp_path), "--model", "resnet8", "--lr", "7"])
+    other = make_parser().parse_args(["train", "--out", str(tmp_path), "--model", "resnet8", "--lr", "7"])
     if begun:
         with pytest.raises(FastresError, match=r"holds a run with lr 0.4, not 7.0: choose another --out"):
-            cli.plan(other, Ranks(launch=now))
+            plan(other, Ranks(launch=now))
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("resnet8", "resnet9"))
-    assert not cli.plan(arguments, Ranks(launch=now)).begun
+    assert not plan(arguments, Ranks(launch=now)).begun
 
 
 def test_the_launch_of_a_process(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ import torch
 from fastres.atomic import atomic_write
 from fastres.cache import is_private, private_folder, remove_leftovers
 
+logger = logging.getLogger(__name__)
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("passes.cpp", "weight_grad.cpp"))
 # not -ffast-math: it lets the compiler take it that nothing is NaN or infinite, and those must go through as in PyTorch
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
@@ -114,6 +116,7 @@ def _compile(compiler: list[str], path: Path) -> None:
         OSError, subprocess.SubprocessError: where the compiler or the folder fails.
     """
     remove_leftovers(path.parent)
+    logger.warning("compiling the fused passes for this CPU, once, which takes up to a minute: %s", path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         built = Path(folder) / path.name
         for cpu in _FOR_THIS_CPU:

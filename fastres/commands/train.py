@@ -1,0 +1,128 @@
+"""``fastres train``: one run, alone or as one of several ranks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastres.commands.options import given_options, load_data, recipe, say
+from fastres.errors import FastresError
+from fastres.models.registry import accepted_options
+from fastres.train import TrainConfig, Trainer, machine, report
+from fastres.train.distributed import Onlooker, Ranks, joined, rank_device
+from fastres.train.facts import run_facts
+from fastres.train.final_test import final_test
+from fastres.train.identity import CHANGED_BY_RESUME, PLACE, difference
+from fastres.train.run_folder import RunFolder, saved_config, saved_launch
+from fastres.train.useless import check_given
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a network and leave a run folder; `torchrun -m fastres.cli train` trains it with several processes."""
+    with joined() as ranks:
+        return train_with(ranks, args)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run that is asked for: its options, its folder, whether that may hold its beginning, and whether it was
+    named.
+    """
+
+    config: TrainConfig
+    path: Path
+    begun: bool
+    named: bool = True
+
+    def folder(self) -> RunFolder:
+        """The folder, taken."""
+        return RunFolder(self.path, self.begun) if self.named else RunFolder.new(self.path)
+
+
+def plan(args: argparse.Namespace, ranks: Ranks) -> Plan:
+    """What is to be done.
+
+    A folder may hold the run's beginning where it is to be resumed, or where this very launch began it: ``torchrun``
+    restarted its processes, machines joined or left, or SLURM started the job again.
+
+    Raises:
+        FastresError: for options that a resumed run cannot change, or that a launch began its run without.
+    """
+    if args.resume is not None:
+        given = given_options(args)
+        fixed = sorted(set(given) - CHANGED_BY_RESUME)
+        fixed += [name for name in ("preset", "config", "out") if getattr(args, name) is not None]
+        if fixed:
+            raise FastresError(
+                f"--{fixed[0].replace('_', '-')} cannot change in a resumed run: leave it out, or start a new run"
+            )
+        return Plan(saved_config(args.resume).replace(**given), Path(args.resume), True)
+    asked = recipe(args)
+    config, given = asked.config, asked.given
+    check_given([config], given)
+    for note in asked.notes:
+        print(note, flush=True)
+    if config.sync_bn and "sync_bn" in given and "WORLD_SIZE" not in os.environ:
+        raise FastresError("--sync-bn does nothing in one process: start with torchrun, or leave it out")
+    if args.out is None:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            raise FastresError("torchrun --max-restarts needs --out FOLDER: a restarted job finds its checkpoint there")
+        return Plan(config, Path(f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"), False, named=False)
+    path = Path(args.out)
+    if not ranks.launch.began(saved_launch(path)):
+        return Plan(config, path, False)
+    saved = saved_config(path)
+    if differs := difference(saved, config):
+        raise FastresError(f"run folder {path} holds a run with {differs}: choose another --out")
+    return Plan(saved.replace(**{name: getattr(config, name) for name in PLACE}), path, True)
+
+
+def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
+    """Train as one of the ranks; only the first one prints and writes."""
+    asked = ranks.of_first(lambda: plan(args, ranks))
+    config = asked.config
+    device = machine.pick_device(rank_device(config.device, ranks))
+    accepted_options(config.model)  # an unknown model should not wait for the data
+    machine.treat_freed_memory(device, config.keep)
+    folder = asked.folder() if ranks.first else None
+    path = ranks.of_first(lambda: folder.path if folder else asked.path)
+    at = folder or Onlooker(path)
+    try:
+        with ranks.going_on(path):
+            trainer = Trainer(config, load_data(config, ranks), at, ranks=ranks)
+            if ranks.of_first(at.begun):
+                trainer.resume()
+            elif asked.begun:
+                say(ranks, f"{path} was stopped before its first checkpoint: starting again")
+            if ranks.first:
+                describe(trainer)
+            history = trainer.fit()
+            tested = final_test(trainer)
+    finally:
+        at.close()
+    best = max(history, key=report.rank)
+    say(
+        ranks,
+        f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, "
+        f"best {best['val_accuracy']:.2%} in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}",
+    )
+    for line in tested:
+        say(ranks, line)
+    return 0
+
+
+def describe(trainer: Trainer) -> None:
+    """Print what is about to run and save it beside the options."""
+    config, dataset, facts = trainer.config, trainer.dataset, run_facts(trainer)
+    trainer.folder.write_config(config, {**facts, "launch": trainer.ranks.launch.facts()})
+    print(
+        f"{config.model}, {facts['parameters']:,} parameters | {dataset.label}, {len(dataset.train)} + "
+        f"{len(dataset.validation)} images{f', {len(dataset.test)} for the test' if dataset.val is not None else ''}, "
+        f"{trainer.image_size}x{trainer.image_size} | {facts['device']}, {facts['dtype']}, {facts['backend']}"
+        f"{f', {trainer.ranks.count} ranks' if trainer.ranks.count > 1 else ''} | "
+        f"{trainer.total_steps} steps | {trainer.folder.path}",
+        flush=True,
+    )

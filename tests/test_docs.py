@@ -12,7 +12,7 @@ from bench.tables import fill
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]
-RUN = ["README.md", "docs/tutorial.md"]
+RUN = ["README.md", "docs/derivation.md", "docs/tutorial.md"]
 OTHERS = {"volume", "steps"}  # filled in by bench.scaling, see tests/bench/test_scaling.py
 
 
@@ -28,8 +28,10 @@ def test_every_block_of_python_runs(page):
     assert blocks
     for block in blocks:
         line = text.count("\n", 0, block.start(1))
-        code = compile("\n" * line + block[1], page, "exec")  # so that an error names the line
+        code = compile("\n" * line + block[1], ROOT / page, "exec")  # so that an error names the line
         exec(code, namespace)
+    if drawn := re.search(r"^```text\n(.*?)\n```", text, re.M | re.S):  # by the page's own code
+        assert drawn[1] == namespace["picture"]
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=named)

@@ -197,8 +197,8 @@ def must_be_called(module: nn.Module) -> bool:
     )
 
 
-def _structure(block: nn.Module) -> Block | None:
-    structure, reason = structure_of(block)
+def _structure(block: nn.Module, running: bool = False) -> Block | None:
+    structure, reason = structure_of(block, running)
     if reason is not None:
         say_once(block, reason)
     return structure
@@ -258,7 +258,7 @@ class FusedBlock(Fused):
         """[N, C, H, W] to channels-last [N, C', H', W']."""
         if not isinstance(self, FusedBlock):  # its fused class was taken off, and somebody kept this method
             return type(self).forward(self, x)
-        structure = None if watched(x) else _structure(self)
+        structure = None if watched(x) else _structure(self, running=True)
         if structure is None:
             return super().forward(x)
         if structure.preactivation:

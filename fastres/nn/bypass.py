@@ -48,8 +48,12 @@ class Known:
         self.names = _CALLERS.union(self.methods)
         self._on_top: dict[type, str | None] = {}
 
-    def changed(self, module: nn.Module) -> str | None:
-        """Whether its forward, or a method that this calls, is another than the class's."""
+    def changed(self, module: nn.Module, running: bool = False) -> str | None:
+        """Whether its forward, or a method that this calls, is another than the class's.
+
+        Args:
+            running: whether this is asked in the class's forward, so that one of the instance, if any, calls it.
+        """
         cls = type(module)
         if cls.__call__ is not nn.Module.__call__:
             return f"{cls.__name__} has a __call__ of its own"
@@ -66,6 +70,8 @@ class Known:
             changed = [name for name in self.methods if name in own]
         else:
             changed = [] if self.names.isdisjoint(own) else sorted(self.names & own.keys())
+        if running and changed == ["forward"]:
+            return None
         return f"{_a(cls)} has an instance's {' and '.join(changed)}" if changed else None
 
     def reason(self, module: nn.Module) -> str | None:

@@ -200,7 +200,7 @@ class FusedNetwork(Fused):
             return type(self).forward(self, x)
         steps = None
         if not watched(x):
-            steps, reason = tell(self)
+            steps, reason = tell(self, running=True)
             if reason is not None:
                 say_once(self, reason)
         if steps is None:

@@ -143,12 +143,16 @@ def is_network(cls: type) -> bool:
     return entry is not None and not entry.is_block
 
 
-def tell(module: nn.Module) -> tuple[Any, str | None]:
-    """The structure of a module of a registered class; or None and why its adapter does not hold for it."""
+def tell(module: nn.Module, running: bool = False) -> tuple[Any, str | None]:
+    """The structure of a module of a registered class; or None and why its adapter does not hold for it.
+
+    Args:
+        running: see `Known.changed`.
+    """
     entry = entry_of(type(module))
     if entry is None:
         return None, "no adapter is registered"
-    if reason := entry.known.changed(module):
+    if reason := entry.known.changed(module, running):
         return None, reason
     try:
         return entry.adapter(module), None
@@ -156,9 +160,13 @@ def tell(module: nn.Module) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-def structure_of(block: nn.Module) -> tuple[Block | None, str | None]:
-    """What a block is made of for now; or None and why it must run its eager forward."""
-    structure, reason = tell(block)
+def structure_of(block: nn.Module, running: bool = False) -> tuple[Block | None, str | None]:
+    """What a block is made of for now; or None and why it must run its eager forward.
+
+    Args:
+        running: see `Known.changed`.
+    """
+    structure, reason = tell(block, running)
     if reason is None:
         reason = structure_reason(structure)
     return (structure, None) if reason is None else (None, reason)

@@ -265,6 +265,18 @@ def test_what_hinders_for_a_while_hinders_no_longer():
     assert not report(model).left
 
 
+def test_a_wrapper_of_the_forward_leaves_a_network_fused(caplog):
+    """As Hugging Face accelerate wraps it, for mixed precision."""
+    model, x = network(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    fused = fuse(copy.deepcopy(model))
+    for wrapped in (fused, block(fused)):
+        forward = wrapped.forward
+        wrapped.forward = lambda x, forward=forward: forward(x) * 1.0
+    caplog.clear()
+    assert_same(train_step(fused, x), train_step(model, x), 1e-9)
+    assert not caplog.records
+
+
 def test_it_is_said_once_for_each_module_and_reason(caplog):
     model = fuse(network())
     caplog.clear()

@@ -12,6 +12,7 @@ from importlib import import_module
 from fastres.arguments import COMMANDS, make_parser
 from fastres.errors import FastresError
 from fastres.output import lasting_output
+from fastres.threads import fit_threads
 from fastres.train.signals import Interrupted, terminate_orderly
 
 
@@ -22,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
             argv = sys.argv[1:] if argv is None else argv
             args = make_parser(argv).parse_args(argv)
             out.goes_on = args.command in ("train", "sweep")  # a run outlasts who watches it
+            if args.command != "cache":
+                fit_threads()
             with terminate_orderly():
                 module, name = COMMANDS[args.command][0].split(":")
                 return getattr(import_module(module), name)(args)

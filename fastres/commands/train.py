@@ -11,11 +11,12 @@ from pathlib import Path
 from fastres.commands.options import given_options, load_data, recipe, say
 from fastres.errors import FastresError
 from fastres.models.registry import accepted_options
-from fastres.train import TrainConfig, Trainer, machine, report
+from fastres.train import Interrupted, TrainConfig, Trainer, machine
 from fastres.train.distributed import Onlooker, Ranks, joined, rank_device
 from fastres.train.facts import run_facts
 from fastres.train.final_test import final_test
 from fastres.train.identity import CHANGED_BY_RESUME, PLACE, difference
+from fastres.train.requeue import check_requeue, requeue
 from fastres.train.run_folder import RunFolder, saved_config, saved_launch
 from fastres.train.useless import check_given
 
@@ -59,12 +60,16 @@ def plan(args: argparse.Namespace, ranks: Ranks) -> Plan:
             raise FastresError(
                 f"--{fixed[0].replace('_', '-')} cannot change in a resumed run: leave it out, or start a new run"
             )
+        if given.get("requeue"):
+            check_requeue(args.resume)
         return Plan(saved_config(args.resume).replace(**given), Path(args.resume), True)
     asked = recipe(args)
     config, given = asked.config, asked.given
     check_given([config], given)
     for note in asked.notes:
         print(note, flush=True)
+    if config.requeue:
+        check_requeue(args.out)
     if config.sync_bn and "sync_bn" in given and "WORLD_SIZE" not in os.environ:
         raise FastresError("--sync-bn does nothing in one process: start with torchrun, or leave it out")
     if args.out is None:
@@ -99,11 +104,16 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
                 say(ranks, f"{path} was stopped before its first checkpoint: starting again")
             if ranks.first:
                 describe(trainer)
-            history = trainer.fit()
+            try:
+                history = trainer.fit()
+            except Interrupted as stop:
+                if config.requeue and ranks.first and (done := requeue(stop.signum)):
+                    raise Interrupted(stop.signum, f"{stop}; {done}") from None
+                raise
             tested = final_test(trainer)
     finally:
         at.close()
-    best = max(history, key=report.rank)
+    best = trainer.best or history[-1]
     say(
         ranks,
         f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, "

@@ -151,6 +151,9 @@ class TrainConfig:
         None, "save a checkpoint within an epoch too, after so many minutes", kind=float, low=0.0
     )
     save_steps: int | None = option(None, "save a checkpoint within an epoch too, after so many steps", kind=int, low=1)
+    requeue: bool = option(
+        False, "in a job of SLURM: have it started again where a signal of SLURM's ended the run", kind=bool
+    )
     seed: int = option(0, "seed of initial weights, order and augmentation", kind=int, low=0, high=2**63 - 1)
     deterministic: bool = option(False, "only deterministic algorithms; else cuDNN takes its fastest", kind=bool)
 

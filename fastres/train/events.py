@@ -19,31 +19,34 @@ class Events:
     def __init__(self, folder: Path):
         self._folder = folder
         self._writer: Any = None  # a SummaryWriter
+        self._handle: int | None = None  # of the folder, where its name is not UTF-8
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows of epochs; TensorBoard takes the first row of a process for the next one, whatever was there behind
         it.
         """
-        if not self._is_text():
-            warn_once(f"TensorBoard takes no folder whose name is not UTF-8, so {self._folder} gets no events")
-            return
         for row in rows:
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._wait_for_a_later_second()
-                self._writer = SummaryWriter(self._folder, purge_step=row["step"])
+            if self._writer is None and not self._open(row["step"]):
+                return
             for name, value in row.items():
                 if name not in ("step", "epoch") and value is not None:
                     self._writer.add_scalar(name, value, row["step"])
         if self._writer is not None:
             self._writer.flush()
 
-    def _is_text(self) -> bool:
-        try:
-            os.fspath(self._folder.absolute()).encode()
-        except UnicodeEncodeError:
-            return False
+    def _open(self, step: int) -> bool:
+        """Make the writer; False where there can be none."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        place = os.fspath(self._folder.absolute())
+        if not _is_utf8(place):  # which TensorBoard cannot take: the kernel has another name of the same folder
+            self._handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            place = f"/proc/self/fd/{self._handle}"
+            if not os.path.isdir(place):
+                warn_once(f"TensorBoard takes no folder whose name is not UTF-8, so {self._folder} gets no events")
+                return False
+        self._wait_for_a_later_second()
+        self._writer = SummaryWriter(place, purge_step=step)
         return True
 
     def _wait_for_a_later_second(self) -> None:
@@ -56,3 +59,14 @@ class Events:
         """End the file."""
         if self._writer is not None:
             self._writer.close()
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -13,7 +13,7 @@ import torch
 
 from fastres.atomic import atomic_write, leftovers
 from fastres.errors import FastresError
-from fastres.train.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
+from fastres.train.checkpoint import CheckpointError, DamagedCheckpoint, load_checkpoint, save_checkpoint
 from fastres.train.config import TrainConfig
 from fastres.train.confusion import FILES as CONFUSION
 from fastres.train.content import RUN, check_content
@@ -132,6 +132,13 @@ class RunFolder:
         facts = read_config(self.path) if (self.path / CONFIG).exists() else None
         check_same_run(saved, facts, source)
         return saved
+
+    def load_previous(self) -> dict[str, Any] | None:
+        """The checkpoint before the last, unchecked; None where there is none that is whole."""
+        try:
+            return load_checkpoint(self.previous)
+        except CheckpointError:
+            return None
 
     def save(self, content: dict[str, Any]) -> None:
         """Write ``last.pt``; the one that was there is kept as ``previous.pt``."""

@@ -18,6 +18,7 @@ from fastres.data import Dataset
 from fastres.errors import FastresError
 from fastres.train import machine, report, state
 from fastres.train.average import WeightAverage
+from fastres.train.best import held_epoch
 from fastres.train.build import build_batches, build_model, build_optimizer, image_size, model_options
 from fastres.train.config import TrainConfig
 from fastres.train.distributed import ALONE, Onlooker, Ranks, rank_device
@@ -116,6 +117,7 @@ class Trainer:
         self.step = self.epoch = self.batch = 0  # batch: steps done in the current epoch
         self.seconds = self.train_seconds = self.epoch_seconds = 0.0  # train_seconds: without validation
         self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # the row of the epoch that best.pt is of
         self.run = uuid.uuid4().hex  # no other run has it, so that their files are not taken for one another's
         self._saved_step: int | None = None  # that last.pt is of
         self._began = self._saved_at = time.monotonic()
@@ -265,7 +267,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "seconds": self.seconds,
         }
-        improved = all(report.rank(row) > report.rank(former) for former in self.history)
+        improved = self.best is None or report.rank(row) > report.rank(self.best)
         self.history.append(row)
         self.epoch += 1
         steps = self.batch
@@ -273,6 +275,7 @@ class Trainer:
         self.tally.reset()
         self.save()
         if improved:
+            self.best = row
             self._save_best()
         self.folder.write_events(row)
         self.folder.write_metrics(self.history)
@@ -333,15 +336,8 @@ class Trainer:
         saved = self.ranks.of_first(lambda: self.folder.load(at, self.say))
         state.take_up(self, saved, self.folder.last)
         self._saved_step = self.step
-        best_epoch = self.ranks.of_first(lambda: self.folder.best_epoch(self.run))
-        best = max(self.history, key=report.rank, default=None)
-        if best is not None and best_epoch != best["epoch"]:
-            if self.batch == 0 and best is self.history[-1]:  # a process ended between the two files
-                self._save_best()
-            else:
-                self.say(
-                    f"warning: best.pt is not of epoch {best['epoch']}, the best one: only a better one will be saved"
-                )
+        held = self.ranks.of_first(lambda: held_epoch(self))
+        self.best = next((row for row in self.history if row["epoch"] == held), None)
 
     def _save_best(self) -> None:
         if self.ranks.first:

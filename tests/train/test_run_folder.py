@@ -1,5 +1,6 @@
 """A run's folder: only its own files are touched, and what lies there is of one run or refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -139,6 +140,76 @@ def test_the_checkpoint_before_the_last(tmp_path):
         more.resume()
         assert more.fit()[-1]["train_loss"] == whole.history[-1]["train_loss"]
         more.folder.close()
+
+
+SCORES = {1: 0.5, 2: 0.9, 3: 0.4, 4: 0.6}  # of epochs
+
+
+def scored(monkeypatch) -> None:
+    """Every epoch's validation accuracy is that of `SCORES`."""
+    real = trainer.evaluate
+
+    def evaluate(*args, **kwargs):
+        return dataclasses.replace(real(*args, **kwargs), accuracy=next(accuracies))
+
+    accuracies = iter(SCORES.values())
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize("damage", ["damaged", "missing"])
+@pytest.mark.parametrize(
+    "epochs, holds, words",
+    [
+        (2, 2, None),  # the best epoch is the last one
+        (3, 2, "made again of previous.pt, epoch 2"),
+        (4, 4, "the weights of epoch 2 (validation accuracy 90.00%), the best one, are lost: it now holds epoch 4 "),
+    ],
+)
+def test_a_best_checkpoint_that_is_gone(tmp_path, monkeypatch, epochs, holds, words, damage):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        scored(patch)
+        whole = run_in(folder, steps=2 * epochs)
+    kept = load_checkpoint(folder / "best.pt")
+    assert kept["epoch"] == 2
+    (folder / "best.pt").write_bytes(b"damaged") if damage == "damaged" else (folder / "best.pt").unlink()
+    said = []
+    again = resumed(folder, said, steps=2 * epochs)
+    found = load_checkpoint(folder / "best.pt")
+    assert found["epoch"] == holds == again.best["epoch"] and found["step"] == 2 * holds and found.keys() == kept.keys()
+    if holds == 2:
+        assert all(torch.equal(found["weights"][name], kept["weights"][name]) for name in kept["weights"])
+    else:
+        assert torch.equal(found["weights"]["fc.weight"], whole.model.state_dict()["fc.weight"])
+    fault = f"best.pt is {damage}"
+    if words is not None:
+        assert len(said) == 1 and words in said[0] and fault in said[0]
+    else:
+        assert len(said) == (damage == "damaged") and all(fault in line for line in said)
+
+
+def test_a_best_checkpoint_that_nothing_replaces(tmp_path, monkeypatch):
+    """In mid-epoch no whole epoch's weights may be left: the next one's are then saved, however good."""
+    with monkeypatch.context() as patch:
+        scored(patch)
+        run_in(tmp_path / "run", steps=4)
+    content = load_checkpoint(tmp_path / "run" / "last.pt")
+    save_checkpoint(
+        tmp_path / "run" / "last.pt", {**content, "step": 3, "epoch": 1, "batch": 1, "history": content["history"][:1]}
+    )
+    for name in ("best.pt", "previous.pt"):
+        (tmp_path / "run" / name).unlink()
+    said = []
+    more = tiny_trainer(tmp_path / "run", **{**QUICK, "steps": 4})
+    more.say = said.append
+    more.resume()
+    assert "the next epoch will be saved there" in said[0] and more.best is None
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *_: type("S", (), {"loss": 9.0, "accuracy": 0.0, "tta_accuracy": None})
+    )
+    more.fit()
+    more.folder.close()
+    assert load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 2
 
 
 def test_a_file_system_without_hard_links_keeps_the_checkpoint_before(tmp_path, monkeypatch):

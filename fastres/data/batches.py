@@ -1,4 +1,4 @@
-"""Batches of a split that lives on the training device."""
+"""Batches of a split that lives on the training device, or is fed to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from fastres.data.augment import (
     resize,
     shrink,
 )
-from fastres.data.dataset import DataError, Split, take_images
+from fastres.data.dataset import DataError, Labelled, Split, take_images
+from fastres.data.feed import Feed, default_workers
+from fastres.data.files import FileSplit
 
 ORDER, CHOICES, FIRST_FLIPS = range(3)  # what a stream of random numbers is for
 
@@ -46,8 +48,10 @@ class Batches:
     same to the bit, so together they see each image once, their numbers of images differ by one at most, and
     micro-batches are of the same images too. A rank whose part of the last test batch is empty leaves it out.
 
+    Images that are held on the device and those that worker processes feed to it make the same batches, bit for bit.
+
     Args:
-        split: images and labels; all of them are held on ``device``.
+        split: images and labels. A `Split` is held on ``device``, a `FileSplit` is decoded by workers as it is wanted.
         batch_size: images a batch, of all ranks together.
         mean, std: per channel, on the scale 0..255.
         augment: see `Augment`; of test images only ``resize`` is done. None: nothing.
@@ -56,6 +60,8 @@ class Batches:
         drop_last: leave out the last batch where it is smaller; default: when training, as batch statistics
             of a few images are poor.
         share: which rank of how many this one is.
+        workers: processes that decode; None: as many as `default_workers` says; 0: this one does it itself.
+        resident: whether a `Split` is held on ``device``; else it stays where it is and workers feed it.
 
     Raises:
         DataError: when the batch is larger than the split, the crop's padding does not fit the images, or a training
@@ -64,7 +70,7 @@ class Batches:
 
     def __init__(
         self,
-        split: Split,
+        split: Labelled,
         batch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -75,9 +81,11 @@ class Batches:
         dtype: torch.dtype = torch.float32,
         drop_last: bool | None = None,
         share: tuple[int, int] = (0, 1),
+        workers: int | None = None,
+        resident: bool = True,
     ):
         augment = augment or Augment(crop_pad=0)
-        side = min(split.images.shape[-2:])
+        side = min(split.size)
         if batch_size < 1:
             raise DataError(f"batch size {batch_size} must be at least 1")
         if batch_size > len(split):
@@ -89,7 +97,7 @@ class Batches:
                 f"crop_pad {augment.crop_pad} cannot be reflected in images of {side} pixels: lower it below {side}"
             )
         self.device = torch.device(device)
-        self.split, self.batch_size = split.to(self.device), batch_size
+        self.batch_size = batch_size
         self.mean, self.std = tuple(mean), tuple(std)
         self.augment = augment if train else Augment(crop_pad=0, resize=augment.resize)
         self.train, self.seed, self.dtype = train, seed, dtype
@@ -102,6 +110,15 @@ class Batches:
                 f"a batch of {min(batch_size, rest or batch_size)} images leaves some of {self.ranks} ranks without one: "
                 f"{'leave the last one out' if rest else 'make it larger'}"
             )
+        self.labels = split.labels.to(self.device)
+        self._feed: Feed | None = None
+        if resident and isinstance(split, Split):
+            self.split: Split | FileSplit = split.to(self.device)
+        else:
+            assert isinstance(split, (Split, FileSplit))
+            workers = default_workers(self.device) if workers is None else workers
+            self.split = split
+            self._feed = Feed(split, self.device, workers, -(-batch_size // self.ranks), persistent=train)
         self._first_flips = None
         if self.augment.flip == "alternating":
             self._first_flips = first_flips(len(split), stream(seed, FIRST_FLIPS))
@@ -130,6 +147,16 @@ class Batches:
             raise DataError(f"step {start_step} is not in an epoch of {len(self)} batches: resume with the same data")
         return self._epoch(epoch, start_step, size_at)
 
+    @property
+    def waited(self) -> float:
+        """Seconds for which fed images were not ready when they were wanted, since the beginning."""
+        return self._feed.waited if self._feed is not None else 0.0
+
+    def close(self) -> None:
+        """End the worker processes, if there are any; no batch comes after that."""
+        if self._feed is not None:
+            self._feed.close()
+
     def _epoch(
         self, epoch: int, start_step: int, size_at: Callable[[int], int | None]
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,30 +165,40 @@ class Batches:
         if self.train:
             order = torch.randperm(count, generator=stream(self.seed, ORDER, epoch))
         on_device = self._send(order)
-        for step in range(start_step, len(self)):
-            first, last = step * self.batch_size, min((step + 1) * self.batch_size, count)
-            part = slice(first + self.rank, last, self.ranks)
-            if part.start >= last:
-                continue
+        steps = range(start_step, len(self))
+        ends = [(step * self.batch_size, min((step + 1) * self.batch_size, count)) for step in steps]
+        parts = [slice(first + self.rank, last, self.ranks) for first, last in ends if first + self.rank < last]
+        for step, (first, last), part, (images, index) in zip(steps, ends, parts, self._pixels(order, on_device, parts)):
             draws = draw(self.augment, last - first, *self._size(), stream(self.seed, CHOICES, epoch, step))
             draws = draws.of(slice(self.rank, None, self.ranks))
-            images = self._images(order[part], on_device[part], draws, epoch, size_at(step))
-            yield images, self.split.labels[on_device[part]]
+            mirror = draws.mirror if self._first_flips is None else self._first_flips[order[part]] ^ bool(epoch % 2)
+            yield self._augmented(images, index, draws, mirror, size_at(step)), self.labels[on_device[part]]
+
+    def _pixels(self, order: Tensor, on_device: Tensor, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """For each part of the order uint8 images [N, 3, H, W] on the device, and which of them it is; None: all."""
+        if self._feed is not None:
+            for images in self._feed.batches([order[part] for part in parts]):
+                yield images, None
+        else:
+            assert isinstance(self.split, Split)
+            for part in parts:
+                yield self.split.images, on_device[part]
 
     def _size(self) -> tuple[int, int]:
         """Height and width of the images in the end."""
-        height, width = self.split.images.shape[-2:]
-        return (self.augment.resize, self.augment.resize) if self.augment.resize else (height, width)
+        return (self.augment.resize, self.augment.resize) if self.augment.resize else self.split.size
 
-    def _images(self, index: Tensor, index_on_device: Tensor, draws: Draws, epoch: int, size: int | None) -> Tensor:
-        augment, images = self.augment, self.split.images
+    def _augmented(
+        self, images: Tensor, index: Tensor | None, draws: Draws, mirror: Tensor | None, size: int | None
+    ) -> Tensor:
+        augment = self.augment
         height, width = self._size()
-        mirror = draws.mirror if self._first_flips is None else self._first_flips[index] ^ bool(epoch % 2)
-        if draws.top is None and mirror is None:
-            images = take_images(images, index_on_device)
-        else:
+        if draws.top is not None or mirror is not None:
+            index = torch.arange(len(images), device=self.device) if index is None else index
             corner = self._send(draws.top), self._send(draws.left)
-            images = crop_and_flip(images, index_on_device, augment.crop_pad, *corner, self._send(mirror))
+            images = crop_and_flip(images, index, augment.crop_pad, *corner, self._send(mirror))
+        elif index is not None:
+            images = take_images(images, index)
         if size is not None:
             images = shrink(images, size)
         elif augment.resize:

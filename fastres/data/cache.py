@@ -8,17 +8,19 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 
 from fastres.atomic import atomic_write
 from fastres.cache import remove_leftovers
-from fastres.data.dataset import Parts, Split, first_line
+from fastres.data.dataset import Parts, PixelFacts, Split, first_line
 from fastres.data.size import Sides
 
-FORMAT = "fastres-images-2"
+T = TypeVar("T")
+Bad = tuple[tuple[int, str], ...]  # number and fault of each file that could not be read
+FORMAT = "fastres-images-3"
 ENTRY = ".images.json"
 
 
@@ -37,6 +39,14 @@ class Facts:
 
     content: str
     sides: Sides | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found when all images of a content were decoded once: of a bad one there are no facts."""
+
+    facts: PixelFacts
+    bad: Bad
 
 
 class Cache:
@@ -72,7 +82,8 @@ class Cache:
         former = entries.pop(path, None)
         if hit != path:
             content = {"state": state, **asdict(facts)}
-            self._keep(path, json.dumps({**content, "checksum": _checksum(content)}).encode())
+            line = json.dumps({**content, "checksum": _checksum(content)}).encode()
+            self._keep(path, lambda file: file.write(line))
         held = {content["content"] for content in entries.values() if content is not None} | {facts.content}
         if former is not None and former["content"] not in held:
             for old in self.folder.glob(f"{former['content'][:24]}-*.npz"):
@@ -81,18 +92,33 @@ class Cache:
 
     def parts(self, content: str, size: int, build: Callable[[], Parts]) -> Parts:
         """The decoded images of a content at a size, from their file or from ``build``, which are then kept."""
+        return self._kept(content, f"{size}", build, _arrays, _parts)
+
+    def survey(self, content: str, size: int, build: Callable[[], Survey]) -> Survey:
+        """What is known of the decoded images of a content at a size, without the images."""
+        return self._kept(content, f"{size}-survey", build, _survey_arrays, _survey)
+
+    def _kept(
+        self,
+        content: str,
+        kind: str,
+        build: Callable[[], T],
+        pack: Callable[[T], dict[str, np.ndarray]],
+        unpack: Callable[[dict[str, np.ndarray]], T],
+    ) -> T:
         if self.folder is None:
             return build()
-        path = self.folder / f"{content[:24]}-{size}.npz"
+        path, identity = self.folder / f"{content[:24]}-{kind}.npz", f"{FORMAT} {content} {kind}"
         try:
-            return _read(path, f"{content} {size}")
+            return unpack(_read(path, identity))
         except (FileNotFoundError, NotADirectoryError):
             pass
         except Exception as error:  # a damaged archive can raise anything
             self.say(f"warning: cache file {path} cannot be used ({first_line(error)}): decoding the images again")
-        parts = build()
-        self._keep(path, parts, f"{content} {size}")
-        return parts
+        built = build()
+        arrays = {"identity": np.array([identity]), **pack(built)}
+        self._keep(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        return built
 
     def _entry(self, path: Path) -> dict[str, Any] | None:
         try:
@@ -108,15 +134,14 @@ class Cache:
             path.unlink(missing_ok=True)
             return None
 
-    def _keep(self, path: Path, content: bytes | Parts, identity: str = "") -> None:
+    def _keep(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
+        if self.folder is None:
+            return
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             remove_leftovers(path.parent)
             with atomic_write(path) as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    np.savez(file, **_arrays(content, identity))  # type: ignore[arg-type]
+                write(file)
         except OSError as error:
             self.say(f"warning: cannot keep decoded images in {path.parent} ({first_line(error)}): going on without")
             self.folder = None  # one warning is enough
@@ -131,35 +156,57 @@ def _facts(content: dict[str, Any]) -> Facts:
     return Facts(content["content"], None if sides is None else Sides(**sides))
 
 
-def _arrays(parts: Parts, identity: str) -> dict[str, np.ndarray]:
+def _arrays(parts: Parts) -> dict[str, np.ndarray]:
     arrays = {
-        "identity": np.array([FORMAT, identity, str(parts.genuine)]),
+        "genuine": np.array(parts.genuine),
         "classes": np.array(parts.classes),
         "statistics": np.array([parts.mean, parts.std]),
-        "bad": np.array([number for number, _ in parts.bad], np.int64),
-        "reasons": np.array([reason for _, reason in parts.bad], np.str_),
+        **_fault_arrays(parts.bad),
         "splits": np.array(list(parts.splits)),
     }
     for name, split in parts.splits.items():
+        assert isinstance(split, Split)  # what is in files need not be kept
         arrays[f"{name}_images"] = split.images.permute(0, 2, 3, 1).numpy()
         arrays[f"{name}_labels"] = split.labels.numpy()
     return arrays
 
 
-def _read(path: Path, identity: str) -> Parts:
-    """The parts in a file; any exception but that there is none means damage."""
+def _parts(arrays: dict[str, np.ndarray]) -> Parts:
+    splits = {
+        name: Split(torch.from_numpy(arrays[f"{name}_images"]).permute(0, 3, 1, 2),
+                    torch.from_numpy(arrays[f"{name}_labels"]))
+        for name in arrays["splits"].tolist()
+    }  # fmt: skip
+    mean, std = arrays["statistics"].tolist()
+    classes, genuine = tuple(arrays["classes"].tolist()), bool(arrays["genuine"])
+    return Parts(dict(splits), classes, tuple(mean), tuple(std), _faults(arrays), genuine)
+
+
+def _survey_arrays(found: Survey) -> dict[str, np.ndarray]:
+    return {**asdict(found.facts), **_fault_arrays(found.bad)}
+
+
+def _survey(arrays: dict[str, np.ndarray]) -> Survey:
+    return Survey(PixelFacts(arrays["digests"], arrays["sums"], arrays["squares"]), _faults(arrays))
+
+
+def _fault_arrays(bad: Bad) -> dict[str, np.ndarray]:
+    return {
+        "bad": np.array([number for number, _ in bad], np.int64),
+        "reasons": np.array([reason for _, reason in bad], np.str_),
+    }
+
+
+def _faults(arrays: dict[str, np.ndarray]) -> Bad:
+    return tuple(zip(arrays["bad"].tolist(), arrays["reasons"].tolist()))
+
+
+def _read(path: Path, identity: str) -> dict[str, np.ndarray]:
+    """The arrays in a file; any exception but that there is none means damage."""
     with zipfile.ZipFile(path) as archive:
         if bad := archive.testzip():
             raise ValueError(f"checksum of {bad}")
     with np.load(path, allow_pickle=False) as arrays:
-        form, kept, genuine = arrays["identity"].tolist()
-        if (form, kept) != (FORMAT, identity):
+        if arrays["identity"].tolist() != [identity]:
             raise ValueError("it is of other images")
-        splits = {
-            name: Split(torch.from_numpy(arrays[f"{name}_images"]).permute(0, 3, 1, 2),
-                        torch.from_numpy(arrays[f"{name}_labels"]))
-            for name in arrays["splits"].tolist()
-        }  # fmt: skip
-        mean, std = arrays["statistics"].tolist()
-        faults = tuple(zip(arrays["bad"].tolist(), arrays["reasons"].tolist()))
-        return Parts(splits, tuple(arrays["classes"].tolist()), tuple(mean), tuple(std), faults, genuine == "True")
+        return {name: arrays[name] for name in arrays.files}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +25,77 @@ def first_line(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
+class PixelFacts:
+    """What identity and statistics need of N images' pixels, each image for itself, so that parts of a set have theirs.
+
+    ``digests``: uint8 [N, 32], SHA-256 of the bytes of uint8 [H, W, 3]. ``sums``, ``squares``: int64 [N, 3], of each
+    channel's values and of their squares.
+    """
+
+    digests: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def empty(cls, count: int) -> PixelFacts:
+        """Room for those of ``count`` images."""
+        return cls(np.zeros((count, 32), np.uint8), np.zeros((count, 3), np.int64), np.zeros((count, 3), np.int64))
+
+    def note(self, number: int, image: np.ndarray) -> None:
+        """Fill in those of uint8 [H, W, 3]."""
+        self.digests[number] = np.frombuffer(image_digest(image), np.uint8)
+        values = image.reshape(-1, image.shape[-1])
+        self.sums[number] = values.sum(0, dtype=np.int64)
+        self.squares[number] = np.square(values, dtype=np.uint16).sum(0, dtype=np.int64)  # 255 * 255 fits
+
+    def subset(self, index: np.ndarray) -> PixelFacts:
+        """Those of some of the images."""
+        return PixelFacts(self.digests[index], self.sums[index], self.squares[index])
+
+
+class Labelled(Protocol):
+    """Labelled images of one size, wherever their pixels are: in memory (`Split`) or in their files (`FileSplit`).
+
+    ``labels``: int64 [N]. ``size``: height and width of the images.
+    """
+
+    @property
+    def labels(self) -> Tensor:  # noqa: D102
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:  # noqa: D102
+        ...
+
+    def __len__(self) -> int: ...
+
+    def subset(self, index: Tensor) -> Any:
+        """The images and labels at ``index``, int64 [M]."""
+        ...
+
+    def labelled(self, labels: Tensor) -> Any:
+        """The same images with other labels, int64 [N]."""
+        ...
+
+    def sample(self, index: Tensor) -> Tensor:
+        """The images at ``index``, int64 [M], as uint8 [M, 3, H, W] in channels_last memory format."""
+        ...
+
+    def digests(self) -> np.ndarray:
+        """See `PixelFacts`."""
+        ...
+
+    def sums(self) -> tuple[list[int], list[int]]:
+        """Of each channel the sum of all values and of their squares."""
+        ...
+
+
+AnySplit = TypeVar("AnySplit", bound=Labelled)
+
+
+@dataclass(frozen=True)
 class Split:
-    """Labelled images.
+    """Labelled images in memory.
 
     ``images``: uint8 [N, 3, H, W] in channels_last memory format. ``labels``: int64 [N].
 
@@ -48,6 +120,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.shape[2], self.images.shape[3]
+
     def to(self, device: torch.device | str) -> Split:
         """The same split on another device."""
         return Split(self.images.to(device), self.labels.to(device))
@@ -55,6 +132,28 @@ class Split:
     def subset(self, index: Tensor) -> Split:
         """The images and labels at ``index``, int64 [M]."""
         return Split(take_images(self.images, index), self.labels[index])
+
+    def labelled(self, labels: Tensor) -> Split:
+        """The same images with other labels, int64 [N]."""
+        return Split(self.images, labels)
+
+    def sample(self, index: Tensor) -> Tensor:
+        """The images at ``index``, int64 [M]."""
+        return take_images(self.images, index)
+
+    def digests(self) -> np.ndarray:
+        """See `PixelFacts`."""
+        rows = self.images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+        return np.frombuffer(b"".join(map(image_digest, rows)), np.uint8).reshape(-1, 32)
+
+    def sums(self) -> tuple[list[int], list[int]]:
+        """Of each channel the sum of all values and of their squares, exact, from the values' histograms."""
+        sums, squares = [], []
+        for channel in range(self.images.shape[1]):
+            counts = torch.bincount(self.images[:, channel].flatten(), minlength=256).cpu().tolist()
+            sums.append(sum(count * value for value, count in enumerate(counts)))
+            squares.append(sum(count * value**2 for value, count in enumerate(counts)))
+        return sums, squares
 
 
 @dataclass(frozen=True)
@@ -72,13 +171,13 @@ class Dataset:
     ``image_size``: pixels a side that the images are meant to be seen at, which may be more than are stored; None: any.
     """
 
-    train: Split
-    test: Split
+    train: Labelled
+    test: Labelled
     classes: tuple[str, ...]
     label: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    val: Split | None = None
+    val: Labelled | None = None
     image_size: int | None = None
     digest: str = ""
 
@@ -88,7 +187,7 @@ class Dataset:
             object.__setattr__(self, "digest", content_digest(splits, self.classes))
 
     @property
-    def validation(self) -> Split:
+    def validation(self) -> Labelled:
         """The split that is evaluated after each epoch."""
         return self.test if self.val is None else self.val
 
@@ -102,7 +201,7 @@ class Parts:
     ``genuine``: whether the checksums are those of the published set.
     """
 
-    splits: dict[str, Split]
+    splits: dict[str, Labelled]
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -111,32 +210,37 @@ class Parts:
 
 
 def make_parts(
-    splits: dict[str, Split],
+    splits: Mapping[str, Labelled],
     classes: tuple[str, ...],
     bad: tuple[tuple[int, str], ...] = (),
     genuine: bool = False,
 ) -> Parts:
     """Parts with the statistics of the first one."""
     first = next(iter(splits.values()))
-    return Parts(splits, classes, *channel_statistics(first.images), bad, genuine)
+    return Parts(dict(splits), classes, *statistics(first), bad, genuine)
 
 
-def content_digest(splits: Sequence[Split], classes: Sequence[str]) -> str:
-    """SHA-256 of images, labels and class names: a quarter of a second for CIFAR-10."""
+def image_digest(image: np.ndarray) -> bytes:
+    """SHA-256 of the bytes of uint8 [H, W, 3]."""
+    return hashlib.sha256(np.ascontiguousarray(image).data).digest()
+
+
+def content_digest(splits: Sequence[Labelled], classes: Sequence[str]) -> str:
+    """SHA-256 of all images' digests, of the labels and of the class names."""
     digest = hashlib.sha256(repr(tuple(classes)).encode("utf-8", "surrogatepass"))
     for split in splits:
-        digest.update(repr(tuple(split.images.shape)).encode())
-        for tensor in (split.images.permute(0, 2, 3, 1), split.labels):
-            digest.update(tensor.cpu().contiguous().numpy().data)
+        digest.update(repr((len(split), *split.size)).encode())
+        digest.update(split.digests().tobytes())
+        digest.update(split.labels.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
 def make_dataset(
-    train: Split,
-    test: Split,
+    train: Labelled,
+    test: Labelled,
     classes: tuple[str, ...],
     label: str,
-    val: Split | None = None,
+    val: Labelled | None = None,
     image_size: int | None = None,
 ) -> Dataset:
     """A dataset with the statistics of its training images.
@@ -145,29 +249,32 @@ def make_dataset(
         DataError: for a label that has no class, or splits of several sizes.
     """
     for name, split in (("training", train), ("test", test), ("validation", test if val is None else val)):
-        if split.images.shape[1:] != train.images.shape[1:]:
+        if split.size != train.size:
             raise DataError(
-                f"{label}: {name} images have {list(split.images.shape[2:])} pixels, training images "
-                f"{list(train.images.shape[2:])}: bring them to one size"
+                f"{label}: {name} images have {list(split.size)} pixels, training images {list(train.size)}: bring them "
+                "to one size"
             )
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= len(classes):
             wrong = low if low < 0 else high
             raise DataError(f"{label}: {name} label {wrong} is outside 0..{len(classes) - 1}: correct the labels")
-    return Dataset(train, test, tuple(classes), label, *channel_statistics(train.images), val, image_size)
+    return Dataset(train, test, tuple(classes), label, *statistics(train), val, image_size)
+
+
+def statistics(split: Labelled) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation per channel, from exact sums: the same wherever the images are."""
+    count = len(split) * split.size[0] * split.size[1]
+    means, stds = [], []
+    for total, square in zip(*split.sums()):
+        means.append(total / count)
+        variance = count * square - total**2  # times count**2, in integers of any size
+        stds.append(math.sqrt(variance / count**2) or 1.0)
+    return tuple(means), tuple(stds)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation per channel, in float64, from the values' exact histograms."""
-    values = torch.arange(256, dtype=torch.float64)
-    means, stds = [], []
-    for channel in range(images.shape[1]):
-        counts = torch.bincount(images[:, channel].flatten(), minlength=256).cpu().double()
-        mean = (counts * values).sum() / counts.sum()
-        std = ((counts * (values - mean) ** 2).sum() / counts.sum()).sqrt()
-        means.append(mean.item())
-        stds.append(std.item() or 1.0)
-    return tuple(means), tuple(stds)
+    """`statistics` of images uint8 [N, 3, H, W]."""
+    return statistics(Split(images, torch.zeros(len(images), dtype=torch.int64)))
 
 
 def take_images(images: Tensor, index: Tensor) -> Tensor:
@@ -175,7 +282,7 @@ def take_images(images: Tensor, index: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
 
 
-def limit_split(split: Split, count: int | None, name: str, label: str) -> tuple[Split, str]:
+def limit_split(split: AnySplit, count: int | None, name: str, label: str) -> tuple[AnySplit, str]:
     """At most ``count`` images of a split, drawn at random but always the same; the label says so."""
     if count is not None and count < 1:
         raise DataError(f"a limit of {count} {name} images leaves none: give at least 1")
@@ -197,7 +304,7 @@ def limit(dataset: Dataset, train: int | None = None, test: int | None = None) -
     return make_dataset(train_split, test_split, dataset.classes, label, val, dataset.image_size)
 
 
-def divide(split: Split, share: float, seed: int, classes: tuple[str, ...]) -> tuple[Split, Split]:
+def divide(split: AnySplit, share: float, seed: int, classes: tuple[str, ...]) -> tuple[AnySplit, AnySplit]:
     """A split less a share of each class, and that share: drawn at random, the same for the same seed.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastres.data import pixels
-from fastres.data.dataset import DataError, first_line
+from fastres.data.dataset import DataError, PixelFacts, first_line
 from fastres.data.tree import Member, plain, read_file
 
 T = TypeVar("T")
@@ -116,7 +116,29 @@ def decode(
             f"{len(members)} images of {size} pixels a side take {needed / 2**30:.0f} GiB, the machine has "
             f"{memory / 2**30:.0f}: lower --image-size or give fewer images"
         )
-    images, faults = np.empty((len(members), size, size, 3), np.uint8), {}
+    images = np.empty((len(members), size, size, 3), np.uint8)
+    return images, squares(members, looks, size, images.__setitem__, desc)
+
+
+def survey(
+    members: Sequence[Member], looks: Sequence[Look] | None, size: int, desc: str | None = None
+) -> tuple[PixelFacts, dict[int, Fault]]:
+    """What identity and statistics need of all central squares, which are not kept, and the files that have none; see
+    `decode`.
+    """
+    facts = PixelFacts.empty(len(members))
+    return facts, squares(members, looks, size, facts.note, desc)
+
+
+def squares(
+    members: Sequence[Member],
+    looks: Sequence[Look] | None,
+    size: int,
+    use: Callable[[int, np.ndarray], None],
+    desc: str | None = None,
+) -> dict[int, Fault]:
+    """Decode central squares in parallel threads, each of which gives them to ``use``; see `decode`."""
+    faults = {}
 
     def take(number: int) -> None:
         member, look = members[number], looks[number] if looks is not None else Look()
@@ -124,15 +146,16 @@ def decode(
             if look.fault is not None:
                 raise ValueError(look.fault)
             if look.small is not None:
-                images[number] = pixels.cropped(look.small, size)
-                look.small = None
+                square, look.small = pixels.cropped(look.small, size), None
             else:
-                images[number] = pixels.square(pixels.open_image(member.read()), size)
+                square = pixels.square(pixels.open_image(member.read()), size)
         except Exception as error:  # Pillow's decoders raise many types on damaged files
             faults[number] = Fault(member.where, reason(error))
+        else:
+            use(number, square)
 
     in_threads(take, len(members), desc)
-    return images, dict(sorted(faults.items()))
+    return dict(sorted(faults.items()))
 
 
 def reason(error: BaseException) -> str:

@@ -9,16 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastres.cache import cache_folder
 from fastres.data import cifar, decode, download, layout, synthetic, table
 from fastres.data.archive import SUFFIXES as ARCHIVES
 from fastres.data.archive import is_archive, open_archive
-from fastres.data.cache import Cache, Facts, digest
-from fastres.data.dataset import DataError, Dataset, Parts, Split, divide, make_dataset, make_parts
-from fastres.data.size import Sides, seen_side, stored_side
-from fastres.data.tree import entries, named, normal, plain, stamp, walk
+from fastres.data.budget import Budget, in_gib, memory_budget
+from fastres.data.cache import Cache, Facts, Survey, digest
+from fastres.data.dataset import DataError, Dataset, Labelled, Parts, Split, divide, make_dataset, make_parts
+from fastres.data.files import Files, FileSplit
+from fastres.data.size import LARGE, Sides, seen_side, stored_side
+from fastres.data.tree import Member, entries, named, normal, plain, stamp, walk
 
 logger = logging.getLogger(__name__)
 SOURCES = ("auto", "cifar10", "cifar100", "synthetic")
@@ -43,6 +46,8 @@ class Wanted:
     val_share: share of each class that is kept from training for validation.
     skip_bad: go on without the files that cannot be read.
     training: whether there must be what a network can be trained and validated with.
+    budget: of the memory for a folder's decoded images; None: the host's, see `fastres.data.budget`.
+    from_files: leave a folder's images in their files whatever they take, so that they can be had at their full size.
     """
 
     image_size: int | None = None
@@ -50,6 +55,8 @@ class Wanted:
     val_share: float | None = None
     skip_bad: bool = False
     training: bool = True
+    budget: Budget | None = None
+    from_files: bool = False
 
 
 class Loader:
@@ -125,6 +132,10 @@ class Loader:
         labelled = [(split, label) for split, part in listing.splits.items() for _, label in part]
         names = [f"{split} {listing.classes[label]}" for split, label in labelled]
         looks: list[decode.Look] | None = None
+        allowed = self.wanted.budget or memory_budget()
+        at_most = square_bytes(len(members), self.wanted.stored or self.wanted.image_size or LARGE)
+        if at_most > allowed.bytes:  # said before the work that takes long
+            self.say(f"{listing.where}: {len(members)} images, decoded up to {in_gib(at_most)}; the budget is {allowed}")
 
         def find() -> Facts:
             nonlocal looks
@@ -142,7 +153,14 @@ class Loader:
         size = stored_side(facts.sides, seen) if self.wanted.stored is None else self.wanted.stored
         why = "" if self.wanted.image_size else "; --image-size takes another size"
         self.say(f"{listing.where}: {len(members)} images of {facts.sides}, taken at {seen}x{seen}{why}")
-        parts = self.cache.parts(facts.content, size, lambda: decoded(listing, looks, size))
+        needed = square_bytes(len(members), size)
+        if self.wanted.from_files or needed > allowed.bytes:
+            verdict = f"more than the budget of {allowed}" if needed > allowed.bytes else "wanted at their full size"
+            self.say(f"decoded they take {in_gib(needed)}, {verdict}: streamed from their files")
+            found = self.cache.survey(facts.content, size, lambda: surveyed(members, looks, size))
+            parts = in_files(listing, found, size)
+        else:
+            parts = self.cache.parts(facts.content, size, lambda: decoded(listing, looks, size))
         self.skip([decode.Fault(members[number].where, reason) for number, reason in parts.bad])
         first = next(iter(parts.splits.values()))
         lacking = set(range(len(listing.classes))) - set(first.labels.tolist())
@@ -223,20 +241,52 @@ class Loader:
         return self.synthetic() if source == "synthetic" else self.path(Path(source))
 
 
+def square_bytes(count: int, side: int) -> int:
+    """What so many decoded images take."""
+    return count * side * side * 3
+
+
 def decoded(listing: layout.Listing, looks: list[decode.Look] | None, size: int) -> Parts:
-    """The images of a listing at ``size``; a split without any that can be read is left out."""
+    """The images of a listing at ``size``, in memory."""
     members = [member for part in listing.splits.values() for member, _ in part]
     images, faults = decode.decode(members, looks, size, desc="decoding")
-    splits, start = {}, 0
+
+    def split(numbers: np.ndarray, labels: torch.Tensor) -> Split:
+        start, stop = int(numbers[0]), int(numbers[-1]) + 1
+        chosen = images[start:stop] if stop - start == len(numbers) else images[numbers]
+        return Split(torch.from_numpy(chosen).permute(0, 3, 1, 2), labels)
+
+    return parted(listing, tuple((number, fault.reason) for number, fault in faults.items()), split)
+
+
+def surveyed(members: list[Member], looks: list[decode.Look] | None, size: int) -> Survey:
+    """What is found when all images are decoded once, and let go."""
+    facts, faults = decode.survey(members, looks, size, desc="looking through")
+    return Survey(facts, tuple((number, fault.reason) for number, fault in faults.items()))
+
+
+def in_files(listing: layout.Listing, found: Survey, size: int) -> Parts:
+    """The images of a listing at ``size``, in their files."""
+    files = Files([member for part in listing.splits.values() for member, _ in part])
+
+    def split(numbers: np.ndarray, labels: torch.Tensor) -> FileSplit:
+        return FileSplit(files.subset(numbers), labels, size, found.facts.subset(numbers))
+
+    return parted(listing, found.bad, split)
+
+
+def parted(
+    listing: layout.Listing,
+    bad: tuple[tuple[int, str], ...],
+    make: Callable[[np.ndarray, torch.Tensor], Labelled],
+) -> Parts:
+    """The parts of a listing, each made of the numbers and labels of its good images; one without any is left out."""
+    faulty, splits, start = {number for number, _ in bad}, {}, 0
     for name, part in listing.splits.items():
-        stop = start + len(part)
-        good = [number for number in range(start, stop) if number not in faults]
-        chosen = images[start:stop] if len(good) == len(part) else images[good]
-        labels = torch.tensor([part[number - start][1] for number in good], dtype=torch.int64)
+        good = [number for number in range(start, start + len(part)) if number not in faulty]
         if good:
-            splits[name] = Split(torch.from_numpy(chosen).permute(0, 3, 1, 2), labels)
-        start = stop
-    bad = tuple((number, fault.reason) for number, fault in faults.items())
+            splits[name] = make(np.array(good), torch.tensor([part[number - start][1] for number in good]))
+        start += len(part)
     return make_parts(splits, listing.classes, bad)
 
 
@@ -257,6 +307,8 @@ def load(
     val_share: float | None = None,
     val_seed: int = 0,
     skip_bad: bool = False,
+    budget: Budget | None = None,
+    from_files: bool = False,
 ) -> Dataset:
     """Load labelled images to train with.
 
@@ -277,11 +329,14 @@ def load(
             then picks nothing. A folder without one needs it.
         val_seed: which images these are.
         skip_bad: go on without the files that cannot be read.
+        budget: memory for a folder's decoded images; larger sets are `FileSplit`s, whose pixels, statistics and digest
+            are the same. None: a third of the host's free memory.
+        from_files: a folder's images are in `FileSplit`s in any case, which have them at their full size too.
 
     Raises:
         DataError: when the source is missing or damaged; the message names the files and the remedy.
     """
-    loader = _loader(Wanted(image_size, None, val_share, skip_bad), cache, say)
+    loader = _loader(Wanted(image_size, None, val_share, skip_bad, True, budget, from_files), cache, say)
     found = loader.find(source, Path(root))
     return _dataset(found, val_share, val_seed)
 
@@ -324,7 +379,8 @@ def load_test(
     val_share: float | None = None,
     val_seed: int = 0,
     skip_bad: bool = False,
-) -> tuple[Split, str]:
+    budget: Budget | None = None,
+) -> tuple[Labelled, str]:
     """Labelled images to evaluate a trained network with, and what they are called.
 
     They are the source's split for tests, else that for validation; of a flat folder all images, or with ``val_share``
@@ -339,7 +395,7 @@ def load_test(
     Raises:
         DataError: see `load`; also for a class that the network does not know.
     """
-    loader = _loader(Wanted(image_size, stored_size, None, skip_bad, training=False), cache, say)
+    loader = _loader(Wanted(image_size, stored_size, None, skip_bad, False, budget), cache, say)
     found = loader.find(source, Path(root))
     splits, label = found.parts.splits, found.label
     known = {normal(name): number for number, name in enumerate(classes)}
@@ -357,4 +413,4 @@ def load_test(
             raise DataError(f"{label} has no images for tests: add a folder 'test' or name another one with --data")
         part = splits[layout.ALL]
     numbers = torch.tensor([known[normal(name)] for name in found.parts.classes])
-    return Split(part.images, numbers[part.labels]), label
+    return part.labelled(numbers[part.labels]), label

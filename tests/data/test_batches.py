@@ -45,8 +45,8 @@ def test_a_resumed_epoch_goes_on_bit_for_bit(augment):
 
 
 def test_a_resumed_epoch_does_not_do_the_work_before(monkeypatch):
-    made, images = [], Batches._images
-    monkeypatch.setattr(Batches, "_images", lambda self, *args: made.append(args) or images(self, *args))
+    made, images = [], Batches._augmented
+    monkeypatch.setattr(Batches, "_augmented", lambda self, *args: made.append(args) or images(self, *args))
     list(make(numbered_split(50), augment=Augment(2)).epoch(0, start_step=4))
     assert len(made) == 2
 

@@ -1,0 +1,175 @@
+"""Images that worker processes decode ahead of the training, by PyTorch's DataLoader, in an order that is given."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from fastres.atomic import warn_once
+from fastres.data.dataset import DataError, Split
+from fastres.data.decode import Fault, reason, unreadable
+from fastres.data.files import FileSplit
+
+PIECE = 4 << 20  # bytes of images that a worker hands over at a time
+AHEAD = 2  # batches that are ready before they are wanted
+MOST_WORKERS = 16
+SHARED = "/dev/shm"  # what workers hand images over in; small in containers
+
+
+def default_workers(device: torch.device) -> int:
+    """Processes that decode for a rank: a GPU leaves it the machine's cores; on a CPU training needs them itself."""
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) // ranks
+    return max(1, min(MOST_WORKERS, cores if device.type == "cuda" else cores // 4))
+
+
+class Feed:
+    """The images of a split as uint8 batches on a device, decoded ahead by worker processes.
+
+    An image depends on its number alone, so that neither the number of workers nor where an epoch was begun changes a
+    bit. Workers are forked: they share the split's memory and never touch a GPU.
+
+    Args:
+        split: images in memory or in files.
+        workers: processes; 0: images are made when they are wanted, by this one.
+        batch: images that are wanted at a time, about.
+        persistent: whether the workers wait for the next epoch, or end.
+
+    ``waited``: seconds for which images were not ready when they were wanted.
+    """
+
+    def __init__(
+        self, split: Split | FileSplit, device: torch.device, workers: int, batch: int, persistent: bool = True
+    ):
+        self.split, self.device, self.waited = split, device, 0.0
+        height, width = split.size
+        image = height * width * 3
+        self._piece = max(1, min(256, PIECE // image, batch))
+        self._plan: list[list[int]] = []
+        options: dict = {}
+        if workers:
+            ahead = max(2, math.ceil(AHEAD * batch / self._piece / workers))
+            workers = _that_fit(workers, ahead * self._piece * image)
+            options = dict(prefetch_factor=ahead, persistent_workers=persistent, multiprocessing_context="fork")
+        self._loader: DataLoader | None = DataLoader(
+            _Items(split), batch_sampler=_Plan(self._plan), num_workers=workers, collate_fn=_as_it_is,
+            pin_memory=device.type == "cuda", worker_init_fn=_begin, **options,
+        )  # fmt: skip
+
+    def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """For each of ``parts``, numbers of images int64 [B], the images as uint8 [B, 3, H, W] in channels_last memory
+        format on the device.
+
+        Raises:
+            DataError: for files that can no longer be read, or a worker that was killed.
+        """
+        assert self._loader is not None, "closed"
+        self._plan[:] = [piece.tolist() for part in parts for piece in part.split(self._piece)]
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # workers touch no lock of other threads
+            pieces = iter(self._loader)
+        for part in parts:
+            ready = [self._next(pieces) for _ in part.split(self._piece)]
+            rows = torch.cat([piece.to(self.device, non_blocking=True) for piece in ready])
+            self.waited += time.perf_counter() - start
+            yield rows.permute(0, 3, 1, 2)
+            start = time.perf_counter()
+
+    def _next(self, pieces: Iterator) -> Tensor:
+        try:
+            images, faults = next(pieces)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a process that decodes images was killed, by whom PyTorch does not say: where memory was short, lower "
+                "--workers"
+            ) from error
+        if faults:
+            raise unreadable([Fault(*fault) for fault in faults])
+        return images
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader = None
+
+
+class _Plan:
+    """The lists of numbers that are wanted next; the loader asks anew in each epoch."""
+
+    def __init__(self, plan: list[list[int]]):
+        self._plan = plan
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(list(self._plan))
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+
+class _Items(TorchDataset):
+    """The work of a worker: uint8 [n, H, W, 3] for n numbers, and the files that could not be read."""
+
+    def __init__(self, split: Split | FileSplit):
+        self._split = split
+
+    def __getitems__(self, numbers: list[int]) -> tuple[Tensor, list[tuple[str, str]]]:
+        split = self._split
+        if isinstance(split, Split):
+            return split.sample(torch.tensor(numbers)).permute(0, 2, 3, 1), []
+        images, faults = np.empty((len(numbers), *split.size, 3), np.uint8), []
+        for slot, number in enumerate(numbers):
+            try:
+                images[slot] = split.square(number)
+            except Exception as error:  # Pillow's decoders raise many types on damaged files
+                faults.append((split.files.where(number), reason(error)))
+        return torch.from_numpy(images), faults
+
+
+def _as_it_is(piece: tuple[Tensor, list[tuple[str, str]]]) -> tuple[Tensor, list[tuple[str, str]]]:
+    return piece
+
+
+def _begin(worker: int) -> None:
+    """A worker leaves signals to the process that it works for, as a terminal or a batch system sends them to all. Of
+    SIGTERM it heeds that process' own alone. Pillow's warnings were given when all images were decoded first.
+    """
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_heed_parent, args=(os.getppid(),), daemon=True).start()
+    warnings.simplefilter("ignore")
+
+
+def _heed_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _that_fit(workers: int, each: int) -> int:
+    """As many workers as shared memory has room for, each for so many bytes; at least one."""
+    try:
+        free = shutil.disk_usage(SHARED).free
+    except OSError:
+        return workers
+    fit = max(1, min(workers, int(free / 1.5) // max(each, 1)))
+    if fit < workers:
+        warn_once(
+            f"{SHARED} has {free >> 20} MiB free, enough for {fit} of {workers} decoding processes: make it larger "
+            "(docker: --shm-size)"
+        )
+    return fit

@@ -75,7 +75,7 @@ def same(one: Any, other: Any) -> bool:
 
 def facts(dataset: Dataset) -> list[Any]:
     """All that a dataset holds, as a nest."""
-    splits = [[split.images, split.labels] for split in (dataset.train, dataset.test)]
+    splits = [[split.sample(torch.arange(len(split))), split.labels] for split in (dataset.train, dataset.test)]
     return [*splits, dataset.classes, dataset.label, dataset.mean, dataset.std]
 
 

@@ -76,5 +76,4 @@ def spoilt(dataset: Dataset) -> Dataset:
     """The dataset with one other label."""
     labels = dataset.train.labels.clone()
     labels[0] = (labels[0] + 1) % len(dataset.classes)
-    train = type(dataset.train)(dataset.train.images, labels)
-    return Dataset(**{**vars(dataset), "train": train, "digest": ""})
+    return Dataset(**{**vars(dataset), "train": dataset.train.labelled(labels), "digest": ""})

@@ -38,12 +38,13 @@ def loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Training batches, shuffled, cropped and flipped, and test batches."""
     mean, std = ([value / 255 for value in values] for values in (dataset.mean, dataset.std))
-    size = dataset.train.images.shape[-1]
+    size = dataset.train.size[-1]
     augment = [transforms.RandomCrop(size, pad, padding_mode=padding_mode), transforms.RandomHorizontalFlip()]
     to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     train, test = (
         Images(split, transforms.Compose(steps))
         for split, steps in ((dataset.train, augment + to_tensor), (dataset.test, to_tensor))
+        if isinstance(split, Split)
     )
     return (
         DataLoader(train, batch_size, shuffle=True, num_workers=workers, drop_last=True),

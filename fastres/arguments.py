@@ -111,7 +111,7 @@ def _eval(parser: argparse.ArgumentParser, _: str) -> None:
     )
     parser.add_argument("checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
     data = ("data", "data_root", "val_share", "val_seed", "skip_bad", "limit_test", "eval_batch_size", "tta")
-    add_options(parser, (*data, "device", "precision"))
+    add_options(parser, (*data, "memory_budget", "workers", "device", "precision"))
 
 
 def _predict(parser: argparse.ArgumentParser, _: str) -> None:

@@ -55,6 +55,8 @@ def remedy_of(error: RuntimeError | MemoryError, training: bool) -> str | None:
 
     if is_out_of_memory(error):
         return "lower --batch-size, raise --accumulate or set --checkpoint-every" if training else "give it more memory"
+    if "DataLoader worker" in str(error):
+        return "a process that decodes images ended; where memory was short, lower --workers"
     if "can't start new thread" in str(error):
         return "let this user have more processes (ulimit -u), or set OMP_NUM_THREADS=1"
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastres import data
 from fastres.commands.options import given_options, say
+from fastres.data.budget import memory_budget
 from fastres.train import TrainConfig, machine
 from fastres.train.confusion import confusion, write_confusion
 from fastres.train.distributed import ALONE
@@ -34,6 +35,7 @@ def eval_(args: argparse.Namespace) -> int:
         val_share=config.val_share if same_data(config.data, saved.data) else given.get("val_share"),
         val_seed=config.val_seed,
         skip_bad=config.skip_bad,
+        budget=memory_budget(given.get("memory_budget"), device),
     )
     split, label = data.limit_split(split, config.limit_test, "test", label)
     dtype = machine.pick_dtype(config.precision, device)
@@ -45,6 +47,7 @@ def eval_(args: argparse.Namespace) -> int:
         augment=data.Augment(resize=trained.image_size),
         train=False,
         device=device,
+        workers=given.get("workers"),
     )
     start = time.perf_counter()
     scores = evaluate(trained.model, batches, dtype, config.tta)

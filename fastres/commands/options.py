@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from fastres import data
+from fastres.data.budget import memory_budget
 from fastres.errors import FastresError
+from fastres.train import machine
 from fastres.train.config import TrainConfig
 from fastres.train.config_file import OptionsFile, read_options
-from fastres.train.distributed import ALONE, Ranks
+from fastres.train.distributed import ALONE, Ranks, rank_device
 from fastres.train.presets import preset, rate_note
 
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 DATA_OPTIONS = (  # those that `load_data` reads
-    "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test",
+    "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test", "memory_budget",
 )  # fmt: skip
 
 
@@ -74,6 +76,7 @@ def load_data(config: TrainConfig, ranks: Ranks = ALONE) -> data.Dataset:
             val_share=config.val_share,
             val_seed=config.val_seed,
             skip_bad=config.skip_bad,
+            budget=memory_budget(config.memory_budget, machine.pick_device(rank_device(config.device, ranks))),
         )
     )
     dataset = data.limit(dataset, config.limit_train, config.limit_test)

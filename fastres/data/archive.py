@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import os
 import posixpath
@@ -95,7 +96,7 @@ class _Filler:
 
 
 def _zip(path: Path) -> Tree:
-    archive, filler = zipfile.ZipFile(path), _Filler(path)
+    archive, filler = zipfile.ZipFile(_Positioned(path)), _Filler(path)
     for info in archive.infolist():
         parts = filler.parts(info.filename)
         if parts is None:
@@ -109,6 +110,32 @@ def _zip(path: Path) -> Tree:
         else:
             filler.file(parts, info.file_size, info.CRC, partial(archive.read, info))  # no more than it says itself
     return filler.done()
+
+
+class _Positioned(io.RawIOBase):
+    """A file to read whose position is this object's own: processes that were forked share the one of an open file."""
+
+    def __init__(self, path: Path):
+        self._file, self._at = open(path, "rb"), 0  # noqa: SIM115  it stays open
+
+    def seekable(self) -> bool:  # noqa: D102
+        return True
+
+    def readable(self) -> bool:  # noqa: D102
+        return True
+
+    def tell(self) -> int:  # noqa: D102
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:  # noqa: D102
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at}.get(whence, os.fstat(self._file.fileno()).st_size)
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:  # noqa: D102
+        count = os.preadv(self._file.fileno(), [buffer], self._at)
+        self._at += count
+        return count
 
 
 def _tar(path: Path) -> Tree:

@@ -153,7 +153,7 @@ class Batches:
         return self._feed.waited if self._feed is not None else 0.0
 
     def close(self) -> None:
-        """End the worker processes, if there are any; no batch comes after that."""
+        """End the worker processes, if there are any, until the next epoch."""
         if self._feed is not None:
             self._feed.close()
 
@@ -168,7 +168,9 @@ class Batches:
         steps = range(start_step, len(self))
         ends = [(step * self.batch_size, min((step + 1) * self.batch_size, count)) for step in steps]
         parts = [slice(first + self.rank, last, self.ranks) for first, last in ends if first + self.rank < last]
-        for step, (first, last), part, (images, index) in zip(steps, ends, parts, self._pixels(order, on_device, parts)):
+        for step, (first, last), part, (images, index) in zip(
+            steps, ends, parts, self._pixels(order, on_device, parts)
+        ):
             draws = draw(self.augment, last - first, *self._size(), stream(self.seed, CHOICES, epoch, step))
             draws = draws.of(slice(self.rank, None, self.ranks))
             mirror = draws.mirror if self._first_flips is None else self._first_flips[order[part]] ^ bool(epoch % 2)

@@ -50,6 +50,11 @@ def memory_budget(asked: float | None = None, device: torch.device | str = "cpu"
     return min(host, there, key=lambda one: one.bytes)
 
 
+def square_bytes(count: int, side: int) -> int:
+    """What so many decoded images take."""
+    return count * side * side * 3
+
+
 def free_memory() -> int:
     """Bytes that the host can give without swapping, and that this process' control group allows it."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shutil
@@ -10,6 +11,8 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from fastres.data.files import FileSplit
 PIECE = 4 << 20  # bytes of images that a worker hands over at a time
 AHEAD = 2  # batches that are ready before they are wanted
 MOST_WORKERS = 16
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 SHARED = "/dev/shm"  # what workers hand images over in; small in containers
 
 
@@ -58,15 +62,13 @@ class Feed:
         image = height * width * 3
         self._piece = max(1, min(256, PIECE // image, batch))
         self._plan: list[list[int]] = []
-        options: dict = {}
+        self._options: dict = {}
+        self.workers = workers
         if workers:
             ahead = max(2, math.ceil(AHEAD * batch / self._piece / workers))
-            workers = _that_fit(workers, ahead * self._piece * image)
-            options = dict(prefetch_factor=ahead, persistent_workers=persistent, multiprocessing_context="fork")
-        self._loader: DataLoader | None = DataLoader(
-            _Items(split), batch_sampler=_Plan(self._plan), num_workers=workers, collate_fn=_as_it_is,
-            pin_memory=device.type == "cuda", worker_init_fn=_begin, **options,
-        )  # fmt: skip
+            self.workers = _that_fit(workers, ahead * self._piece * image)
+            self._options = dict(prefetch_factor=ahead, persistent_workers=persistent, multiprocessing_context="fork")
+        self._loader: DataLoader | None = None
 
     def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """For each of ``parts``, numbers of images int64 [B], the images as uint8 [B, 3, H, W] in channels_last memory
@@ -75,11 +77,16 @@ class Feed:
         Raises:
             DataError: for files that can no longer be read, or a worker that was killed.
         """
-        assert self._loader is not None, "closed"
         self._plan[:] = [piece.tolist() for part in parts for piece in part.split(self._piece)]
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # workers touch no lock of other threads
+            warnings.filterwarnings("ignore", ".*worker processes", UserWarning)  # so many were asked for
+            if self._loader is None:
+                self._loader = DataLoader(
+                    _Items(self.split), batch_sampler=_Plan(self._plan), num_workers=self.workers, collate_fn=_as_it_is,
+                    pin_memory=self.device.type == "cuda", worker_init_fn=partial(_begin, os.getpid()), **self._options,
+                )  # fmt: skip
             pieces = iter(self._loader)
         for part in parts:
             ready = [self._next(pieces) for _ in part.split(self._piece)]
@@ -91,8 +98,8 @@ class Feed:
     def _next(self, pieces: Iterator) -> Tensor:
         try:
             images, faults = next(pieces)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
                 "a process that decodes images was killed, by whom PyTorch does not say: where memory was short, lower "
@@ -103,7 +110,7 @@ class Feed:
         return images
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; an epoch that begins later has new ones."""
         self._loader = None
 
 
@@ -139,18 +146,22 @@ class _Items(TorchDataset):
         return torch.from_numpy(images), faults
 
 
-def _as_it_is(piece: tuple[Tensor, list[tuple[str, str]]]) -> tuple[Tensor, list[tuple[str, str]]]:
+def _as_it_is(piece: Any) -> Any:
     return piece
 
 
-def _begin(worker: int) -> None:
+def _begin(parent: int, worker: int) -> None:
     """A worker leaves signals to the process that it works for, as a terminal or a batch system sends them to all. Of
-    SIGTERM it heeds that process' own alone. Pillow's warnings were given when all images were decoded first.
+    SIGTERM it heeds that process' own alone, and it ends with it, so that no connection of a killed rank stays open.
+    Pillow's warnings were given when all images were decoded first.
     """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(0)
     for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_heed_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_heed_parent, args=(parent,), daemon=True).start()
     warnings.simplefilter("ignore")
 
 

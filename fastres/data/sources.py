@@ -16,7 +16,7 @@ from fastres.cache import cache_folder
 from fastres.data import cifar, decode, download, layout, synthetic, table
 from fastres.data.archive import SUFFIXES as ARCHIVES
 from fastres.data.archive import is_archive, open_archive
-from fastres.data.budget import Budget, in_gib, memory_budget
+from fastres.data.budget import Budget, in_gib, memory_budget, square_bytes
 from fastres.data.cache import Cache, Facts, Survey, digest
 from fastres.data.dataset import DataError, Dataset, Labelled, Parts, Split, divide, make_dataset, make_parts
 from fastres.data.files import Files, FileSplit
@@ -135,7 +135,9 @@ class Loader:
         allowed = self.wanted.budget or memory_budget()
         at_most = square_bytes(len(members), self.wanted.stored or self.wanted.image_size or LARGE)
         if at_most > allowed.bytes:  # said before the work that takes long
-            self.say(f"{listing.where}: {len(members)} images, decoded up to {in_gib(at_most)}; the budget is {allowed}")
+            self.say(
+                f"{listing.where}: {len(members)} images, decoded up to {in_gib(at_most)}; the budget is {allowed}"
+            )
 
         def find() -> Facts:
             nonlocal looks
@@ -239,11 +241,6 @@ class Loader:
             if source == kind.name.lower().replace("-", ""):
                 return self.published(root, kind)
         return self.synthetic() if source == "synthetic" else self.path(Path(source))
-
-
-def square_bytes(count: int, side: int) -> int:
-    """What so many decoded images take."""
-    return count * side * side * 3
 
 
 def decoded(listing: layout.Listing, looks: list[decode.Look] | None, size: int) -> Parts:

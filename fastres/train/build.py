@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastres.data import Augment, Batches, DataError, Dataset
+from fastres.data.budget import memory_budget, square_bytes
 from fastres.errors import FastresError
 from fastres.models.fused import create_fused_model
 from fastres.models.registry import accepted_options, create_model
@@ -31,7 +32,7 @@ def image_size(config: TrainConfig, dataset: Dataset) -> int:
             f"{dataset.label} was loaded for {dataset.image_size} pixels, but --image-size is {config.image_size}: "
             f"load it with image_size={config.image_size}, or leave --image-size out"
         )
-    return config.image_size or dataset.image_size or dataset.train.images.shape[-1]
+    return config.image_size or dataset.image_size or dataset.train.size[-1]
 
 
 def model_options(config: TrainConfig, size: int) -> dict[str, Any]:
@@ -93,9 +94,11 @@ def build_batches(
                 raise DataError(f"--progressive {config.progressive}: {smaller} exceeds the images' {size} pixels")
     augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size or dataset.image_size)
     validation = dataset.validation
+    needed = sum(square_bytes(len(split), split.size[0]) for split in (dataset.train, validation))
+    resident = device.type == "cpu" or needed <= memory_budget(config.memory_budget, device).bytes
     common: dict[str, Any] = dict(
         mean=dataset.mean, std=dataset.std, augment=augment, seed=config.seed, device=device,
-        share=(ranks.rank, ranks.count),
+        share=(ranks.rank, ranks.count), workers=config.workers, resident=resident,
     )  # fmt: skip
     return (
         Batches(dataset.train, config.batch_size, train=True, **common),

@@ -83,6 +83,14 @@ class TrainConfig:
     )  # fmt: skip
     val_seed: int = option(0, "seed of the draw of --val-share", kind=int, low=0, high=2**63 - 1)
     skip_bad: bool = option(False, "go on without image files that cannot be read", kind=bool)
+    memory_budget: float | None = option(
+        None, "GiB of decoded images that are held in memory; larger sets are streamed from their files; none: a third "
+        "of the host's free memory, at most half of the GPU's", kind=float, low=0.0,
+    )  # fmt: skip
+    workers: int | None = option(
+        None, "processes that decode streamed images; none: the cores, or a quarter of them where they train",
+        kind=int, low=0, high=1024,
+    )  # fmt: skip
     limit_train: int | None = option(None, "use only so many images of the training set, drawn once", kind=int, low=1)
     limit_test: int | None = option(None, "use only so many images of the test set, drawn once", kind=int, low=1)
     crop_pad: int = option(4, "random crop: pixels of reflect padding", kind=int, low=0)

@@ -32,6 +32,7 @@ def final_test(trainer: Trainer) -> list[str]:
         Augment(crop_pad=0, resize=trained.image_size),
         train=False,
         device=trainer.device,
+        workers=config.workers,
     )
     found = confusion(trained.model, batches, len(dataset.classes), trainer.dtype)
     write_confusion(folder.path, found, list(dataset.classes), f"{dataset.label}, epoch {trained.epoch}")

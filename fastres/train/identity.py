@@ -11,7 +11,9 @@ from fastres.errors import FastresError
 from fastres.train.config import TrainConfig
 
 # Where and how a run computes, and when it saves: none of them is what it computes.
-PLACE = {"device", "data", "data_root", "compile", "keep", "save_steps", "save_minutes", "requeue"}
+PLACE = {
+    "device", "data", "data_root", "compile", "keep", "save_steps", "save_minutes", "requeue", "memory_budget", "workers",
+}  # fmt: skip
 # A resumed run keeps its other options. Another backend rounds otherwise, so it changes only where that is asked for.
 CHANGED_BY_RESUME = PLACE | {"backend"}
 CHOSEN_BY_MACHINE = {"backend", "precision"}  # where they are auto; a run keeps the choice that it began with

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import stat
+import weakref
 from pathlib import Path
 
 from fastres.atomic import is_lacking, warn_once
@@ -47,10 +48,25 @@ class Lock:
         except FastresError:
             os.close(self._handle)
             raise
+        _HELD.add(self)
 
     def _no_file(self) -> FastresError:
         return FastresError(f"{self.path} is not a plain file: remove it or choose another --out")
 
     def release(self) -> None:
         """Let others in."""
-        os.close(self._handle)
+        if self in _HELD:
+            _HELD.discard(self)
+            os.close(self._handle)
+
+
+_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """A forked process would hold the locks for as long as it lives, though its parent was killed."""
+    for lock in list(_HELD):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

@@ -27,7 +27,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         "mean": list(dataset.mean),
         "std": list(dataset.std),
         "image_size": trainer.image_size,
-        "stored_size": dataset.train.images.shape[-1],
+        "stored_size": dataset.train.size[-1],
         "data": dataset.label,
         "epoch": trainer.epoch,
         "step": trainer.step,

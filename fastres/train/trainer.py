@@ -33,6 +33,7 @@ from fastres.train.update import GraphedUpdate, Update
 # fp16's gradient scaler halves the scale at each step it skips, without end; gradients that overflow below this are
 # lost
 LEAST_SCALE = 1.0
+MUCH = 0.2  # share of an epoch's time in which the next images were not ready
 
 
 class NonFiniteLoss(FastresError):
@@ -119,6 +120,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None  # the row of the epoch that best.pt is of
         self.run = uuid.uuid4().hex  # no other run has it, so that their files are not taken for one another's
+        self._waited, self._told = 0.0, False  # for fed images, until the epoch began
         self._saved_step: int | None = None  # that last.pt is of
         self._began = self._saved_at = time.monotonic()
 
@@ -143,6 +145,12 @@ class Trainer:
         if self.history:
             self.folder.restore_rows(self.history)  # a process that was killed may have saved a row only in last.pt
         self._saved_at = time.monotonic()
+        try:
+            return self._fit()
+        finally:
+            self.train_batches.close()
+
+    def _fit(self) -> list[dict[str, Any]]:
         with machine.algorithms(self.config.deterministic), self.ranks.stop_request(self._end_at_once) as stop:
             while self.step < self.total_steps or self.batch:  # a run may have been stopped before its last validation
                 if not self._epoch_is_over():
@@ -250,6 +258,7 @@ class Trainer:
         self.seconds += val_seconds
         trained = self.tally.total(self.ranks)
         train_loss, train_accuracy = trained.means()
+        waited = self.train_batches.waited - self._waited
         row = {
             "epoch": self.epoch + 1,
             "step": self.step,
@@ -263,6 +272,7 @@ class Trainer:
             "images_per_second": trained.images / self.epoch_seconds,
             "train_seconds_per_batch": self.epoch_seconds / self.batch,
             "val_seconds_per_batch": val_seconds / len(self.val_batches),
+            "waited_seconds": waited,
             "peak_memory_mib": machine.peak_memory_mib(self.device),
             "train_seconds": self.train_seconds,
             "seconds": self.seconds,
@@ -270,9 +280,10 @@ class Trainer:
         improved = self.best is None or report.rank(row) > report.rank(self.best)
         self.history.append(row)
         self.epoch += 1
-        steps = self.batch
+        steps, waits = self.batch, waited / self.epoch_seconds
         self.batch, self.epoch_seconds = 0, 0.0
         self.tally.reset()
+        self._waited = self.train_batches.waited
         self.save()
         if improved:
             self.best = row
@@ -280,6 +291,9 @@ class Trainer:
         self.folder.write_events(row)
         self.folder.write_metrics(self.history)
         self.say(report.line(row, *self._columns))
+        if waits > MUCH and not self._told:
+            self._told = True
+            self.say(f"{waits:.0%} of the time went into waiting for images: more --workers may decode them faster")
         if row["skipped_steps"] == steps:
             self.say(
                 f"no step of epoch {self.epoch} was taken, as gradients overflowed fp16 at a loss scale of "

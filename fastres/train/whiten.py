@@ -45,8 +45,10 @@ def whiten(model: nn.Module, dataset: Dataset) -> None:
     if layer is None:
         raise FastresError("--whiten needs a network with a whitening layer: take --model speed, or add --no-whiten")
     outputs, channels, size, _ = layer.weight.shape
-    images = dataset.train.images
-    chosen = images[:: max(1, len(images) // IMAGES)]  # a spread, as images may come sorted by class
+    count = len(dataset.train)
+    chosen = dataset.train.sample(
+        torch.arange(0, count, max(1, count // IMAGES))
+    )  # a spread: they may be sorted by class
     covariance = patch_covariance(normalise(chosen, dataset.mean, dataset.std), size)
     filters = whitening_filters(covariance, outputs // 2).view(-1, channels, size, size).to(layer.weight)
     layer.weight.copy_(torch.cat([filters, -filters]))

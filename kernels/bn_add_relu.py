@@ -93,7 +93,7 @@ def bn_add_relu(
     rows = y.numel() // channels
     out = buffers.empty(y, *y.shape)
     split = elementwise(rows, channels)
-    strided = shortcut is not None and shortcut.shape != y.shape
+    strided = None if shortcut is None or shortcut.shape == y.shape else shortcut.shape
     bn_add_relu_kernel[split.grid](
         y,
         coef,
@@ -101,12 +101,12 @@ def bn_add_relu(
         shortcut_coef,
         out,
         rows,
-        shortcut.shape[1] if strided else 0,
-        shortcut.shape[2] if strided else 0,
+        strided[1] if strided else 0,
+        strided[2] if strided else 0,
         RELU=relu,
         C=channels,
         SHORTCUT_STRIDE=shortcut_stride if strided else None,
-        SHORTCUT_C=shortcut.shape[3] if strided else None,
+        SHORTCUT_C=strided[3] if strided else None,
         **split.launch,
     )
     return out

@@ -152,4 +152,4 @@ def precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s input precision: tf32 for fp32 operands where PyTorch's own switch for convolutions allows it."""
     if dtype != torch.float32:
         return "tf32"  # says nothing to operands of 16 bits; one value, so that it makes no second kernel
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]

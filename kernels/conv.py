@@ -290,4 +290,4 @@ def _launch(
         PRECISION=precision(x.dtype),
         **config.launch,
     )
-    return y, Moments(count, mean, m2) if moments else None
+    return y, None if count is None or mean is None or m2 is None else Moments(count, mean, m2)

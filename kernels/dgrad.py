@@ -281,7 +281,7 @@ def conv_dgrad(
         TAP_STEP=stride // common,
         INVERSE=pow(dilation // common, -1, stride // common),
         RESIDUAL_STRIDE=residual_stride if strided else None,
-        RESIDUAL_C=residual.shape[3] if strided else None,
+        RESIDUAL_C=residual.shape[3] if residual is not None and strided else None,
         PRECISION=precision(dz.dtype),
         **config.launch,
     )

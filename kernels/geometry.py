@@ -1,5 +1,7 @@
 """Sizes of convolutions and pools over NHWC tensors."""
 
+from collections.abc import Sequence
+
 Pad = tuple[int, int, int, int]  # top, left, bottom, right
 
 
@@ -9,7 +11,7 @@ def extent(kernel: int, dilation: int) -> int:
 
 
 def output_hw(
-    hw: tuple[int, int], kernel: tuple[int, int], stride: int, pad: Pad, dilation: int = 1
+    hw: Sequence[int], kernel: Sequence[int], stride: int, pad: Sequence[int], dilation: int = 1
 ) -> tuple[int, int]:
     """Height and width that a convolution or pool makes of ``hw``."""
     top, left, bottom, right = pad
@@ -17,9 +19,9 @@ def output_hw(
     return (hw[0] + top + bottom - height) // stride + 1, (hw[1] + left + right - width) // stride + 1
 
 
-def is_pointwise(kernel: tuple[int, int], pad: Pad) -> bool:
+def is_pointwise(kernel: Sequence[int], pad: Sequence[int]) -> bool:
     """Whether a convolution reads single pixels, each of its input where it has no stride."""
-    return kernel == (1, 1) and not any(pad)
+    return tuple(kernel) == (1, 1) and not any(pad)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -72,7 +72,7 @@ def shared_memory_limit(device: torch.device) -> int | None:
 
 @functools.cache
 def _limit(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 _refused: set[tuple[Demand, Config]] = set()

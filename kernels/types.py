@@ -8,6 +8,6 @@ from torch import Tensor
 class Moments(NamedTuple):
     """Per-channel statistics of a [M, C] matrix by row tiles, to be merged by `finalize` (Chan et al. 1979)."""
 
-    count: Tensor  # [T], rows in the tile
+    count: Tensor  # type: ignore[assignment]  # [T], rows in the tile; no tuple's method is meant
     mean: Tensor  # [T, C]
     m2: Tensor  # [T, C], sum of squared deviations from the tile's own mean

@@ -29,6 +29,7 @@ def option(
 
 
 KEEP = ("all", "fewer")  # `fastres.ops.residual.KEEP`; this module is imported without PyTorch
+ADAPTIVE = ("adamw", "lamb")
 # heading in the help -> the first option under it
 GROUPS = {
     "network": "model", "data": "data", "length": "epochs", "optimisation": "optimizer", "machine": "device",
@@ -40,11 +41,44 @@ _WITHOUT_EFFECT = (
     ("ema", 0.0, "makes the average the weights themselves: raise it, or leave it out"),
     ("warmup", 1.0, "never ends the warmup: lower it"),
     ("clip", 0.0, "leaves nothing of the gradient: raise it, or leave it out"),
+    ("layer_decay", 0.0, "leaves all but the head as it is: say --freeze backbone, or raise it"),
+    ("layer_decay", 1.0, "lowers no rate: lower it, or leave it out"),
     ("lr", 0.0, "leaves the weights as they are: raise it"),
     ("decay_factor", 1.0, "lowers no rate: lower it, or take another --schedule"),
     ("label_smoothing", 1.0, "leaves nothing of the labels: lower it"),
     ("save_minutes", 0.0, "would save after every step: say --save-steps 1, or raise it"),
 )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return ()
+
+
+def parse_channels(name: str, text: str, low: float = 0.0) -> tuple[float, float, float]:
+    """Red, green and blue of ``"0.485,0.456,0.406"``.
+
+    Raises:
+        FastresError: for anything but three numbers from ``low`` to 1.
+    """
+    values = _numbers(text)
+    if len(values) != 3 or not all(low <= value <= 1 for value in values):
+        raise FastresError(f"--{name} {text!r} must be three numbers from {low:g} to 1, such as 0.485,0.456,0.406")
+    return values  # type: ignore[return-value]
+
+
+def parse_betas(text: str) -> tuple[float, float]:
+    """The decays of ``"0.9,0.999"``.
+
+    Raises:
+        FastresError: for anything but two numbers from 0 up to, but without, 1.
+    """
+    values = _numbers(text)
+    if len(values) != 2 or not all(0 <= value < 1 for value in values):
+        raise FastresError(f"--betas {text!r} must be two numbers from 0 and below 1, such as 0.9,0.999")
+    return values  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -66,6 +100,12 @@ class TrainConfig:
     whiten: bool = option(False, "fix the first layer to filters that whiten the training images' patches", kind=bool)
     checkpoint_every: int = option(
         0, "recompute activations in groups of this many blocks (0: store all)", kind=int, low=0
+    )
+    weights: str | None = option(
+        None, "start from torchvision, a name of timm's, a file or a run; the head is new where classes differ", kind=str
+    )
+    freeze: str | None = option(
+        None, "parts that stay as they are, BatchNorm's statistics too: stem, layer1, ..., or backbone", kind=str
     )
     # data
     data: str = option("auto", "auto, cifar10, synthetic, or a path, see README.md", kind=str)
@@ -93,6 +133,10 @@ class TrainConfig:
     )  # fmt: skip
     limit_train: int | None = option(None, "use only so many images of the training set, drawn once", kind=int, low=1)
     limit_test: int | None = option(None, "use only so many images of the test set, drawn once", kind=int, low=1)
+    mean: str | None = option(
+        None, "mean of red, green and blue, 0..1; none: that of --weights, or of the training images", kind=str
+    )
+    std: str | None = option(None, "their standard deviations, as --mean", kind=str)
     crop_pad: int = option(4, "random crop: pixels of reflect padding", kind=int, low=0)
     flip: str = option("alternating", "horizontal flips", kind=str, choices=("none", "random", "alternating"))
     cutout: int = option(0, "side of the square that is cut out, in pixels", kind=int, low=0, high=1024)
@@ -102,19 +146,24 @@ class TrainConfig:
     # length
     epochs: int | None = option(10, "passes over the training set", kind=int, low=1)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", kind=int, low=1)
+    patience: int | None = option(None, "end after so many epochs without a better one", kind=int, low=1)
     batch_size: int = option(128, "images per optimizer step", kind=int, low=1)
     accumulate: int = option(1, "micro-batches that one step's batch is split into", kind=int, low=1)
     eval_batch_size: int = option(500, "images per validation batch", kind=int, low=1)
     # optimisation
     optimizer: str = option(
-        "sgd", "sgd, or muon for the convolutions behind the first and sgd for the rest", kind=str,
-        choices=("sgd", "muon"),
+        "sgd", "sgd; muon for the convolutions behind the first and sgd for the rest; adamw; lamb", kind=str,
+        choices=("sgd", "muon", "adamw", "lamb"),
     )  # fmt: skip
     lr: float = option(0.1, "peak learning rate", kind=float, low=0.0)
     bias_lr: float = option(1.0, "factor of the learning rate of biases, BatchNorm's too", kind=float, low=0.0)
     momentum: float = option(0.9, "SGD momentum", kind=float, low=0.0, high=1.0)
     nesterov: bool = option(True, "Nesterov momentum", kind=bool)
-    weight_decay: float = option(5e-4, "weight decay of sgd's parameters", kind=float, low=0.0)
+    betas: str = option("0.9,0.999", "decays of adamw's and lamb's two averages", kind=str)
+    weight_decay: float = option(5e-4, "weight decay, but of muon's parameters", kind=float, low=0.0)
+    layer_decay: float | None = option(
+        None, "factor of the learning rate from each block to the one before it", kind=float, low=0.0, high=1.0
+    )
     decoupled: bool = option(
         True, "decay apart from the momentum and not of BatchNorm and biases; else L2 of all parameters", kind=bool
     )
@@ -183,13 +232,23 @@ class TrainConfig:
                 f"--batch-size {self.batch_size} in --accumulate {self.accumulate} parts leaves one image a part, "
                 "of which BatchNorm has no statistics: make it at least 2"
             )
-        if self.nesterov and self.momentum == 0:
+        if self.nesterov and self.momentum == 0 and self.optimizer not in ADAPTIVE:
             raise FastresError("--nesterov needs a --momentum above 0: add --no-nesterov")
         for name, value, what in _WITHOUT_EFFECT:
             if getattr(self, name) == value:
                 raise FastresError(f"--{name.replace('_', '-')} {value:g} {what}")
-        if self.optimizer == "muon" and not self.decoupled:
-            raise FastresError("--optimizer muon has decoupled weight decay only: leave out --no-decoupled")
+        if self.optimizer != "sgd" and not self.decoupled:
+            raise FastresError(f"--optimizer {self.optimizer} has decoupled weight decay only: leave out --no-decoupled")
+        if self.optimizer == "muon" and self.layer_decay is not None:
+            raise FastresError("--layer-decay is not of --optimizer muon: take sgd, adamw or lamb, or leave it out")
+        if self.weights is not None and self.whiten:
+            raise FastresError("--whiten makes the first layer that --weights brings: leave one of them out")
+        if (self.mean is None) != (self.std is None):
+            raise FastresError("give --mean and --std together, or neither")
+        if self.mean is not None and self.std is not None:
+            parse_channels("mean", self.mean)
+            parse_channels("std", self.std, low=1e-3)
+        parse_betas(self.betas)
         parse_milestones(self.milestones)
         if self.progressive is not None:
             parse_progressive(self.progressive)

@@ -14,8 +14,10 @@ from fastres.train.config import TrainConfig
 PLACE = {
     "device", "data", "data_root", "compile", "keep", "save_steps", "save_minutes", "requeue", "memory_budget", "workers",
 }  # fmt: skip
+# A run may go on longer than it was meant to.
+LENGTH = {"epochs", "steps", "patience"}
 # A resumed run keeps its other options. Another backend rounds otherwise, so it changes only where that is asked for.
-CHANGED_BY_RESUME = PLACE | {"backend"}
+CHANGED_BY_RESUME = PLACE | LENGTH | {"backend"}
 CHOSEN_BY_MACHINE = {"backend", "precision"}  # where they are auto; a run keeps the choice that it began with
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container
+from collections.abc import Collection
 from typing import Any
 
 from fastres.errors import FastresError
@@ -105,11 +105,23 @@ PRESETS: dict[str, dict] = {
 }
 
 
+# Rates of one optimizer say nothing about those of another.
+RATES: dict[str, dict] = {
+    # Loshchilov & Hutter 2019, as PyTorch has it by default, with the decay that fine-tuning takes (Liu et al. 2022,
+    # "A ConvNet for the 2020s", table 5)
+    "adamw": dict(lr=1e-3, weight_decay=0.05),
+    # Wightman et al. 2021, "ResNet strikes back", procedure A2, whose batch is 2048
+    "lamb": dict(lr=5e-3, weight_decay=0.02),
+}
+
+
 def preset(name: str, **changes: Any) -> TrainConfig:
     """The configuration of a recipe, with other options where they are given.
 
     Where they change the batch and not ``lr``, that follows in proportion (Goyal et al. 2017, "Accurate, Large
     Minibatch SGD"); ``muon_lr``, of steps whose length does not depend on the gradient's, stays.
+
+    Of an optimizer that the recipe's rates are not for, they are those of `RATES`.
 
     Raises:
         FastresError: for a name that is not in `PRESETS`.
@@ -119,15 +131,24 @@ def preset(name: str, **changes: Any) -> TrainConfig:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise FastresError(f"unknown preset {name!r}: {hint}choose from {', '.join(PRESETS)}")
     config = TrainConfig(**PRESETS[name]).check()
-    batch = changes.get("batch_size")
-    if batch and "lr" not in changes:
+    optimizer, batch = changes.get("optimizer"), changes.get("batch_size")
+    if optimizer in RATES and optimizer != config.optimizer:
+        changes = {**RATES[optimizer], "decoupled": True, **changes}
+    elif batch and "lr" not in changes:
         changes["lr"] = config.lr * batch / config.batch_size
     return config.replace(**changes) if changes else config
 
 
-def rate_note(name: str, config: TrainConfig, given: Container[str]) -> str | None:
+def rate_note(name: str, config: TrainConfig, given: Collection[str]) -> str | None:
     """A line on what `preset` made of the learning rate of a recipe whose batch was changed; None: nothing."""
     recipe = preset(name)
+    if config.optimizer in RATES and config.optimizer != recipe.optimizer:
+        if not {"lr", "weight_decay"} - set(given):
+            return None
+        return (
+            f"{config.optimizer} with learning rate {config.lr:g} and weight decay {config.weight_decay:g}, "
+            f"not {name}'s, which are {recipe.optimizer}'s; --lr and --weight-decay set others"
+        )
     if config.batch_size == recipe.batch_size or "lr" in given:
         return None
     stays = f"; muon's stays at {config.muon_lr:g}" if config.optimizer == "muon" else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from fastres.errors import FastresError
-from fastres.train.config import TrainConfig
+from fastres.train.config import ADAPTIVE, TrainConfig
 
 # option -> (what makes it work, whether it does)
 _NEEDS: dict[str, tuple[str, Callable[[TrainConfig], bool]]] = {
@@ -14,6 +14,10 @@ _NEEDS: dict[str, tuple[str, Callable[[TrainConfig], bool]]] = {
     ),
     **dict.fromkeys(
         ("milestones", "decay_factor"), ("--schedule step", lambda config: config.schedule == "step")
+    ),
+    "betas": ("--optimizer adamw or lamb", lambda config: config.optimizer in ADAPTIVE),
+    **dict.fromkeys(
+        ("momentum", "nesterov"), ("--optimizer sgd or muon", lambda config: config.optimizer not in ADAPTIVE)
     ),
     "warmup": (
         "a --schedule that is not constant", lambda config: config.schedule != "constant" or config.warmup == 0

@@ -35,7 +35,7 @@ def test_help_has_groups_and_the_values_of_the_preset(capsys):
         assert f"those of preset {name}." in out and f"network, see `fastres models` [{values.model}]" in out
         assert (
             f"peak learning rate [{values.lr}]" in out
-            and f"weight decay of sgd's parameters [{values.weight_decay}]" in out
+            and f"weight decay, but of muon's parameters [{values.weight_decay}]" in out
         )
         for heading in ("network:", "data:", "length:", "optimisation:", "machine:"):
             assert heading in out

@@ -18,6 +18,7 @@ from fastres.train.config import TrainConfig
 from fastres.train.config_file import OptionsFile, read_options
 from fastres.train.distributed import ALONE, Ranks, rank_device
 from fastres.train.presets import preset, rate_note
+from fastres.train.pretrained import read_weights
 
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 DATA_OPTIONS = (  # those that `load_data` reads
@@ -57,6 +58,8 @@ def recipe(args: argparse.Namespace) -> Recipe:
     own = given_options(args)
     name = next(n for n in (args.preset, file.preset, "fast") if n is not None)
     options = file.merged(own)
+    if options.get("weights") is not None and "model" not in options:  # then they name it, where they can
+        options |= {"model": model} if (model := read_weights(options["weights"], preset(name).model).model) else {}
     config = preset(name, **options)
     if file.whole and config.batch_size != file.options.get("batch_size") and "lr" not in own:
         note: str | None = f"the learning rate stays {config.lr:g}, as {args.config} has it; --lr sets another"

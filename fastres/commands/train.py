@@ -15,9 +15,10 @@ from fastres.train import Interrupted, TrainConfig, Trainer, machine
 from fastres.train.distributed import Onlooker, Ranks, joined, rank_device
 from fastres.train.facts import run_facts
 from fastres.train.final_test import final_test
-from fastres.train.identity import CHANGED_BY_RESUME, PLACE, difference
+from fastres.train.identity import CHANGED_BY_RESUME, PLACE, check_same_weights, difference
+from fastres.train.pretrained import settled
 from fastres.train.requeue import check_requeue, requeue
-from fastres.train.run_folder import RunFolder, saved_config, saved_launch
+from fastres.train.run_folder import RunFolder, read_config, saved_config, saved_launch
 from fastres.train.useless import check_given
 
 
@@ -64,8 +65,8 @@ def plan(args: argparse.Namespace, ranks: Ranks) -> Plan:
             check_requeue(args.resume)
         return Plan(saved_config(args.resume).replace(**given), Path(args.resume), True)
     asked = recipe(args)
-    config, given = asked.config, asked.given
-    check_given([config], given)
+    check_given([asked.config], asked.given)
+    config, given = settled(asked.config), asked.given
     for note in asked.notes:
         print(note, flush=True)
     if config.requeue:
@@ -82,6 +83,7 @@ def plan(args: argparse.Namespace, ranks: Ranks) -> Plan:
     saved = saved_config(path)
     if differs := difference(saved, config):
         raise FastresError(f"run folder {path} holds a run with {differs}: choose another --out")
+    check_same_weights(read_config(path), config, path)
     return Plan(saved.replace(**{name: getattr(config, name) for name in PLACE}), path, True)
 
 
@@ -100,6 +102,8 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
             trainer = Trainer(config, load_data(config, ranks), at, ranks=ranks)
             if ranks.of_first(at.begun):
                 trainer.resume()
+                if note := going_on_longer(trainer):
+                    say(ranks, note)
             elif asked.begun:
                 say(ranks, f"{path} was stopped before its first checkpoint: starting again")
             if ranks.first:
@@ -122,6 +126,17 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
     for line in tested:
         say(ranks, line)
     return 0
+
+
+def going_on_longer(trainer: Trainer) -> str | None:
+    """A line on the schedule of a run that had come to its end and goes on; None: it has not, or does not."""
+    config, saved = trainer.config, saved_config(trainer.folder.path) if trainer.ranks.first else trainer.config
+    if (saved.epochs, saved.steps) == (config.epochs, config.steps):
+        return None
+    return (
+        f"going on to step {trainer.total_steps} with the schedule of a run of that length: the next learning rate is "
+        f"{config.lr * trainer.lr_factor(trainer.step):.3g}"
+    )
 
 
 def describe(trainer: Trainer) -> None:

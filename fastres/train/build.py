@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +15,10 @@ from fastres.errors import FastresError
 from fastres.models.fused import create_fused_model
 from fastres.models.registry import accepted_options, create_model
 from fastres.train import machine
-from fastres.train.config import TrainConfig
+from fastres.train.config import TrainConfig, parse_betas, parse_channels
 from fastres.train.distributed import ALONE, Ranks
-from fastres.train.muon import MuonBesideSGD
-from fastres.train.optimizer import SGDW, make_optimizer
+from fastres.train.layers import depths
+from fastres.train.optimizer import Optimizer, make_optimizer
 from fastres.train.progressive import parse_progressive
 from fastres.train.whiten import whiten
 
@@ -47,8 +49,27 @@ def model_options(config: TrainConfig, size: int) -> dict[str, Any]:
     return options
 
 
-def build_model(config: TrainConfig, dataset: Dataset, device: torch.device) -> nn.Module:
+def with_statistics(config: TrainConfig, dataset: Dataset) -> Dataset:
+    """The dataset with the mean and standard deviation that are asked for, in place of its training images'."""
+    if config.mean is None or config.std is None:
+        return dataset
+    mean, std = (
+        tuple(255 * value for value in parse_channels(name, text))
+        for name, text in (("mean", config.mean), ("std", config.std))
+    )
+    return dataclasses.replace(dataset, mean=mean, std=std)
+
+
+def build_model(
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+) -> nn.Module:
     """The network with the seed's initial weights, on its device and in its memory format.
+
+    Args:
+        prepare: what is done to it before it goes to its device.
 
     Raises:
         FastresError: for options that the network does not have, or that only fused blocks have.
@@ -64,6 +85,7 @@ def build_model(config: TrainConfig, dataset: Dataset, device: torch.device) -> 
         model = create(config.model, num_classes=len(dataset.classes), **options)
         if config.whiten:
             whiten(model, dataset)
+        prepare(model)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)  # type: ignore[call-overload]
 
@@ -106,7 +128,7 @@ def build_batches(
     )
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, scaled: bool, device: torch.device) -> SGDW | MuonBesideSGD:
+def build_optimizer(config: TrainConfig, model: nn.Module, scaled: bool, device: torch.device) -> Optimizer:
     """The optimizer at its peak learning rates; ``scaled`` as in `make_optimizer`."""
     muon = None
     if config.optimizer == "muon":
@@ -118,8 +140,12 @@ def build_optimizer(config: TrainConfig, model: nn.Module, scaled: bool, device:
         config.nesterov,
         config.weight_decay,
         scaled,
+        kind="sgd" if config.optimizer == "muon" else config.optimizer,
+        betas=parse_betas(config.betas),
         decoupled=config.decoupled,
         bias_lr=config.bias_lr,
+        layer_decay=config.layer_decay,
+        depths=depths(model),
         muon=muon,
         lr_on=device if config.cuda_graph else None,
     )

@@ -52,6 +52,18 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         DamagedCheckpoint: when it is missing, truncated or altered.
         CheckpointError: when it is refused as unsafe, or not a fastres checkpoint.
     """
+    content = read_tensors(path, device)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version ({FORMAT}): train again")
+    return content
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A dictionary of tensors and plain values that ``torch.save`` wrote, of fastres or not.
+
+    Raises:
+        DamagedCheckpoint, CheckpointError: as `load_checkpoint`.
+    """
     path = Path(path)
     if not path.is_file():
         raise DamagedCheckpoint(f"no checkpoint at {path}: name a run folder or a .pt file that `fastres train` wrote")
@@ -80,7 +92,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise DamagedCheckpoint(
             f"checkpoint {path} is damaged or not one of fastres ({reason}): take another one or train again"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint of this version ({FORMAT}): train again")
     return content
 

@@ -102,7 +102,9 @@ class TrainConfig:
         0, "recompute activations in groups of this many blocks (0: store all)", kind=int, low=0
     )
     weights: str | None = option(
-        None, "start from torchvision, a name of timm's, a file or a run; the head is new where classes differ", kind=str
+        None,
+        "start from torchvision, a name of timm's, a file or a run; the head is new where classes differ",
+        kind=str,
     )
     freeze: str | None = option(
         None, "parts that stay as they are, BatchNorm's statistics too: stem, layer1, ..., or backbone", kind=str
@@ -238,7 +240,9 @@ class TrainConfig:
             if getattr(self, name) == value:
                 raise FastresError(f"--{name.replace('_', '-')} {value:g} {what}")
         if self.optimizer != "sgd" and not self.decoupled:
-            raise FastresError(f"--optimizer {self.optimizer} has decoupled weight decay only: leave out --no-decoupled")
+            raise FastresError(
+                f"--optimizer {self.optimizer} has decoupled weight decay only: leave out --no-decoupled"
+            )
         if self.optimizer == "muon" and self.layer_decay is not None:
             raise FastresError("--layer-decay is not of --optimizer muon: take sgd, adamw or lamb, or leave it out")
         if self.weights is not None and self.whiten:

@@ -12,7 +12,9 @@ from fastres.train.trainer import Trainer
 
 
 def run_facts(trainer: Trainer) -> dict[str, Any]:
-    """Id of the run, parameters, data, device, dtype, backend and versions, as plain values."""
+    """Id of the run, parameters, data, digest of the weights that it started from, device, dtype, backend and versions, as
+    plain values.
+    """
     device = trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -20,6 +22,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "run": trainer.run,
         "data": trainer.dataset.label,
         "digest": trainer.dataset.digest,
+        "initial": trainer.weights,
         "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
         "dtype": str(trainer.dtype).removeprefix("torch."),
         "backend": trainer.backend,

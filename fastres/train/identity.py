@@ -26,6 +26,24 @@ def checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def check_same_weights(facts: dict[str, Any], config: TrainConfig, place: Path) -> None:
+    """Refuse to go on unasked with a run that started from other weights under the same name.
+
+    Args:
+        facts: the content of the run's ``config.json``.
+
+    Raises:
+        FastresError: names the folder.
+    """
+    if config.weights is not None and facts.get("initial") is not None:
+        from fastres.train.pretrained import read_weights
+
+        if read_weights(config.weights, config.model).digest != facts["initial"]:
+            raise FastresError(
+                f"{place} started from other weights than {config.weights} holds now: choose another --out"
+            )
+
+
 def difference(saved: TrainConfig, wanted: TrainConfig) -> str | None:
     """In a few words the first option in which a saved run is not the one that is asked for; None: it is."""
     theirs, ours = saved.to_dict(), wanted.to_dict()

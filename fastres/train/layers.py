@@ -70,7 +70,9 @@ class Frozen:
         for module in self.modules:
             module.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise FastresError(f"--freeze {parts} leaves nothing to be trained: leave the head, {head_name(model)}, out")
+            raise FastresError(
+                f"--freeze {parts} leaves nothing to be trained: leave the head, {head_name(model)}, out"
+            )
 
     def apply(self) -> None:
         """To be called whenever the network was put into training mode."""
@@ -85,10 +87,13 @@ def _modules(model: nn.Module, parts: str) -> list[nn.Module]:
     for part in (part.strip() for part in parts.split(",")):
         names = named.get(part, [part])
         if not part or names[0] not in known:
-            choices = [STEM, BACKBONE, *(name for name, child in model.named_children() if any(True for _ in child.parameters()))]
+            choices = [
+                STEM,
+                BACKBONE,
+                *(name for name, child in model.named_children() if any(True for _ in child.parameters())),
+            ]
             near = difflib.get_close_matches(part, [*choices, *known], n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise FastresError(f"--freeze {part!r} is no part of the network: {hint}choose from {', '.join(choices)}")
         found += [known[name] for name in names]
     return found
-

@@ -1,12 +1,16 @@
-"""SGD with decoupled weight decay, kept off BatchNorm parameters and biases, alone or beside Muon."""
+"""Optimizers whose weight decay is decoupled and kept off BatchNorm parameters and biases: SGD, alone or beside Muon,
+AdamW and LAMB.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastres.train.lamb import LAMB
 from fastres.train.muon import MuonBesideSGD, hidden_kernels
 
 
@@ -31,6 +35,20 @@ class SGDW(torch.optim.SGD):
         return super().step(closure)
 
 
+class AdamW(torch.optim.AdamW):
+    """PyTorch's own, which counts its steps as `SGDW` does."""
+
+    taken = 0
+
+    def step(self, closure=None):
+        """As PyTorch's. An AMP gradient scaler skips it when a gradient overflowed."""
+        self.taken += 1
+        return super().step(closure)
+
+
+Optimizer = SGDW | MuonBesideSGD | AdamW | LAMB
+
+
 def make_optimizer(
     model: nn.Module,
     lr: float,
@@ -39,19 +57,27 @@ def make_optimizer(
     weight_decay: float,
     scaled: bool,
     *,
+    kind: str = "sgd",
+    betas: tuple[float, float] = (0.9, 0.999),
     decoupled: bool = True,
     bias_lr: float = 1.0,
+    layer_decay: float | None = None,
+    depths: Mapping[int, int] | None = None,
     muon: dict[str, Any] | None = None,
     lr_on: torch.device | None = None,
-) -> SGDW | MuonBesideSGD:
+) -> Optimizer:
     """The optimizer of a network's trainable parameters, foreach or fused, at learning rate ``lr``.
 
     Args:
         weight_decay: decoupled: on matrices and kernels, none on vectors (BatchNorm and biases); else L2 on all.
         scaled: gradients come from an fp16 gradient scaler. It must then be able to skip `SGDW.step` whole,
             which PyTorch's fused step would not let it.
+        kind: ``sgd``, ``adamw`` or ``lamb``; momentum and nesterov are of the first, betas of the others.
         decoupled: whether the decay is apart from the momentum.
         bias_lr: factor of the learning rate of every bias, those of BatchNorm too.
+        layer_decay: factor of the learning rate for each layer that lies behind a parameter's own (Howard & Ruder 2018,
+            "Universal Language Model Fine-tuning", section 3.2, with its rate for layers as deep as it goes).
+        depths: number of those layers by the parameter's id, see `fastres.train.layers.depths`.
         muon: options of `MuonBesideSGD` for the kernels behind the first layer; None: SGD for all.
         lr_on: keep learning rates as tensors on this device, for a CUDA graph; None: as numbers.
     """
@@ -60,28 +86,34 @@ def make_optimizer(
     taken = {id(p) for p in kernels}
     rest = [(name, p) for name, p in named if id(p) not in taken]
     is_bias = {name for name, p in rest if p.ndim <= 1 and name.rsplit(".", 1)[-1] == "bias"}
-    parts = [
-        ([p for _, p in rest if p.ndim > 1], lr, weight_decay),
-        ([p for name, p in rest if p.ndim <= 1 and name not in is_bias], lr, 0.0),
-        ([p for name, p in rest if name in is_bias], lr * bias_lr, 0.0),
-    ]
-    groups = [
-        {
-            "params": params,
-            "peak": peak,
-            "lr": peak if lr_on is None else torch.tensor(peak, dtype=torch.float32, device=lr_on),
-            "decay": decay if decoupled else 0.0,
-            "weight_decay": 0.0 if decoupled else weight_decay,
-        }
-        for params, peak, decay in parts
-        if params
-    ]
-    kind = {"foreach": True} if scaled else {"fused": True}
-    sgd = SGDW(groups, lr=lr, momentum=momentum, nesterov=nesterov, **kind)
+    parts: dict[tuple[int, int], list[nn.Parameter]] = {}  # by layers behind it, and matrix, vector or bias
+    for name, p in rest:
+        behind = depths[id(p)] if layer_decay is not None and depths is not None else 0
+        parts.setdefault((behind, 0 if p.ndim > 1 else 2 if name in is_bias else 1), []).append(p)
+    groups = []
+    for (behind, form), params in sorted(parts.items(), key=lambda part: part[0]):
+        peak = lr * (bias_lr if form == 2 else 1.0) * (1.0 if layer_decay is None else layer_decay**behind)
+        rate = peak if lr_on is None else torch.tensor(peak, dtype=torch.float32, device=lr_on)
+        groups.append({"params": params, "peak": peak, "lr": rate, **_decay(kind, weight_decay, decoupled, form == 0)})
+    way = {"foreach": True} if scaled else {"fused": True}
+    if kind == "adamw":
+        return AdamW(groups, lr=lr, betas=betas, capturable=lr_on is not None, **way)
+    if kind == "lamb":
+        return LAMB(groups, lr=lr, betas=betas)
+    sgd = SGDW(groups, lr=lr, momentum=momentum, nesterov=nesterov, **way)
     return MuonBesideSGD(sgd, kernels, **muon, lr_on=lr_on) if muon and kernels else sgd
 
 
-def set_lr(optimizer: SGDW | MuonBesideSGD, factor: float) -> None:
+def _decay(kind: str, weight_decay: float, decoupled: bool, matrix: bool) -> dict[str, float]:
+    """The entries of a parameter group that say its weight decay: ``decay`` is `SGDW`'s decoupled one."""
+    if kind != "sgd":
+        return {"weight_decay": weight_decay if matrix else 0.0}
+    if decoupled:
+        return {"decay": weight_decay if matrix else 0.0, "weight_decay": 0.0}
+    return {"decay": 0.0, "weight_decay": weight_decay}
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> None:
     """Give every parameter group ``factor`` times its peak learning rate, without waiting for its device."""
     for group in optimizer.param_groups:
         lr = group["peak"] * factor

@@ -20,6 +20,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     return {
         "run": trainer.run,
         "digest": dataset.digest,
+        "initial": trainer.weights,
         "model": trainer.config.model,
         "model_options": trainer.model_options,
         "options": trainer.config.to_dict(),
@@ -83,6 +84,7 @@ def take_up(trainer: Trainer, saved: dict[str, Any], source: Path) -> None:
             f"checkpoint {source} has another optimizer's state ({first_line(error)}): take another one or train again"
         ) from error
     trainer.run = saved["run"]
+    trainer.weights = saved.get("initial")
     trainer.epoch, trainer.step, trainer.batch = saved["epoch"], saved["step"], saved["batch"]
     for name in ("seconds", "train_seconds", "epoch_seconds"):
         setattr(trainer, name, saved[name])

@@ -18,8 +18,9 @@ from fastres.data import Dataset
 from fastres.errors import FastresError
 from fastres.train.config import TrainConfig
 from fastres.train.facts import run_facts
-from fastres.train.identity import CHOSEN_BY_MACHINE, checksum, difference
-from fastres.train.run_folder import CONFIG, RESULT, RunFolder, saved_config
+from fastres.train.identity import CHOSEN_BY_MACHINE, check_same_weights, checksum, difference
+from fastres.train.pretrained import settled
+from fastres.train.run_folder import CONFIG, RESULT, RunFolder, read_config, saved_config
 from fastres.train.trainer import Interrupted, Trainer
 
 MEASURES = ("val_accuracy", "tta_accuracy", "val_loss", "train_seconds", "seconds")
@@ -119,7 +120,7 @@ def sweep(
         Interrupted: after a signal that asks it to end; the present run is saved.
     """
     runs = [
-        (name, seed, base.replace(**changes, seed=seed), folder / _file_name(name) / f"seed-{seed}")
+        (name, seed, settled(base.replace(**changes, seed=seed)), folder / _file_name(name) / f"seed-{seed}")
         for seed in seeds
         for name, changes in variants.items()
     ]
@@ -159,8 +160,11 @@ def check_same(config: TrainConfig, path: Path) -> None:
     Raises:
         FastresError: names the first of them, or the ``config.json`` that is damaged.
     """
-    if (path / CONFIG).exists() and (differs := difference(saved_config(path), config)):
+    if not (path / CONFIG).exists():
+        return
+    if differs := difference(saved_config(path), config):
         raise FastresError(f"{path} was run with {differs}: choose another --out")
+    check_same_weights(read_config(path), config, path)
 
 
 def read_result(path: Path, dataset: Dataset) -> dict[str, Any] | None:

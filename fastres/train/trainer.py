@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from fastres.data import Dataset
 from fastres.errors import FastresError
-from fastres.train import machine, report, state
+from fastres.train import machine, pretrained, report, state
 from fastres.train.average import WeightAverage
 from fastres.train.best import held_epoch
-from fastres.train.build import build_batches, build_model, build_optimizer, image_size, model_options
+from fastres.train.build import build_batches, build_model, build_optimizer, image_size, model_options, with_statistics
 from fastres.train.config import TrainConfig
 from fastres.train.distributed import ALONE, Onlooker, Ranks, rank_device
 from fastres.train.evaluate import Tally, all_finite, evaluate
+from fastres.train.layers import Frozen
 from fastres.train.optimizer import set_lr
 from fastres.train.progressive import parse_progressive, size_at
 from fastres.train.run_folder import RunFolder
@@ -70,10 +71,14 @@ class Trainer:
         say: Callable[[str], None] = tqdm.write,
         ranks: Ranks = ALONE,
     ):
-        self.dataset, self.folder, self.ranks = dataset, folder, ranks
+        self.folder, self.ranks = folder, ranks
         self.say = say if ranks.first else lambda line: None
         self.device = machine.pick_device(rank_device(config.device, ranks))
+        goes_on = config.weights is not None and ranks.of_first(folder.begun)  # it has weights, and options, of its own
+        if not goes_on:
+            config = ranks.of_first(lambda: pretrained.settled(config))
         self.config = config = machine.settled(config, self.device, ranks.of_first)
+        self.dataset = dataset = with_statistics(config, dataset)
         self.dtype = machine.pick_dtype(config.precision, self.device)
         machine.check_cuda_graph(config.cuda_graph, self.device, self.dtype)
         if config.cuda_graph and ranks.count > 1:
@@ -92,7 +97,11 @@ class Trainer:
         self.backend = config.backend
         if config.sync_bn and ranks.count > 1 and self.backend == "eager" and self.device.type == "cpu":
             raise FastresError("--sync-bn of an eager network needs GPUs: add --backend fused")
-        self.model = build_model(config, dataset, self.device)
+        self.weights: str | None = None  # digest of those that it started from
+        self.model = build_model(
+            config, dataset, self.device, lambda model: None if goes_on else self._start_from(model)
+        )
+        self.frozen = Frozen(self.model, config.freeze)
         network = ranks.wrap(self.model, config.sync_bn)
         self.average = WeightAverage(self.model, config.ema) if config.ema is not None else None
         scaled = self.dtype == torch.float16
@@ -124,6 +133,13 @@ class Trainer:
         self._saved_step: int | None = None  # that last.pt is of
         self._began = self._saved_at = time.monotonic()
 
+    def _start_from(self, model: nn.Module) -> None:
+        """Give the fresh network the weights that are asked for; the ranks get rank 0's."""
+        if self.config.weights is not None and self.ranks.first:
+            weights = pretrained.read_weights(self.config.weights, self.config.model)
+            self.weights = weights.digest
+            self.say(pretrained.load_pretrained(model, weights, self.dataset.classes, self.config.model))
+
     @property
     def evaluated(self) -> nn.Module:
         """The network whose accuracy counts: the weight average if there is one."""
@@ -152,21 +168,31 @@ class Trainer:
 
     def _fit(self) -> list[dict[str, Any]]:
         with machine.algorithms(self.config.deterministic), self.ranks.stop_request(self._end_at_once) as stop:
-            while self.step < self.total_steps or self.batch:  # a run may have been stopped before its last validation
+            # a run may have been stopped before its last validation
+            while (self.step < self.total_steps or self.batch) and not self._is_hopeless():
                 if not self._epoch_is_over():
                     self._train_epoch(stop)
                 if stop.signum is None:
                     self._end_epoch(stop)
                 if stop.signum is not None and (self.step < self.total_steps or self.batch):
                     self._stop(stop.signum)
+        if self.step < self.total_steps:
+            self.say(f"no better epoch in {self.config.patience}: ended after step {self.step} of {self.total_steps}")
         self.folder.write_curves(self.history, self.dataset.label)
         return self.history
+
+    def _is_hopeless(self) -> bool:
+        """Whether the best epoch lies as many epochs back as the run's patience reaches."""
+        if self.config.patience is None or self.batch or not self.history:
+            return False
+        return self.epoch - max(self.history, key=report.rank)["epoch"] >= self.config.patience
 
     def _epoch_is_over(self) -> bool:
         return self.batch == len(self.train_batches) or self.step == self.total_steps
 
     def _train_epoch(self, stop: StopRequest) -> None:
         self.model.train()
+        self.frozen.apply()
         last = min(len(self.train_batches), self.batch + self.total_steps - self.step)
         bar = tqdm(
             total=last, initial=self.batch, desc=f"epoch {self.epoch + 1}", unit="batch", leave=False,
@@ -208,7 +234,7 @@ class Trainer:
         Raises:
             OverflowingGradients: when fp16's gradient scaler skipped the step and can scale by no less.
         """
-        set_lr(self.optimizer, self._lr_factor(self.step))
+        set_lr(self.optimizer, self.lr_factor(self.step))
         skipped = self.tally.skipped
         with machine.algorithms(self.config.deterministic):
             self.learn(images, labels)
@@ -224,7 +250,8 @@ class Trainer:
         self.step += 1
         self.batch += 1
 
-    def _lr_factor(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
+        """Factor of the peak learning rate at a step."""
         config = self.config
         return lr_factor(config.schedule, step, self.total_steps, config.warmup, self.milestones, config.decay_factor)
 
@@ -262,7 +289,7 @@ class Trainer:
         row = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "lr": self.config.lr * self._lr_factor(self.step - 1),
+            "lr": self.config.lr * self.lr_factor(self.step - 1),
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
             "val_loss": scores.loss,
@@ -350,6 +377,11 @@ class Trainer:
         saved = self.ranks.of_first(lambda: self.folder.load(at, self.say))
         state.take_up(self, saved, self.folder.last)
         self._saved_step = self.step
+        if self.step > self.total_steps:
+            raise FastresError(
+                f"{self.folder.path} has {self.step} steps already, more than the {self.total_steps} that are asked for: "
+                "raise --epochs or --steps"
+            )
         held = self.ranks.of_first(lambda: held_epoch(self))
         self.best = next((row for row in self.history if row["epoch"] == held), None)
 

@@ -337,8 +337,8 @@ def test_a_second_signal_ends_at_once_and_says_what_is_saved(tmp_path, monkeypat
             signal.raise_signal(signal.SIGINT)
         return update(batches)
 
-    update = run._lr_factor
-    monkeypatch.setattr(run, "_lr_factor", twice)
+    update = run.lr_factor
+    monkeypatch.setattr(run, "lr_factor", twice)
     with pytest.raises(
         Interrupted, match=r"ended at once by SIGINT in step 4, the second signal; .*last.pt is of step 2"
     ):

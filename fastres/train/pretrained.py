@@ -1,0 +1,311 @@
+"""Weights that a run starts from: torchvision's, timm's, a file's or another run's, with what their pixels meant.
+
+What a run takes over of them (size, mean, deviation, stem) becomes options of its own, so that it goes on without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastres.data.dataset import first_line
+from fastres.errors import FastresError
+from fastres.models.registry import accepted_options
+from fastres.train.checkpoint import FORMAT, load_checkpoint, read_tensors
+from fastres.train.config import TrainConfig
+from fastres.train.content import NETWORK, check_content
+from fastres.train.layers import head_name
+from fastres.train.trained import evaluated_weights
+
+TORCHVISION = "torchvision"
+HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
+_WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "weights",
+)  # where trainers put the weights in their checkpoints
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_COUNTED = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's weights and what is known of them.
+
+    Attributes:
+        source: what they are called in messages.
+        tensors: the state_dict.
+        model: the network's name here; None: it is not known.
+        classes: of the logits; None: not known.
+        mean, std: of the pixels, per channel, on the scale 0..1; None: not known.
+        image_size: pixels a side; None: not known.
+    """
+
+    source: str
+    tensors: dict[str, Tensor]
+    model: str | None = None
+    classes: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tensors: the same weights have the same one under any name."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+
+def read_weights(name: str, model: str) -> Weights:
+    """Weights by what ``--weights`` says.
+
+    Args:
+        name: ``torchvision`` or ``torchvision:IMAGENET1K_V1``; a run folder or checkpoint; a file with a state_dict,
+            ``.safetensors`` or what ``torch.save`` wrote; a folder in the Hugging Face Hub's layout; a name of timm's.
+        model: the network that torchvision's are wanted of.
+
+    Raises:
+        FastresError: where there are none, or they cannot be read or downloaded.
+    """
+    files = [Path(name), *(Path(name) / file for file in ("best.pt", HUB_WEIGHTS, HUB_CONFIG))]
+    return _read(name, model, tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files))
+
+
+@lru_cache(maxsize=1)
+def _read(name: str, model: str, _stamps: tuple[int, ...]) -> Weights:
+    kind, _, version = name.partition(":")
+    if kind == TORCHVISION:
+        return _torchvision(model, version)
+    path = Path(name)
+    if path.is_dir():
+        return _hub_folder(path) if (path / HUB_WEIGHTS).is_file() else _run(path / "best.pt")
+    if path.exists():
+        return _file(path)
+    if os.sep in name or path.suffix in (".pt", ".pth", ".safetensors"):
+        raise FastresError(f"no weights at {name}: name a file, a run folder, torchvision or a network of timm's")
+    return _timm(name)
+
+
+def _torchvision(model: str, version: str) -> Weights:
+    import torchvision
+
+    if model not in torchvision.models.list_models(module=torchvision.models):
+        here = [name for name in torchvision.models.list_models(module=torchvision.models) if name.startswith("resnet")]
+        raise FastresError(f"torchvision has no weights of {model!r}: choose --model {', '.join(here)}")
+    known = torchvision.models.get_model_weights(model)
+    try:
+        weights = torchvision.models.get_weight(f"{known.__name__}.{version}") if version else known.DEFAULT
+    except (ValueError, AttributeError, KeyError):
+        names = ", ".join(weights.name for weights in known)
+        raise FastresError(f"torchvision has no weights {version!r} of {model}: choose from {names}") from None
+    try:
+        tensors = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the network, the disk or a file that is damaged
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise FastresError(
+            f"cannot load {weights} ({first_line(error)}): put {weights.url} into {folder}, or name a file with --weights"
+        ) from error
+    preset = weights.transforms()
+    return Weights(
+        str(weights), tensors, model, tuple(weights.meta["categories"]), tuple(preset.mean), tuple(preset.std),
+        preset.crop_size[0],
+    )  # fmt: skip
+
+
+def _timm(name: str) -> Weights:
+    try:
+        import timm
+    except ImportError:
+        raise FastresError(f"no weights at {name!r}, and for networks of timm's by name: pip install timm") from None
+    network = name.removeprefix("timm:").removeprefix("timm/")
+    if not timm.is_model(network):
+        near = difflib.get_close_matches(network, timm.list_models("resnet*"), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise FastresError(f"no weights {name!r}: {hint}name torchvision, a file, a run folder or a network of timm's")
+    try:
+        model = timm.create_model(network, pretrained=True)
+    except Exception as error:  # of the network, the disk or the file
+        raise FastresError(
+            f"cannot load {network} of timm's ({first_line(error)}): download it where there is a network, or name a file "
+            "with --weights"
+        ) from error
+    return Weights(
+        network, dict(model.state_dict()), network.split(".")[0], None, *_timm_pixels(cast(dict, model.pretrained_cfg))
+    )
+
+
+def _timm_pixels(config: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Mean, deviation and size in the words of timm's configurations."""
+    mean, std, size = (config.get(key) for key in ("mean", "std", "input_size"))
+    return tuple(mean) if mean else None, tuple(std) if std else None, size[-1] if size else None
+
+
+def _hub_folder(path: Path) -> Weights:
+    """A folder as timm and `fastres export` write it for the Hugging Face Hub."""
+    try:
+        config = json.loads((path / HUB_CONFIG).read_text("utf-8"))
+        pixels = _timm_pixels(config.get("pretrained_cfg") or {})
+        names = config.get("label_names")
+        classes = tuple(map(str, names)) if isinstance(names, list) else None
+        return Weights(str(path), _tensors(path / HUB_WEIGHTS), config["architecture"], classes, *pixels)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, FastresError):
+            raise
+        raise FastresError(
+            f"{path / HUB_CONFIG} is no configuration of the Hub's layout ({first_line(error)})"
+        ) from error
+
+
+def _file(path: Path) -> Weights:
+    if path.suffix != ".safetensors" and _is_checkpoint(path):
+        return _run(path)
+    return Weights(str(path), _tensors(path))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        return _saved(path).get("format") == FORMAT
+    except FastresError:
+        return False
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, also in its format before PyTorch 1.6, and with the options of torchvision's trainer."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        if zipfile.is_zipfile(path):
+            return read_tensors(path)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # what is no such file can raise anything
+            raise FastresError(
+                f"{path} is damaged or holds no tensors alone ({first_line(error)}): take another file"
+            ) from error
+    if not isinstance(content, dict):
+        raise FastresError(f"{path} holds no state_dict: save one with torch.save")
+    return content
+
+
+def _run(path: Path) -> Weights:
+    saved = load_checkpoint(path)
+    check_content(saved, NETWORK, path, "no run can start from it")
+    mean, std = (tuple(value / 255 for value in saved[name]) for name in ("mean", "std"))
+    tensors, _ = evaluated_weights(saved)
+    return Weights(str(path), dict(tensors), saved["model"], tuple(saved["classes"]), mean, std, saved["image_size"])
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The state_dict in a file, without what wraps it."""
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise FastresError(f"{path} needs the package safetensors: pip install safetensors") from None
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors has types of its own
+            raise FastresError(f"{path} is damaged or no safetensors file ({first_line(error)})") from error
+    content = _saved(path)
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    for prefix in _PREFIXES:
+        if content and all(isinstance(key, str) and key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
+    wrong = next((key for key, value in content.items() if not isinstance(value, Tensor)), None)
+    if not content or wrong is not None:
+        raise FastresError(
+            f"{path} holds no state_dict{f' ({wrong!r} is no tensor)' if content else ''}: save one with torch.save"
+        )
+    return content
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The configuration with the weights' own size, mean, deviation and stem where it does not say others.
+
+    Raises:
+        FastresError: see `read_weights`.
+    """
+    if config.weights is None:
+        return config
+    weights = read_weights(config.weights, config.model)
+    changes: dict[str, Any] = {}
+    if config.image_size is None and weights.image_size is not None:
+        changes["image_size"] = weights.image_size
+    if config.mean is None and weights.mean is not None and weights.std is not None:
+        changes |= {name: ",".join(f"{value:.8g}" for value in getattr(weights, name)) for name in ("mean", "std")}
+    first = weights.tensors.get("conv1.weight")
+    if config.stem == "auto" and first is not None and "stem" in accepted_options(config.model):
+        changes["stem"] = "imagenet" if first.shape[-1] == 7 else "cifar"
+    return config.replace(**changes)
+
+
+def load_pretrained(model: nn.Module, weights: Weights, classes: tuple[str, ...], name: str) -> str:
+    """Give a network the weights, all but the head where its classes are others, and tell in a line.
+
+    Args:
+        classes: of the network.
+        name: of the network.
+
+    Raises:
+        FastresError: where the weights are of another network, or not finite.
+    """
+    own, given, head = model.state_dict(), dict(weights.tensors), head_name(model)
+    of_head = [key for key in own if key.startswith(f"{head}.")]
+    rows = _rows(weights, classes)
+    kept = rows is not None and all(key in given and given[key].shape == own[key].shape for key in of_head)
+    if kept and rows is not None:
+        given |= {key: given[key][rows] for key in of_head}
+    else:
+        count = len(given[f"{head}.weight"]) if f"{head}.weight" in given else None
+        given |= {key: own[key] for key in of_head}
+    own_kind = {key: value for key, value in own.items() if not key.endswith(_COUNTED)}
+    for key in [*own_kind, *(key for key in given if not key.endswith(_COUNTED))]:
+        if key not in given or key not in own:
+            what = "is missing in them" if key not in given else "is unknown to it"
+        elif given[key].shape != own[key].shape:
+            what = f"has shape {tuple(given[key].shape)}, not {tuple(own[key].shape)}"
+        else:
+            continue
+        named = f": they are of {weights.model}" if weights.model not in (None, name) else ""
+        raise FastresError(
+            f"the weights of {weights.source} do not fit --model {name} ({key!r} {what}){named}; name theirs"
+        )
+    if wrong := next(
+        (key for key, value in given.items() if value.is_floating_point() and not value.isfinite().all()), None
+    ):
+        raise FastresError(f"the weights of {weights.source} are not finite in {wrong!r}: take others")
+    with torch.no_grad():
+        for key in own.keys() & given.keys():
+            own[key].copy_(given[key])  # in the network's own dtype
+    if kept:
+        return f"weights of {weights.source}, with their head for the same {len(classes)} classes"
+    theirs = "" if count is None else f" in place of {count}"
+    return f"weights of {weights.source}, but for the head {head}, which is new: {len(classes)} classes{theirs}"
+
+
+def _rows(weights: Weights, classes: tuple[str, ...]) -> Tensor | None:
+    """The rows of the weights' head for the classes; None: they are others.
+
+    Of weights whose classes have no names, as many classes are taken to be the same.
+    """
+    if weights.classes is None:
+        return torch.arange(len(classes))
+    if sorted(weights.classes) != sorted(classes):
+        return None
+    return torch.tensor([weights.classes.index(name) for name in classes])

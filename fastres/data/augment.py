@@ -16,6 +16,11 @@ from torch import Tensor
 from fastres.data.dataset import DataError
 
 FLIPS = ("none", "random", "alternating")
+AUTO = ("none", "rand", "trivial")
+FRACTIONS = (
+    ("crop_scale", 0.01, 1.0), ("color_jitter", 0.0, 1.0), ("magnitude", 0, 30), ("random_erasing", 0.0, 1.0),
+    ("mixup", 0.0, 100.0), ("cutmix", 0.0, 100.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,16 @@ class Augment:
     resize: side in pixels that every image is brought to, test images too; None leaves them.
     cutout: side of a square set to the mean, with its centre anywhere in the final image
         (DeVries & Taylor 2017).
+    crop_scale: random resized crop (Szegedy et al. 2014) of at least this share of the image's area; None: none. It
+        is of the whole photo where that is at hand, and takes the place of the padded crop.
+    color_jitter: brightness, contrast and saturation change by up to this share.
+    auto_augment: ``rand`` for RandAugment (Cubuk et al. 2019: two operations of strength ``magnitude``), ``trivial`` for
+        TrivialAugment (Mueller & Hutter 2021).
+    random_erasing: probability that a rectangle is set to the mean (Zhong et al. 2017).
+    mixup, cutmix: see `fastres.data.mixing.mix`.
+
+    Cropping by scale, jitter, the two policies and erasing are torchvision's, done to each image by workers and first of
+    all; MixUp and CutMix come last.
 
     Raises:
         DataError: for a value out of range.
@@ -37,8 +52,28 @@ class Augment:
     flip: str = "none"
     cutout: int = 0
     resize: int | None = None
+    crop_scale: float | None = None
+    color_jitter: float = 0.0
+    auto_augment: str = "none"
+    magnitude: int = 9
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    @property
+    def by_workers(self) -> bool:
+        """Whether there is something to do to single images, before they make a batch."""
+        return bool(self.crop_scale or self.color_jitter or self.auto_augment != "none" or self.random_erasing)
 
     def __post_init__(self):
+        for name, low, high in FRACTIONS:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise DataError(f"{name} {value!r} is not between {low} and {high}")
+        if self.auto_augment not in AUTO:
+            raise DataError(f"auto_augment {self.auto_augment!r} is unknown: choose from {', '.join(AUTO)}")
+        if self.crop_scale is not None and self.crop_pad:
+            raise DataError(f"crop_scale {self.crop_scale} and crop_pad {self.crop_pad} are two crops: leave one out")
         for name, low in (("crop_pad", 0), ("cutout", 0), ("resize", 1)):
             value = getattr(self, name)
             if value is None and name == "resize":

@@ -23,19 +23,10 @@ from fastres.data.augment import (
 from fastres.data.dataset import DataError, Labelled, Split, take_images
 from fastres.data.feed import Feed, default_workers
 from fastres.data.files import FileSplit
-
-ORDER, CHOICES, FIRST_FLIPS = range(3)  # what a stream of random numbers is for
-
-
-def stream(*key: int) -> torch.Generator:
-    """A CPU generator whose seed is a hash of all integers of ``key`` (splitmix64, Steele et al. 2014)."""
-    mask, state = (1 << 64) - 1, 0
-    for value in key:
-        state = (state + (value & mask) + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state >> 1)
+from fastres.data.mixing import mix
+from fastres.data.sampling import SAMPLINGS, balanced, shuffled
+from fastres.data.streams import CHOICES, FIRST_FLIPS, MIX, ORDER, stream
+from fastres.data.views import Views
 
 
 class Batches:
@@ -46,7 +37,7 @@ class Batches:
 
     Several ranks may share them: of each batch that one process would have, a rank yields every ``ranks``-th image, the
     same to the bit, so together they see each image once, their numbers of images differ by one at most, and
-    micro-batches are of the same images too. A rank whose part of the last test batch is empty leaves it out.
+    micro-batches are of the same images too; only `mix` mixes a rank's images among themselves. A rank whose part of the last test batch is empty leaves it out.
 
     Images that are held on the device and those that worker processes feed to it make the same batches, bit for bit.
 
@@ -61,6 +52,8 @@ class Batches:
             of a few images are poor.
         share: which rank of how many this one is.
         workers: processes that decode; None: as many as `default_workers` says; 0: this one does it itself.
+        sampling: of `fastres.data.sampling`.
+        classes: number of classes, which mixed images need.
         resident: whether a `Split` is held on ``device``; else it stays where it is and workers feed it.
 
     Raises:
@@ -83,6 +76,8 @@ class Batches:
         share: tuple[int, int] = (0, 1),
         workers: int | None = None,
         resident: bool = True,
+        sampling: str = "shuffle",
+        classes: int | None = None,
     ):
         augment = augment or Augment(crop_pad=0)
         side = min(split.size)
@@ -110,15 +105,21 @@ class Batches:
                 f"a batch of {min(batch_size, rest or batch_size)} images leaves some of {self.ranks} ranks without one: "
                 f"{'leave the last one out' if rest else 'make it larger'}"
             )
-        self.labels = split.labels.to(self.device)
+        self._host_labels, self.labels = split.labels.cpu(), split.labels.to(self.device)
         self._feed: Feed | None = None
-        if resident and isinstance(split, Split):
+        self.sampling, self.classes = sampling, classes
+        if sampling not in SAMPLINGS:
+            raise DataError(f"sampling {sampling!r} is unknown: choose from {', '.join(SAMPLINGS)}")
+        if (self.augment.mixup or self.augment.cutmix) and classes is None:
+            raise DataError("mixed images have shares of classes as labels: give the number of classes")
+        if resident and isinstance(split, Split) and not self.augment.by_workers:
             self.split: Split | FileSplit = split.to(self.device)
         else:
             assert isinstance(split, (Split, FileSplit))
             workers = default_workers(self.device) if workers is None else workers
             self.split = split
-            self._feed = Feed(split, self.device, workers, -(-batch_size // self.ranks), persistent=train)
+            views = Views(split, self.augment, self.mean, seed) if self.augment.by_workers else None
+            self._feed = Feed(split, self.device, workers, -(-batch_size // self.ranks), train, views)
         self._first_flips = None
         if self.augment.flip == "alternating":
             self._first_flips = first_flips(len(split), stream(seed, FIRST_FLIPS))
@@ -138,7 +139,8 @@ class Batches:
                 the augmentation shrinks with them.
 
         Yields:
-            images [B, 3, H, W] of ``dtype`` in channels_last memory format, and labels int64 [B].
+            images [B, 3, H, W] of ``dtype`` in channels_last memory format, and labels int64 [B]; of mixed images the
+            classes' shares, float32 [B, classes].
 
         Raises:
             DataError: for a ``start_step`` that the epoch does not have.
@@ -163,23 +165,31 @@ class Batches:
         count = len(self.split)
         order = torch.arange(count)
         if self.train:
-            order = torch.randperm(count, generator=stream(self.seed, ORDER, epoch))
+            kinds = {"shuffle": shuffled, "balanced": balanced}
+            order = kinds[self.sampling](self._host_labels, stream(self.seed, ORDER, epoch))
         on_device = self._send(order)
         steps = range(start_step, len(self))
         ends = [(step * self.batch_size, min((step + 1) * self.batch_size, count)) for step in steps]
         parts = [slice(first + self.rank, last, self.ranks) for first, last in ends if first + self.rank < last]
         for step, (first, last), part, (images, index) in zip(
-            steps, ends, parts, self._pixels(order, on_device, parts)
+            steps, ends, parts, self._pixels(epoch, order, on_device, parts)
         ):
             draws = draw(self.augment, last - first, *self._size(), stream(self.seed, CHOICES, epoch, step))
             draws = draws.of(slice(self.rank, None, self.ranks))
             mirror = draws.mirror if self._first_flips is None else self._first_flips[order[part]] ^ bool(epoch % 2)
-            yield self._augmented(images, index, draws, mirror, size_at(step)), self.labels[on_device[part]]
+            batch, labels = self._augmented(images, index, draws, mirror, size_at(step)), self.labels[on_device[part]]
+            if self.augment.mixup or self.augment.cutmix:
+                assert self.classes is not None
+                key = self.seed, MIX, epoch, step
+                batch, labels = mix(batch, labels, self.classes, self.augment.mixup, self.augment.cutmix, key)
+            yield batch, labels
 
-    def _pixels(self, order: Tensor, on_device: Tensor, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _pixels(
+        self, epoch: int, order: Tensor, on_device: Tensor, parts: list[slice]
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """For each part of the order uint8 images [N, 3, H, W] on the device, and which of them it is; None: all."""
         if self._feed is not None:
-            for images in self._feed.batches([order[part] for part in parts]):
+            for images in self._feed.batches([order[part] for part in parts], epoch):
                 yield images, None
         else:
             assert isinstance(self.split, Split)

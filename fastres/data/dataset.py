@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastres.errors import FastresError
@@ -140,6 +141,14 @@ class Split:
     def sample(self, index: Tensor) -> Tensor:
         """The images at ``index``, int64 [M]."""
         return take_images(self.images, index)
+
+    def square(self, number: int) -> np.ndarray:
+        """An image as uint8 [H, W, 3]."""
+        return self.images[number].permute(1, 2, 0).numpy()
+
+    def open(self, number: int) -> Image.Image:
+        """An image as Pillow's."""
+        return Image.fromarray(self.square(number))
 
     def digests(self) -> np.ndarray:
         """See `PixelFacts`."""

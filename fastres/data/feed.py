@@ -24,6 +24,7 @@ from fastres.atomic import warn_once
 from fastres.data.dataset import DataError, Split
 from fastres.data.decode import Fault, reason, unreadable
 from fastres.data.files import FileSplit
+from fastres.data.views import Views
 
 PIECE = 4 << 20  # bytes of images that a worker hands over at a time
 AHEAD = 2  # batches that are ready before they are wanted
@@ -42,23 +43,30 @@ def default_workers(device: torch.device) -> int:
 class Feed:
     """The images of a split as uint8 batches on a device, decoded ahead by worker processes.
 
-    An image depends on its number alone, so that neither the number of workers nor where an epoch was begun changes a
-    bit. Workers are forked: they share the split's memory and never touch a GPU.
+    An image depends on its number and the epoch alone, so that neither the number of workers nor where an epoch was begun
+    changes a bit. Workers are forked: they share the split's memory and never touch a GPU.
 
     Args:
         split: images in memory or in files.
         workers: processes; 0: images are made when they are wanted, by this one.
         batch: images that are wanted at a time, about.
+        views: what is shown of the images, if not they themselves.
         persistent: whether the workers wait for the next epoch, or end.
 
     ``waited``: seconds for which images were not ready when they were wanted.
     """
 
     def __init__(
-        self, split: Split | FileSplit, device: torch.device, workers: int, batch: int, persistent: bool = True
+        self,
+        split: Split | FileSplit,
+        device: torch.device,
+        workers: int,
+        batch: int,
+        persistent: bool = True,
+        views: Views | None = None,
     ):
-        self.split, self.device, self.waited = split, device, 0.0
-        height, width = split.size
+        self.split, self.device, self.waited, self._views = split, device, 0.0, views
+        height, width = views.size if views is not None else split.size
         image = height * width * 3
         self._piece = max(1, min(256, PIECE // image, batch))
         self._plan: list[list[int]] = []
@@ -70,22 +78,23 @@ class Feed:
             self._options = dict(prefetch_factor=ahead, persistent_workers=persistent, multiprocessing_context="fork")
         self._loader: DataLoader | None = None
 
-    def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        """For each of ``parts``, numbers of images int64 [B], the images as uint8 [B, 3, H, W] in channels_last memory
-        format on the device.
+    def batches(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
+        """For each of ``parts``, numbers of images int64 [B], the images as they are seen in an epoch: uint8 [B, 3, H, W]
+        in channels_last memory format on the device.
 
         Raises:
             DataError: for files that can no longer be read, or a worker that was killed.
         """
-        self._plan[:] = [piece.tolist() for part in parts for piece in part.split(self._piece)]
+        self._plan[:] = [[epoch, *piece.tolist()] for part in parts for piece in part.split(self._piece)]
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # workers touch no lock of other threads
             warnings.filterwarnings("ignore", ".*worker processes", UserWarning)  # so many were asked for
             if self._loader is None:
                 self._loader = DataLoader(
-                    _Items(self.split), batch_sampler=_Plan(self._plan), num_workers=self.workers, collate_fn=_as_it_is,
-                    pin_memory=self.device.type == "cuda", worker_init_fn=partial(_begin, os.getpid()), **self._options,
+                    _Items(self.split, self._views), batch_sampler=_Plan(self._plan), collate_fn=_as_it_is,
+                    num_workers=self.workers, pin_memory=self.device.type == "cuda",
+                    worker_init_fn=partial(_begin, os.getpid()), **self._options,
                 )  # fmt: skip
             pieces = iter(self._loader)
         for part in parts:
@@ -128,20 +137,24 @@ class _Plan:
 
 
 class _Items(TorchDataset):
-    """The work of a worker: uint8 [n, H, W, 3] for n numbers, and the files that could not be read."""
+    """The work of a worker: uint8 [n, H, W, 3] for an epoch and n numbers, and the files that could not be read."""
 
-    def __init__(self, split: Split | FileSplit):
-        self._split = split
+    def __init__(self, split: Split | FileSplit, views: Views | None):
+        self._split, self._views = split, views
 
-    def __getitems__(self, numbers: list[int]) -> tuple[Tensor, list[tuple[str, str]]]:
-        split = self._split
-        if isinstance(split, Split):
+    def __getitems__(self, key: list[int]) -> tuple[Tensor, list[tuple[str, str]]]:
+        epoch, *numbers = key
+        split, views = self._split, self._views
+        if isinstance(split, Split) and views is None:
             return split.sample(torch.tensor(numbers)).permute(0, 2, 3, 1), []
-        images, faults = np.empty((len(numbers), *split.size, 3), np.uint8), []
+        size = split.size if views is None else views.size
+        images, faults = np.empty((len(numbers), *size, 3), np.uint8), []
         for slot, number in enumerate(numbers):
             try:
-                images[slot] = split.square(number)
+                images[slot] = split.square(number) if views is None else views(number, epoch)
             except Exception as error:  # Pillow's decoders raise many types on damaged files
+                if isinstance(split, Split):
+                    raise
                 faults.append((split.files.where(number), reason(error)))
         return torch.from_numpy(images), faults
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
@@ -28,6 +29,7 @@ UPRIGHT = {  # what undoes an EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # orientations in which width and height change places
 COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
@@ -77,6 +79,37 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return cropped(upright_rgb(image), size)
 
 
+def resized_crop(
+    image: Image.Image, size: tuple[int, int], pick: Callable[[int, int], tuple[int, int, int, int]]
+) -> Image.Image:
+    """A part of an image, RGB, of ``size`` (height, width): bilinear with antialiasing.
+
+    A JPEG of which more is there than is seen is decoded at a fraction of its size.
+
+    Args:
+        pick: of the width and height of the upright image left, top, width and height of the part.
+
+    Raises:
+        Exception: of many types, where the pixels cannot be decoded.
+    """
+    if image.format in ("JPEG", "MPO"):  # the others' orientation may stand behind their pixels
+        sideways = orientation(image) in SIDEWAYS
+        width, height = image.size[::-1] if sideways else image.size
+        box = pick(width, height)
+        if width * height > SMALL:
+            least = math.ceil(width * size[1] / box[2]), math.ceil(height * size[0] / box[3])
+            image.draft("RGB", least[::-1] if sideways else least)
+        image = upright_rgb(image)
+    else:
+        image = upright_rgb(image)
+        width, height = image.size
+        box = pick(width, height)
+    across, down = image.width / width, image.height / height
+    left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    part = left * across, top * down, min(right * across, image.width), min(bottom * down, image.height)
+    return image.resize(size[::-1], Image.Resampling.BILINEAR, box=part)
+
+
 def cropped(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     """The central square of an RGB image or uint8 [H, W, 3], uint8 [size, size, 3], bilinear with antialiasing."""
     if isinstance(image, np.ndarray):
@@ -110,11 +143,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 def turned(image: Image.Image) -> Image.Image:
     """An image turned and mirrored as its EXIF orientation says; a damaged EXIF block says nothing."""
+    found = orientation(image)
+    return image.transpose(UPRIGHT[found]) if found in UPRIGHT else image
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation; 1, upright, where there is none."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow's reader raises many types
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return 1
 
 
 def flattened(image: Image.Image) -> Image.Image:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastres.data import Augment, Batches, DataError, Split, normalise, resize
-from fastres.data.batches import stream
+from fastres.data.streams import stream
 
 MEAN, STD = (120.0, 121.0, 122.0), (60.0, 61.0, 62.0)
 

@@ -23,6 +23,7 @@ from fastres.train.pretrained import read_weights
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 DATA_OPTIONS = (  # those that `load_data` reads
     "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test", "memory_budget",
+    "crop_scale",
 )  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def load_data(config: TrainConfig, ranks: Ranks = ALONE) -> data.Dataset:
             val_seed=config.val_seed,
             skip_bad=config.skip_bad,
             budget=memory_budget(config.memory_budget, machine.pick_device(rank_device(config.device, ranks))),
+            from_files=config.crop_scale is not None,
         )
     )
     dataset = data.limit(dataset, config.limit_train, config.limit_test)

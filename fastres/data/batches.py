@@ -37,7 +37,8 @@ class Batches:
 
     Several ranks may share them: of each batch that one process would have, a rank yields every ``ranks``-th image, the
     same to the bit, so together they see each image once, their numbers of images differ by one at most, and
-    micro-batches are of the same images too; only `mix` mixes a rank's images among themselves. A rank whose part of the last test batch is empty leaves it out.
+    micro-batches are of the same images too; only `mix` mixes
+    a rank's images among themselves. A rank whose part of the last test batch is empty leaves it out.
 
     Images that are held on the device and those that worker processes feed to it make the same batches, bit for bit.
 

@@ -93,6 +93,7 @@ class Feed:
             if self._loader is None:
                 self._loader = DataLoader(
                     _Items(self.split, self._views), batch_sampler=_Plan(self._plan), collate_fn=_as_it_is,
+                    generator=torch.Generator(),  # else it would draw a seed from the process' own
                     num_workers=self.workers, pin_memory=self.device.type == "cuda",
                     worker_init_fn=partial(_begin, os.getpid()), **self._options,
                 )  # fmt: skip

@@ -328,14 +328,14 @@ def load(
         skip_bad: go on without the files that cannot be read.
         budget: memory for a folder's decoded images; larger sets are `FileSplit`s, whose pixels, statistics and digest
             are the same. None: a third of the host's free memory.
-        from_files: a folder's images are in `FileSplit`s in any case, which have them at their full size too.
+        from_files: a folder's training images are in a `FileSplit` in any case, which has them at their full size too.
 
     Raises:
         DataError: when the source is missing or damaged; the message names the files and the remedy.
     """
     loader = _loader(Wanted(image_size, None, val_share, skip_bad, True, budget, from_files), cache, say)
     found = loader.find(source, Path(root))
-    return _dataset(found, val_share, val_seed)
+    return _dataset(found, val_share, val_seed, from_files, budget or memory_budget())
 
 
 def _loader(wanted: Wanted, cache: bool | str | os.PathLike, say: Callable[[str], None]) -> Loader:
@@ -348,7 +348,14 @@ def _loader(wanted: Wanted, cache: bool | str | os.PathLike, say: Callable[[str]
     return Loader(wanted, Cache(folder, say), say)
 
 
-def _dataset(found: Found, val_share: float | None, val_seed: int) -> Dataset:
+def held(split: Labelled, allowed: Budget) -> Labelled:
+    """A split in memory, if the budget has room: what is seen in each epoch alike need not be decoded again."""
+    if isinstance(split, Split) or square_bytes(len(split), split.size[0]) > allowed.bytes:
+        return split
+    return Split(split.sample(torch.arange(len(split))), split.labels)
+
+
+def _dataset(found: Found, val_share: float | None, val_seed: int, from_files: bool, allowed: Budget) -> Dataset:
     parts, label = found.parts, found.label
     splits = dict(parts.splits)
     train = splits.pop("train", None) or splits.pop(layout.ALL)
@@ -360,6 +367,8 @@ def _dataset(found: Found, val_share: float | None, val_seed: int) -> Dataset:
         val, test = None, val
     if test is None:
         raise DataError(f"{label}: no image for validation can be read: replace them")
+    if from_files:
+        val, test = (split and held(split, allowed) for split in (val, test))
     if val_share is not None:
         return make_dataset(train, test, parts.classes, label, val, found.image_size)
     return Dataset(train, test, parts.classes, label, parts.mean, parts.std, val, found.image_size)

@@ -22,6 +22,8 @@ from fastres.train.optimizer import Optimizer, make_optimizer
 from fastres.train.progressive import parse_progressive
 from fastres.train.whiten import whiten
 
+AUGMENTS = ("crop_scale", "color_jitter", "auto_augment", "magnitude", "random_erasing", "mixup", "cutmix")
+
 
 def image_size(config: TrainConfig, dataset: Dataset) -> int:
     """Pixels a side of the images that the network sees in the end.
@@ -114,7 +116,13 @@ def build_batches(
         for smaller, _ in parse_progressive(config.progressive):
             if smaller > size:
                 raise DataError(f"--progressive {config.progressive}: {smaller} exceeds the images' {size} pixels")
-    augment = Augment(config.crop_pad, config.flip, config.cutout, config.image_size or dataset.image_size)
+    augment = Augment(
+        config.crop_pad if config.crop_scale is None else 0,
+        config.flip,
+        config.cutout,
+        config.image_size or dataset.image_size,
+        **{name: getattr(config, name) for name in AUGMENTS},
+    )
     validation = dataset.validation
     needed = sum(square_bytes(len(split), split.size[0]) for split in (dataset.train, validation))
     resident = device.type == "cpu" or needed <= memory_budget(config.memory_budget, device).bytes
@@ -123,7 +131,14 @@ def build_batches(
         share=(ranks.rank, ranks.count), workers=config.workers, resident=resident,
     )  # fmt: skip
     return (
-        Batches(dataset.train, config.batch_size, train=True, **common),
+        Batches(
+            dataset.train,
+            config.batch_size,
+            train=True,
+            sampling=config.sampling,
+            classes=len(dataset.classes),
+            **common,
+        ),
         Batches(validation, min(config.eval_batch_size, len(validation)), train=False, **common),
     )
 

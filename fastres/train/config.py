@@ -141,6 +141,30 @@ class TrainConfig:
     std: str | None = option(None, "their standard deviations, as --mean", kind=str)
     crop_pad: int = option(4, "random crop: pixels of reflect padding", kind=int, low=0)
     flip: str = option("alternating", "horizontal flips", kind=str, choices=("none", "random", "alternating"))
+    crop_scale: float | None = option(
+        None, "random resized crop of at least this share of the photo, instead of --crop-pad", kind=float, low=0.01,
+        high=1.0,
+    )  # fmt: skip
+    color_jitter: float = option(
+        0.0, "brightness, contrast and saturation change by up to this share", kind=float, low=0.0, high=1.0
+    )
+    auto_augment: str = option(
+        "none", "RandAugment or TrivialAugment of each image", kind=str, choices=("none", "rand", "trivial")
+    )
+    magnitude: int = option(9, "strength of --auto-augment rand", kind=int, low=0, high=30)
+    random_erasing: float = option(
+        0.0, "probability that a rectangle of an image is set to the mean", kind=float, low=0.0, high=1.0
+    )
+    mixup: float = option(
+        0.0, "mix images in pairs, by shares of a Beta distribution with this alpha", kind=float, low=0.0, high=100.0
+    )
+    cutmix: float = option(
+        0.0, "paste a rectangle of another image, of a share of such a distribution", kind=float, low=0.0, high=100.0
+    )
+    sampling: str = option(
+        "shuffle", "balanced: an epoch has as many images of each class, of rare ones some again", kind=str,
+        choices=("shuffle", "balanced"),
+    )  # fmt: skip
     cutout: int = option(0, "side of the square that is cut out, in pixels", kind=int, low=0, high=1024)
     progressive: str | None = option(
         None, "smaller images first, as SIZE:SHARE-OF-RUN pairs such as 16:0.3,24:0.7", kind=str
@@ -179,6 +203,10 @@ class TrainConfig:
     milestones: str = option("0.5,0.75", "shares of the run at which schedule step lowers the rate", kind=str)
     decay_factor: float = option(0.1, "factor of each step of schedule step", kind=float, low=0.0, high=1.0)
     label_smoothing: float = option(0.0, "label smoothing", kind=float, low=0.0, high=1.0)
+    class_weights: str = option(
+        "none", "balanced: each class weighs the same in the loss, whatever its number of images", kind=str,
+        choices=("none", "balanced"),
+    )  # fmt: skip
     clip: float | None = option(None, "largest norm of the whole gradient", kind=float, low=0.0)
     ema: float | None = option(None, "decay of the weight average that is evaluated", kind=float, low=0.0, high=1.0)
     tta: bool = option(False, "report the accuracy over each image and its mirror image too", kind=bool)
@@ -253,6 +281,10 @@ class TrainConfig:
             parse_channels("mean", self.mean)
             parse_channels("std", self.std, low=1e-3)
         parse_betas(self.betas)
+        if self.class_weights != "none" and self.sampling != "shuffle":
+            raise FastresError(
+                "--class-weights balanced and --sampling balanced would make up for rare classes twice: leave one out"
+            )
         parse_milestones(self.milestones)
         if self.progressive is not None:
             parse_progressive(self.progressive)

@@ -39,7 +39,10 @@ class Tally:
         )
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: ``loss`` is its mean, ``logits`` [B, classes], ``labels`` [B]."""
+        """Add a batch: ``loss`` is its mean, ``logits`` [B, classes], ``labels`` [B], or the classes' shares
+        [B, classes]: of a mixed image the class of the largest share counts.
+        """
+        labels = labels.argmax(1) if labels.ndim == 2 else labels
         self.loss += loss.detach() * len(labels)
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.images += len(labels)

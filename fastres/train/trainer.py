@@ -24,6 +24,7 @@ from fastres.train.config import TrainConfig
 from fastres.train.distributed import ALONE, Onlooker, Ranks, rank_device
 from fastres.train.evaluate import Tally, all_finite, evaluate
 from fastres.train.layers import Frozen
+from fastres.train.loss import balanced_weights
 from fastres.train.optimizer import set_lr
 from fastres.train.progressive import parse_progressive, size_at
 from fastres.train.run_folder import RunFolder
@@ -108,6 +109,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.optimizer = build_optimizer(config, self.model, scaled, self.device)
         self.tally = Tally.zero(self.device)
+        class_weights = None
+        if config.class_weights == "balanced":
+            class_weights = balanced_weights(dataset.train.labels, len(dataset.classes)).to(self.device)
         self.update = Update(
             network=torch.compile(network) if config.compile else network,
             parameters=list(self.model.parameters()),
@@ -116,6 +120,7 @@ class Trainer:
             tally=self.tally,
             dtype=self.dtype,
             label_smoothing=config.label_smoothing,
+            class_weights=class_weights,
             accumulate=config.accumulate,
             without_exchange=partial(ranks.without_exchange, network),
             clip=config.clip,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.train import graph
 from fastres.train.average import WeightAverage
 from fastres.train.evaluate import Tally
+from fastres.train.loss import cross_entropy
 from fastres.train.machine import autocast, on_device
 
 
@@ -39,13 +39,14 @@ class Update:
     tally: Tally
     dtype: torch.dtype
     label_smoothing: float = 0.0
+    class_weights: Tensor | None = None
     accumulate: int = 1
     without_exchange: Callable[[], AbstractContextManager] = nullcontext
     clip: float | None = None
     average: WeightAverage | None = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Learn from images [B, 3, H, W] and labels int64 [B]."""
+        """Learn from images [B, 3, H, W] and labels int64 [B], or the classes' shares [B, classes]."""
         self.optimizer.zero_grad(set_to_none=True)
         *parts, last = zip(images.chunk(self.accumulate), labels.chunk(self.accumulate))
         if parts:
@@ -67,7 +68,7 @@ class Update:
         """Add a part's gradients, and its loss and hits to the tally."""
         with autocast(images.device, self.dtype):
             logits = self.network(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        loss = cross_entropy(logits.float(), labels, self.label_smoothing, self.class_weights)
         self.scaler.scale(loss / self.accumulate).backward()
         self.tally.add(loss, logits, labels)
 

@@ -22,6 +22,8 @@ _NEEDS: dict[str, tuple[str, Callable[[TrainConfig], bool]]] = {
     "warmup": (
         "a --schedule that is not constant", lambda config: config.schedule != "constant" or config.warmup == 0
     ),
+    "magnitude": ("--auto-augment rand", lambda config: config.auto_augment == "rand"),
+    "crop_pad": ("the padded crop, which --crop-scale replaces", lambda config: config.crop_scale is None),
     "val_seed": ("--val-share", lambda config: config.val_share is not None),
     "data_root": ("--data auto or cifar10", lambda config: config.data in ("auto", "cifar10")),
 }  # fmt: skip

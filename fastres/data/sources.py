@@ -368,7 +368,7 @@ def _dataset(found: Found, val_share: float | None, val_seed: int, from_files: b
     if test is None:
         raise DataError(f"{label}: no image for validation can be read: replace them")
     if from_files:
-        val, test = (split and held(split, allowed) for split in (val, test))
+        val, test = None if val is None else held(val, allowed), held(test, allowed)
     if val_share is not None:
         return make_dataset(train, test, parts.classes, label, val, found.image_size)
     return Dataset(train, test, parts.classes, label, parts.mean, parts.std, val, found.image_size)

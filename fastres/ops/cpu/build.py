@@ -20,7 +20,8 @@ from fastres.atomic import atomic_write
 from fastres.cache import is_private, private_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("passes.cpp", "weight_grad.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("passes.cpp", "weight_grad.cpp", "conv.cpp", "conv_calls.cpp"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("conv.h", "tiles.h"))
 # not -ffast-math: it lets the compiler take it that nothing is NaN or infinite, and those must go through as in PyTorch
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
 # -march=native names the CPU on x86, -mcpu=native on ARM; the plain line is for compilers that know neither
@@ -94,7 +95,7 @@ def _compiler() -> list[str]:
 
 def _key(compiler: list[str]) -> str:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
-    sources = [source.read_bytes() for source in _SOURCES]
+    sources = [source.read_bytes() for source in (*_SOURCES, *_HEADERS)]
     parts = [*sources, repr(compiler).encode(), version, _cpu().encode(), torch.__version__.encode()]
     return hashlib.sha256(b"\0".join([*parts, repr(_FLAGS).encode()])).hexdigest()[:16]
 

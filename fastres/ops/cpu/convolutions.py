@@ -1,5 +1,5 @@
-"""The convolution primitives: PyTorch's convolution over parts of the batch, the passes around it while a part is in
-cache.
+"""The convolution primitives: in bf16 our own, see `fastres.ops.cpu.tiles`, where the CPU multiplies it; else PyTorch's
+convolution over parts of the batch, the passes around it while a part is in cache.
 
 A part's normalised input, its convolution output and the gradient in front of BatchNorm exist for that part only: they
 are made, read and forgotten in the last-level cache, so that memory sees what the fused GPU kernels' memory sees. The
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
-from fastres.ops.cpu import onednn, passes, products
+from fastres.ops.cpu import onednn, passes, products, tiles
 from fastres.ops.library import LibraryConvolutions, add_residual, nchw, nhwc, padded
 
 # What one part's tensors may take of the last-level cache, and the weights' share of them up to which parts pay: each
@@ -39,6 +39,8 @@ class PartedConvolutions(LibraryConvolutions):
         dilation: int = 1,
     ) -> tuple[Tensor, Moments | None]:
         """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` and the statistics of y."""
+        if tiles.takes(x.dtype):
+            return tiles.conv(x, w, stride, pad, dilation, coef, residual, moments)
         output = _Output(x, w, stride, pad, moments, dilation)
         for images in output.parts:
             a = x[images] if coef is None else passes.bn_add_relu(x[images], coef)
@@ -57,6 +59,9 @@ class PartedConvolutions(LibraryConvolutions):
         dilation: int = 1,
     ) -> Tensor:
         """``relu(conv2d(x, w) + bias (+ residual))``, the addition in oneDNN's call where PyTorch has it."""
+        if tiles.takes(x.dtype):
+            problem = tiles.sizes(x.shape, w.shape, stride, pad, dilation)
+            return tiles.folded_conv(x, tiles.packed(w, problem), problem, bias.float(), residual, relu)
         if residual is None or not onednn.takes(x.dtype):
             return super().conv_bias_act(x, w, bias, stride, pad, residual, relu, dilation)
         x, padding = padded(x, pad)
@@ -74,6 +79,8 @@ class PartedConvolutions(LibraryConvolutions):
     ) -> tuple[Tensor, Tensor, Moments | None]:
         """``out = relu(bn(y) + shortcut)``, and of out the convolution with w [Cout, 1, 1, Cin] with its statistics."""
         out, pad = torch.empty_like(y), (0, 0, 0, 0)
+        if tiles.takes(y.dtype):
+            return out, *tiles.conv(y, w, 1, pad, 1, coef, None, moments, shortcut, shortcut_coef, out)
         output = _Output(out, w, 1, pad, moments)
         for images in output.parts:
             a = passes.store_bn_add_relu(y[images], coef, _at(shortcut, images), shortcut_coef, True, out[images])
@@ -101,6 +108,54 @@ class PartedConvolutions(LibraryConvolutions):
         """(dx, sums, dw), see `fastres.ops.library.LibraryConvolutions.conv_backward`."""
         if not need_dx and not need_dw:
             return None, None, None
+        if not tiles.takes(dz.dtype):
+            return self._parted_backward(
+                dz,
+                y,
+                abc,
+                x,
+                coef,
+                w,
+                stride,
+                pad,
+                residual,
+                need_dx,
+                need_dw,
+                end,
+                residual_stride,
+                spare,
+                dilation,
+            )
+        problem, dx, sums, dw = tiles.sizes(x.shape, w.shape, stride, pad, dilation), None, None, None
+        if need_dw and tiles.takes_weight_grad(w):
+            dw = tiles.weight_grad(x, coef, dz, y, abc, problem)
+        elif need_dw:
+            given = dz, y, abc, x, coef, w, stride, pad
+            dw = self._parted_backward(*given, need_dx=False, need_dw=True, dilation=dilation)[2]
+        if need_dx:  # last, as it may be written over the gradient that came in
+            below = end if coef is None else (x, coef)
+            dx, sums = _data_grad(dz, y, abc, w, problem, x, coef, below, residual, residual_stride, spare)
+        return dx, sums, dw
+
+    def _parted_backward(
+        self,
+        dz: Tensor,
+        y: Tensor | None,
+        abc: Tensor | None,
+        x: Tensor,
+        coef: Tensor | None,
+        w: Tensor,
+        stride: int,
+        pad: Pad,
+        residual: Tensor | None = None,
+        need_dx: bool = True,
+        need_dw: bool = True,
+        end: tuple[Tensor, Tensor] | None = None,
+        residual_stride: int = 1,
+        spare: bool = False,
+        dilation: int = 1,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`conv_backward` around PyTorch's convolution."""
         below, sums, dw = end if coef is None else (x, coef), [], None
         parts = _parts(x, dz, w)
         in_residual = spare and residual is not None and residual.shape == x.shape and residual_stride == 1
@@ -132,6 +187,40 @@ class PartedConvolutions(LibraryConvolutions):
             elif dx_part is not to:
                 to.copy_(dx_part)
         return dx, _joined(sums), dw
+
+
+def _data_grad(
+    dz: Tensor,
+    y: Tensor | None,
+    abc: Tensor | None,
+    w: Tensor,
+    problem: tiles.Sizes,
+    x: Tensor,
+    coef: Tensor | None,
+    below: tuple[Tensor, Tensor] | None,
+    residual: Tensor | None,
+    residual_stride: int,
+    spare: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dx and the sums of `PartedConvolutions.conv_backward` by our own tiles."""
+    mask, mask_coef = (None, None) if below is None else (x, coef)
+    if residual is not None and (residual_stride > 1 or residual.shape != x.shape):
+        dx, _ = tiles.data_grad(dz, y, abc, w, problem)
+        add_residual(dx, residual, residual_stride)
+        if below is None:
+            return dx, None
+        sums = passes.new_sums(dx)
+        passes.store_relu_backward(dx, None, x, coef, below, dx, sums)
+        return dx, sums
+    in_residual = spare and residual is not None
+    apart = not in_residual or _overlap(residual, dz)  # dz is read until the end
+    out = None if apart else residual
+    dx, sums = tiles.data_grad(dz, y, abc, w, problem, residual, mask, mask_coef, below, out)
+    return residual.copy_(dx) if in_residual and apart else dx, sums
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 class _Output:

@@ -22,8 +22,15 @@ _SIGNATURES = {
     "max_pool": "pppppi",
     "max_pool_backward": "ppppi",
     "patches": "ppppi",
-    "weight_grad": "pppppi",
+    "weight_grad": "ipppppppi",
+    "unit_pixels": "ipbp",
+    "pack": "ipbppi",
+    "conv": "ipppppppppppi",
+    "folded_conv": "ipppppbpi",
+    "data_grad": "ippppppppppppi",
 }
+# What returns an int64.
+_ANSWERS = {"form": "", "units": "ipb", "packed_size": "ipb"}
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double, "b": ctypes.c_bool}
 _functions: dict[str, Any] = {}
 
@@ -62,9 +69,14 @@ def call(name: str, *arguments: Any, suffix: str = "") -> None:
     function(*arguments)
 
 
+def answer(name: str, *arguments: Any) -> int:
+    """What a function of the library says."""
+    return (_functions.get(name) or _declared(name, ""))(*arguments)
+
+
 def _declared(name: str, suffix: str) -> Any:
     function = getattr(library(), f"fastres_{name}{suffix}")
-    function.restype = None
-    function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
+    function.restype = ctypes.c_int64 if name in _ANSWERS else None
+    function.argtypes = [_TYPES[letter] for letter in {**_SIGNATURES, **_ANSWERS}[name]]
     _functions[name + suffix] = function
     return function

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad
-from fastres.ops.cpu import onednn
+from fastres.ops.cpu import onednn, tiles
 from fastres.ops.library import nchw, nhwc, padded
 from fastres.ops.operation import without_autocast
 
@@ -64,6 +64,12 @@ class PackedConv:
         stride, pad, dilation = geometry
         whole = nhwc(x)
         inner, padding = padded(whole, pad)
+        memory = weight.detach(), bias.detach()
+        key = _key(x, weight, bias, residual, relu)
+        if tiles.takes(x.dtype):
+            own = _own_call(whole, nhwc(weight.to(x.dtype)), bias, geometry, relu)
+            self._ready = _Ready(weight, bias, memory, geometry, key, own)
+            return own(x, residual)
         copied, dtype_bias = inner is not whole, bias.to(x.dtype)
         packed = packed_weight(weight, nchw(inner), stride, padding, dilation)
 
@@ -71,8 +77,7 @@ class PackedConv:
             x = nchw(padded(nhwc(x), pad)[0]) if copied else x
             return onednn.conv_bias_act(x, packed, dtype_bias, stride, padding, dilation, residual, relu)
 
-        memory = weight.detach(), bias.detach()
-        self._ready = _Ready(weight, bias, memory, geometry, _key(x, weight, bias, residual, relu), call)
+        self._ready = _Ready(weight, bias, memory, geometry, key, call)
         return call(x, residual)
 
     @torch.no_grad()
@@ -108,6 +113,21 @@ class PackedConv:
 
     def __reduce__(self) -> tuple:
         return PackedConv, ()
+
+
+def _own_call(
+    x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, relu: bool
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The same by our own tiles: of x and weight in NHWC."""
+    stride, pad, dilation = geometry
+    problem = tiles.sizes(x.shape, weight.shape, stride, pad, dilation)
+    packed, float_bias = tiles.packed(weight, problem), bias.float().contiguous()
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        added = None if residual is None else nhwc(residual)
+        return nchw(tiles.folded_conv(nhwc(x), packed, problem, float_bias, added, relu))
+
+    return call
 
 
 def _key(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> tuple:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastres.kernels.buffers import empty, filled
-from fastres.kernels.geometry import Pad, is_pointwise, output_hw
+from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
 from fastres.ops import aten
-from fastres.ops.cpu.build import library
 from fastres.ops.cpu.native import call, integers, pointer
 from fastres.ops.library import add_shortcut
 
@@ -214,59 +213,6 @@ def patches(x: Tensor, coef: Tensor | None, like: Tensor, kernel: int, stride: i
     coef_at, window = _floats(coef, 5 * x.shape[3]), _window(x, like, kernel, stride, pad)
     _pass("patches", x, _pointers(x)(x), coef_at, window, _pointers(result)(result))
     return result
-
-
-@cache
-def has_weight_grad() -> bool:
-    """Whether `weight_grad` is there: on CPUs with AVX512-BF16."""
-    return _answer("has_weight_grad")
-
-
-@cache
-def uses_weight_grad() -> bool:
-    """Whether it is the fastest: not where oneDNN has AMX."""
-    return has_weight_grad() and not _answer("has_amx")
-
-
-def _answer(name: str) -> bool:
-    function = getattr(library(), f"fastres_{name}")
-    function.restype = ctypes.c_bool
-    return function()
-
-
-def weight_grad(
-    x: Tensor, coef: Tensor | None, dy: Tensor, w: Tensor, stride: int, pad: Pad, dilation: int = 1
-) -> Tensor:
-    """Gradient in fp32 of w [K, KH, KW, C] in the convolution of relu(x*scale + shift) or x, all bf16."""
-    (n, height, width, channels), (_, out_height, out_width, outputs) = x.shape, dy.shape
-    pitch = [height * width * channels, width * channels, channels]
-    if is_pointwise(w.shape[1:3], pad):  # as one without stride over the pixels that it reads
-        height, width, stride, pitch = out_height, out_width, 1, [pitch[0], pitch[1] * stride, pitch[2] * stride]
-    sizes = [
-        n,
-        height,
-        width,
-        channels,
-        *pitch,
-        out_height,
-        out_width,
-        outputs,
-        *w.shape[1:3],
-        stride,
-        *pad[:2],
-        dilation,
-    ]
-    dw = empty(w, *w.shape, dtype=torch.float32)
-    call(
-        "weight_grad",
-        pointer(x, torch.bfloat16, x.numel()),
-        _floats(coef, 5 * channels),
-        pointer(dy, torch.bfloat16, dy.numel()),
-        integers(sizes),
-        _floats(dw, dw.numel()),
-        torch.get_num_threads(),
-    )
-    return dw
 
 
 def _backward_sums(

@@ -1,8 +1,7 @@
 """Convolutions of one part of a batch: as a matrix product where they are one, else PyTorch's own.
 
 A 1x1 convolution's product in bf16 needs no reordered copy of weights and activations, and leaves its result where it
-belongs; in fp32 PyTorch's products go to another library, which is not faster than its convolutions. Weight gradients
-in bf16 are `passes.weight_grad`'s where that is, but for 1x1 convolutions of what is normalised already; elsewhere that
+belongs; in fp32 PyTorch's products go to another library, which is not faster than its convolutions. The weight gradient
 of a strided convolution is faster as one product with all windows' inputs, which are normalised as they are gathered.
 """
 
@@ -17,8 +16,6 @@ from fastres.ops.library import convolve, convolve_backward
 
 # Gathering the windows costs about 23/Cout of the product (at 10 GB/s and 230 GFLOP/s a core).
 _GATHER_CHANNELS = 256
-# Channels fill registers of 16; where fewer than these are used oneDNN's weight gradient is faster.
-_LANES, _USED = 16, 0.6
 
 
 def forward(a: Tensor, w: Tensor, stride: int, pad: Pad, y: Tensor | None, dilation: int = 1) -> Tensor:
@@ -49,9 +46,6 @@ def backward(
     The first is in dx where it can be, else in a tensor of its own.
     """
     product = _is_product(w, pad)
-    if need_dw and not (product and coef is None) and _is_ours(w):
-        dx, _ = backward(dy, x, None, w, stride, pad, dx, True, False, dilation) if need_dx else (None, None)
-        return dx, passes.weight_grad(x, coef, dy, w, stride, pad, dilation)
     if product:
         if need_dx:
             dx = dy.new_empty(x.shape) if dx is None else dx
@@ -79,12 +73,6 @@ def _product_data_grad(dy: Tensor, w: Tensor, stride: int, dx: Tensor) -> None:
 
 def _is_product(w: Tensor, pad: Pad) -> bool:
     return w.dtype == torch.bfloat16 and is_pointwise(w.shape[1:3], pad)
-
-
-def _is_ours(w: Tensor) -> bool:
-    channels = w.shape[3]
-    used = channels / (-(-channels // _LANES) * _LANES)
-    return w.dtype == torch.bfloat16 and used > _USED and passes.uses_weight_grad()
 
 
 def _is_gathered(w: Tensor, stride: int) -> bool:

@@ -1,0 +1,87 @@
+// A convolution, or its data gradient, as products of tiles: what is read, what is multiplied, what becomes of the sums.
+//
+// Work is cut into units: images, or rows of one, whose input fits a core's second-level cache. A unit's input is packed once,
+// made on the way of what the layer before left (normalised and rectified; the gradient in front of a BatchNorm), with zeros
+// where padding is, so that a tap is nothing but an offset. Then each panel of 32 output channels is multiplied and its sums
+// are finished while they are in registers' reach: added to, masked, rounded, reduced. Units do not depend on the number of
+// threads, and neither do results.
+#pragma once
+
+#include <vector>
+
+#include "tiles.h"
+
+namespace fastres {
+
+// As in `integers` of native.py.
+struct Shape {
+  int64_t n, in_height, in_width, in_channels, out_height, out_width, out_channels;
+  int64_t kernel_h, kernel_w, stride, top, left, dilation;
+
+  bool is_pointwise() const { return kernel_h == 1 && kernel_w == 1 && top == 0 && left == 0; }
+};
+
+// What is packed, each channel: x, relu(x * scale + shift), that with another tensor added inside, or scale * x + second
+// scale * second + shift; the third is also stored in `copy`.
+enum class Prologue { kPlain, kNorm, kJoin, kGrad };
+
+struct Source {
+  Prologue prologue;
+  const uint16_t *x, *second;
+  const float *scale, *shift, *second_scale, *second_shift;
+  uint16_t* copy;
+};
+
+template <Prologue kPrologue>
+inline Floats value_of(const Source& s, int64_t at, int64_t channel, int64_t count) {
+  const Floats x = load(s.x + at, count);
+  if constexpr (kPrologue == Prologue::kPlain) return x;
+  const Floats scale = load(s.scale + channel, count);
+  if constexpr (kPrologue == Prologue::kNorm) return relu(x * scale + load(s.shift + channel, count));
+  if constexpr (kPrologue == Prologue::kJoin) {
+    Floats added{};
+    if (s.second) added = load(s.second + at, count);
+    if (s.second_scale) added = added * load(s.second_scale + channel, count) + load(s.second_shift + channel, count);
+    return relu(x * scale + load(s.shift + channel, count) + added);
+  }
+  if (!s.second) return x * scale;
+  return x * scale + (load(s.second + at, count) * load(s.second_scale + channel, count) + load(s.shift + channel, count));
+}
+
+// What becomes of sums.
+struct State {  // of a panel in a unit: of each vector of channels its first values and two sums
+  Floats first[2], sum[2], second_sum[2];
+  int64_t pixels;
+};
+
+class Epilogue {
+ public:
+  virtual ~Epilogue() = default;
+  // `count` rows of sums of these output pixels, in `channels` channels from the `channel`-th.
+  virtual void take(State& state, const float* sums, const int64_t* pixels, int64_t count, int64_t channel,
+                    int64_t channels) const = 0;
+  // Such outputs come next: what `take` reads for them is brought into the cache line after line, as memory gives it fastest.
+  virtual void expect(const int64_t* pixels, int64_t count, int64_t channel, int64_t channels) const = 0;
+  // After all of a unit's pixels.
+  virtual void finish(const State&, int64_t /*unit*/, int64_t /*channel*/, int64_t /*channels*/) const {}
+};
+
+// Outputs of a convolution's products with packed weights [panels][taps][pairs][32][2]; `transposed`: of its data gradient,
+// whose input is like the convolution's output, and output like its input.
+void multiply(Form form, const Shape& shape, bool transposed, const Source& source, const uint16_t* weights,
+              const Epilogue& epilogue, int64_t threads);
+
+// Units of such products.
+int64_t units(Form form, const Shape& shape, bool transposed);
+// Pixels of each.
+void unit_pixels(Form form, const Shape& shape, bool transposed, float* pixels);
+
+int64_t packed_size(Form form, const Shape& shape, bool transposed);  // in bf16 values
+// w [K, KH, KW, C] as such products take it.
+void pack(Form form, const Shape& shape, bool transposed, const uint16_t* w, uint16_t* packed, int64_t threads);
+
+// The weight gradient dw [K, KH, KW, C] in fp32 of what is made of x and of what is made of the gradient at the output, see
+// weight_grad.cpp.
+void weight_grad(Form form, const Shape& shape, const Source& x, const Source& dy, float* dw, int64_t threads);
+
+}  // namespace fastres

@@ -1,0 +1,417 @@
+// Tiles of a matrix product in bf16 with fp32 sums, by the instructions that a CPU has, and vectors of 16 floats.
+//
+// A tile multiplies rows of A, which lie at equal distances in groups, by a panel of B of 32 columns. Both are cut into runs
+// along the inner dimension, in pairs of bf16: a pair of A is 4 bytes of its row, a pair of B a line of 32 such pairs, one a
+// column. So lie both operands of `vdpbf16ps` and of `tdpbf16ps`: what packs them is the same for all three forms here.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define FASTRES_AVX512 1
+#include <immintrin.h>
+#else
+#define FASTRES_AVX512 0
+#endif
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define FASTRES_AMX 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define FASTRES_AMX 0
+#endif
+
+namespace fastres {
+
+constexpr int64_t kLanes = 16, kColumns = 32, kLine = 4 * kColumns;  // of a vector; of a panel, and its bytes a pair
+
+inline int64_t up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// ---- 16 floats ----
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+inline Floats all(float value) { return Floats{} + value; }
+inline Floats relu(Floats value) { return value <= 0 ? Floats{} : value; }  // NaN stays
+
+// The first `count` of 16 values in bf16; the others are 0, and not read.
+inline Floats load(const uint16_t* from, int64_t count) {
+#if FASTRES_AVX512
+  const __m256i bits = count >= kLanes ? _mm256_loadu_si256((const __m256i*)from)
+                                       : _mm256_maskz_loadu_epi16(__mmask16((1 << count) - 1), from);
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#else
+  Words bits{};
+  for (int64_t i = 0; i < std::min(count, kLanes); ++i) bits[i] = uint32_t(from[i]) << 16;
+  return (Floats)bits;
+#endif
+}
+
+inline Floats load(const float* from, int64_t count) {
+  Floats value{};
+  if (count >= kLanes) {
+    std::memcpy(&value, from, sizeof value);
+  } else {
+#if FASTRES_AVX512
+    value = (Floats)_mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), from);
+#else
+    for (int64_t i = 0; i < count; ++i) value[i] = from[i];
+#endif
+  }
+  return value;
+}
+
+inline void store(float* to, Floats value, int64_t count) { std::memcpy(to, &value, 4 * std::min(count, kLanes)); }
+
+#if FASTRES_AVX512
+inline __m256i narrowed(Floats value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }
+#else
+// To nearest, ties to even; in the upper halves.
+inline Words narrowed(Floats value) {
+  const Words bits = (Words)value, kept = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  return (bits & 0x7fffffff) > 0x7f800000 ? Words{} + 0x7fc00000 : kept;
+}
+#endif
+
+// Store the first `count` of 16 values in bf16; what is stored, in fp32.
+inline Floats store(uint16_t* to, Floats value, int64_t count) {
+#if FASTRES_AVX512
+  const __m256i bits = narrowed(value);
+  if (count >= kLanes) {
+    _mm256_storeu_si256((__m256i*)to, bits);
+  } else {
+    _mm256_mask_storeu_epi16(to, __mmask16((1 << count) - 1), bits);
+  }
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#else
+  const Words bits = narrowed(value);
+  for (int64_t i = 0; i < std::min(count, kLanes); ++i) to[i] = uint16_t(bits[i] >> 16);
+  return (Floats)bits;
+#endif
+}
+
+// Pairs of bf16, the first ones in the lower halves.
+inline Words paired(Floats first, Floats second) {
+#if FASTRES_AVX512
+  const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(second)), 16);
+  return (Words)_mm512_or_si512(_mm512_cvtepu16_epi32(narrowed(first)), upper);
+#else
+  return (narrowed(first) >> 16) | narrowed(second);
+#endif
+}
+
+// The first `count` of 32 values in bf16, as they are; the others are 0.
+inline void copy(uint16_t* to, const uint16_t* from, int64_t count) {
+#if FASTRES_AVX512
+  for (; count >= 2 * kLanes; count -= 2 * kLanes, from += 2 * kLanes, to += 2 * kLanes)
+    _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+  if (count) {
+    const __mmask32 mask = (__mmask32(1) << count) - 1;
+    _mm512_mask_storeu_epi16(to, mask, _mm512_maskz_loadu_epi16(mask, from));
+  }
+#else
+  std::memcpy(to, from, 2 * count);
+#endif
+}
+
+// Transposes 16 x 16 pairs: rows of `from`, `pitch` values apart, of which `rows` with `values` values each are there, the rest
+// 0; the first `lines` columns become lines, `apart` pairs apart.
+inline void transpose(const uint16_t* from, int64_t pitch, int64_t rows, int64_t values, int64_t lines, uint32_t* to,
+                      int64_t apart = kColumns) {
+#if FASTRES_AVX512
+  const __mmask32 mask = values >= 32 ? ~__mmask32(0) : (__mmask32(1) << std::max<int64_t>(values, 0)) - 1;
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_maskz_loadu_epi16(mask, from + i * pitch) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // a[i + j]: in each quarter q column 4q + j of rows i to i + 3
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    b[j] = _mm512_shuffle_i32x4(low, low2, 0x88), b[8 + j] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    b[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88), b[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    if (i < lines) _mm512_storeu_si512(to + i * apart, b[i]);
+#else
+  for (int64_t line = 0; line < lines; ++line)
+    for (int64_t row = 0; row < kLanes; ++row) {
+      const auto half = [&](int64_t i) { return row < rows && i < values ? uint32_t(from[row * pitch + i]) : 0; };
+      to[line * apart + row] = half(2 * line) | half(2 * line + 1) << 16;
+    }
+#endif
+}
+
+// ---- memory of each thread ----
+
+// Aligned memory that grows and is kept: the next call needs as much.
+class Workspace {
+ public:
+  char* bytes(int64_t count) {
+    if (size_ < count) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(::operator new(count, std::align_val_t(64)));
+      size_ = count;
+    }
+    return static_cast<char*>(memory_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
+
+// ---- tiles ----
+
+struct Run {
+  int64_t a, b;  // bytes from the row's and from the panel's begin
+};
+
+// What a tile multiplies: for each row at `pitch` bytes behind the former one of its group, and each of 32 columns, the sum over
+// `runs` of `pairs` each. Lines of B are `line` bytes apart.
+struct Product {
+  int64_t pitch;
+  const Run* runs;
+  int64_t count, pairs, line;
+};
+
+// The same in plain C++, in the geometry of the AMX form.
+struct PlainTiles {
+  static constexpr int64_t kGroup = 16, kGroups = 2, kGranule = 32;  // rows, groups a tile, channels that a run is made up of
+  static void begin() {}
+  static void end() {}
+
+  static void multiply(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors, float* sums) {
+    for (int64_t row = 0; row < groups * kGroup; ++row) {
+      float sum[kColumns] = {};
+      for (int64_t r = 0; r < p.count; ++r) {
+        const char* in = a[row / kGroup] + row % kGroup * p.pitch + p.runs[r].a;
+        const char* line = b + p.runs[r].b;
+        for (int64_t pair = 0; pair < p.pairs; ++pair, in += 4, line += p.line) {
+          const float low = half(in), high = half(in + 2);
+          for (int64_t i = 0; i < vectors * kLanes; ++i) sum[i] += low * half(line + 4 * i) + high * half(line + 4 * i + 2);
+        }
+      }
+      std::copy(sum, sum + kColumns, sums + row * kColumns);
+    }
+  }
+
+ private:
+  static float half(const char* from) {
+    uint16_t bits;
+    std::memcpy(&bits, from, 2);
+    const uint32_t word = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+  }
+};
+
+#if FASTRES_AVX512
+// AVX512-BF16: kRows rows a group, so that neither widths of 8 and 16 nor of 7 and 14 leave sums unused.
+template <int kRows>
+struct Avx512Tiles {
+  static constexpr int64_t kGroup = kRows, kGroups = kRows == 7 ? 2 : 3, kGranule = 4;
+  static void begin() {}
+  static void end() {}
+
+  static void multiply(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors, float* sums) {
+    using Tile = void (*)(const Product&, const char* const*, const char*, float*);
+    static constexpr Tile kTiles[2][3] = {{tile<1, 1>, tile<2, 1>, tile<kGroups, 1>}, {tile<1, 2>, tile<2, 2>, tile<kGroups, 2>}};
+    kTiles[vectors - 1][groups - 1](p, a, b, sums);
+  }
+
+ private:
+  template <int kMany, int kVectors>
+  static void tile(const Product& p, const char* const* a, const char* b, float* sums) {
+    __m512 sum[kMany * kRows][kVectors];
+#pragma GCC unroll 16
+    for (int row = 0; row < kMany * kRows; ++row)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[row][v] = _mm512_setzero_ps();
+    const int64_t one = p.pitch, three = 3 * one, five = 5 * one;
+    for (int64_t r = 0; r < p.count; ++r) {
+      const char* in[kMany];
+#pragma GCC unroll 4
+      for (int g = 0; g < kMany; ++g) in[g] = a[g] + p.runs[r].a;
+      const char* line = b + p.runs[r].b;
+      for (int64_t pair = 0; pair < p.pairs; pair += 2) {  // a granule has an even number of them
+#pragma GCC unroll 2
+        for (int u = 0; u < 2; ++u, line += p.line) {
+          __m512bh columns[kVectors];
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_load_si512(line + v * 64);
+#pragma GCC unroll 4
+          for (int g = 0; g < kMany; ++g) {
+#pragma GCC unroll 8
+            for (int row = 0; row < kRows; ++row) {
+              const char* at[] = {in[g],           in[g] + one,  in[g] + 2 * one,   in[g] + three,
+                                  in[g] + 4 * one, in[g] + five, in[g] + 2 * three};
+              int both;
+              std::memcpy(&both, at[row] + 4 * u, 4);
+              const __m512bh value = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 2
+              for (int v = 0; v < kVectors; ++v)
+                sum[g * kRows + row][v] = _mm512_dpbf16_ps(sum[g * kRows + row][v], columns[v], value);
+            }
+          }
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < kMany; ++g) {
+          in[g] += 8;
+          asm("" : "+r"(in[g]));  // so that the rows stay sums of few registers
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kMany * kRows; ++row)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums + row * kColumns + v * kLanes, sum[row][v]);
+  }
+};
+
+// AVX512-BF16 with A in lines of pairs, a line each of 13 rows: few of 64, 128 and so on are left over.
+struct Avx512LineTiles {
+  static constexpr int64_t kGroup = 13, kGroups = 1, kGranule = 2;
+  static void begin() {}
+  static void end() {}
+
+  // A group may have fewer rows: 4, 8 or 13 are summed.
+  static void multiply(const Product& p, const char* const* a, int64_t rows, const char* b, int64_t vectors, float* sums) {
+    using Tile = void (*)(const Product&, const char*, const char*, float*);
+    static constexpr Tile kTiles[2][3] = {{tile<4, 1>, tile<8, 1>, tile<13, 1>}, {tile<4, 2>, tile<8, 2>, tile<13, 2>}};
+    kTiles[vectors - 1][rows <= 4 ? 0 : rows <= 8 ? 1 : 2](p, a[0], b, sums);
+  }
+
+ private:
+  template <int kRows, int kVectors>
+  static void tile(const Product& p, const char* a, const char* b, float* sums) {
+    __m512 sum[kRows][kVectors];
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[row][v] = _mm512_setzero_ps();
+    for (int64_t r = 0; r < p.count; ++r) {
+      const char *in = a + p.runs[r].a, *line = b + p.runs[r].b;
+      for (int64_t pair = 0; pair < p.pairs; ++pair, in += 4 * kLanes, line += p.line) {
+        __m512bh columns[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_load_si512(line + v * 64);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) {
+          int both;
+          std::memcpy(&both, in + 4 * row, 4);
+          const __m512bh value = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sum[row][v] = _mm512_dpbf16_ps(sum[row][v], columns[v], value);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums + row * kColumns + v * kLanes, sum[row][v]);
+  }
+};
+#endif
+
+#if FASTRES_AMX
+// AMX: 2 x 2 tiles of 16 x 16 sums, tiles 0 to 3, of two tiles of A and two of B.
+struct AmxTiles {
+  static constexpr int64_t kGroup = 16, kGroups = 2, kGranule = 32;
+
+  __attribute__((target("amx-tile"))) static void begin() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  __attribute__((target("amx-tile"))) static void end() { _tile_release(); }
+
+  static void multiply(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors, float* sums) {
+    if (groups == 2) {
+      vectors == 2 ? tile<true, true>(p, a, b, sums) : tile<true, false>(p, a, b, sums);
+    } else {
+      vectors == 2 ? tile<false, true>(p, a, b, sums) : tile<false, false>(p, a, b, sums);
+    }
+  }
+
+  // Whether the CPU has the instructions and the system lets this process use them.
+  static bool available() {
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of the Linux kernel
+    return (edx & kBf16) && (edx & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }
+
+ private:
+  template <bool kSecondRows, bool kSecondColumns>
+  __attribute__((target("amx-tile,amx-bf16"))) static void tile(const Product& p, const char* const* a, const char* b,
+                                                                float* sums) {
+    _tile_zero(0);
+    if (kSecondColumns) _tile_zero(1);
+    if (kSecondRows) _tile_zero(2);
+    if (kSecondRows && kSecondColumns) _tile_zero(3);
+    for (int64_t r = 0; r < p.count; ++r) {
+      const char* in = a[0] + p.runs[r].a;
+      const char* second = kSecondRows ? a[1] + p.runs[r].a : nullptr;
+      const char* line = b + p.runs[r].b;
+      for (int64_t pair = 0; pair < p.pairs; pair += 16, in += 64, second += 64, line += 16 * p.line) {
+        _tile_loadd(4, in, p.pitch);
+        _tile_loadd(6, line, p.line);
+        _tile_dpbf16ps(0, 4, 6);
+        if (kSecondColumns) {
+          _tile_loadd(7, line + 64, p.line);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if (kSecondRows) {
+          _tile_loadd(5, second, p.pitch);
+          _tile_dpbf16ps(2, 5, 6);
+          if (kSecondColumns) _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+    }
+    constexpr int64_t kPitch = 4 * kColumns;
+    _tile_stored(0, sums, kPitch);
+    if (kSecondColumns) _tile_stored(1, sums + kLanes, kPitch);
+    if (kSecondRows) _tile_stored(2, sums + 16 * kColumns, kPitch);
+    if (kSecondRows && kSecondColumns) _tile_stored(3, sums + 16 * kColumns + kLanes, kPitch);
+  }
+};
+#endif
+
+enum Form { kPlain = 0, kAvx512 = 1, kAmx = 2 };
+
+// The best form on this CPU.
+inline Form best_form() {
+#if FASTRES_AMX
+  if (FASTRES_AVX512 && AmxTiles::available()) return kAmx;
+#endif
+  return FASTRES_AVX512 ? kAvx512 : kPlain;
+}
+
+}  // namespace fastres

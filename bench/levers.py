@@ -28,7 +28,7 @@ from fastres.measure import Workload, all_of, interleaved
 from fastres.measure.step import Step
 from fastres.nn import blocks
 from fastres.ops import cpu, select
-from fastres.ops.cpu import convolutions, onednn, passes, products
+from fastres.ops.cpu import convolutions, onednn, passes, tiles
 from fastres.train import machine
 
 
@@ -37,12 +37,18 @@ def levers() -> dict[str, Callable[[], Any]]:
     return {
         "all": contextlib.nullcontext,
         "ATen's passes": partial(ops.implementation, "aten"),
-        "whole batches": partial(mock.patch.object, convolutions, "PART_BYTES", 2**60),
-        "oneDNN's weight gradients": partial(mock.patch.object, passes, "uses_weight_grad", lambda: False),
-        "oneDNN's 1x1 convolutions": partial(mock.patch.object, products, "_is_product", lambda w, pad: False),
+        "PyTorch's convolutions of whole batches": _whole_batches,
+        "PyTorch's convolutions": partial(mock.patch.object, tiles, "form", lambda: None),
+        "PyTorch's weight gradients": partial(mock.patch.object, tiles, "takes_weight_grad", lambda w: False),
         "blocks one by one": partial(mock.patch.object, blocks, "LONGEST", 1),
         "no gradient in another's memory": _apart,
     }
+
+
+@contextlib.contextmanager
+def _whole_batches() -> Iterator[None]:
+    with mock.patch.object(tiles, "form", lambda: None), mock.patch.object(convolutions, "PART_BYTES", 2**60):
+        yield
 
 
 @contextlib.contextmanager

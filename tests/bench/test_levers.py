@@ -8,7 +8,7 @@ import torch
 from bench import levers
 from fastres.measure import Workload
 from fastres.ops import cpu, implementation
-from fastres.ops.cpu import convolutions, passes, products
+from fastres.ops.cpu import convolutions, passes, tiles
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
 TINY = Workload("notebook", 2, 32)
@@ -34,9 +34,9 @@ def test_levers_are_taken_away_and_come_back():
     step = levers.Step(TINY, "fused", levers.CPU, torch.bfloat16)
     spies = {
         "parts": (convolutions, "_parts"),
-        "weight_grad": (passes, "weight_grad"),
-        "product": (products, "_matrix"),
-        "moments": (passes, "store_moments"),
+        "conv": (tiles, "conv"),
+        "weight_grad": (tiles, "weight_grad"),
+        "normalise": (passes, "store_bn_add_relu"),
     }
 
     def called(context):
@@ -51,11 +51,12 @@ def test_levers_are_taken_away_and_come_back():
         return {name: spy.call_count for name, spy in found.items()}
 
     every = called(contexts["all"])
-    assert every["parts"] and every["product"] and every["moments"]
-    assert bool(every["weight_grad"]) == passes.uses_weight_grad()
-    assert called(contexts["oneDNN's weight gradients"])["weight_grad"] == 0
-    assert called(contexts["oneDNN's 1x1 convolutions"])["product"] == 0
-    assert called(contexts["ATen's passes"])["moments"] == 0
+    assert every["normalise"] and bool(every["conv"]) == bool(every["weight_grad"]) == tiles.takes(torch.bfloat16)
+    assert called(contexts["PyTorch's weight gradients"])["weight_grad"] == 0
+    for name in ("PyTorch's convolutions", "PyTorch's convolutions of whole batches"):
+        without = called(contexts[name])
+        assert without["conv"] == without["weight_grad"] == 0 and without["parts"]
+    assert called(contexts["ATen's passes"])["normalise"] == 0
     assert called(contexts["all"]) == every
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fastres import ops
 from fastres.ops import cpu
-from fastres.ops.cpu import build, passes
+from fastres.ops.cpu import build, native, tiles
 
 
 @pytest.fixture(autouse=True)
@@ -105,16 +105,20 @@ def test_another_compiler_or_cpu_has_its_own_library(compiler, tmp_path, monkeyp
     assert again() is None and len(compiled(tmp_path)) == 2
 
 
-def test_a_plain_cpu_has_no_weight_gradient(compiler, monkeypatch):
-    """What needs AVX512-BF16 is left out where the compiler may not take it for granted."""
-    source = Path(build.__file__).with_name("weight_grad.cpp")
-    monkeypatch.setattr(build, "_SOURCES", (source,))
+def test_a_plain_cpu_has_only_plain_tiles(compiler, monkeypatch):
+    """What needs AVX512-BF16 is left out where the compiler may not take it for granted; then PyTorch's convolutions
+    run."""
+    names = ("conv.cpp", "conv_calls.cpp", "weight_grad.cpp")
+    monkeypatch.setattr(build, "_SOURCES", tuple(Path(build.__file__).with_name(name) for name in names))
     monkeypatch.setattr(build, "_FOR_THIS_CPU", ((),))
-    for known in (passes.has_weight_grad, passes.uses_weight_grad):
-        known.cache_clear()
-    assert again() is None and not passes.has_weight_grad() and not passes.uses_weight_grad()
-    for known in (passes.has_weight_grad, passes.uses_weight_grad):
-        known.cache_clear()
+    monkeypatch.delenv("FASTRES_TILES", raising=False)
+    monkeypatch.setattr(native, "_functions", {})
+    tiles.form.cache_clear()
+    try:
+        assert again() is None and native.answer("form") == 0 and tiles.form() is None
+        assert not tiles.takes(torch.bfloat16)
+    finally:
+        tiles.form.cache_clear()
 
 
 def test_no_compiler(monkeypatch):

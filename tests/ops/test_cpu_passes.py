@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support_fused import FLOOR, relative_error
 
 from fastres.ops import aten, cpu
-from fastres.ops.cpu import convolutions, passes
+from fastres.ops.cpu import convolutions, passes, tiles
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -165,6 +165,7 @@ def test_statistics_of_a_large_mean():
 @pytest.mark.parametrize("kernel, stride, outputs", [(1, 1, 24), (1, 2, 24), (3, 1, 24), (3, 2, 24), (3, 2, 256)])
 def test_parts_of_the_batch_are_the_whole(kernel, stride, outputs, dtype, monkeypatch):
     """Seven images in parts of two: the last part is of one."""
+    monkeypatch.setattr(tiles, "form", lambda: None)
     p, pad = cpu.primitives(), (kernel // 2,) * 4
     x, w = torch.randn(7, 9, 8, 16, dtype=dtype), torch.randn(outputs, kernel, kernel, 16, dtype=dtype) / 8
     statistics = coef(16)
@@ -188,8 +189,10 @@ def test_parts_of_the_batch_are_the_whole(kernel, stride, outputs, dtype, monkey
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel, through_relu", [(1, True), (3, True), (1, False), (3, False)])
-def test_the_gradient_may_take_a_spare_residuals_memory(kernel, through_relu, dtype, monkeypatch):
+@pytest.mark.parametrize("form", [None, 0], ids=["PyTorch's convolutions", "tiles"])
+def test_the_gradient_may_take_a_spare_residuals_memory(kernel, through_relu, dtype, form, monkeypatch):
     """Also where the residual is the gradient that comes in, as in a block of one convolution."""
+    monkeypatch.setattr(tiles, "form", lambda: form)
     p, pad = cpu.primitives(), (kernel // 2,) * 4
     x, dz, w = (
         torch.randn(7, 9, 8, 16, dtype=dtype),

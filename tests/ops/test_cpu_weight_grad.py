@@ -10,9 +10,9 @@ from support_fused import FLOOR, relative_error
 from support_kernels import few_examples
 
 from fastres.ops import aten, cpu
-from fastres.ops.cpu import passes, products
+from fastres.ops.cpu import tiles
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None or not passes.has_weight_grad(), reason="no AVX512-BF16")
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
 BF16 = torch.bfloat16
 
 
@@ -20,6 +20,11 @@ def made(*sizes, normalised=True):
     """Input, coefficients, gradient at the output and weight of a problem of bf16 tensors."""
     problem = Problem(*sizes, dtype=BF16, seed=1, rank=0)
     return problem.x(), problem.coef() if normalised else None, problem.y(7), problem.w(), problem.stride, problem.pad
+
+
+def weight_grad(x, coef, dy, w, stride, pad, dilation=1):
+    problem = tiles.sizes(tuple(x.shape), tuple(w.shape), stride, pad, dilation)
+    return tiles.weight_grad(x, coef, dy, None, None, problem)
 
 
 def exact(x, coef, dy, w, stride, pad, dilation=1):
@@ -41,7 +46,7 @@ def exact(x, coef, dy, w, stride, pad, dilation=1):
 
 def assert_good(arguments):
     reference, eager = exact(*arguments)
-    ours = passes.weight_grad(*arguments)
+    ours = weight_grad(*arguments)
     assert ours.dtype == torch.float32 and ours.shape == reference.shape
     # only the normalised input is rounded before the products
     bound = 2e-6 if arguments[1] is None else max(relative_error(eager, reference), FLOOR[BF16] / 4)
@@ -88,8 +93,8 @@ def test_threads(outputs):
     try:
         for threads in (1, 2, 5, 11):
             torch.set_num_threads(threads)
-            results[threads] = passes.weight_grad(*arguments)
-            assert torch.equal(results[threads], passes.weight_grad(*arguments))
+            results[threads] = weight_grad(*arguments)
+            assert torch.equal(results[threads], weight_grad(*arguments))
     finally:
         torch.set_num_threads(before)
     for result in results.values():
@@ -101,28 +106,25 @@ def test_nan_and_infinity_reach_only_their_channels():
     for value in (float("nan"), float("inf")):
         bad = x.clone()
         bad[2, 2, 2, 5] = value  # of the image without a partner
-        dw = passes.weight_grad(bad, None, dy.abs() + 1, w, stride, pad)
+        dw = weight_grad(bad, None, dy.abs() + 1, w, stride, pad)
         broken = (~dw.isfinite()).flatten(0, 2).any(0)
         assert broken.tolist() == [channel == 5 for channel in range(20)]
     frozen = torch.zeros(5, 20)
     frozen[3] = 1
     bad[2, 2, 2, 5] = -float("inf")  # which ReLU makes 0
-    assert passes.weight_grad(bad, frozen, dy, w, stride, pad).isfinite().all()
+    assert weight_grad(bad, frozen, dy, w, stride, pad).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "inputs, kernel, normalised, used",
-    [(64, 3, True, True), (64, 3, False, True), (64, 1, True, True), (64, 1, False, False), (3, 3, False, False)],
-)
-def test_where_it_is_used(inputs, kernel, normalised, used, monkeypatch):
-    """Elsewhere, as on a CPU that lacks it, the gradients are PyTorch's and the same but for rounding."""
-    x, coef, dy, w, stride, pad = made(3, (8, 9), inputs, 24, kernel, 2, (kernel // 2,) * 4, normalised=normalised)
-    calls, real = [], passes.weight_grad
-    monkeypatch.setattr(passes, "uses_weight_grad", lambda: True)  # also where AMX is faster
-    monkeypatch.setattr(passes, "weight_grad", lambda *arguments: calls.append(1) or real(*arguments))
-    dx, dw = products.backward(dy, x, coef, w, stride, pad, None, True, True)
+@pytest.mark.parametrize("inputs, used", [(64, True), (16, True), (3, False), (18, False)])
+def test_where_it_is_used(inputs, used, monkeypatch):
+    """Elsewhere the gradient is PyTorch's, and the same but for rounding."""
+    x, coef, dy, w, stride, pad = made(3, (8, 9), inputs, 24, 3, 2, (1, 1, 1, 1))
+    calls, real, p = [], tiles.weight_grad, cpu.primitives()
+    monkeypatch.setattr(tiles, "form", lambda: 0)
+    monkeypatch.setattr(tiles, "weight_grad", lambda *arguments: calls.append(1) or real(*arguments))
+    ours = p.conv_wgrad(dy, None, None, x, coef, stride, pad, (3, 3))
     assert bool(calls) == used
-    monkeypatch.setattr(passes, "uses_weight_grad", lambda: False)
-    other_dx, other_dw = products.backward(dy, x, coef, w, stride, pad, None, True, True)
-    assert len(calls) == used and torch.equal(dx, other_dx)
-    assert relative_error(dw, other_dw.double()) < FLOOR[BF16]
+    monkeypatch.setattr(tiles, "form", lambda: None)
+    theirs = p.conv_wgrad(dy, None, None, x, coef, stride, pad, (3, 3))
+    assert len(calls) == used
+    assert relative_error(ours, theirs.double()) < FLOOR[BF16]

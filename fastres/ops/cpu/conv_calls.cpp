@@ -74,8 +74,7 @@ struct Outputs : Epilogue {
     const uint16_t* const added = residual + channel;
     uint16_t* const to = y + channel;
     const int64_t pitch = c;
-    Floats first[2], sum[2], squares[2];
-    for (int64_t v = 0; v < 2; ++v) first[v] = state.first[v], sum[v] = state.sum[v], squares[v] = state.second_sum[v];
+    Floats first[2] = {state.first[0], state.first[1]}, sum[2]{}, squares[2]{};  // a tile's sums of their own: less rounding
     for (int64_t i = 0; i < count; ++i, sums += kColumns) {
       const int64_t at = pixels[i] * pitch;
       for (int64_t v = 0; v < vectors; ++v) {
@@ -91,7 +90,7 @@ struct Outputs : Epilogue {
       }
     }
     if constexpr (!kMoments) return;
-    for (int64_t v = 0; v < 2; ++v) state.first[v] = first[v], state.sum[v] = sum[v], state.second_sum[v] = squares[v];
+    for (int64_t v = 0; v < 2; ++v) state.first[v] = first[v], state.sum[v] += sum[v], state.second_sum[v] += squares[v];
     state.pixels += count;
   }
 };
@@ -193,8 +192,7 @@ struct Gradient : Epilogue {
     const uint16_t *const added = residual + channel, *const of_mask = mask + channel, *const of_y = y + channel;
     uint16_t* const to = dz + channel;
     const int64_t pitch = c;
-    Floats factor[2]{}, constant[2]{}, middle[2]{}, sum[2], scaled[2];
-    for (int64_t v = 0; v < 2; ++v) sum[v] = state.sum[v], scaled[v] = state.second_sum[v];
+    Floats factor[2]{}, constant[2]{}, middle[2]{}, sum[2]{}, scaled[2]{};
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t at = channel + v * kLanes, lanes = channels - v * kLanes;
       if constexpr (kMask > 1) factor[v] = load(scale + at, lanes), constant[v] = load(shift + at, lanes);
@@ -217,7 +215,7 @@ struct Gradient : Epilogue {
       }
     }
     if constexpr (!kSums) return;
-    for (int64_t v = 0; v < 2; ++v) state.sum[v] = sum[v], state.second_sum[v] = scaled[v];
+    for (int64_t v = 0; v < 2; ++v) state.sum[v] += sum[v], state.second_sum[v] += scaled[v];
   }
 };
 

@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from fastres.kernels.buffers import empty
+from fastres.kernels import buffers
 from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
 from fastres.ops.cpu.native import answer, call, integers, pointer
 
 FORMS = {"plain": 0, "avx512": 1, "amx": 2}
 BF16 = torch.bfloat16
+_COLUMNS, _USED = 16, 0.6  # the weight gradient's channels fill vectors; oneDNN is faster where less of them is used
 Sizes = tuple[int, ...]
 
 
 @cache
-def form() -> int:
-    """The form of tiles that is used: the best of this CPU, or ``FASTRES_TILES``.
+def form() -> int | None:
+    """The form of tiles that convolutions in bf16 are made of; None: none, PyTorch's convolutions run.
+
+    It is the best that the CPU has instructions for, or what ``FASTRES_TILES`` says: a name of `FORMS` or ``none``.
 
     Raises:
-        ValueError: for another name, or one of instructions that the CPU lacks.
+        ValueError: for another name, or a form whose instructions this CPU lacks.
     """
-    best = answer("form")
-    name = os.environ.get("FASTRES_TILES")
+    best, name = answer("form"), os.environ.get("FASTRES_TILES")
     if name is None:
-        return best
+        return best or None
     usable = [known for known, number in FORMS.items() if number <= best]
-    if name not in usable:
-        raise ValueError(f"FASTRES_TILES is {name!r}: choose {', '.join(usable)}")
-    return FORMS[name]
+    if name not in (*usable, "none"):
+        raise ValueError(f"FASTRES_TILES is {name!r}: choose {', '.join(usable)} or none on this CPU")
+    return FORMS.get(name)
 
 
-def is_fast() -> bool:
-    """Whether the tiles are made of instructions for bf16, not of plain C++."""
-    return form() > 0
+def takes(dtype: torch.dtype) -> bool:
+    """Whether convolutions of this dtype are made of tiles."""
+    return dtype == BF16 and form() is not None
+
+
+def takes_weight_grad(w: Tensor) -> bool:
+    """Whether the gradient of a weight [K, KH, KW, C] is: not where few channels leave most of a tile unused."""
+    channels = w.shape[3]
+    return takes(w.dtype) and channels > _USED * (-(-channels // _COLUMNS) * _COLUMNS)
+
+
+def _form() -> int:
+    chosen = form()
+    return FORMS["plain"] if chosen is None else chosen
 
 
 def sizes(x_shape: Sizes, w_shape: Sizes, stride: int, pad: Pad, dilation: int) -> Sizes:
@@ -49,7 +63,7 @@ def sizes(x_shape: Sizes, w_shape: Sizes, stride: int, pad: Pad, dilation: int) 
 
 
 @lru_cache(maxsize=4096)
-def _native(problem: Sizes):
+def _native(problem: Sizes) -> ctypes.Array:
     return integers(problem)
 
 
@@ -68,10 +82,10 @@ def _counts(problem: Sizes, transposed: bool, form: int) -> Tensor:
 
 def packed(w: Tensor, problem: Sizes, transposed: bool = False) -> Tensor:
     """The weight [K, KH, KW, C] as the products take it."""
-    result = empty(w, _packed_size(problem, transposed, form()))
+    result = buffers.empty(w, _packed_size(problem, transposed, _form()))
     call(
         "pack",
-        form(),
+        _form(),
         _native(problem),
         transposed,
         pointer(w, BF16, w.numel()),
@@ -101,15 +115,15 @@ def conv(
     """
     problem = sizes(x.shape, w.shape, stride, pad, dilation)
     n, height, width, channels, out_height, out_width, outputs = problem[:7]
-    y = empty(x, n, out_height, out_width, outputs)
+    y = buffers.empty(x, n, out_height, out_width, outputs)
     statistics, mean, m2 = None, None, None
     if moments:
-        counts = _counts(problem, False, form())
-        statistics = Moments(counts, *empty(x, 2, len(counts), outputs, dtype=torch.float32).unbind())
+        counts = _counts(problem, False, _form())
+        statistics = Moments(counts, *buffers.empty(x, 2, len(counts), outputs, dtype=torch.float32).unbind())
         mean, m2 = (pointer(t, torch.float32, len(counts) * outputs) for t in statistics[1:])
     call(
         "conv",
-        form(),
+        _form(),
         _native(problem),
         pointer(x, BF16, n * height * width * channels),
         pointer(coef, torch.float32, 5 * channels),
@@ -131,13 +145,13 @@ def folded_conv(
 ) -> Tensor:
     """``relu(conv2d(x, w) + bias (+ residual))`` with `packed` weights and a bias in fp32."""
     n, height, width, channels, out_height, out_width, outputs = problem[:7]
-    y = empty(x, n, out_height, out_width, outputs)
+    y = buffers.empty(x, n, out_height, out_width, outputs)
     call(
         "folded_conv",
-        form(),
+        _form(),
         _native(problem),
         pointer(x, BF16, n * height * width * channels),
-        pointer(weights, BF16, _packed_size(problem, False, form())),
+        pointer(weights, BF16, _packed_size(problem, False, _form())),
         pointer(bias, torch.float32, outputs),
         pointer(residual, BF16, y.numel()),
         relu,
@@ -168,16 +182,16 @@ def data_grad(
         out: where the gradient goes, which may be the residual's memory, but not that of dz.
     """
     n, height, width, channels, out_height, out_width, outputs = problem[:7]
-    dx = empty(dz, n, height, width, channels) if out is None else out
+    dx = buffers.empty(dz, n, height, width, channels) if out is None else out
     sums, below_y, below_coef = None, None, None
     if below is not None:
-        units = len(_counts(problem, True, form()))
-        sums = empty(dz, units, 2, channels, dtype=torch.float32)
+        units = len(_counts(problem, True, _form()))
+        sums = buffers.empty(dz, units, 2, channels, dtype=torch.float32)
         below_y, below_coef = below
     size = n * out_height * out_width * outputs
     call(
         "data_grad",
-        form(),
+        _form(),
         _native(problem),
         pointer(dz, BF16, size),
         pointer(y if abc is not None else None, BF16, size),
@@ -200,11 +214,11 @@ def weight_grad(
 ) -> Tensor:
     """Gradient in fp32 of w [K, KH, KW, C] in the convolution of relu(x*scale + shift) or x, of `data_grad`'s dy."""
     n, height, width, channels, out_height, out_width, outputs = problem[:7]
-    dw = empty(x, outputs, *problem[7:9], channels, dtype=torch.float32)
+    dw = buffers.empty(x, outputs, *problem[7:9], channels, dtype=torch.float32)
     size = n * out_height * out_width * outputs
     call(
         "weight_grad",
-        form(),
+        _form(),
         _native(problem),
         pointer(dz, BF16, size),
         pointer(y if abc is not None else None, BF16, size),

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from fastres.atomic import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+LINE, ROW = 240, 1000  # characters of a line of JSON at most, and of one that is a row
 
 
 def write_results(path: str | os.PathLike, data: dict[str, Any]) -> None:
-    """Write ``data`` and `circumstances` to ``path`` atomically, as JSON that ends in a newline.
+    """Write ``data`` and `circumstances` to ``path`` atomically, as JSON with a row a line, see `as_lines`.
 
     Args:
         path: file; its folder is made if there is none.
@@ -33,11 +35,45 @@ def write_results(path: str | os.PathLike, data: dict[str, Any]) -> None:
     facts = circumstances()
     if taken := sorted(facts.keys() & data.keys()):
         raise ValueError(f"results cannot have the key {taken[0]!r}: it is the recorder's own")
-    text = json.dumps({**facts, **data}, indent=1, allow_nan=False) + "\n"
+    text = as_lines({**facts, **data}) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def as_lines(value: Any, indent: int = 0, is_row: bool = False) -> str:
+    """JSON with a row a line, so that a difference shows what changed.
+
+    A row is an element of a list that holds plain values and collections of them. A line of its own has also what holds plain
+    values alone, and what is short.
+
+    Args:
+        indent: how deep the value lies.
+        is_row: whether it is an element of a list.
+
+    Raises:
+        ValueError: for a value that JSON has not, such as NaN.
+    """
+    line = json.dumps(value, allow_nan=False)
+    depth = _depth(value)
+    longest = ROW if is_row and depth == 2 else LINE
+    if depth == 0 or not value or indent > 0 and (depth == 1 or len(line) <= longest - indent):
+        return line
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(name)}: {as_lines(part, indent + 1)}" for name, part in value.items()]
+    else:
+        parts = [as_lines(part, indent + 1, is_row=True) for part in value]
+    first, last = "{}" if isinstance(value, dict) else "[]"
+    margin = "\n" + " " * indent
+    return f"{first}{margin} " + f",{margin} ".join(parts) + f"{margin}{last}"
+
+
+def _depth(value: Any) -> int:
+    """How many collections lie in one another; of a plain value 0."""
+    if not isinstance(value, (dict, list, tuple)):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def circumstances() -> dict[str, Any]:
@@ -91,3 +127,18 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write result files anew, values unchanged, as `write_results` would: ``python -m bench.record [FILE ...]``."""
+    for path in [Path(name) for name in argv or sys.argv[1:]] or sorted(RESULTS.rglob("*.json")):
+        content = path.read_bytes()
+        lines = (as_lines(json.loads(content)) + "\n").encode()
+        if lines != content:
+            with atomic_write(path) as file:
+                file.write(lines)
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

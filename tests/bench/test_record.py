@@ -5,8 +5,10 @@ import platform
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from bench.record import RESULTS, cpu_name, write_results
+from bench.record import RESULTS, as_lines, cpu_name, write_results
 
 
 def test_results_carry_their_circumstances(tmp_path):
@@ -32,3 +34,24 @@ def test_committed_results_say_where_they_come_from():
     for file in RESULTS.glob("*.json"):
         read = json.loads(file.read_text())
         assert {"date", "commit", "versions", "device", "cpu", "threads"} <= read.keys(), file
+
+
+def test_committed_results_have_a_row_a_line():
+    for file in RESULTS.rglob("*.json"):
+        text = file.read_text()
+        assert text == as_lines(json.loads(text)) + "\n", f"{file}: python -m bench.record rewrites it"
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+                    | st.text(max_size=300), lambda part: st.lists(part) | st.dictionaries(st.text(), part)))  # fmt: skip
+def test_lines_are_the_same_json(value):
+    text = as_lines(value)
+    assert json.loads(text) == value
+    assert list(map(str.strip, text.splitlines())) == [line.lstrip(" ") for line in text.split("\n")]
+
+
+def test_a_row_is_a_line():
+    rows = [{"name": f"row {i}", "sizes": list(range(60)), "options": {"a": i}} for i in range(3)]
+    lines = as_lines({"date": "today", "rows": rows}).splitlines()
+    assert [line.strip().rstrip(",") for line in lines[3:6]] == [json.dumps(row) for row in rows]
+    assert len(lines) == 8

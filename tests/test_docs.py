@@ -9,10 +9,13 @@ from bench.record import RESULTS
 from bench.report.__main__ import PAGES, newest_campaign, relative, sections
 from bench.report.campaign import CAMPAIGN
 from bench.tables import fill
+from fastres.models import registry
+from fastres.nn import structure
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]
-RUN = ["README.md", "docs/derivation.md", "docs/tutorial.md"]
+# pages, or a section of one, whose blocks of Python run in order
+RUN = ["README.md", "docs/derivation.md", "docs/tutorial.md", "CONTRIBUTING.md#a-new-network-in-three-steps"]
 OTHERS = {"volume", "steps"}  # filled in by bench.scaling, see tests/bench/test_scaling.py
 
 
@@ -20,11 +23,20 @@ def named(page):
     return str(page.relative_to(ROOT))
 
 
+@pytest.fixture
+def registries(monkeypatch):
+    """What a page registers is gone after it."""
+    for module, name in ((registry, "MODELS"), (structure, "_entries"), (structure, "_found")):
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+
+
 @pytest.mark.parametrize("page", RUN)
-def test_every_block_of_python_runs(page):
+def test_every_block_of_python_runs(page, registries):
+    page, _, section = page.partition("#")
     text = (ROOT / page).read_text()
+    start, end = section_of(text, section) if section else (0, len(text))
     namespace: dict = {}
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S))
+    blocks = list(re.compile(r"^```python\n(.*?)^```", re.M | re.S).finditer(text, start, end))
     assert blocks
     for block in blocks:
         line = text.count("\n", 0, block.start(1))
@@ -52,6 +64,17 @@ def test_links_lead_to_files_and_their_sections(page):
         assert not section or section in anchors(target.read_text()), link
 
 
+def section_of(text, anchor):
+    """Where a section of the second level begins and ends."""
+    headings = list(re.finditer(r"^## (.+)$", text, re.M))
+    starts = [heading.start() for heading in headings if anchor_of(heading[1]) == anchor]
+    return starts[0], min((h.start() for h in headings if h.start() > starts[0]), default=len(text))
+
+
+def anchor_of(heading):
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def without_code(text):
     return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
 
@@ -59,7 +82,7 @@ def without_code(text):
 def anchors(text):
     """The names that headings of a page are linked by."""
     headings = re.findall(r"^#+ (.+)$", without_code(text), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(map(anchor_of, headings))
 
 
 def test_the_readme_is_short():

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from fastres.cache import cache_folder
-from fastres.data import cifar, decode, download, layout, synthetic, table
+from fastres.data import cifar, decode, download, layout, table
 from fastres.data.archive import SUFFIXES as ARCHIVES
 from fastres.data.archive import is_archive, open_archive
 from fastres.data.budget import Budget, in_gib, memory_budget, square_bytes
 from fastres.data.cache import Cache, Facts, Survey, digest
 from fastres.data.dataset import DataError, Dataset, Labelled, Parts, Split, divide, make_dataset, make_parts
 from fastres.data.files import Files, FileSplit
+from fastres.data.registry import DATASETS
 from fastres.data.size import LARGE, Sides, seen_side, stored_side
 from fastres.data.tree import Member, entries, named, normal, plain, stamp, walk
 
 logger = logging.getLogger(__name__)
-SOURCES = ("auto", "cifar10", "cifar100", "synthetic")
-SYNTHETIC_SIZES = 10_000, 2_000
+SOURCES = ("auto", "cifar10", "cifar100", *DATASETS)
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,9 @@ class Loader:
         if faults:
             self.say(f"left out: {len(faults)} unreadable images ({named(f'{f.where}: {f.reason}' for f in faults)})")
 
-    def synthetic(self) -> Found:
-        """The built-in drawn set."""
-        train, test = (synthetic.synthetic_split(n, split=i) for i, n in enumerate(SYNTHETIC_SIZES))
-        return Found(make_parts({"train": train, "test": test}, synthetic.CLASSES), synthetic.LABEL)
+    def named(self, name: str, root: Path) -> Found:
+        """A set of `fastres.data.registry`."""
+        return Found(DATASETS[name].read(root), DATASETS[name].label)
 
     def path(self, path: Path) -> Found:
         """What lies at a path: images in a folder, an archive or a table, or CIFAR's batches there or right under it."""
@@ -229,7 +228,7 @@ class Loader:
                 found = self.batches(root / cifar.CIFAR10.folder, cifar.CIFAR10)
             else:
                 missing += [f"no image folder {root}/{{train,test}}/CLASS", f"no {root / cifar.CIFAR10.folder}"]
-                found = self.synthetic()
+                found = self.named("synthetic", root)
         self.say("; ".join([f"data: {found.label}", *(f"not taken: {reason}" for reason in missing)]))
         return found
 
@@ -240,7 +239,7 @@ class Loader:
         for kind in cifar.KINDS:
             if source == kind.name.lower().replace("-", ""):
                 return self.published(root, kind)
-        return self.synthetic() if source == "synthetic" else self.path(Path(source))
+        return self.named(str(source), root) if str(source) in DATASETS else self.path(Path(source))
 
 
 def decoded(listing: layout.Listing, looks: list[decode.Look] | None, size: int) -> Parts:

@@ -3,6 +3,7 @@
 from fastres.nn.adapters import BasicBlock, Bottleneck, ConvBNReLU, PreActBottleneck, Stem
 from fastres.nn.fold import fold, repack
 from fastres.nn.fuse import fuse, unfuse
+from fastres.nn.kinds import declare_convolution, declare_pool, declare_shortcut
 from fastres.nn.report import Report, report
 from fastres.nn.structure import Block, Stages, register_block, register_network
 
@@ -15,6 +16,9 @@ __all__ = [
     "Report",
     "Stages",
     "Stem",
+    "declare_convolution",
+    "declare_pool",
+    "declare_shortcut",
     "fold",
     "fuse",
     "register_block",

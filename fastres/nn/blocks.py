@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.nn.bypass import SHORTCUTS, first_reason, has_hooks, say_once, watched
+from fastres.nn.bypass import first_reason, say_once, watched
 from fastres.nn.classes import Fused, form
+from fastres.nn.kinds import has_hooks, identity_of
 from fastres.nn.norm import conv_of, group_of, layer_of, norm_of, to_nchw, to_nhwc, track
 from fastres.nn.structure import (
     Block,
@@ -125,15 +126,6 @@ def _fused_residual(
     out, statistics = residual_chain(nhwc, chain, added, relu, keep, identities)
     track(norms, [*statistics, *behind])
     return to_nchw(out)
-
-
-def identity_of(shortcut: nn.Module | None) -> Identity | None:
-    """What a shortcut without parameters does, if the fused operation can do it; None as shortcut is x itself."""
-    if shortcut is None:
-        return Identity()
-    if SHORTCUTS.of(type(shortcut)) is None or SHORTCUTS.reason(shortcut) is not None:
-        return None
-    return Identity(shortcut.stride, getattr(shortcut, "added", 0))
 
 
 class Link(NamedTuple):

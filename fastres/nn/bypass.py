@@ -7,9 +7,7 @@ setting that the operations do not know. Each function returns the reason why no
 
 from __future__ import annotations
 
-import inspect
 import logging
-import types
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,158 +20,24 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+from torchvision.ops import FrozenBatchNorm2d
 
-from fastres.reference.cifar import PaddedShortcut
-from fastres.reference.notebook import SameConv2d, SameMaxPool2d, Subsample
-from fastres.reference.speed import HalvingPool
+from fastres.nn.kinds import (
+    ACTIVATIONS,
+    AVERAGES,
+    CONVS,
+    DROPOUTS,
+    IDENTITIES,
+    NORMS,
+    POOLS,
+    RECTIFYING,
+    with_article,
+)
 
 logger = logging.getLogger("fastres")
 
 _CALL = nn.Module.__call__
-_CALLERS = frozenset(("_call_impl", "_wrapped_call_impl"))
 _said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-
-class Known:
-    """A class whose forward the fused operations can do, as it was when this was made.
-
-    Args:
-        cls: the class.
-    """
-
-    def __init__(self, cls: type[nn.Module]):
-        self.cls = cls
-        self.methods = _methods_of(cls)
-        self.names = _CALLERS.union(self.methods)
-        self._on_top: dict[type, str | None] = {}
-
-    def changed(self, module: nn.Module, running: bool = False) -> str | None:
-        """Whether its forward, or a method that this calls, is another than the class's.
-
-        Args:
-            running: whether this is asked in the class's forward, so that one of the instance, if any, calls it.
-        """
-        cls = type(module)
-        if cls.__call__ is not nn.Module.__call__:
-            return f"{cls.__name__} has a __call__ of its own"
-        if cls not in self._on_top:
-            self._on_top[cls] = _own_above_fused(cls, self.names)
-        if self._on_top[cls] is not None:
-            return f"{cls.__name__} has a {self._on_top[cls]} of its own"
-        cls = eager_class(cls)
-        for name, function in self.methods.items():
-            if getattr(cls, name) is not function:
-                return f"{cls.__name__} has a {name} of its own"
-        own = module.__dict__
-        if torch.compiler.is_compiling():  # torch.compile traces no isdisjoint of a __dict__
-            changed = [name for name in self.methods if name in own]
-        else:
-            changed = [] if self.names.isdisjoint(own) else sorted(self.names & own.keys())
-        if running and changed == ["forward"]:
-            return None
-        return f"{_a(cls)} has an instance's {' and '.join(changed)}" if changed else None
-
-    def reason(self, module: nn.Module) -> str | None:
-        """Why the module must be called."""
-        if has_hooks(module):
-            return f"{_a(type(module))} has hooks"
-        return self.changed(module)
-
-
-def _a(cls: type) -> str:
-    return f"{'an' if cls.__name__[0] in 'AEIOU' else 'a'} {cls.__name__}"
-
-
-def eager_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class itself, or of a fused one that which it was made of."""
-    return getattr(cls, "_eager", cls)
-
-
-def _own_above_fused(cls: type[nn.Module], names: frozenset[str]) -> str | None:
-    """The first of the methods that a class, put on top of a fused one, has itself."""
-    if not hasattr(cls, "_eager"):
-        return None
-    for base in cls.__mro__:
-        if "_eager" in vars(base):
-            return None
-        if own := names.intersection(vars(base)):
-            return min(own)
-    return None
-
-
-def _methods_of(cls: type[nn.Module]) -> dict[str, types.FunctionType]:
-    """The class's forward and the methods that it calls, directly or through others, by name."""
-    found, names = {}, ["forward"]
-    while names:
-        name = names.pop()
-        if name in found:
-            continue
-        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:  # all of them, as one may call super()
-            function = vars(base).get(name)
-            if isinstance(function, types.FunctionType):
-                found[name] = getattr(cls, name)
-                names.extend(inspect.unwrap(function).__code__.co_names)
-    return found
-
-
-def is_original(cls: type) -> bool:
-    """Whether a class that is known by its name is a module with the forward of its own file."""
-    return issubclass(cls, nn.Module) and getattr(vars(cls).get("forward"), "__module__", None) == cls.__module__
-
-
-class Kind:
-    """Classes that one role in a fused operation accepts, and subclasses of them that change nothing in it."""
-
-    def __init__(self, role: str, *classes: type[nn.Module]):
-        self.role = role
-        self._known = {cls: Known(cls) for cls in classes}
-        self._named: set[tuple[str, str]] = set()
-        self._found: dict[type, Known | None] = {}
-
-    def add_named(self, module: str, *names: str) -> None:
-        """Accept classes by their module and names: of a library that is imported later, or never."""
-        self._named.update((module, name) for name in names)
-        self._found.clear()
-
-    def of(self, cls: type) -> Known | None:
-        """What is known of a class."""
-        if cls not in self._found:
-            bases = [self._of_itself(base) for base in cls.__mro__]
-            self._found[cls] = next((known for known in bases if known is not None), None)
-        return self._found[cls]
-
-    def _of_itself(self, cls: type) -> Known | None:
-        if cls not in self._known and (cls.__module__, cls.__qualname__) in self._named and is_original(cls):
-            self._known[cls] = Known(cls)
-        return self._known.get(cls)
-
-    def reason(self, module: Any) -> str | None:
-        """Why the module must be called."""
-        known = self.of(type(module))
-        if known is None:
-            return f"{type(module).__name__} is not {self.role}"
-        return known.reason(module)
-
-
-CONVS = Kind("nn.Conv2d", nn.Conv2d, SameConv2d)
-NORMS = Kind("nn.BatchNorm2d", nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-RECTIFYING = Kind("a BatchNorm with an activation in it")  # `drop` and `act`, which its forward calls
-ACTIVATIONS = Kind("nn.ReLU", nn.ReLU)
-POOLS = Kind("nn.MaxPool2d", nn.MaxPool2d, SameMaxPool2d, HalvingPool)
-AVERAGES = Kind("nn.AdaptiveAvgPool2d", nn.AdaptiveAvgPool2d)
-CONTAINERS = Kind("nn.Sequential", nn.Sequential)
-HOLDERS = Kind("a module that only calls those that it holds", nn.Sequential)
-IDENTITIES = Kind("nn.Identity", nn.Identity)
-SHORTCUTS = Kind("a shortcut without parameters", Subsample, PaddedShortcut)
-DROPOUTS = Kind("a dropout", nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, StochasticDepth)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something waits for the module's own call."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def unsupported(
@@ -233,13 +97,15 @@ def _rectifying_reason(bn: Any, rectified: bool) -> str | None:
     act = getattr(bn, "act", None)
     if act is None or IDENTITIES.of(type(act)) is not None:
         return absent_reason(act)
-    return activation_reason(act) or (None if rectified else f"{_a(type(bn))} has an activation where none may be")
+    return activation_reason(act) or (
+        None if rectified else f"{with_article(type(bn))} has an activation where none may be"
+    )
 
 
 def rectified_norm_reason(step: Any) -> str | None:
     """Why a module is not to be taken for a BatchNorm and a ReLU behind it."""
     if RECTIFYING.of(type(step)) is None:
-        return NORMS.reason(step) or f"{_a(type(step))} has no activation in it"
+        return NORMS.reason(step) or f"{with_article(type(step))} has no activation in it"
     return norm_reason(step, rectified=True) or activation_reason(getattr(step, "act", None))
 
 
@@ -252,7 +118,7 @@ def pool_reason(pool: Any) -> str | None:
     """Why a pool must be called: a fused one is a square max-pool without dilation, ceil mode and indices."""
     if reason := POOLS.reason(pool):
         return reason
-    if isinstance(pool, SameMaxPool2d):
+    if not isinstance(pool, nn.MaxPool2d):
         return None
     square = all(isinstance(size, int) or size[0] == size[1] for size in (pool.kernel_size, pool.stride, pool.padding))
     if not square or pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
@@ -276,7 +142,7 @@ def absent_reason(module: nn.Module | None) -> str | None:
     if DROPOUTS.of(type(module)):
         rate = module.p if hasattr(module, "p") else module.drop_prob
         return f"{type(module).__name__} is active" if module.training and rate else DROPOUTS.reason(module)
-    return f"{_a(type(module))} stands in the block"
+    return f"{with_article(type(module))} stands in the block"
 
 
 def _held(module: Any, name: str) -> str | None:
@@ -289,10 +155,10 @@ def _held(module: Any, name: str) -> str | None:
             return None
         if getattr(module, "_is_fsdp_managed_module", False):  # sharded for now, whole in the forward
             return None
-        return f"{_a(type(module))}'s {name} is {_a(type(value))}"
+        return f"{with_article(type(module))}'s {name} is {with_article(type(value))}"
     if "parametrizations" in module._modules and name in module._modules["parametrizations"]:
         return None
-    return f"{_a(type(module))}'s {name} is not a parameter of its own"
+    return f"{with_article(type(module))}'s {name} is not a parameter of its own"
 
 
 _plain: dict[type, bool] = {Tensor: True, nn.Parameter: True}

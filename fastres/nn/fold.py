@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastres.nn.bypass import has_hooks, logger, unsupported, watched
+from fastres.nn.bypass import logger, unsupported, watched
 from fastres.nn.fuse import unfuse
+from fastres.nn.kinds import has_hooks
 from fastres.nn.networks import STEM, opened_reason, parts_of
 from fastres.nn.norm import geometry_of, norm_of, to_nchw, to_nhwc
 from fastres.nn.report import Report, survey
@@ -99,7 +100,7 @@ class FoldedConv(_Inference):
     def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same in PyTorch's own operations."""
         geometry = self.geometry
-        padding = () if geometry.same or isinstance(geometry.padding, str) else geometry.padding
+        padding = () if geometry.declared is not None or isinstance(geometry.padding, str) else geometry.padding
         if not padding:
             top, left, bottom, right = geometry.pad((x.shape[2], x.shape[3]))
             padding = (top, left)

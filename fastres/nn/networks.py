@@ -11,14 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastres.checkpointing import run_blocks
 from fastres.nn.blocks import FusedBlock, in_chains
 from fastres.nn.bypass import (
-    ACTIVATIONS,
-    AVERAGES,
-    CONTAINERS,
-    CONVS,
-    IDENTITIES,
-    NORMS,
     activation_reason,
     average_reason,
     conv_reason,
@@ -29,12 +24,11 @@ from fastres.nn.bypass import (
     watched,
 )
 from fastres.nn.classes import Fused, form
+from fastres.nn.kinds import ACTIVATIONS, AVERAGES, BIASED_CONVS, CONTAINERS, CONVS, IDENTITIES, NORMS
 from fastres.nn.norm import norm_of, to_nchw, to_nhwc, track
 from fastres.nn.stem import fused_conv_relu, fused_stem
 from fastres.nn.structure import Stages, Step, is_block, is_network, tell
 from fastres.ops import bn_relu, global_avg_pool
-from fastres.reference.checkpointing import run_blocks
-from fastres.reference.speed import WhiteningConv
 
 STEM, BIASED, BLOCKS, NORM, AVERAGE, CALL = "stem", "biased", "blocks", "norm", "average", "call"
 
@@ -125,7 +119,7 @@ def _first_part(steps: list[Any], before: list[Part], is_fused: Callable[[nn.Mod
     if len(steps) > 1 and _is_norm(step) and _is_activation(steps[1]) and before and before[-1].kind == BLOCKS:
         reason = norm_reason(step, rectified=True) or activation_reason(steps[1])
         return (Part(CALL, [step], reason), 1) if reason else (Part(NORM, steps[:2]), 2)
-    if len(steps) > 1 and type(step) is WhiteningConv and _is_activation(steps[1]):
+    if len(steps) > 1 and BIASED_CONVS.of(type(step)) is not None and _is_activation(steps[1]):
         reason = conv_reason(step, bias=True) or activation_reason(steps[1])
         return (Part(CALL, [step], reason), 1) if reason else (Part(BIASED, steps[:2]), 2)
     if rectified_norm_reason(step) is None:

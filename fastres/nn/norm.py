@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.kernels.geometry import extent
+from fastres.nn.kinds import PadOf, pad_of
 from fastres.ops import Conv, Layer, Norm, Statistics, update_running
 from fastres.ops.layers import Pad
-from fastres.reference.notebook import SameConv2d, same_padding
 
 
 def to_nhwc(x: Tensor) -> Tensor:
@@ -38,14 +38,13 @@ class Geometry(NamedTuple):
     kernel_size: tuple[int, int]
     stride: int
     padding: tuple[int, int] | str
-    same: bool  # TensorFlow's 'SAME', which depends on the input
+    declared: PadOf | None  # padding that depends on the input's size, see `declare_convolution`
     dilation: int = 1
 
     def pad(self, hw: tuple[int, int]) -> Pad:
         """Padding on each side for an input of height and width ``hw``."""
-        if self.same:
-            rows, columns = (same_padding(size, k, self.stride) for size, k in zip(hw, self.kernel_size))
-            return rows[0], columns[0], rows[1], columns[1]
+        if self.declared is not None:
+            return self.declared(hw, self.kernel_size, self.stride)
         if self.padding == "same":
             rows, columns = (extent(size, self.dilation) - 1 for size in self.kernel_size)
             return rows // 2, columns // 2, rows - rows // 2, columns - columns // 2
@@ -56,7 +55,7 @@ class Geometry(NamedTuple):
 
 def geometry_of(conv: nn.Module) -> Geometry:
     """Of a convolution that is not `unsupported`."""
-    return Geometry(conv.kernel_size, conv.stride[0], conv.padding, isinstance(conv, SameConv2d), conv.dilation[0])
+    return Geometry(conv.kernel_size, conv.stride[0], conv.padding, pad_of(conv), conv.dilation[0])
 
 
 def conv_of(conv: nn.Module, hw: tuple[int, int]) -> Conv:
@@ -93,7 +92,7 @@ def track(norms: Sequence[nn.Module], statistics: Sequence[Statistics]) -> None:
 
     A recomputing checkpoint repeats them, as it repeats those of
     ``nn.BatchNorm2d`` (only the last block's it may leave out: its recomputation can end in the operation), unless it
-    lends the modules copies of their buffers meanwhile, as `fastres.reference.checkpointing` does.
+    lends the modules copies of their buffers meanwhile, as `fastres.checkpointing` does.
     """
     tracking = [
         (bn, used)

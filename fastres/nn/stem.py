@@ -6,12 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.nn.blocks import fused_residual
-from fastres.nn.bypass import IDENTITIES, pool_reason, say_once, unsupported, watched
+from fastres.nn.bypass import pool_reason, say_once, unsupported, watched
+from fastres.nn.kinds import IDENTITIES, window_of
 from fastres.nn.norm import conv_of, layer_of, to_nchw, to_nhwc, track
 from fastres.ops import Layer, Norm, residual_chain, stem
-from fastres.ops.layers import Pad, output_hw
-from fastres.reference.notebook import SameMaxPool2d, same_padding
-from fastres.reference.speed import HalvingPool
+from fastres.ops.layers import output_hw
 
 
 def fused_stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module | None) -> Tensor:
@@ -27,12 +26,13 @@ def fused_stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module | None
         return y if pool is None else pool(y)
     if pool is None or isinstance(pool, nn.Identity) and IDENTITIES.reason(pool) is None:
         return fused_residual(x, [[(conv, bn)]], residual=False)
-    if isinstance(pool, HalvingPool) and min(x.shape[2:]) == 1 or pool_reason(pool) is not None:
-        return pool(fused_residual(x, [[(conv, bn)]], residual=False))
     nhwc = to_nhwc(x)
     layer = layer_of(conv, bn, tuple(nhwc.shape[1:3]))
     hw = output_hw(tuple(nhwc.shape[1:3]), conv.kernel_size, layer.stride, layer.pad, layer.dilation)
-    out, statistics = stem(nhwc, layer, *_pool_geometry(pool, hw))
+    window = None if pool_reason(pool) is not None else window_of(pool, hw)
+    if window is None:
+        return pool(fused_residual(x, [[(conv, bn)]], residual=False))
+    out, statistics = stem(nhwc, layer, *window)
     track([bn], [statistics])
     return to_nchw(out)
 
@@ -44,14 +44,3 @@ def fused_conv_relu(x: Tensor, conv: nn.Module) -> Tensor:
     zeros = conv.bias.new_zeros(conv.out_channels)
     norm = Norm(None, conv.bias, zeros, zeros + 1, eps=0.0)
     return to_nchw(residual_chain(nhwc, [[Layer(weight, norm, *geometry)]])[0])
-
-
-def _pool_geometry(pool: nn.Module, hw: tuple[int, int]) -> tuple[int, int, Pad]:
-    """Kernel, stride and padding of a pool over ``hw``."""
-    if isinstance(pool, SameMaxPool2d):
-        rows, columns = (same_padding(size, pool.kernel, pool.stride) for size in hw)
-        return pool.kernel, pool.stride, (rows[0], columns[0], rows[1], columns[1])
-    kernel, stride, padding = (
-        size if isinstance(size, int) else size[0] for size in (pool.kernel_size, pool.stride, pool.padding)
-    )
-    return kernel, stride, (padding,) * 4

@@ -12,17 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastres.nn.bypass import (
-    CONTAINERS,
-    HOLDERS,
-    IDENTITIES,
-    SHORTCUTS,
-    Known,
     absent_reason,
     activation_reason,
     first_reason,
-    is_original,
     unsupported,
 )
+from fastres.nn.kinds import CONTAINERS, HOLDERS, IDENTITIES, Known, is_original
 
 
 class Block(NamedTuple):
@@ -221,8 +216,3 @@ def projection_behind(shortcut: Any) -> tuple[list[nn.Module], tuple[nn.Module, 
     if len(modules) < 2 or unsupported(*modules[-2:]):
         return None
     return modules[:-2], (modules[-2], modules[-1])
-
-
-def is_parameterless(shortcut: nn.Module) -> bool:
-    """Whether a shortcut is one of `fastres.reference`'s that take pixels and add zeros."""
-    return SHORTCUTS.reason(shortcut) is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.reference.checkpointing import run_blocks
+from fastres.checkpointing import run_blocks
 from fastres.reference.resnet import conv1x1
 
 STEM_WIDTH = 32

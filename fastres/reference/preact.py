@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastres.reference.checkpointing import run_blocks
+from fastres.checkpointing import run_blocks
 from fastres.reference.resnet import conv1x1, conv3x3, init_weights
 
 

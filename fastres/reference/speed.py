@@ -10,7 +10,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fastres.reference.checkpointing import run_blocks
+from fastres.checkpointing import run_blocks
 from fastres.reference.resnet import BasicBlock, conv3x3, init_weights
 
 

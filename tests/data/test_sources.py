@@ -5,12 +5,13 @@ import torch
 from support_data import CIFAR_CLASSES, call_genuine, write_batches, write_image_folder
 
 from fastres import data
-from fastres.data import DataError, cifar, download, sources
+from fastres.data import DataError, cifar, download, registry, synthetic
+from fastres.data.dataset import make_parts
 
 
 @pytest.fixture
 def small_synthetic(monkeypatch):
-    monkeypatch.setattr(sources, "SYNTHETIC_SIZES", (40, 20))
+    monkeypatch.setattr(synthetic, "SIZES", (40, 20))
 
 
 def load(*args, **kwargs):
@@ -22,6 +23,21 @@ def test_synthetic(small_synthetic):
     dataset, _ = load("synthetic")
     assert dataset.label == "synthetic shapes (not CIFAR-10)"
     assert (len(dataset.train), len(dataset.test), len(dataset.classes)) == (40, 20, 10)
+
+
+def test_a_new_set_is_a_line_in_the_registry(tmp_path, monkeypatch):
+    def read(root):
+        if not (root / "digits").is_dir():
+            raise DataError(f"{root}/digits is missing: unpack digits.zip there")
+        splits = {"train": synthetic.synthetic_split(20), "test": synthetic.synthetic_split(10, split=1)}
+        return make_parts(splits, synthetic.CLASSES)
+
+    monkeypatch.setitem(registry.DATASETS, "digits", registry.NamedSet("Digits", read))
+    with pytest.raises(DataError, match="digits is missing: unpack"):
+        load("digits", root=tmp_path)
+    (tmp_path / "digits").mkdir()
+    dataset, _ = load("digits", root=tmp_path)
+    assert dataset.label == "Digits" and (len(dataset.train), len(dataset.test)) == (20, 10)
 
 
 def test_an_image_folder_by_path(tmp_path):

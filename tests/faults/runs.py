@@ -1,147 +1,37 @@
-"""Faults on purpose: kill -9 at random moments and before file operations, full disk, two runs in one folder, clock
-jumps, folders that are no run's or another's, lost ranks, a rank with other data, damaged files.
+"""Faults done to runs on purpose: kill -9 at random moments and before file operations, full disk, two runs in one folder,
+clock jumps, folders that are no run's or another's, lost ranks, a rank with other data.
 
-    python -m bench.faults --kills 200 --damages 500
-
-A row of the printed table counts how often a fault was tried and how it ended: refused with a message of one line that
-names the file, harmless (the same data, the same run), or wrong, of which there should be none. Runs are of a small
-network on drawn images, each in a process of its own that is forked from this one.
+Each function tries one fault and returns a row: how often it was tried, and how it ended.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import ctypes
-import io
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-import torch.utils.tensorboard  # noqa: F401  slow to import, so not in every forked process
-
-from bench import damage, hostile, lost_ranks
-from bench.record import RESULTS, write_results
-from bench.tables import markdown
-from fastres.data.dataset import make_dataset
-from fastres.data.synthetic import CLASSES, synthetic_split
 from fastres.errors import FastresError
-from fastres.train import TrainConfig, Trainer
+from fastres.train import Trainer
 from fastres.train.checkpoint import load_checkpoint
-from fastres.train.distributed import ALONE, Onlooker, Ranks
-from fastres.train.facts import run_facts
-from fastres.train.run_folder import RunFolder, saved_config
+from fastres.train.distributed import Onlooker, Ranks
+from fastres.train.run_folder import RunFolder
+from faults import hostile, lost_ranks
+from faults.child import Child, fit, make_trainer, same_run, stopped_run, table_row, whole_files
 
-EPOCHS = 6
 FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.chmod", "os.listdir", "os.scandir"}
 NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWUSER, MS_REC, MS_PRIVATE = 0x20000, 0x10000000, 1 << 14, 1 << 18  # sched.h, mount.h
 PAGE = resource.getpagesize()
-PATIENCE = 300  # seconds after which a process that hangs is ended, which counts as wrong
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["bench.faults"])
-OUTCOMES = ("refused", "harmless", "wrong")
-
-
-def make_trainer(run: RunFolder | Onlooker, ranks: Ranks = ALONE, epochs: int = EPOCHS, other: bool = False) -> Trainer:
-    """ResNet-20 on 48 drawn images of 8x8; ``other``: with one other label."""
-    config = TrainConfig().replace(
-        model="resnet20", image_size=8, epochs=epochs, batch_size=15, device="cpu", precision="fp32", backend="eager"
-    )
-    split = synthetic_split(48)
-    dataset = make_dataset(split, split, CLASSES, "drawn shapes")
-    return Trainer(config, lost_ranks.spoilt(dataset) if other else dataset, run, say=lambda line: None, ranks=ranks)
-
-
-def fit(folder: Path, resume: bool = True, epochs: int = EPOCHS, other: bool = False) -> None:
-    """Train to the end, going on where the folder's run stopped."""
-    run = RunFolder(folder, resume=resume)
-    try:
-        trainer = make_trainer(run, epochs=epochs, other=other)
-        if run.begun():
-            trainer.resume()
-        if (folder / "config.json").exists():
-            saved_config(folder)  # as the command line does
-        run.write_config(trainer.config, run_facts(trainer))
-        trainer.fit()
-    finally:
-        run.close()
-
-
-class Child:
-    """A process that does some work; an error of the user's ends it with 2 and one line, as the command line's.
-
-    It is forked from one that has only imported modules: after a backward, autograd refuses to run in a fork.
-
-    Args:
-        work: a function of a module, or a `partial` of one.
-    """
-
-    def __init__(self, work: Callable[[], Any]):
-        self._output, there = _PROCESSES.Pipe(duplex=False)
-        self.process = _PROCESSES.Process(target=_do, args=(work, there))
-        self.process.start()
-        there.close()
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self.process.kill()
-
-    def end(self) -> tuple[int | None, str]:
-        """Its exit status, negative for the signal that ended it, and what it printed."""
-        text = ""
-        with contextlib.suppress(EOFError):
-            text = self._output.recv()
-        self.process.join()
-        return self.process.exitcode, text
-
-    def outcome(self, *words: str) -> str:
-        """``harmless`` where it ended well, ``refused`` where it complained in one line that has the words."""
-        status, text = self.end()
-        if status == 0:
-            return "harmless"
-        if status == 2 and text.count("\n") == 1 and all(word in text for word in words):
-            return "refused"
-        return f"wrong: status {status}: {text.strip()[-400:]}"
-
-
-def _do(work: Callable[[], Any], output: Connection) -> None:
-    signal.alarm(PATIENCE)
-    torch.set_num_threads(1)
-    status, text = 1, io.StringIO()  # not a file: its size may be limited
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        try:
-            work()
-            status = 0
-        except FastresError as error:
-            print(f"fastres: error: {error}")
-            status = 2
-        except Exception:
-            traceback.print_exc()
-    output.send(text.getvalue())
-    os._exit(status)
-
-
-def table_row(fault: str, outcomes: list[str]) -> dict[str, Any]:
-    """How often each outcome was, and why it was wrong."""
-    kinds = [outcome.split(":")[0] for outcome in outcomes]
-    reasons = sorted({outcome for outcome in outcomes if outcome.startswith("wrong")})
-    counts = {kind: kinds.count(kind) for kind in OUTCOMES}
-    return {"fault": fault, "tried": len(outcomes), **counts, "reasons": reasons[:20]}
 
 
 def kills(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
@@ -171,43 +61,6 @@ def kills(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
         elif left := [file.name for file in run.glob(".*.tmp")]:
             outcomes.append(f"wrong: {left[0]} was left behind")
     return table_row("kill -9 of a run", outcomes)
-
-
-def whole_files(run: Path) -> str:
-    """Whether every file that a run left can be read."""
-    try:
-        for name in ("last.pt", "best.pt"):
-            if (run / name).exists():
-                load_checkpoint(run / name)
-        if (run / "config.json").exists():
-            saved_config(run)
-        if (run / "metrics.jsonl").exists():
-            assert (run / "metrics.jsonl").read_text().endswith("}\n"), "metrics.jsonl ends in half a row"
-    except Exception as error:
-        return f"wrong: {type(error).__name__}: {error}"
-    return "harmless"
-
-
-def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two checkpoints have the same weights, optimizer state and accuracies, bit for bit."""
-
-    def facts(content: dict[str, Any]) -> list[Any]:
-        rows = [(row["epoch"], row["train_loss"], row["val_accuracy"]) for row in content["history"]]
-        return [content["weights"], content["optimizer"]["state"], rows]
-
-    return damage.same(facts(one), facts(other))
-
-
-def stopped_run(folder: Path) -> Path:
-    """The folder of a run that was killed behind its first epoch."""
-    child = Child(partial(fit, folder))
-    while not (folder / "metrics.jsonl").exists():
-        if not child.process.is_alive():
-            raise RuntimeError(f"a run ended before its first epoch: {child.end()}")
-        time.sleep(0.005)
-    child.kill()
-    child.end()
-    return folder
 
 
 def limited(run: Path, limit: int) -> None:
@@ -461,47 +314,3 @@ def clock_jumps(folder: Path, stamps: Sequence[int] = (0, 4102444800), seed: int
         if not same_run(load_checkpoint(run / "last.pt"), steady):
             outcomes.append("wrong: the run ended otherwise than one with a steady clock")
     return table_row("clock jumps", outcomes)
-
-
-def damages(folder: Path, times: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Flip, cut, drop and repeat bytes of every kind of file that is read."""
-    return [
-        table_row(f"damaged {kind}", try_kind(folder / kind.replace(" ", "-"), times, seed))
-        for kind, try_kind in damage.KINDS.items()
-    ]
-
-
-def within(folder: Path, name: str) -> Path:
-    """A folder of one fault."""
-    (folder / name).mkdir()
-    return folder / name
-
-
-def main() -> None:
-    """Try all faults, print the table and record it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="random moments [200]")
-    parser.add_argument("--operations", type=int, help="file operations to kill before [all]")
-    parser.add_argument("--damages", type=int, default=500, help="of each kind of file [500]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        rows = [kills(folder, args.kills, args.seed), operations(within(folder, "operations"), args.operations)]
-        rows += [size_limit(folder), read_only(folder), two_runs(folder), hostile_folders(within(folder, "hostile"))]
-        rows += [lost(within(folder, "lost")), other_data(within(folder, "data"))]
-        if (row := full_file_system(folder)) is not None:
-            rows.append(row)
-        rows += [clock_jumps(folder, seed=args.seed), *damages(folder, args.damages, args.seed)]
-    columns = ("fault", "tried", *OUTCOMES)
-    print(markdown(columns, [[str(row[column]) for column in columns] for row in rows]))
-    for row in rows:
-        for reason in row["reasons"]:
-            print(f"{row['fault']}: {reason}")
-    write_results(args.out, {"seed": args.seed, "faults": rows})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,10 @@
-"""A few of every fault that `bench.faults` tries by the hundred: nothing is lost, half written or taken for what it is
-not.
-"""
+"""A few of every fault that the campaign tries by the hundred: nothing is lost, half written or taken for another."""
 
 import zipfile
 
 import pytest
 
-from bench import damage, faults
+from faults import child, damage, runs
 
 
 @pytest.fixture
@@ -20,15 +18,15 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "fault, refused",
     [
-        (lambda folder: faults.kills(folder, 3), 0),
-        (lambda folder: faults.size_limit(folder, 2), 3),
-        (faults.read_only, 3),
-        (lambda folder: faults.two_runs(folder, 1), 2),
-        (lambda folder: faults.clock_jumps(folder, (4102444800,)), 0),
-        (lambda folder: faults.operations(folder, 3), 0),
-        (faults.hostile_folders, 19),
-        (lambda folder: faults.lost(folder, ["in an epoch"]), 1),
-        (faults.other_data, 6),
+        (lambda folder: runs.kills(folder, 3), 0),
+        (lambda folder: runs.size_limit(folder, 2), 3),
+        (runs.read_only, 3),
+        (lambda folder: runs.two_runs(folder, 1), 2),
+        (lambda folder: runs.clock_jumps(folder, (4102444800,)), 0),
+        (lambda folder: runs.operations(folder, 3), 0),
+        (runs.hostile_folders, 19),
+        (lambda folder: runs.lost(folder, ["in an epoch"]), 1),
+        (runs.other_data, 6),
     ],
     ids=[
         "kill -9",
@@ -49,7 +47,7 @@ def test_runs(fault, refused, folder):
 
 
 def test_a_full_file_system(folder):
-    row = faults.full_file_system(folder, 4)
+    row = runs.full_file_system(folder, 4)
     if row is None:
         pytest.skip("no file system can be mounted here")
     assert row["reasons"] == [] and row["wrong"] == 0 and row["refused"] > 0 and row["tried"] == 4
@@ -57,18 +55,18 @@ def test_a_full_file_system(folder):
 
 @pytest.mark.parametrize("kind", damage.KINDS)
 def test_damaged_files(kind, folder):
-    row = faults.table_row(kind, damage.KINDS[kind](folder / "files", 60, seed=1))
+    row = child.table_row(kind, damage.KINDS[kind](folder / "files", 60, seed=1))
     assert row["reasons"] == [] and row["refused"] > 30 and row["tried"] == 60
 
 
 def test_damage_that_no_checksum_stops_is_found(folder, monkeypatch):
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: None)
-    row = faults.table_row("checkpoint", damage.checkpoint(folder / "files", 60, seed=1))
+    row = child.table_row("checkpoint", damage.checkpoint(folder / "files", 60, seed=1))
     assert row["wrong"] > 0 and any("other data, without a word" in reason for reason in row["reasons"])
 
 
 def test_a_run_that_ends_otherwise_is_found():
     row = {"epoch": 1, "train_loss": 1.0, "val_accuracy": 0.5}
     run = {"weights": {}, "optimizer": {"state": {}}, "history": [row]}
-    assert faults.same_run(run, dict(run))
-    assert not faults.same_run(run, {**run, "history": [{**row, "train_loss": 1.5}]})
+    assert child.same_run(run, dict(run))
+    assert not child.same_run(run, {**run, "history": [{**row, "train_loss": 1.5}]})

@@ -11,6 +11,7 @@ from torch import nn
 from fastres.nn import Block, Stages, fold, fuse, register_block, register_network, report, unfuse
 from fastres.nn.networks import FusedNetwork
 from fastres.reference.resnet import BasicBlock
+from fastres.reference.speed import HalvingPool
 
 
 def compare(eager, x, tolerance=1e-9):
@@ -144,3 +145,12 @@ def test_what_has_no_adapter_is_reported():
     assert left == {"1": "Strange has no adapter: fastres.nn.register_block tells what it is made of"}
     with pytest.raises(ValueError, match="Strange has no block to fuse .*no adapter"):
         fuse(Strange())
+
+
+@pytest.mark.parametrize("side", [2, 5])
+def test_a_declared_pool_sees_the_size_behind_the_convolution(side):
+    """`HalvingPool` leaves images of one pixel alone, which a strided convolution makes of two."""
+    layers = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), HalvingPool()
+    eager = perturbed(nn.Sequential(*layers)).double()
+    fused, x = fuse(copy.deepcopy(eager)), torch.randn(4, 3, side, side, dtype=torch.float64)
+    assert_same(train_step(fused, x), train_step(eager, x), 1e-9)

@@ -58,7 +58,7 @@ def guesses(
     """Each file with its ``top`` classes and their probabilities; files that cannot be read go to ``faults``."""
     for start in range(0, len(files), CHUNK):
         members = [Member((), path, "", partial(read_file, path)) for path in files[start : start + CHUNK]]
-        pixels, bad = decode(members, None, trained.stored_size)
+        pixels, bad = decode(members, None, trained.stored_size, share=trained.center_share)
         faults += bad.values()
         good = [number for number in range(len(members)) if number not in bad]
         if not good:

@@ -44,7 +44,14 @@ def train(root, out, *more):
 
 
 @pytest.mark.parametrize(
-    "more, stored, seen", [([], 28, 28), (["--image-size", "32"], 28, 32), (["--image-size", "16"], 16, 16)]
+    "more, stored, seen",
+    [
+        ([], 28, 28),
+        (["--image-size", "32"], 28, 32),
+        (["--image-size", "16"], 16, 16),
+        (["--center-share", "0.6", "--memory-budget", "0", "--workers", "0"], 17, 28),
+        (["--crop-scale", "0.4", "--center-share", "0.75", "--workers", "1"], 21, 28),
+    ],
 )
 def test_one_size_in_training_evaluation_prediction_and_export(tmp_path, capsys, more, stored, seen):
     root, out = photos(tmp_path / "photos"), tmp_path / "run"

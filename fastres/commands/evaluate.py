@@ -36,6 +36,7 @@ def eval_(args: argparse.Namespace) -> int:
         val_seed=config.val_seed,
         skip_bad=config.skip_bad,
         budget=memory_budget(given.get("memory_budget"), device),
+        center_share=trained.center_share,
     )
     split, label = data.limit_split(split, config.limit_test, "test", label)
     dtype = machine.pick_dtype(config.precision, device)

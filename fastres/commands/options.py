@@ -23,7 +23,7 @@ from fastres.train.pretrained import read_weights
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 DATA_OPTIONS = (  # those that `load_data` reads
     "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test", "memory_budget",
-    "crop_scale",
+    "crop_scale", "center_share",
 )  # fmt: skip
 
 
@@ -82,6 +82,7 @@ def load_data(config: TrainConfig, ranks: Ranks = ALONE) -> data.Dataset:
             skip_bad=config.skip_bad,
             budget=memory_budget(config.memory_budget, machine.pick_device(rank_device(config.device, ranks))),
             from_files=config.crop_scale is not None,
+            center_share=config.center_share,
         )
     )
     dataset = data.limit(dataset, config.limit_train, config.limit_test)

@@ -90,11 +90,11 @@ class Cache:
                 old.unlink(missing_ok=True)
         return facts
 
-    def parts(self, content: str, size: int, build: Callable[[], Parts]) -> Parts:
-        """The decoded images of a content at a size, from their file or from ``build``, which are then kept."""
-        return self._kept(content, f"{size}", build, _arrays, _parts)
+    def parts(self, content: str, size: str, build: Callable[[], Parts]) -> Parts:
+        """The decoded images of a content in a form, from their file or from ``build``, which are then kept."""
+        return self._kept(content, size, build, _arrays, _parts)
 
-    def survey(self, content: str, size: int, build: Callable[[], Survey]) -> Survey:
+    def survey(self, content: str, size: str, build: Callable[[], Survey]) -> Survey:
         """What is known of the decoded images of a content at a size, without the images."""
         return self._kept(content, f"{size}-survey", build, _survey_arrays, _survey)
 

@@ -46,31 +46,32 @@ class Fault:
     reason: str
 
 
-def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
+def read_image(path: str | os.PathLike, size: int, share: float = 1.0) -> np.ndarray:
     """One image as uint8 [size, size, 3]: upright, RGB, central square, bilinear with antialiasing.
 
     Raises:
         DataError: when the file is missing, truncated or not an image.
     """
     try:
-        return pixels.square(pixels.open_image(read_file(os.fspath(path))), size)
+        return pixels.square(pixels.open_image(read_file(os.fspath(path))), size, share)
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise unreadable([Fault(os.fspath(path), reason(error))]) from error
 
 
-def read_images(paths: Sequence[str | os.PathLike], size: int, desc: str | None = None) -> Tensor:
+def read_images(paths: Sequence[str | os.PathLike], size: int, desc: str | None = None, share: float = 1.0) -> Tensor:
     """Images as uint8 [N, 3, size, size], channels_last, decoded in parallel threads; see `read_image`.
 
     Args:
         paths: image files.
         size: side in pixels.
         desc: what a progress bar on a terminal is called; None: no bar.
+        share: of an image's shorter side, which its central square has.
 
     Raises:
         DataError: which names all files that cannot be read.
     """
     members = [Member((), os.fspath(path), "", partial(read_file, os.fspath(path))) for path in paths]
-    images, faults = decode(members, None, size, desc)
+    images, faults = decode(members, None, size, desc, share)
     if faults:
         raise unreadable(list(faults.values()))
     return torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -100,12 +101,13 @@ def look_at(members: Sequence[Member], desc: str | None = None) -> list[Look]:
 
 
 def decode(
-    members: Sequence[Member], looks: Sequence[Look] | None, size: int, desc: str | None = None
+    members: Sequence[Member], looks: Sequence[Look] | None, size: int, desc: str | None = None, share: float = 1.0
 ) -> tuple[np.ndarray, dict[int, Fault]]:
     """Central squares as uint8 [N, size, size, 3], and by number the files that have none.
 
     Args:
         looks: what `look_at` found, whose pixels are taken and let go.
+        share: of an image's shorter side, which its central square has.
 
     Raises:
         DataError: where they need more memory than the machine has.
@@ -117,17 +119,17 @@ def decode(
             f"{memory / 2**30:.0f}: lower --image-size or give fewer images"
         )
     images = np.empty((len(members), size, size, 3), np.uint8)
-    return images, squares(members, looks, size, images.__setitem__, desc)
+    return images, squares(members, looks, size, images.__setitem__, desc, share)
 
 
 def survey(
-    members: Sequence[Member], looks: Sequence[Look] | None, size: int, desc: str | None = None
+    members: Sequence[Member], looks: Sequence[Look] | None, size: int, desc: str | None = None, share: float = 1.0
 ) -> tuple[PixelFacts, dict[int, Fault]]:
     """What identity and statistics need of all central squares, which are not kept, and the files that have none; see
     `decode`.
     """
     facts = PixelFacts.empty(len(members))
-    return facts, squares(members, looks, size, facts.note, desc)
+    return facts, squares(members, looks, size, facts.note, desc, share)
 
 
 def squares(
@@ -136,6 +138,7 @@ def squares(
     size: int,
     use: Callable[[int, np.ndarray], None],
     desc: str | None = None,
+    share: float = 1.0,
 ) -> dict[int, Fault]:
     """Decode central squares in parallel threads, each of which gives them to ``use``; see `decode`."""
     faults = {}
@@ -146,9 +149,9 @@ def squares(
             if look.fault is not None:
                 raise ValueError(look.fault)
             if look.small is not None:
-                square, look.small = pixels.cropped(look.small, size), None
+                square, look.small = pixels.cropped(look.small, size, share), None
             else:
-                square = pixels.square(pixels.open_image(member.read()), size)
+                square = pixels.square(pixels.open_image(member.read()), size, share)
         except Exception as error:  # Pillow's decoders raise many types on damaged files
             faults[number] = Fault(member.where, reason(error))
         else:

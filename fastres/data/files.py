@@ -52,7 +52,7 @@ class Files:
 class FileSplit:
     """Labelled images in files, all of which have been decoded once: ``facts`` are of their central squares.
 
-    ``labels``: int64 [N]. ``side``: pixels a side of the squares.
+    ``labels``: int64 [N]. ``side``: pixels a side of the squares. ``share``: of an image's shorter side that they show.
 
     Raises:
         DataError: for no image at all.
@@ -62,6 +62,7 @@ class FileSplit:
     labels: Tensor
     side: int
     facts: PixelFacts
+    share: float = 1.0
 
     def __post_init__(self):
         if len(self.files) == 0:
@@ -78,11 +79,12 @@ class FileSplit:
     def subset(self, index: Tensor) -> FileSplit:
         """The images and labels at ``index``, int64 [M]."""
         numbers = index.numpy()
-        return FileSplit(self.files.subset(numbers), self.labels[index], self.side, self.facts.subset(numbers))
+        part = self.files.subset(numbers), self.labels[index], self.side, self.facts.subset(numbers)
+        return FileSplit(*part, self.share)
 
     def labelled(self, labels: Tensor) -> FileSplit:
         """The same images with other labels, int64 [N]."""
-        return FileSplit(self.files, labels, self.side, self.facts)
+        return FileSplit(self.files, labels, self.side, self.facts, self.share)
 
     def open(self, number: int) -> Image.Image:
         """An image, its pixels not decoded yet.
@@ -94,7 +96,7 @@ class FileSplit:
 
     def square(self, number: int) -> np.ndarray:
         """An image's central square, uint8 [side, side, 3]; errors as of `open`."""
-        return pixels.square(self.open(number), self.side)
+        return pixels.square(self.open(number), self.side, self.share)
 
     def sample(self, index: Tensor) -> Tensor:
         """The squares at ``index``, int64 [M], as uint8 [M, 3, side, side] in channels_last memory format.

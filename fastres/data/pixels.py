@@ -68,15 +68,19 @@ def open_image(raw: bytes) -> Image.Image:
     return image
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
+def square(image: Image.Image, size: int, share: float = 1.0) -> np.ndarray:
     """The central square of an image, uint8 [size, size, 3]: RGB, bilinear with antialiasing.
+
+    Args:
+        share: of the image's shorter side, which the square has.
 
     Raises:
         Exception: of many types, where the pixels cannot be decoded.
     """
     if image.width * image.height > SMALL:
-        image.draft("RGB", (size, size))  # a JPEG decodes at a fraction of its size, not below this one
-    return cropped(upright_rgb(image), size)
+        least = math.ceil(size / share)
+        image.draft("RGB", (least, least))  # a JPEG decodes at a fraction of its size, not below this one
+    return cropped(upright_rgb(image), size, share)
 
 
 def resized_crop(
@@ -110,14 +114,14 @@ def resized_crop(
     return image.resize(size[::-1], Image.Resampling.BILINEAR, box=part)
 
 
-def cropped(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """The central square of an RGB image or uint8 [H, W, 3], uint8 [size, size, 3], bilinear with antialiasing."""
+def cropped(image: Image.Image | np.ndarray, size: int, share: float = 1.0) -> np.ndarray:
+    """`square` of an RGB image or uint8 [H, W, 3]."""
     if isinstance(image, np.ndarray):
-        if image.shape == (size, size, 3):
+        if image.shape == (size, size, 3) and share == 1:
             return image
         image = Image.fromarray(image)
-    if image.size != (size, size):
-        side = min(image.size)
+    if image.size != (size, size) or share != 1:
+        side = max(1, round(share * min(image.size)))
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)

@@ -34,9 +34,10 @@ def seen_side(sides: Sides, asked: int | None) -> int:
     return asked if asked is not None else min(LARGE, max(LEAST, sides.median))
 
 
-def stored_side(sides: Sides, seen: int) -> int:
-    """Pixels a side that images are decoded to: ``seen``, or what the largest has where that is less.
+def stored_side(sides: Sides, seen: int, share: float = 1.0) -> int:
+    """Pixels a side that images are decoded to: ``seen``, or what the largest has in this ``share`` of it where that is
+    less.
 
     Decoding enlarges nothing that all images lack; the rest of the way is `Augment.resize`'s, on the device.
     """
-    return min(seen, sides.largest)
+    return min(seen, max(1, round(share * sides.largest)))

@@ -48,6 +48,7 @@ class Wanted:
     training: whether there must be what a network can be trained and validated with.
     budget: of the memory for a folder's decoded images; None: the host's, see `fastres.data.budget`.
     from_files: leave a folder's images in their files whatever they take, so that they can be had at their full size.
+    center_share: of an image's shorter side, which its central square has.
     """
 
     image_size: int | None = None
@@ -57,6 +58,7 @@ class Wanted:
     training: bool = True
     budget: Budget | None = None
     from_files: bool = False
+    center_share: float = 1.0
 
 
 class Loader:
@@ -98,7 +100,7 @@ class Loader:
         place = (place or path).resolve()
         state = digest(*(f"{file.name} {stamp(file.stat())}" for file in files))
         facts = self.cache.facts(str(place), state, lambda: Facts(digest(*(file.read_bytes() for file in files))))
-        parts = self.cache.parts(facts.content, 32, build)
+        parts = self.cache.parts(facts.content, "32", build)
         other = f"batches {plain(place.name)} ({len(parts.splits['train'])} images)"
         return Found(parts, kind.name if parts.genuine else other)
 
@@ -152,17 +154,19 @@ class Loader:
         facts = self.cache.facts(str(path.resolve()), state, find)
         assert facts.sides is not None
         seen = seen_side(facts.sides, self.wanted.image_size)
-        size = stored_side(facts.sides, seen) if self.wanted.stored is None else self.wanted.stored
+        share = self.wanted.center_share
+        size = stored_side(facts.sides, seen, share) if self.wanted.stored is None else self.wanted.stored
+        form = f"{size}" if share == 1 else f"{size}-{share:g}"
         why = "" if self.wanted.image_size else "; --image-size takes another size"
         self.say(f"{listing.where}: {len(members)} images of {facts.sides}, taken at {seen}x{seen}{why}")
         needed = square_bytes(len(members), size)
         if self.wanted.from_files or needed > allowed.bytes:
             verdict = f"more than the budget of {allowed}" if needed > allowed.bytes else "wanted at their full size"
             self.say(f"decoded they take {in_gib(needed)}, {verdict}: streamed from their files")
-            found = self.cache.survey(facts.content, size, lambda: surveyed(members, looks, size))
-            parts = in_files(listing, found, size)
+            found = self.cache.survey(facts.content, form, lambda: surveyed(members, looks, size, share))
+            parts = in_files(listing, found, size, share)
         else:
-            parts = self.cache.parts(facts.content, size, lambda: decoded(listing, looks, size))
+            parts = self.cache.parts(facts.content, form, lambda: decoded(listing, looks, size, share))
         self.skip([decode.Fault(members[number].where, reason) for number, reason in parts.bad])
         first = next(iter(parts.splits.values()))
         lacking = set(range(len(listing.classes))) - set(first.labels.tolist())
@@ -242,10 +246,10 @@ class Loader:
         return self.named(str(source), root) if str(source) in DATASETS else self.path(Path(source))
 
 
-def decoded(listing: layout.Listing, looks: list[decode.Look] | None, size: int) -> Parts:
+def decoded(listing: layout.Listing, looks: list[decode.Look] | None, size: int, share: float) -> Parts:
     """The images of a listing at ``size``, in memory."""
     members = [member for part in listing.splits.values() for member, _ in part]
-    images, faults = decode.decode(members, looks, size, desc="decoding")
+    images, faults = decode.decode(members, looks, size, "decoding", share)
 
     def split(numbers: np.ndarray, labels: torch.Tensor) -> Split:
         start, stop = int(numbers[0]), int(numbers[-1]) + 1
@@ -255,18 +259,18 @@ def decoded(listing: layout.Listing, looks: list[decode.Look] | None, size: int)
     return parted(listing, tuple((number, fault.reason) for number, fault in faults.items()), split)
 
 
-def surveyed(members: list[Member], looks: list[decode.Look] | None, size: int) -> Survey:
+def surveyed(members: list[Member], looks: list[decode.Look] | None, size: int, share: float) -> Survey:
     """What is found when all images are decoded once, and let go."""
-    facts, faults = decode.survey(members, looks, size, desc="looking through")
+    facts, faults = decode.survey(members, looks, size, "looking through", share)
     return Survey(facts, tuple((number, fault.reason) for number, fault in faults.items()))
 
 
-def in_files(listing: layout.Listing, found: Survey, size: int) -> Parts:
+def in_files(listing: layout.Listing, found: Survey, size: int, share: float) -> Parts:
     """The images of a listing at ``size``, in their files."""
     files = Files([member for part in listing.splits.values() for member, _ in part])
 
     def split(numbers: np.ndarray, labels: torch.Tensor) -> FileSplit:
-        return FileSplit(files.subset(numbers), labels, size, found.facts.subset(numbers))
+        return FileSplit(files.subset(numbers), labels, size, found.facts.subset(numbers), share)
 
     return parted(listing, found.bad, split)
 
@@ -305,6 +309,7 @@ def load(
     skip_bad: bool = False,
     budget: Budget | None = None,
     from_files: bool = False,
+    center_share: float = 1.0,
 ) -> Dataset:
     """Load labelled images to train with.
 
@@ -327,13 +332,16 @@ def load(
         skip_bad: go on without the files that cannot be read.
         budget: memory for a folder's decoded images; larger sets are `FileSplit`s, whose pixels, statistics and digest
             are the same. None: a third of the host's free memory.
+        center_share: part of a photo's shorter side that its central square has, such as 224 / 256.
         from_files: a folder's training images are in a `FileSplit` in any case, which has them at their full size too.
 
     Raises:
         DataError: when the source is missing or damaged; the message names the files and the remedy.
     """
-    loader = _loader(Wanted(image_size, None, val_share, skip_bad, True, budget, from_files), cache, say)
+    loader = _loader(Wanted(image_size, None, val_share, skip_bad, True, budget, from_files, center_share), cache, say)
     found = loader.find(source, Path(root))
+    if center_share != 1 and found.image_size is None:
+        raise DataError(f"--center-share {center_share:g} is of photos in files, not of {found.label}: leave it out")
     return _dataset(found, val_share, val_seed, from_files, budget or memory_budget())
 
 
@@ -385,6 +393,7 @@ def load_test(
     val_seed: int = 0,
     skip_bad: bool = False,
     budget: Budget | None = None,
+    center_share: float = 1.0,
 ) -> tuple[Labelled, str]:
     """Labelled images to evaluate a trained network with, and what they are called.
 
@@ -400,7 +409,7 @@ def load_test(
     Raises:
         DataError: see `load`; also for a class that the network does not know.
     """
-    loader = _loader(Wanted(image_size, stored_size, None, skip_bad, False, budget), cache, say)
+    loader = _loader(Wanted(image_size, stored_size, None, skip_bad, False, budget, False, center_share), cache, say)
     found = loader.find(source, Path(root))
     splits, label = found.parts.splits, found.label
     known = {normal(name): number for number, name in enumerate(classes)}

@@ -84,6 +84,29 @@ PRESETS: dict[str, dict] = {
     "resnet110": dict(model="resnet110", **HE_2015),
     # He et al. 2016, "Identity Mappings in Deep Residual Networks", table 4: 95.08% with batches of 128.
     "preact1001": dict(model="preact_resnet1001", checkpoint_every=18, **HE_2015),
+    # torchvision's reference recipe (references/classification/README.md of pytorch/vision: 8 GPUs of 32 images, 90
+    # epochs, a tenth of the rate every 30). ResNet50_Weights.IMAGENET1K_V1 is of it: 76.130% on the central 224 pixels
+    # of photos resized to 256.
+    "imagenet-resnet50": dict(
+        model="resnet50",
+        stem="imagenet",
+        image_size=224,
+        center_share=224 / 256,
+        crop_scale=0.08,
+        crop_pad=0,
+        flip="random",
+        epochs=90,
+        batch_size=256,
+        lr=0.1,
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=1e-4,
+        decoupled=False,
+        schedule="step",
+        milestones="0.3333333333,0.6666666666",
+        decay_factor=0.1,
+        warmup=0.0,
+    ),
     # The TensorFlow-slim notebook: plain momentum SGD at one rate, no augmentation, no decay, fp32.
     "notebook": dict(
         model="notebook",

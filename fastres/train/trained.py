@@ -40,6 +40,11 @@ class Trained:
     options: dict[str, Any]
     averaged: bool = False
 
+    @property
+    def center_share(self) -> float:
+        """Part of a photo's shorter side that the network saw of it."""
+        return self.options.get("center_share", 1.0)
+
 
 def find_checkpoint(path: str | os.PathLike | None) -> Path:
     """``path`` itself if it is a file, a run folder's ``best.pt``, or for None the newest run's under ``runs/``.

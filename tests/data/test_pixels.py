@@ -157,6 +157,28 @@ def test_text_chunks_are_no_pixels():
     np.testing.assert_array_equal(read(Image.fromarray(COLOUR), pnginfo=info), COLOUR)
 
 
+@pytest.mark.parametrize("size", [10, 20, 60])
+@pytest.mark.parametrize("share", [0.5, 0.875])
+def test_a_share_of_the_center_is_what_a_crop_by_hand_shows(size, share):
+    rows = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    side = round(40 * share)
+    top, left = (40 - side) // 2, (60 - side) // 2
+    by_hand = Image.fromarray(rows[top : top + side, left : left + side]).resize(
+        (size, size), Image.Resampling.BILINEAR
+    )
+    np.testing.assert_array_equal(pixels.cropped(rows, size, share), np.asarray(by_hand))
+    np.testing.assert_array_equal(pixels.square(Image.fromarray(rows), size, share), np.asarray(by_hand))
+
+
+def test_a_jpeg_is_not_decoded_below_the_share_that_is_seen():
+    file = io.BytesIO()
+    Image.new("RGB", (1600, 1200)).save(file, "JPEG")
+    for share, width in ((1.0, 400), (0.5, 800), (0.2, 1600)):
+        image = pixels.open_image(file.getvalue())
+        pixels.square(image, 300, share)
+        assert image.width == width
+
+
 def test_an_empty_page_from_a_scanner_is_read():
     buffer = io.BytesIO()
     Image.new("1", (2480, 3508), 1).save(

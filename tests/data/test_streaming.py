@@ -37,7 +37,9 @@ def folder(tmp_path):
     return tmp_path / "photos"
 
 
-@pytest.mark.parametrize("options", [{}, {"image_size": 24}, {"image_size": 64}, {"val_share": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"image_size": 24}, {"image_size": 64}, {"val_share": 0.3}, {"center_share": 0.7}], ids=str
+)
 def test_files_and_memory_hold_the_same_set(folder, options):
     resident, streamed, _ = pair(folder, **options)
     for name in ("label", "classes", "mean", "std", "image_size", "digest"):
@@ -104,6 +106,15 @@ def test_the_estimate_comes_before_the_work(folder, monkeypatch):
     data.load(folder, say=said.append, image_size=32, cache=False, budget=Budget(1000, "of the test"))
     assert "20 images, decoded up to 5.72e-05 GiB; the budget is 9.31e-07 GiB (of the test)" in said[0]
     assert said[1] == "work" and "more than the budget" in said[3] and "streamed" in said[3]
+
+
+def test_a_share_of_the_center_is_kept_apart_in_the_cache(folder):
+    whole, part, again = (
+        data.load(folder, say=lambda line: None, center_share=share).train.images for share in (1.0, 0.5, 1.0)
+    )
+    assert torch.equal(whole, again) and whole.shape[-1] == 40 and part.shape[-1] == 20
+    with pytest.raises(DataError, match="--center-share 0.5 is of photos in files, not of synthetic"):
+        data.load("synthetic", center_share=0.5)
 
 
 def test_the_second_start_decodes_nothing(folder, monkeypatch):

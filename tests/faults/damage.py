@@ -134,7 +134,7 @@ def image_cache(folder: Path, times: int, seed: int) -> list[str]:
     said: list[str] = []
 
     def read() -> Dataset:
-        kept = Cache(folder, said.append).parts("0" * 64, 32, lambda: parts)
+        kept = Cache(folder, said.append).parts("0" * 64, "32", lambda: parts)
         return Dataset(kept.splits["train"], kept.splits["test"], kept.classes, "drawn", kept.mean, kept.std)
 
     read()

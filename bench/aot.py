@@ -225,7 +225,7 @@ COLUMNS = ("kernel", "dtype", "channels", "variant", "tile", "warps", "stages", 
 
 
 def cells(row: Row) -> list[str]:
-    """The row as `COLUMNS` of text. The share of what binds, tensor cores or memory, is the model's (`bench.machine`)."""
+    """The row as `COLUMNS` of text; the share of what binds (tensor cores or memory) is `bench.machine`'s."""
     one, found, options = row.specialisation, row.resources, dict(row.specialisation.options)
     head = [
         one.kernel.removesuffix("_kernel"),

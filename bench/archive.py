@@ -58,7 +58,7 @@ def pack(cache: Path, folder: Path) -> dict[str, int]:
 
 
 def unpack(archives: list[Path], cache: Path) -> int:
-    """Add what archives hold to a cache, at whatever path it lies; the number of files. A damaged archive is left out."""
+    """Add what archives hold to a cache at any path; the number of files. A damaged archive is left out."""
     added = 0
     for path in archives:
         try:

@@ -334,7 +334,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--slice", type=int, choices=SLICES, help="what a command of eight minutes measures")
     parser.add_argument(
         "--resume", type=Path, nargs="+", default=[], metavar="FOLDER",
-        help="go on from results there [a slice: of this device and commit, of today or yesterday, under bench/results or build]",
+        help="go on from results there [a slice: of this device and commit, of today or yesterday, under bench/results "
+        "or build]",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", metavar="STR", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes")

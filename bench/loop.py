@@ -94,7 +94,7 @@ def clocked_epoch(trainer: Trainer, epoch: int) -> dict[str, Any]:
 
 
 def shares(epochs: list[dict[str, Any]], clock: str = "") -> dict[str, float]:
-    """Median share of each part, of the rest and of all outside forward, backward and optimizer; ``clock``: or "cpu_"."""
+    """Median share of each part, of the rest, and of all but forward, backward and optimizer; ``clock``: or "cpu_"."""
     total, parts = f"{clock}seconds", f"{clock}parts"
     result = {name: statistics.median(e[parts][name] / e[total] for e in epochs) for name in PARTS}
     result["rest"] = statistics.median(1 - sum(e[parts].values()) / e[total] for e in epochs)

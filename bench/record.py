@@ -45,8 +45,8 @@ def write_results(path: str | os.PathLike, data: dict[str, Any]) -> None:
 def as_lines(value: Any, indent: int = 0, is_row: bool = False) -> str:
     """JSON with a row a line, so that a difference shows what changed.
 
-    A row is an element of a list that holds plain values and collections of them. A line of its own has also what holds plain
-    values alone, and what is short.
+    A row is an element of a list that holds plain values and collections of them. A line of its own has also what holds
+    plain values alone, and what is short.
 
     Args:
         indent: how deep the value lies.

@@ -1,4 +1,4 @@
-"""What a dry run on a CPU takes for what only a GPU has, so that the code around it runs: CUDA graphs, GPU-only peers."""
+"""Stand-ins on a CPU for what only a GPU has, CUDA graphs and some implementations, so that dry runs run."""
 
 from __future__ import annotations
 

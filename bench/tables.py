@@ -13,7 +13,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def fill(page: str, found: dict[str, str]) -> str:
-    """The page with what is between ``<!-- bench:name -->`` and ``<!-- /bench:name -->`` replaced, where it is found."""
+    """The page with all that is found between ``<!-- bench:name -->`` and ``<!-- /bench:name -->`` replaced."""
 
     def replaced(match: re.Match) -> str:
         name = match[1]

@@ -85,7 +85,7 @@ def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype, leas
 
 
 def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[int, int]]:
-    """The tiles, largest first, each once; for fp32 without tensor cores, where larger ones spill, the smallest alone."""
+    """The tiles, largest first, each once; for fp32 without tensor cores the smallest alone, as others spill."""
     tiles = list(dict.fromkeys(tiles))
     return tiles[-1:] if precision(dtype) == "ieee" else tiles
 

@@ -56,7 +56,7 @@ _told: ContextVar[int | None] = ContextVar("told", default=None)
 
 @contextmanager
 def shared_memory_of(size: int | None) -> Iterator[None]:
-    """Configurations are chosen inside as if every program could have ``size`` bytes of shared memory; None: as ever."""
+    """Configurations are chosen inside as if programs could have ``size`` bytes of shared memory; None: as ever."""
     token = _told.set(size)
     try:
         yield
@@ -129,7 +129,7 @@ def _refuse(demand: Demand, config: Config, error: Exception) -> None:
         tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
         dtype = str(demand.dtype).removeprefix("torch.")
         warnings.warn(
-            f"{demand.kernel} in {dtype} with tiles of {tile} does not fit {demand.device} ({error}): it takes other tiles "
-            "there from now on",
+            f"{demand.kernel} in {dtype} with tiles of {tile} does not fit {demand.device} ({error}): it takes other "
+            "tiles there from now on",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Fifty steps of training: whether a fused network stays as near to eager PyTorch as that does to itself, re-ordered."""
+"""Fifty steps of training: a fused network stays as near to eager PyTorch as that does to itself, re-ordered."""
 
 from __future__ import annotations
 

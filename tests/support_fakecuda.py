@@ -441,7 +441,8 @@ def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
     if gradient.shape != leaf.shape:
         gradient = gradient.sum_to_size(leaf.shape)  # as the engine does for what was broadcast
     assert (gradient.shape, gradient.dtype, gradient.device) == (leaf.shape, leaf.dtype, leaf.device), (
-        f"gradient {tuple(gradient.shape)} {gradient.dtype} on {gradient.device} of {leaf.shape} {leaf.dtype} on {leaf.device}"
+        f"gradient {tuple(gradient.shape)} {gradient.dtype} on {gradient.device} of {leaf.shape} {leaf.dtype} on "
+        f"{leaf.device}"
     )
     if gradient.stride() != leaf.stride():  # autograd keeps gradients in their leaves' layout
         gradient = torch.empty_like(leaf).copy_(gradient)

@@ -65,7 +65,7 @@ def test_options_from_a_file(tmp_path):
 
 
 def test_options_of_a_run(tmp_path):
-    """Every option is the run's, whatever the preset has; a batch of one's own leaves its learning rate, and says so."""
+    """Every option is the run's, whatever the preset has; another batch leaves its learning rate, and says so."""
     kept = preset("notebook", lr=0.07, seed=3)
     (tmp_path / "config.json").write_text(json.dumps({"checksum": "", "options": kept.to_dict(), "data": "x"}))
     found = asked("--config", str(tmp_path / "config.json"))

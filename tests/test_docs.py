@@ -1,4 +1,4 @@
-"""The pages are true: their code runs, the files and sections that they name are there, and their figures are the results'."""
+"""The pages are true: their code runs, what they name is there, and their figures are the results'."""
 
 import re
 from pathlib import Path

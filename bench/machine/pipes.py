@@ -20,8 +20,8 @@ SHARED = {"LDS", "LDSM", "STS", "STSM"}
 GLOBAL = {"LDG", "STG", "LDGSTS", "LDL", "STL"}
 _FMA = {"FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2"}
 _TRANSCENDENTAL = {"MUFU", "I2F", "F2I", "I2FP", "POPC", "FLO", "F2F", "DADD", "DMUL", "DFMA"}
-_NO_PIPE = {"BAR", "LDGDEPBAR", "DEPBAR", "WARPGROUP", "MEMBAR", "FENCE", "BRA", "EXIT", "NOP", "LDC", "S2R", "CS2R", "WARPSYNC",
-            "ERRBAR", "CCTL", "BSSY", "BSYNC", "CALL", "RET", "WARPGROUPSET", "ACQBULK"}  # fmt: skip
+_NO_PIPE = {"BAR", "LDGDEPBAR", "DEPBAR", "WARPGROUP", "MEMBAR", "FENCE", "BRA", "EXIT", "NOP", "LDC", "S2R", "CS2R",
+            "WARPSYNC", "ERRBAR", "CCTL", "BSSY", "BSYNC", "CALL", "RET", "WARPGROUPSET", "ACQBULK"}  # fmt: skip
 _MEMORY = SHARED | GLOBAL | {"SHFL", "REDUX", "ATOMS", "ATOM", "RED"}
 _WIDTHS = ((".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1))
 _MATRICES = {".M88.4": 16, ".M88.2": 8}  # bytes a thread of LDSM and STSM

@@ -26,7 +26,7 @@ from bench.machine.work import Work, unrolled
 def product_kernel(  # type: ignore[no-untyped-def]  # Triton would read the annotations
     a_ptr, b_ptr, c_ptr, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """``c = a b^T``. a_ptr: [M, K]. b_ptr: [N, K]. c_ptr: [M, N]. K is a multiple of BLOCK_K; rows past the end wrap."""
+    """``c = a b^T`` of a [M, K], b [N, K], c [M, N]. K is a multiple of BLOCK_K; rows past the end wrap."""
     tiles = tl.cdiv(N, BLOCK_N)
     m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)

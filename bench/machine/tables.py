@@ -40,8 +40,8 @@ def convolution_row(same: list[Timed], program: Program, chip: Chip) -> dict[str
     }
 
 
-CONVOLUTIONS = ("kernel", "channels", "with", "tile", "registers", "programs an SM", "launches", "us each", "bytes alone",
-                "tensor cores alone", "share", "busiest")  # fmt: skip
+CONVOLUTIONS = ("kernel", "channels", "with", "tile", "registers", "programs an SM", "launches", "us each",
+                "bytes alone", "tensor cores alone", "share", "busiest")  # fmt: skip
 
 
 def convolution_cells(row: dict[str, Any]) -> list[str]:
@@ -110,7 +110,7 @@ def _range(values: list[float], form: str) -> str:
 def summary(found: dict[str, Any]) -> str:
     """All tables of a network as text."""
     return (
-        f"\n{found['network']}, batch {found['batch']}, {found['dtype']}, {found['chip']['name']}: predictions of a model, "
-        f"nothing was timed\n\n{markdown(STEPS, [step_cells(found)])}\n\n{markdown(KINDS, kind_rows(found))}\n\n"
+        f"\n{found['network']}, batch {found['batch']}, {found['dtype']}, {found['chip']['name']}: predictions of a "
+        f"model, nothing was timed\n\n{markdown(STEPS, [step_cells(found)])}\n\n{markdown(KINDS, kind_rows(found))}\n\n"
         f"{markdown(CONVOLUTIONS, [convolution_cells(row) for row in found['convolutions'][:MOST_ROWS]])}\n"
     )

@@ -26,9 +26,9 @@ def predictions(path: Path) -> str | None:
     bandwidth, rate = roofline.DATA_SHEETS[name]
     shares = f"{machine['bandwidth'] / bandwidth:.0%} and {machine['rate'] / rate:.0%} of the data sheets', assumed"
     return (
-        f"**Lower bounds, not measurements**: no GPU was used, and no kernel reaches its roof. Batch {record['batch']}, "
-        f"{record['dtype']}; counted bytes and operations of every launch under a roof of {assumed} ({shares}), "
-        f"{1e6 * machine['launch']:.0f} us a launch.\n\n"
+        "**Lower bounds, not measurements**: no GPU was used, and no kernel reaches its roof. Batch "
+        f"{record['batch']}, {record['dtype']}; counted bytes and operations of every launch under a roof of {assumed} "
+        f"({shares}), {1e6 * machine['launch']:.0f} us a launch.\n\n"
         f"{markdown(roofline.COLUMNS, roofline.rows(record['predictions']))}"
     )
 

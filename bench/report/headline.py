@@ -11,7 +11,7 @@ NETWORK = "resnet50"  # with the stem for CIFAR, see `bench.cpu.WORKLOADS`
 
 
 def sentence(results: Path) -> str | None:
-    """A fused training step on a CPU against the best baseline, from `bench.cpu`, and the bytes that it moves, counted."""
+    """A fused training step on a CPU against the best baseline, by `bench.cpu`, and the bytes it moves, counted."""
     record = read(results / "cpu.json")
     measured = next((one for one in record["workloads"] if one["workload"] == NETWORK), None) if record else None
     if record is None or measured is None:
@@ -22,8 +22,8 @@ def sentence(results: Path) -> str | None:
     return (
         f"**Measured on a CPU ({record['cpu']}, {record['threads']} threads, PyTorch {record['versions']['torch']}, "
         f"{record['date'][:10]}): a training step of ResNet-50 on {one.batch} images of {one.image_size} pixels in "
-        f"{precision} runs {same:.2f} times as fast as the fastest of eager PyTorch and torch.compile with the same allocator "
-        f"settings, {default:.2f} times as with the default ones{_bytes(results)}.**"
+        f"{precision} runs {same:.2f} times as fast as the fastest of eager PyTorch and torch.compile with the same "
+        f"allocator settings, {default:.2f} times as with the default ones{_bytes(results)}.**"
     )
 
 

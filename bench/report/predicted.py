@@ -23,8 +23,8 @@ def steps(results: Path) -> str | None:
         return None
     rows = [tables.step_cells(record) for record in found]
     return (
-        f"{LABEL} Batch {found[0]['batch']}, {found[0]['dtype']}; ms a training step of stem and blocks, and ratios above 1 "
-        f"where the fused step is faster. {_meaning(found)}\n\n{markdown(tables.STEPS, rows)}"
+        f"{LABEL} Batch {found[0]['batch']}, {found[0]['dtype']}; ms a training step of stem and blocks, and ratios "
+        f"above 1 where the fused step is faster. {_meaning(found)}\n\n{markdown(tables.STEPS, rows)}"
     )
 
 
@@ -33,9 +33,9 @@ def _meaning(found: list[Record]) -> str:
     most = "the first configuration" if ranks == 1 else f"{ranks} configurations"
     under = "; each under three sets of assumptions" if any(len(record["steps"]) > 1 for record in found) else ""
     return (
-        "A range is between a library whose convolutions are the model's plain products in their best tiles and one in tiles "
-        f"of at most 128 x 128{under}. Timed choices are between {most} and the library. Absolute times may be off by a "
-        "quarter and more, ratios by as much: one between 0.8x and 1.25x says that neither is clearly faster."
+        "A range is between a library whose convolutions are the model's plain products in their best tiles and one in "
+        f"tiles of at most 128 x 128{under}. Timed choices are between {most} and the library. Absolute times may be "
+        "off by a quarter and more, ratios by as much: one between 0.8x and 1.25x says that neither is clearly faster."
     )
 
 

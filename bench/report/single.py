@@ -52,6 +52,6 @@ def faults_tried(path: Path) -> str | None:
     columns = ("fault", "tried", "refused", "harmless", "wrong")
     rows = [[str(row[column]) for column in columns] for row in record["faults"]]
     return (
-        f"Tried on {machine_line(record)}. Refused: one line that names the file or the remedy; harmless: the same data or, "
-        f"resumed, the same run.\n\n{markdown(columns, rows)}"
+        f"Tried on {machine_line(record)}. Refused: one line that names the file or the remedy; harmless: the same "
+        f"data or, resumed, the same run.\n\n{markdown(columns, rows)}"
     )

@@ -84,8 +84,8 @@ def _to_one_accuracy(record: dict[str, Any]) -> str:
     settings = record["settings"]
     warning = busy(max(record["load_5_minutes"].values()), settings["threads"] + settings["workers"])
     return (
-        f"{settings['target']:.2%} on {settings['data']}, {settings['options']['epochs']} epochs of the preset, measured on "
-        f"{machine_line(record)}.{warning}\n\n{accuracy.table(record['results'], settings['target'])}"
+        f"{settings['target']:.2%} on {settings['data']}, {settings['options']['epochs']} epochs of the preset, "
+        f"measured on {machine_line(record)}.{warning}\n\n{accuracy.table(record['results'], settings['target'])}"
     )
 
 

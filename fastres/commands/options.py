@@ -22,8 +22,8 @@ from fastres.train.pretrained import read_weights
 
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 DATA_OPTIONS = (  # those that `load_data` reads
-    "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test", "memory_budget",
-    "crop_scale", "center_share",
+    "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test",
+    "memory_budget", "crop_scale", "center_share",
 )  # fmt: skip
 
 
@@ -88,7 +88,8 @@ def load_data(config: TrainConfig, ranks: Ranks = ALONE) -> data.Dataset:
     dataset = data.limit(dataset, config.limit_train, config.limit_test)
     if others := ranks.others_than_first(dataset.digest):
         raise FastresError(
-            f"rank {others[0]} has other images or labels than rank 0, here {dataset.label!r}: give all machines the same data"
+            f"rank {others[0]} has other images or labels than rank 0, here {dataset.label!r}: give all machines the "
+            "same data"
         )
     return dataset
 

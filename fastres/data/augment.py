@@ -36,13 +36,13 @@ class Augment:
     crop_scale: random resized crop (Szegedy et al. 2014) of at least this share of the image's area; None: none. It
         is of the whole photo where that is at hand, and takes the place of the padded crop.
     color_jitter: brightness, contrast and saturation change by up to this share.
-    auto_augment: ``rand`` for RandAugment (Cubuk et al. 2019: two operations of strength ``magnitude``), ``trivial`` for
-        TrivialAugment (Mueller & Hutter 2021).
+    auto_augment: ``rand`` for RandAugment (Cubuk et al. 2019: two operations of strength ``magnitude``), ``trivial``
+        for TrivialAugment (Mueller & Hutter 2021).
     random_erasing: probability that a rectangle is set to the mean (Zhong et al. 2017).
     mixup, cutmix: see `fastres.data.mixing.mix`.
 
-    Cropping by scale, jitter, the two policies and erasing are torchvision's, done to each image by workers and first of
-    all; MixUp and CutMix come last.
+    Cropping by scale, jitter, the two policies and erasing are torchvision's, done to each image by workers and first
+    of all; MixUp and CutMix come last.
 
     Raises:
         DataError: for a value out of range.

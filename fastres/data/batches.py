@@ -103,8 +103,8 @@ class Batches:
         rest = 0 if self.drop_last else len(split) % batch_size
         if train and min(batch_size, rest or batch_size) < self.ranks:
             raise DataError(
-                f"a batch of {min(batch_size, rest or batch_size)} images leaves some of {self.ranks} ranks without one: "
-                f"{'leave the last one out' if rest else 'make it larger'}"
+                f"a batch of {min(batch_size, rest or batch_size)} images leaves some of {self.ranks} ranks without "
+                f"one: {'leave the last one out' if rest else 'make it larger'}"
             )
         self._host_labels, self.labels = split.labels.cpu(), split.labels.to(self.device)
         self._feed: Feed | None = None

@@ -260,8 +260,8 @@ def make_dataset(
     for name, split in (("training", train), ("test", test), ("validation", test if val is None else val)):
         if split.size != train.size:
             raise DataError(
-                f"{label}: {name} images have {list(split.size)} pixels, training images {list(train.size)}: bring them "
-                "to one size"
+                f"{label}: {name} images have {list(split.size)} pixels, training images {list(train.size)}: bring "
+                "them to one size"
             )
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= len(classes):

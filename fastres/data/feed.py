@@ -43,8 +43,8 @@ def default_workers(device: torch.device) -> int:
 class Feed:
     """The images of a split as uint8 batches on a device, decoded ahead by worker processes.
 
-    An image depends on its number and the epoch alone, so that neither the number of workers nor where an epoch was begun
-    changes a bit. Workers are forked: they share the split's memory and never touch a GPU.
+    An image depends on its number and the epoch alone, so that neither the number of workers nor where an epoch was
+    begun changes a bit. Workers are forked: they share the split's memory and never touch a GPU.
 
     Args:
         split: images in memory or in files.
@@ -79,8 +79,8 @@ class Feed:
         self._loader: DataLoader | None = None
 
     def batches(self, parts: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
-        """For each of ``parts``, numbers of images int64 [B], the images as they are seen in an epoch: uint8 [B, 3, H, W]
-        in channels_last memory format on the device.
+        """For each of ``parts``, numbers of images int64 [B], the images as they are seen in an epoch: uint8
+        [B, 3, H, W] in channels_last memory format on the device.
 
         Raises:
             DataError: for files that can no longer be read, or a worker that was killed.

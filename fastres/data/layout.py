@@ -64,7 +64,8 @@ def split_folders(tree: Tree, base: tuple[str, ...]) -> dict[str, tuple[str, ...
             continue
         if split in found:
             raise DataError(
-                f"{tree.where} has both {'/'.join(found[split])!r} and {'/'.join(place)!r}, which mean the same: keep one"
+                f"{tree.where} has both {'/'.join(found[split])!r} and {'/'.join(place)!r}, which mean the same: keep "
+                "one"
             )
         found[split] = place
     return {split: found[split] for split in SPLITS if split in found}

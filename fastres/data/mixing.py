@@ -12,8 +12,8 @@ def mix(images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: floa
     """A batch mixed with itself, each image with the one before it.
 
     MixUp (Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization") adds whole images, CutMix (Yun et al. 2019,
-    "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features") pastes a rectangle; where both
-    are asked for, each batch has one of them.
+    "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features") pastes a rectangle; where
+    both are asked for, each batch has one of them.
 
     Args:
         images: [B, 3, H, W], normalised. labels: int64 [B].

@@ -15,8 +15,8 @@ class NamedSet(NamedTuple):
 
     Attributes:
         label: what accuracies on it are labelled with.
-        read: from the folder ``--data-root`` to the images, uint8 [N, 3, H, W], and labels of its splits: "train" and "test"
-            or "val". It raises `DataError` where the set is missing or damaged.
+        read: from the folder ``--data-root`` to the images, uint8 [N, 3, H, W], and labels of its splits: "train" and
+            "test" or "val". It raises `DataError` where the set is missing or damaged.
     """
 
     label: str

@@ -172,8 +172,8 @@ class Loader:
         lacking = set(range(len(listing.classes))) - set(first.labels.tolist())
         if self.wanted.training and lacking:
             raise DataError(
-                f"class {listing.classes[min(lacking)]!r} has no image that can be read in {listing.where}: add some or "
-                "remove its folder"
+                f"class {listing.classes[min(lacking)]!r} has no image that can be read in {listing.where}: add some "
+                "or remove its folder"
             )
         return Found(parts, f"image folder {plain(path.resolve().name)} ({len(first)} images)", seen)
 
@@ -193,7 +193,7 @@ class Loader:
         return Found(DATASETS[name].read(root), DATASETS[name].label)
 
     def path(self, path: Path) -> Found:
-        """What lies at a path: images in a folder, an archive or a table, or CIFAR's batches there or right under it."""
+        """What lies at a path: images in a folder, an archive or a table, or CIFAR's batches there or under it."""
         if path.is_file() and is_archive(path):
             return self.archive(path)
         if path.is_file() and path.suffix.lower() in table.SUFFIXES:

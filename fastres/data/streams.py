@@ -1,4 +1,4 @@
-"""Random numbers that depend on a few integers alone, such as seed, epoch and step, so that a run can begin anywhere."""
+"""Random numbers that depend on a few integers alone (seed, epoch, step), so that a run can begin anywhere."""
 
 from __future__ import annotations
 

@@ -131,7 +131,8 @@ def columns_of(path: Path, heading: list[str]) -> dict[str, int]:
     if len(heading) in (2, 3) and os.path.isfile(found(path, heading[0].strip())):
         return {}
     raise DataError(
-        f"table {path}: its first line must name the columns, such as file,label or file,label,split, not {','.join(heading)!r}"
+        f"table {path}: its first line must name the columns, such as file,label or file,label,split, not "
+        f"{','.join(heading)!r}"
     )
 
 

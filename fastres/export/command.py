@@ -65,7 +65,7 @@ def check(content: bytes, model: nn.Module, trained: Trained) -> str:
     error = check_onnx(content, model, images)
     if not error <= TOLERANCE:
         raise FastresError(
-            f"the ONNX file's logits are {error:.1e} off the network's: nothing was written; install another onnxruntime "
-            "or export to .pt2"
+            f"the ONNX file's logits are {error:.1e} off the network's: nothing was written; install another "
+            "onnxruntime or export to .pt2"
         )
     return f"; onnxruntime's are within {error:.0e} of the network's"

@@ -210,8 +210,8 @@ def fold(model: nn.Module) -> nn.Module:
     if not found.found:
         why = f" ({found.reasons()})" if found.left else ""
         raise ValueError(
-            f"{type(model).__name__} has nothing to fold{why}: fold takes torchvision's and fastres.reference's ResNets, "
-            "and what fastres.nn.register_block knows"
+            f"{type(model).__name__} has nothing to fold{why}: fold takes torchvision's and fastres.reference's "
+            "ResNets, and what fastres.nn.register_block knows"
         )
     found.fused_blocks = found.stems = found.heads = 0
     _fold_blocks(holder, found)

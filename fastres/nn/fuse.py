@@ -47,8 +47,8 @@ def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module
     if not found.found:
         why = f" ({found.reasons()})" if found.left else ""
         raise ValueError(
-            f"{found.name} has no block to fuse{why}: fuse takes torchvision's and fastres.reference's ResNets, and what "
-            "fastres.nn.register_block knows"
+            f"{found.name} has no block to fuse{why}: fuse takes torchvision's and fastres.reference's ResNets, and "
+            "what fastres.nn.register_block knows"
         )
     if strict and found.left:
         raise ValueError(f"{found}; with strict=True nothing may be left")

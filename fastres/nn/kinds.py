@@ -1,8 +1,8 @@
 """Which classes the fused operations stand for, in which role, and what each of them declares.
 
-A class is known with the methods that its forward calls, so that another forward, on a subclass or an instance, is noticed.
-A class that does more than its role says, such as a convolution that pads by the size of its input, declares it here: the fused
-layers ask what is declared, never which class it is. Adapters declare, see `fastres.nn.adapters`.
+A class is known with the methods that its forward calls, so that another forward, on a subclass or an instance, is
+noticed. A class that does more than its role says, such as a convolution that pads by the size of its input, declares
+it here: the fused layers ask what is declared, never which class it is. Adapters declare, see `fastres.nn.adapters`.
 """
 
 from __future__ import annotations

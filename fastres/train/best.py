@@ -52,7 +52,8 @@ def held_epoch(trainer: Trainer) -> int | None:
             else f"it now holds epoch {chosen} ({_score(rows[chosen])})"
         )
         trainer.say(
-            f"warning: best.pt {fault}, and the weights of epoch {best['epoch']} ({_score(best)}), the best one, are lost: {now}"
+            f"warning: best.pt {fault}, and the weights of epoch {best['epoch']} ({_score(best)}), the best one, are "
+            f"lost: {now}"
         )
     elif found[chosen][0] != "last.pt" or damaged:
         trainer.say(f"warning: best.pt {fault}: made again of {found[chosen][0]}, epoch {chosen}")

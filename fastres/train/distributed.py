@@ -136,8 +136,8 @@ class Ranks:
         if self.count == 1 or not _is_of_exchange(error):
             raise error
         raise LostRank(
-            f"rank {self.rank} of {self.count} lost contact with the others: one of them has ended. The last checkpoint "
-            f"is whole: go on with `torchrun ... -m fastres.cli train --resume {folder}`"
+            f"rank {self.rank} of {self.count} lost contact with the others: one of them has ended. The last "
+            f"checkpoint is whole: go on with `torchrun ... -m fastres.cli train --resume {folder}`"
         ) from error
 
     def stop_request(self, at_once: Callable[[int], None]) -> StopRequest:

@@ -43,7 +43,7 @@ def final_test(trainer: Trainer) -> list[str]:
         with atomic_write(folder.path / TEST) as file:
             file.write(json.dumps({**row, "tta_accuracy": scores.tta_accuracy, "top5": found.top5}).encode())
         lines.append(
-            f"test accuracy {scores.accuracy:.2%} of epoch {trained.epoch}, the best by validation, on {len(dataset.test)} "
-            "images that picked nothing"
+            f"test accuracy {scores.accuracy:.2%} of epoch {trained.epoch}, the best by validation, on "
+            f"{len(dataset.test)} images that picked nothing"
         )
     return lines

@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 class LAMB(torch.optim.Optimizer):
-    """``w -= lr * |w| / |u| * u`` with ``u = m / (sqrt(v) + eps) + weight_decay * w``, m and v Adam's corrected averages.
+    """``w -= lr * |w| / |u| * u`` with ``u = m / (sqrt(v) + eps) + weight_decay * w``, m and v Adam's corrected
+    averages.
 
     Groups without weight decay, vectors such as biases and BatchNorm's, are moved by ``lr * u``, as the paper's own
     code does. Nothing is read by the host, and the learning rate may be a tensor on the device: a CUDA graph can hold a

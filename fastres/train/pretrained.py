@@ -118,7 +118,8 @@ def _torchvision(model: str, version: str) -> Weights:
     except Exception as error:  # of the network, the disk or a file that is damaged
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise FastresError(
-            f"cannot load {weights} ({first_line(error)}): put {weights.url} into {folder}, or name a file with --weights"
+            f"cannot load {weights} ({first_line(error)}): put {weights.url} into {folder}, or name a file with "
+            "--weights"
         ) from error
     preset = weights.transforms()
     return Weights(
@@ -141,8 +142,8 @@ def _timm(name: str) -> Weights:
         model = timm.create_model(network, pretrained=True)
     except Exception as error:  # of the network, the disk or the file
         raise FastresError(
-            f"cannot load {network} of timm's ({first_line(error)}): download it where there is a network, or name a file "
-            "with --weights"
+            f"cannot load {network} of timm's ({first_line(error)}): download it where there is a network, or name a "
+            "file with --weights"
         ) from error
     return Weights(
         network, dict(model.state_dict()), network.split(".")[0], None, *_timm_pixels(cast(dict, model.pretrained_cfg))
@@ -185,7 +186,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _saved(path: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote, also in its format before PyTorch 1.6, and with the options of torchvision's trainer."""
+    """What ``torch.save`` wrote, also before PyTorch 1.6, and with the options of torchvision's trainer."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         if zipfile.is_zipfile(path):
             return read_tensors(path)

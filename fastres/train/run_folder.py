@@ -92,7 +92,8 @@ class RunFolder:
         if names & {LAST, PREVIOUS, BEST} or is_config(self.path / CONFIG):
             if not resume:
                 raise FastresError(
-                    f"run folder {self.path} already holds a run: go on with `--resume {self.path}` or choose another --out"
+                    f"run folder {self.path} already holds a run: go on with `--resume {self.path}` or choose another "
+                    "--out"
                 )
             return
         raise FastresError(

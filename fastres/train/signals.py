@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: before training an orderly exit, and in it a wish that the loop grants after the step."""
+"""Signals that ask a run to end: before training an orderly exit, in it a wish that the loop grants after a step."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def take_up(trainer: Trainer, saved: dict[str, Any], source: Path) -> None:
         )
     if saved["image_size"] != trainer.image_size:
         raise FastresError(
-            f"{source} was trained on images of {saved['image_size']} pixels, not {trainer.image_size}: give the former "
-            "data with --data"
+            f"{source} was trained on images of {saved['image_size']} pixels, not {trainer.image_size}: give the "
+            "former data with --data"
         )
     load_weights(trainer.model, saved["weights"], source)
     try:

@@ -384,8 +384,8 @@ class Trainer:
         self._saved_step = self.step
         if self.step > self.total_steps:
             raise FastresError(
-                f"{self.folder.path} has {self.step} steps already, more than the {self.total_steps} that are asked for: "
-                "raise --epochs or --steps"
+                f"{self.folder.path} has {self.step} steps already, more than the {self.total_steps} that are asked "
+                "for: raise --epochs or --steps"
             )
         held = self.ranks.of_first(lambda: held_epoch(self))
         self.best = next((row for row in self.history if row["epoch"] == held), None)

@@ -82,7 +82,7 @@ def test_the_3x3_convolution_has_registers_to_spare(subset):
 
 
 def test_what_needs_more_than_128_registers_has_them(subset):
-    """The 7x7 stem's weight gradient and the strided data gradient, behind a BatchNorm whose statistics are constants."""
+    """The 7x7 stem's weight gradient and the strided data gradient, behind a frozen BatchNorm."""
     needy = {"conv_wgrad_kernel": ("KH", 7), "conv_dgrad_kernel": ("STRIDE", 2)}
     for kernel, (name, value) in needy.items():
         rows = [row for row in subset["rows"] if row["kernel"] == kernel and row["constants"][name] == value]
@@ -112,7 +112,7 @@ def test_the_jit_finds_in_its_cache_what_was_compiled_ahead_of_time(subset):
 
 
 def test_no_kernel_is_slower_than_its_floor(subset):
-    """By the model, of what binds it: a fault would name one below. Every convolution and pass has a floor and a share."""
+    """Every convolution and pass has a floor and a share of what binds it; a fault would name one below."""
     rows = [row for row in subset["rows"] if row["share"] is not None and row["kernel"] in (*CONVOLUTIONS, *PASSES)]
     assert {(row["kernel"], row["arch"]) for row in rows} == {*itertools.product((*CONVOLUTIONS, *PASSES), (80, 90))}
     for row in rows:

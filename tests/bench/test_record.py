@@ -5,7 +5,7 @@ import platform
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.record import RESULTS, as_lines, cpu_name, write_results
@@ -42,8 +42,11 @@ def test_committed_results_have_a_row_a_line():
         assert text == as_lines(json.loads(text)) + "\n", f"{file}: python -m bench.record rewrites it"
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-                    | st.text(max_size=300), lambda part: st.lists(part) | st.dictionaries(st.text(), part)))  # fmt: skip
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.recursive(PLAIN, lambda part: st.lists(part) | st.dictionaries(st.text(), part)))
 def test_lines_are_the_same_json(value):
     text = as_lines(value)
     assert json.loads(text) == value

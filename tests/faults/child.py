@@ -1,7 +1,7 @@
 """Small runs in processes of their own, and how they ended.
 
-Runs are of a small network on drawn images. Each process is forked from one that has only imported modules: after a backward,
-autograd refuses to run in a fork.
+Runs are of a small network on drawn images. Each process is forked from one that has only imported modules: after a
+backward, autograd refuses to run in a fork.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders in which a run must not start or go on: somebody's files, another run's, links, pipes, and what is missing."""
+"""Folders in which a run must not start or go on: somebody's files, another run's, links, pipes, missing files."""
 
 from __future__ import annotations
 

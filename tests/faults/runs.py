@@ -1,5 +1,5 @@
-"""Faults done to runs on purpose: kill -9 at random moments and before file operations, full disk, two runs in one folder,
-clock jumps, folders that are no run's or another's, lost ranks, a rank with other data.
+"""Faults done to runs on purpose: kill -9 at random moments and before file operations, full disk, two runs in one
+folder, clock jumps, folders that are no run's or another's, lost ranks, a rank with other data.
 
 Each function tries one fault and returns a row: how often it was tried, and how it ended.
 """

@@ -1,4 +1,4 @@
-"""Every network's launches, forward and backward, on fake CUDA tensors: arguments, grids, devices, candidates, no wait."""
+"""Every network's launches on fake CUDA tensors: arguments, grids, devices, candidates, and no wait."""
 
 import copy
 

@@ -79,7 +79,7 @@ def _average_of(config, dataset):
 
 
 def in_steps(run: Trainer, cuda: FakeCuda) -> list[str]:
-    """Train and validate whole epochs; what made the host wait inside those of training but the first, which allocates."""
+    """Train and validate epochs; what made the host wait in those of training but the first, which allocates."""
     found = []
     while run.step < run.total_steps:
         cuda.waits.clear()

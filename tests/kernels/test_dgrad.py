@@ -62,7 +62,7 @@ def test_the_same_bits_every_time():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2)])
 def test_a_residual_of_every_second_pixel(kernel, stride, dtype):
-    """Of one odd image over several tiles: each gradient with it is the one without it, and the residual there alone."""
+    """Of an odd image over several tiles: each gradient with it is the one without it, and the residual there."""
     hw, pad = (15, 21), (kernel // 2,) * 4
     dz = randn(1, *(-(-size // stride) for size in hw), 16, seed=0, dtype=dtype)
     w, residual = randn(16, kernel, kernel, 24, seed=1, dtype=dtype), randn(1, 8, 11, 40, seed=2, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A convolution takes tiles that its device has room for, whether that is known before the launch or from its refusal."""
+"""A convolution takes tiles that fit its device, whether that is known before the launch or by a refusal."""
 
 import sys
 import warnings

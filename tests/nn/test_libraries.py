@@ -66,8 +66,8 @@ def test_is_what_it_was(name):
 
 
 REDUCED = [
-    "torchvision: deeplabv3_resnet50", "torchvision: resnet_fpn_backbone, FrozenBatchNorm2d", "timm: resnet50, output_stride=8",
-    "timm: resnet18d", "transformers: ResNetForImageClassification, bottleneck",
+    "torchvision: deeplabv3_resnet50", "torchvision: resnet_fpn_backbone, FrozenBatchNorm2d",
+    "timm: resnet50, output_stride=8", "timm: resnet18d", "transformers: ResNetForImageClassification, bottleneck",
 ]  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_drop_path_is_left_eager_in_training_alone(caplog):
 
 
 def test_timms_switches_after_fuse():
-    """Checkpointing, dropout in front of the classifier and another head are as eager's, whenever they are switched on."""
+    """Checkpointing, dropout before the classifier and another head are as eager's, whenever they are switched on."""
     model = timm("resnet18")(small=True).double()
     fused, x = fuse(copy.deepcopy(model)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     for one in (model, fused):

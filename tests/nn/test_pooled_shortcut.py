@@ -1,4 +1,4 @@
-"""Shortcuts of ResNet-D: what stands in front of their projection is called, the projection is an operation of its own."""
+"""Shortcuts of ResNet-D: what stands before the projection is called, the projection is an operation."""
 
 import copy
 

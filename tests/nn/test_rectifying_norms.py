@@ -55,7 +55,10 @@ def test_preactivation_blocks(basic):
     (lambda block: setattr(block.norm1, "forward", lambda x: 2 * x), "instance's forward"),
     (lambda block: setattr(block.downsample, "norm", norm(16).double()), "a BatchNormAct2d stands in the block"),
     (lambda block: setattr(block.downsample, "pool", nn.AvgPool2d(1)), None),  # which its forward does not call
-    (lambda block: setattr(block, "downsample", nn.Conv2d(8, 16, 1, 2).double()), "Conv2d is not a module that only calls"),
+    (
+        lambda block: setattr(block, "downsample", nn.Conv2d(8, 16, 1, 2).double()),
+        "Conv2d is not a module that only calls",
+    ),
 ])  # fmt: skip
 def test_what_is_changed_after_fuse_is_seen(change, reason):
     eager = stage()

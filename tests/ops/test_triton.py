@@ -180,7 +180,7 @@ def chains(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
 @pytest.mark.parametrize("kernels", [BOTTLENECK, BASIC], ids=["bottleneck", "basic"])
 def test_chain(kernels, shortcut):
-    """Blocks at once: the next one's first convolution ends the block before, its data gradient begins that backward."""
+    """Blocks at once: the next one's first convolution ends the block before, its gradient begins that backward."""
 
     def check(dtype, keep, arguments):
         def fused(x, blocks, added):

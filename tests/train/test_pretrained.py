@@ -209,8 +209,9 @@ def test_files_that_are_no_weights(tmp_path, capsys):
 
 def fine_tune(tmp_path, *more):
     return [
-        "train", "--data", str(tmp_path / "photos"), "--weights", str(tmp_path / "first"), "--epochs", "1", "--batch-size",
-        "4", "--device", "cpu", "--precision", "fp32", "--backend", "eager", "--out", str(tmp_path / "run"), *more,
+        "train", "--data", str(tmp_path / "photos"), "--weights", str(tmp_path / "first"), "--epochs", "1",
+        "--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--backend", "eager",
+        "--out", str(tmp_path / "run"), *more,
     ]  # fmt: skip
 
 

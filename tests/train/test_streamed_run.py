@@ -20,8 +20,8 @@ from fastres.train.run_folder import RunFolder
 
 MIB = 1 / 1024  # of a GiB
 CONFIG = TrainConfig().replace(
-    model="resnet8", epochs=2, batch_size=8, lr=0.05, crop_pad=2, flip="random", cutout=4, device="cpu", precision="fp32",
-    backend="eager", save_steps=1, memory_budget=0.2 * MIB, workers=2,
+    model="resnet8", epochs=2, batch_size=8, lr=0.05, crop_pad=2, flip="random", cutout=4, device="cpu",
+    precision="fp32", backend="eager", save_steps=1, memory_budget=0.2 * MIB, workers=2,
 )  # fmt: skip
 
 

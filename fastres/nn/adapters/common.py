@@ -45,7 +45,7 @@ def keeping_steps(
 
 
 def residual_block(block: Any) -> Block:
-    """Of blocks with ``conv1``, ``bn1``, ..., ``relu``, ``downsample`` and perhaps ``residual``, as torchvision's are."""
+    """Of blocks with ``conv1``, ``bn1``, ..., ``relu``, ``downsample`` and perhaps ``residual``, as torchvision's."""
     residual = getattr(block, "residual", True)
     return Block(numbered_layers(block), [block.relu], block.downsample, residual)
 

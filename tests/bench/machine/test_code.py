@@ -58,8 +58,9 @@ def test_what_does_not_fit_is_named():
 
 
 def test_pipes_and_bytes():
-    names = {"FFMA": "fma", "IMAD.WIDE": "imad", "LOP3.LUT": "alu", "MUFU.RCP": "transcendental", "LDSM.16.M88.4": "memory",
-             "UIADD3": "uniform", "BAR.SYNC": "", "HGMMA.64x128x16.F32.BF16": ""}  # fmt: skip
+    names = {"FFMA": "fma", "IMAD.WIDE": "imad", "LOP3.LUT": "alu", "MUFU.RCP": "transcendental",
+             "LDSM.16.M88.4": "memory", "UIADD3": "uniform", "BAR.SYNC": "",
+             "HGMMA.64x128x16.F32.BF16": ""}  # fmt: skip
     assert {name: pipe(Instruction(name))[0] for name in names} == names
     sizes = {"LDG.E": 128, "LDG.E.128": 512, "LDG.E.U16": 64, "LDSM.16.M88.4": 512, "STS.64": 256, "LDG.E.U8": 32}
     assert {name: moved(Instruction(name)) for name in sizes} == sizes

@@ -91,6 +91,14 @@ def _train(parser: argparse.ArgumentParser, named: str) -> None:
     _recipe(parser, named)
     parser.add_argument("--out", metavar="FOLDER", help="new run folder [runs/MODEL-TIME]")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_argument(
+        "--callback", action="append", default=[], metavar="FILE.py:FUNCTION",
+        help="call it with the trainer and each epoch's row; or package.module:FUNCTION; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lr-find", type=Path, metavar="FOLDER",
+        help="train nothing, but write there how the loss depends on the learning rate, and suggest one",
+    )  # fmt: skip
     add_options(parser, recipe=named)
 
 

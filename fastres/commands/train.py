@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from fastres.commands.options import given_options, load_data, recipe, say
 from fastres.errors import FastresError
 from fastres.models.registry import accepted_options
 from fastres.train import Interrupted, TrainConfig, Trainer, machine
+from fastres.train.callbacks import Callback, load_callback
 from fastres.train.distributed import Onlooker, Ranks, joined, rank_device
 from fastres.train.facts import run_facts
 from fastres.train.final_test import final_test
 from fastres.train.identity import CHANGED_BY_RESUME, PLACE, check_same_weights, difference
+from fastres.train.lr_find import range_test, write_range_test
 from fastres.train.pretrained import settled
 from fastres.train.requeue import check_requeue, requeue
 from fastres.train.run_folder import RunFolder, read_config, saved_config, saved_launch
@@ -24,8 +27,31 @@ from fastres.train.useless import check_given
 
 def train(args: argparse.Namespace) -> int:
     """Train a network and leave a run folder; `torchrun -m fastres.cli train` trains it with several processes."""
+    callbacks = [load_callback(text) for text in args.callback]
     with joined() as ranks:
-        return train_with(ranks, args)
+        if args.lr_find is not None:
+            return lr_find(ranks, args)
+        return train_with(ranks, args, callbacks)
+
+
+def lr_find(ranks: Ranks, args: argparse.Namespace) -> int:
+    """Print and write how the loss depends on the learning rate, with the options of the run that is meant."""
+    named = [f"--{name}" for name in ("out", "resume", "callback") if getattr(args, name)]
+    if ranks.count > 1 or named:
+        raise FastresError(
+            f"--lr-find trains nothing{f': leave out {named[0]}' if named else ' and is of one process'}"
+        )
+    config = plan(args, ranks).config
+    machine.treat_freed_memory(machine.pick_device(config.device), config.keep)
+    trainer = Trainer(config, load_data(config), Onlooker(args.lr_find))
+    found = range_test(trainer)
+    suggestion = found.suggestion
+    write_range_test(args.lr_find, found, f"{config.model}, {config.optimizer}, {trainer.dataset.label}")
+    print(
+        f"suggestion: --lr {suggestion:.2g}, where the loss falls fastest; it is least at {found.best:.2g}, of rates from "
+        f"{found.rates[0]:.0e} to {found.rates[-1]:.2g} in {len(found.rates)} steps; {args.lr_find}"
+    )
+    return 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +113,7 @@ def plan(args: argparse.Namespace, ranks: Ranks) -> Plan:
     return Plan(saved.replace(**{name: getattr(config, name) for name in PLACE}), path, True)
 
 
-def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
+def train_with(ranks: Ranks, args: argparse.Namespace, callbacks: Sequence[Callback] = ()) -> int:
     """Train as one of the ranks; only the first one prints and writes."""
     asked = ranks.of_first(lambda: plan(args, ranks))
     config = asked.config
@@ -99,7 +125,7 @@ def train_with(ranks: Ranks, args: argparse.Namespace) -> int:
     at = folder or Onlooker(path)
     try:
         with ranks.going_on(path):
-            trainer = Trainer(config, load_data(config, ranks), at, ranks=ranks)
+            trainer = Trainer(config, load_data(config, ranks), at, ranks=ranks, callbacks=callbacks)
             if ranks.of_first(at.begun):
                 trainer.resume()
                 if note := going_on_longer(trainer):

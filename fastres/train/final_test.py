@@ -5,18 +5,45 @@ nothing.
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from fastres.atomic import atomic_write
 from fastres.data import Augment, Batches
+from fastres.data.dataset import Labelled
+from fastres.train.confusion import PICTURE as CONFUSION
 from fastres.train.confusion import confusion, write_confusion
 from fastres.train.evaluate import evaluate
 from fastres.train.run_folder import TEST
-from fastres.train.trained import load_trained
+from fastres.train.samples import FILE as SAMPLES
+from fastres.train.samples import picture, predictions, spread
+from fastres.train.trained import Trained, load_trained
 from fastres.train.trainer import Trainer
 
 
+def _batches(trainer: Trainer, trained: Trained, split: Labelled) -> Batches:
+    return Batches(
+        split,
+        min(trainer.config.eval_batch_size, len(split)),
+        trained.mean,
+        trained.std,
+        Augment(crop_pad=0, resize=trained.image_size),
+        train=False,
+        device=trainer.device,
+        workers=trainer.config.workers,
+    )
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def final_test(trainer: Trainer) -> list[str]:
-    """Evaluate ``best.pt`` on the test images, write the confusion matrix to the run folder, and tell in a line or two.
+    """Evaluate ``best.pt`` on the test images, write the confusion matrix to the run folder, some predictions, and tell in
+    a line or two.
 
     Where validation images of their own picked the epoch, ``test.json`` has the scores. Only the first rank does it.
     """
@@ -24,18 +51,16 @@ def final_test(trainer: Trainer) -> list[str]:
     if not trainer.ranks.first or not folder.best.exists():
         return []
     trained = load_trained(folder.best, trainer.device)
-    batches = Batches(
-        dataset.test,
-        min(config.eval_batch_size, len(dataset.test)),
-        trained.mean,
-        trained.std,
-        Augment(crop_pad=0, resize=trained.image_size),
-        train=False,
-        device=trainer.device,
-        workers=config.workers,
-    )
+    batches = _batches(trainer, trained, dataset.test)
     found = confusion(trained.model, batches, len(dataset.classes), trainer.dtype)
     write_confusion(folder.path, found, list(dataset.classes), f"{dataset.label}, epoch {trained.epoch}")
+    samples = predictions(
+        trained.model, _batches(trainer, trained, dataset.test.subset(spread(len(dataset.test)))), trainer.dtype
+    )
+    with atomic_write(folder.path / SAMPLES) as file:
+        file.write(picture(samples, list(dataset.classes), f"{dataset.label}, epoch {trained.epoch}"))
+    for tag, name in (("confusion", CONFUSION), ("predictions", SAMPLES)):
+        folder.write_picture(f"{tag}/best", _pixels(folder.path / name), trainer.step)
     lines = [f"epoch {trained.epoch}, by class: {found.line(list(dataset.classes))}"]
     if dataset.val is not None:
         scores = evaluate(trained.model, batches, trainer.dtype, config.tta)

@@ -21,12 +21,13 @@ from fastres.train.curves import plot_curves
 from fastres.train.events import Events
 from fastres.train.identity import check_same_run, checksum
 from fastres.train.lock import Lock
+from fastres.train.samples import FILE as SAMPLES
 
 LOCK, CONFIG, METRICS, CURVES, RESULT, TEST = (
     ".lock", "config.json", "metrics.jsonl", "curves.png", "result.json", "test.json",
 )  # fmt: skip
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-_WRITTEN = (CONFIG, METRICS, CURVES, RESULT, TEST, LAST, PREVIOUS, BEST, *CONFUSION)
+_WRITTEN = (CONFIG, METRICS, CURVES, RESULT, TEST, LAST, PREVIOUS, BEST, SAMPLES, *CONFUSION)
 _NO_RUN = "no run can go on from it"
 
 
@@ -183,6 +184,7 @@ class RunFolder:
     def write_config(self, config: TrainConfig, facts: dict[str, Any]) -> None:
         """Save the options and the facts of the run (its id, digest of the data, label, device, versions)."""
         content = {"options": config.to_dict(), **facts}
+        self._events.options = content["options"]
         self._write(CONFIG, json.dumps({"checksum": checksum(content), **content}, indent=2) + "\n")
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
@@ -193,6 +195,11 @@ class RunFolder:
         """Add one epoch's row to the TensorBoard events."""
         with self._disk("TensorBoard events"):
             self._events.write([row])
+
+    def write_picture(self, tag: str, pixels: Any, step: int) -> None:
+        """Add a picture, uint8 [H, W, 3], to the TensorBoard events."""
+        with self._disk("TensorBoard events"):
+            self._events.write_picture(tag, pixels, step)
 
     def restore_rows(self, history: list[dict[str, Any]]) -> None:
         """Write the rows that a process could not before it ended: events come before metrics, so those tell which."""

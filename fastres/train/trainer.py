@@ -6,7 +6,7 @@ import math
 import signal
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -20,6 +20,7 @@ from fastres.train import machine, pretrained, report, state
 from fastres.train.average import WeightAverage
 from fastres.train.best import held_epoch
 from fastres.train.build import build_batches, build_model, build_optimizer, image_size, model_options, with_statistics
+from fastres.train.callbacks import Callback, call_all
 from fastres.train.config import TrainConfig
 from fastres.train.distributed import ALONE, Onlooker, Ranks, rank_device
 from fastres.train.evaluate import Tally, all_finite, evaluate
@@ -59,6 +60,7 @@ class Trainer:
         folder: where checkpoints and metrics go.
         say: prints one line, of the first rank.
         ranks: the processes that train together; each one has a trainer of the same options.
+        callbacks: hear of each epoch, see `fastres.train.callbacks`.
 
     Raises:
         FastresError: when the options do not fit the data or the machine.
@@ -71,7 +73,9 @@ class Trainer:
         folder: RunFolder | Onlooker,
         say: Callable[[str], None] = tqdm.write,
         ranks: Ranks = ALONE,
+        callbacks: Sequence[Callback] = (),
     ):
+        self.callbacks = callbacks if ranks.first else ()
         self.folder, self.ranks = folder, ranks
         self.say = say if ranks.first else lambda line: None
         self.device = machine.pick_device(rank_device(config.device, ranks))
@@ -323,6 +327,7 @@ class Trainer:
         self.folder.write_events(row)
         self.folder.write_metrics(self.history)
         self.say(report.line(row, *self._columns))
+        call_all(self.callbacks, self, row)
         if waits > MUCH and not self._told:
             self._told = True
             self.say(f"{waits:.0%} of the time went into waiting for images: more --workers may decode them faster")

@@ -119,7 +119,7 @@ def steps_shown(run: Path) -> list[int]:
     """The steps of the epochs that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return [event.step for event in EventAccumulator(str(run)).Reload().Scalars("val_accuracy")]
+    return [event.step for event in EventAccumulator(str(run)).Reload().Scalars("accuracy/val")]
 
 
 def hostile_folders(folder: Path) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def test_kill_9_around_every_write_loses_at_most_one_epoch(number, name, moment,
 def events(folder):
     """The validation accuracies as TensorBoard shows them."""
     shown = EventAccumulator(str(folder)).Reload()
-    return shown.Scalars("val_accuracy")
+    return shown.Scalars("accuracy/val")
 
 
 def kill_9_reference(tmp_path):

@@ -105,7 +105,7 @@ class Loader:
         return Found(parts, kind.name if parts.genuine else other)
 
     def archive(self, path: Path) -> Found:
-        """An image folder, or one of CIFAR's, in a zip or tar file."""
+        """An image folder, images with a table, or one of CIFAR's sets, in a zip or tar file."""
         tree = open_archive(path)
         for kind in cifar.KINDS:
             files = {
@@ -116,6 +116,9 @@ class Loader:
                     for name, member in files.items():  # names that are known: nothing is written elsewhere
                         (Path(folder) / name).write_bytes(member.read())
                     return self.batches(Path(folder), kind, path)
+        has_splits = layout.split_folders(tree, layout.base_of(tree))
+        if not has_splits and (tables := table.tables_of(tree)):
+            return self.listed(table.read_tables(tables, path), path)
         return self.listed(layout.arrange(tree), path)
 
     def image_folder(self, path: Path) -> Found:
@@ -197,7 +200,7 @@ class Loader:
         if path.is_file() and is_archive(path):
             return self.archive(path)
         if path.is_file() and path.suffix.lower() in table.SUFFIXES:
-            return self.listed(table.read_tables([path], path), path)
+            return self.listed(table.read_tables([table.in_folder(path)], path), path)
         if not path.is_dir():
             what = (
                 "neither a folder nor one of " + " ".join((*ARCHIVES, *table.SUFFIXES))
@@ -211,7 +214,7 @@ class Loader:
                     if kind.is_in(batches):
                         return self.batches(batches, kind)
             tables = table.tables_in(path)
-            if tables and (layout.split_of(tables[0].stem) or not any(entry.is_dir() for entry in path.iterdir())):
+            if tables:
                 return self.listed(table.read_tables(tables, path), path)
         return self.image_folder(path)
 

@@ -1,10 +1,13 @@
 """CSV files of file and label."""
 
+import shutil
+
 import pytest
 from PIL import Image
 
 from fastres import data
 from fastres.data import DataError
+from fastres.data.budget import Budget
 
 
 @pytest.fixture
@@ -93,3 +96,56 @@ def test_what_is_no_table_is_named(images, text, complaint):
     with pytest.raises(DataError, match=complaint) as error:
         load(images / "labels.csv", val_share=0.5)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar"])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("budget", [None, Budget(0, "of the test")], ids=["memory", "files"])
+def test_a_table_in_an_archive(images, tmp_path_factory, kind, wrapped, budget):
+    root = tmp_path_factory.mktemp("packed")
+    inside = root / "pack" / "set" if wrapped else root / "pack"
+    shutil.copytree(images / "pictures", inside / "pictures")
+    (inside / "labels.csv").write_text("file,label,split\n" + lines(split=lambda i: "train" if i < 8 else "val"))
+    packed = shutil.make_archive(str(root / "set"), kind, root / "pack")
+    (images / "labels.csv").write_text((inside / "labels.csv").read_text())
+    for options in ({"budget": budget}, {"budget": budget, "cache": False}):
+        found, _ = load(packed, **options)
+        assert (len(found.train), len(found.test), found.classes) == (8, 4, ("ant", "bee"))
+        assert found.digest == load(images / "labels.csv")[0].digest
+
+
+def test_tables_of_splits_in_an_archive(images, tmp_path_factory):
+    root = tmp_path_factory.mktemp("packed")
+    for name in ("train", "valid"):  # names of files without their ending, in a folder of the table's name
+        (root / "pack" / name).mkdir(parents=True)
+    for i in range(12):
+        shutil.copy(images / "pictures" / f"{i}.png", root / "pack" / ("train" if i < 8 else "valid"))
+    for name, part in (("train", range(8)), ("valid", range(8, 12))):
+        rows = "".join(f"{i},{'ant' if i % 2 else 'bee'}\n" for i in part)
+        (root / "pack" / f"{name}.csv").write_text("image_id,breed\n" + rows)
+    dataset, _ = load(shutil.make_archive(str(root / "set"), "zip", root / "pack"))
+    assert dataset.train.images[:, 0, 0, 0].tolist() == list(range(8)) and len(dataset.test) == 4
+
+
+def test_what_a_table_in_an_archive_names_in_vain(images):
+    (images / "labels.csv").write_text("file,label\n" + lines() + "../../etc/passwd,ant\nlost.png,bee\n")
+    packed = shutil.make_archive(str(images / "set"), "zip", images)
+    with pytest.raises(DataError, match="2 images cannot be read: .*passwd .it does not exist.*lost.png .it does not"):
+        load(packed, val_share=0.5)
+    dataset, said = load(packed, val_share=0.5, skip_bad=True)
+    assert len(dataset.train) + len(dataset.test) == 12 and "2 unreadable images" in said[-1]
+
+
+def test_class_folders_in_an_archive_beside_some_table_are_classes(images):
+    for i in range(12):
+        place = images / "pack" / ("ant" if i % 2 else "bee")
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "pictures" / f"{i}.png", place)
+    (images / "pack" / "notes.csv").write_text("who,when\n")
+    dataset, _ = load(shutil.make_archive(str(images / "set"), "zip", images / "pack"), val_share=0.5)
+    assert dataset.classes == ("ant", "bee")
+
+
+def test_a_folder_with_one_table_and_one_folder_of_images(images):
+    (images / "labels.csv").write_text("file,label\n" + lines())
+    assert len(load(images, val_share=0.5)[0].train) == 6

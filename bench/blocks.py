@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,11 @@ class Part:
 class EagerStem(nn.Module):
     """The first layers of a network: convolution, BatchNorm, ReLU, perhaps a pool; or only the convolution."""
 
-    def __init__(self, network: nn.Module):
+    conv1: nn.Module
+    bn1: nn.Module | None
+    maxpool: nn.Module | None
+
+    def __init__(self, network: Any):
         super().__init__()
         self.conv1, self.bn1 = network.conv1, getattr(network, "bn1", None)
         self.maxpool = getattr(network, "maxpool", None)
@@ -61,9 +66,9 @@ class FusedStem(EagerStem):
 class FusedChain(nn.Module):
     """Fused blocks as their network applies them: several at once, or each handing its statistics to the next."""
 
-    def __init__(self, blocks: nn.Sequential):
+    def __init__(self, blocks: Any):
         super().__init__()
-        self.blocks = blocks
+        self.blocks: Any = blocks  # an nn.Sequential
         self.preact = isinstance(blocks[0], PreActBottleneck)
         if self.preact:
             self.register_buffer("coef", torch.empty(5, blocks[0].bn1.num_features))
@@ -84,14 +89,14 @@ def fused(part: Part, keep: str = "all") -> nn.Module:
     return FusedChain(fuse(modules, keep))
 
 
-def parts_of(network: str, size: int, **options: object) -> list[Part]:
+def parts_of(network: str, size: int, **options: Any) -> list[Part]:
     """Stem and stages of a network for images of ``size`` x ``size`` pixels."""
     model = create_model(network, **options).to(memory_format=torch.channels_last)
     stages = [name for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(model, name)]
     parts = [("stem", nn.Sequential(EagerStem(model)))] + [(f"{name}.0", getattr(model, name)) for name in stages]
     x, found = torch.empty(1, 3, size, size, device="meta"), []
     for name, modules in parts:
-        found.append(Part(name, modules, tuple(x.shape[1:])))
+        found.append(Part(name, modules, (x.shape[1], x.shape[2], x.shape[3])))
         with torch.no_grad():
             x = copy.deepcopy(modules).to("meta")(x)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,17 @@ def in_order(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def run_blocks(
     blocks: Sequence[nn.Module],
-    x: Tensor,
+    x: Any,
     every: int = 0,
-    apply: Callable[[Sequence[nn.Module], Tensor], Tensor] = in_order,
-) -> Tensor:
+    apply: Callable[[Sequence[nn.Module], Any], Any] = in_order,
+) -> Any:
     """Apply blocks in order; where ``every`` is not 0, keep only each ``every``-th activation for backward.
 
     The rest is computed again in backward (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): one
     more forward of time, and memory for ``len(blocks) / every`` inputs and one group's activations.
 
     Args:
+        x: [N, C, H, W], or what ``apply`` takes and returns.
         apply: applies a group of blocks.
     """
     if not every or not torch.is_grad_enabled():

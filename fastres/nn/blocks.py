@@ -29,13 +29,13 @@ from fastres.ops.layers import output_hw
 
 LONGEST = 8  # blocks in a chain
 
-Pairs = Sequence[tuple[nn.Module, nn.Module]]
+Pairs = Sequence[tuple[Any, Any]]
 
 
 def fused_residual(
     x: Tensor,
     blocks: Sequence[Pairs],
-    shortcut: nn.Module | None = None,
+    shortcut: Any = None,
     residual: bool = True,
     relu: bool = True,
     keep: str = "all",
@@ -67,7 +67,7 @@ def fused_residual(
 def _eager_residual(
     x: Tensor,
     blocks: Sequence[Pairs],
-    shortcut: nn.Module | None,
+    shortcut: Any,
     residual: bool,
     relu: bool,
     identities: Sequence[Identity] | None,
@@ -88,7 +88,7 @@ def _eager_residual(
 def _fused_residual(
     x: Tensor,
     blocks: Sequence[Pairs],
-    shortcut: nn.Module | None,
+    shortcut: Any,
     residual: bool,
     relu: bool,
     keep: str = "all",
@@ -209,9 +209,9 @@ def _joins(link: Link, block: nn.Module, structure: Block) -> bool:
     )
 
 
-def _chain(x: Tensor, blocks: Sequence[nn.Module], structures: Sequence[Block]) -> Tensor:
+def _chain(x: Tensor, blocks: Sequence[Any], structures: Sequence[Block]) -> Tensor:
     first, *others = structures
-    identities = [identity_of(one.shortcut) for one in others]
+    identities: list[Any] = [identity_of(one.shortcut) for one in others]  # none is None, or they would not join
     pairs = [one.layers for one in structures]
     relu = structures[-1].relu
     return _fused_residual(x, pairs, first.shortcut, first.residual, relu, blocks[0].keep, identities)

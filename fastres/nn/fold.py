@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,12 @@ from fastres.nn.structure import (
 from fastres.ops import Conv, bn_relu, conv_bias_act, conv_bias_act_again
 from fastres.ops.cpu import PackedConv
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class _Inference(nn.Module):
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Self:
         """Raises RuntimeError for ``mode`` True: there is no BatchNorm left to train."""
         if mode:
             raise RuntimeError("a folded network is for inference only: train the network that it was folded from")
@@ -58,7 +61,7 @@ class FoldedConv(_Inference):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Module, bn: nn.Module | None, relu: bool):
+    def __init__(self, conv: Any, bn: Any, relu: bool):
         super().__init__()
         if reason := unsupported(conv, bn, rectified=relu):
             raise ValueError(f"cannot fold: {reason}")
@@ -91,9 +94,7 @@ class FoldedConv(_Inference):
         if watched(x) or _is_differentiated(x, residual):
             return self.plain(x, residual)
         nhwc = to_nhwc(x)
-        conv = Conv(
-            self.weight, self.geometry.stride, self.geometry.pad(tuple(nhwc.shape[1:3])), self.geometry.dilation
-        )
+        conv = Conv(self.weight, self.geometry.stride, self.geometry.pad(nhwc.shape[1:3]), self.geometry.dilation)
         added = None if residual is None else to_nhwc(residual)
         return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.relu, self.packed))
 
@@ -283,7 +284,7 @@ def _places(network: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _in_order(convs: Sequence[nn.Module], x: Tensor) -> Tensor:
+def _in_order(convs: Iterable[nn.Module], x: Tensor) -> Tensor:
     for conv in convs:
         x = conv(x)
     return x

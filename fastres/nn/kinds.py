@@ -226,7 +226,7 @@ def max_pool_window(pool: Any, hw: tuple[int, int]) -> Window:
     return Window(kernel, stride, (padding,) * 4)
 
 
-def identity_of(shortcut: nn.Module | None) -> Identity | None:
+def identity_of(shortcut: Any) -> Identity | None:
     """What a shortcut without parameters does, if the fused operation can do it; None as shortcut is x itself."""
     if shortcut is None:
         return Identity()

@@ -67,7 +67,7 @@ def parts_of(steps: Sequence[Step], blocks: Callable[[nn.Module], bool] | None =
     return parts
 
 
-def _opened(steps: Sequence[Step]) -> list[Any]:
+def _opened(steps: Sequence[Any]) -> list[Any]:
     """The steps with those of every ``nn.Sequential`` among them that nothing waits for, and without those that are
     None.
 

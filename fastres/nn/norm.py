@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class Geometry(NamedTuple):
     declared: PadOf | None  # padding that depends on the input's size, see `declare_convolution`
     dilation: int = 1
 
-    def pad(self, hw: tuple[int, int]) -> Pad:
+    def pad(self, hw: Sequence[int]) -> Pad:
         """Padding on each side for an input of height and width ``hw``."""
         if self.declared is not None:
             return self.declared(hw, self.kernel_size, self.stride)
@@ -53,18 +53,18 @@ class Geometry(NamedTuple):
         return *self.padding, *self.padding
 
 
-def geometry_of(conv: nn.Module) -> Geometry:
+def geometry_of(conv: Any) -> Geometry:
     """Of a convolution that is not `unsupported`."""
     return Geometry(conv.kernel_size, conv.stride[0], conv.padding, pad_of(conv), conv.dilation[0])
 
 
-def conv_of(conv: nn.Module, hw: tuple[int, int]) -> Conv:
+def conv_of(conv: Any, hw: Sequence[int]) -> Conv:
     """The convolution as it meets an input of height and width ``hw``."""
     geometry = geometry_of(conv)
     return Conv(conv.weight, geometry.stride, geometry.pad(hw), geometry.dilation)
 
 
-def norm_of(bn: nn.Module) -> Norm:
+def norm_of(bn: Any) -> Norm:
     """The BatchNorm in its present mode: by the batch when training or without running statistics, or else frozen."""
     frozen = isinstance(bn, FrozenBatchNorm2d)
     if not frozen and (bn.training or bn.running_mean is None):
@@ -72,22 +72,22 @@ def norm_of(bn: nn.Module) -> Norm:
     return Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
 
 
-def group_of(bn: nn.Module) -> str | None:
+def group_of(bn: Any) -> str | None:
     """Name of the process group that it takes its statistics over, as ``nn.SyncBatchNorm`` does when training."""
     if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available() and dist.is_initialized()):
         return None
-    group = bn.process_group or dist.group.WORLD
+    group: Any = bn.process_group or dist.group.WORLD
     return group.group_name if group.size() > 1 else None
 
 
-def layer_of(conv: nn.Module, bn: nn.Module, hw: tuple[int, int]) -> Layer:
+def layer_of(conv: Any, bn: Any, hw: Sequence[int]) -> Layer:
     """Convolution and BatchNorm as they meet an input of height and width ``hw``."""
-    weight, *geometry = conv_of(conv, hw)
-    return Layer(weight, norm_of(bn), *geometry)
+    weight, stride, pad, dilation = conv_of(conv, hw)
+    return Layer(weight, norm_of(bn), stride, pad, dilation)
 
 
 @torch.no_grad()
-def track(norms: Sequence[nn.Module], statistics: Sequence[Statistics]) -> None:
+def track(norms: Sequence[Any], statistics: Sequence[Statistics]) -> None:
     """Update running statistics and counters as ``nn.BatchNorm2d.forward`` does, in the same modes, all at once.
 
     A recomputing checkpoint repeats them, as it repeats those of
@@ -117,7 +117,7 @@ def track(norms: Sequence[nn.Module], statistics: Sequence[Statistics]) -> None:
     )
 
 
-def _momentum(bn: nn.Module) -> float | Tensor:
+def _momentum(bn: Any) -> float | Tensor:
     """Weight of this batch; of a cumulative average on the device, so without waiting for it."""
     if bn.momentum is not None:
         return bn.momentum

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from fastres.ops import Layer, Norm, residual_chain, stem
 from fastres.ops.layers import output_hw
 
 
-def fused_stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module | None) -> Tensor:
+def fused_stem(x: Tensor, conv: Any, bn: Any, pool: nn.Module | None) -> Tensor:
     """``pool(relu(bn(conv(x))))`` and the update of the running statistics; pool None or identity: no pool.
 
     What may not be bypassed is called.
@@ -27,8 +29,8 @@ def fused_stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module | None
     if pool is None or isinstance(pool, nn.Identity) and IDENTITIES.reason(pool) is None:
         return fused_residual(x, [[(conv, bn)]], residual=False)
     nhwc = to_nhwc(x)
-    layer = layer_of(conv, bn, tuple(nhwc.shape[1:3]))
-    hw = output_hw(tuple(nhwc.shape[1:3]), conv.kernel_size, layer.stride, layer.pad, layer.dilation)
+    layer = layer_of(conv, bn, nhwc.shape[1:3])
+    hw = output_hw(nhwc.shape[1:3], conv.kernel_size, layer.stride, layer.pad, layer.dilation)
     window = None if pool_reason(pool) is not None else window_of(pool, hw)
     if window is None:
         return pool(fused_residual(x, [[(conv, bn)]], residual=False))
@@ -37,10 +39,10 @@ def fused_stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module | None
     return to_nchw(out)
 
 
-def fused_conv_relu(x: Tensor, conv: nn.Module) -> Tensor:
+def fused_conv_relu(x: Tensor, conv: Any) -> Tensor:
     """``relu(conv(x))`` of a convolution with bias, to the operations a frozen BatchNorm of mean 0 and variance 1."""
     nhwc = to_nhwc(x)
-    weight, *geometry = conv_of(conv, tuple(nhwc.shape[1:3]))
+    weight, stride, pad, dilation = conv_of(conv, nhwc.shape[1:3])
     zeros = conv.bias.new_zeros(conv.out_channels)
     norm = Norm(None, conv.bias, zeros, zeros + 1, eps=0.0)
-    return to_nchw(residual_chain(nhwc, [[Layer(weight, norm, *geometry)]])[0])
+    return to_nchw(residual_chain(nhwc, [[Layer(weight, norm, stride, pad, dilation)]])[0])

@@ -27,7 +27,7 @@ class Block(NamedTuple):
     ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``.
     """
 
-    layers: Sequence[tuple[nn.Module, nn.Module]]  # each convolution with the BatchNorm behind it, or in front of it
+    layers: Sequence[tuple[Any, Any]]  # each convolution with the BatchNorm behind it, or in front of it
     activations: Sequence[nn.Module] = ()  # the ReLU modules that the forward calls
     # None: x itself, or a module: nn.Sequential(convolution, BatchNorm) joins the operation; such a pair at the end of
     # a longer nn.Sequential is one of its own, those in front of it (a pool, say) and all other modules are called; or

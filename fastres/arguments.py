@@ -16,7 +16,9 @@ OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 EXPORTS = {
     ".onnx": "ONNX",
     ".pt2": "a program for torch.export.load",
-    ".pt": "the weights, which torchvision's network of the same name takes",
+    ".pt": "the weights for torchvision's network of the same name",
+    ".safetensors": "the weights of any network",
+    "": "without an ending, a folder for the Hugging Face Hub, which timm reads",
 }
 
 
@@ -139,7 +141,7 @@ def _predict(parser: argparse.ArgumentParser, _: str) -> None:
 
 def _export(parser: argparse.ArgumentParser, _: str) -> None:
     parser.add_argument("checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
-    kinds = "; ".join(f"{suffix}: {meaning}" for suffix, meaning in EXPORTS.items())
+    kinds = "; ".join(f"{suffix}: {meaning}" if suffix else meaning for suffix, meaning in EXPORTS.items())
     parser.add_argument("--out", type=Path, metavar="FILE", default=Path("model.onnx"), help=f"{kinds} [model.onnx]")
 
 

@@ -10,5 +10,6 @@ from fastres.export import command
 
 def export(args: argparse.Namespace) -> int:
     """Write a trained network for other programs."""
-    check_writable("--out", args.out)
+    if args.out.suffix:
+        check_writable("--out", args.out)
     return command.export(args)

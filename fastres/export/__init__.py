@@ -1,7 +1,8 @@
-"""Trained networks for other programs: plain ATen for ``torch.export`` and ONNX, and weights for torchvision."""
+"""Trained networks for other programs: plain ATen for ``torch.export`` and ONNX, weights for torchvision, timm and others."""
 
 from fastres.export.formats import check_onnx, to_onnx, to_program, write_onnx, write_program, write_weights
 from fastres.export.portable import FromPixels, portable
+from fastres.export.weights import to_safetensors, write_hub, write_safetensors
 
 __all__ = [
     "FromPixels",
@@ -9,7 +10,10 @@ __all__ = [
     "portable",
     "to_onnx",
     "to_program",
+    "to_safetensors",
+    "write_hub",
     "write_onnx",
     "write_program",
+    "write_safetensors",
     "write_weights",
 ]

@@ -14,6 +14,7 @@ from fastres.arguments import EXPORTS
 from fastres.errors import FastresError
 from fastres.export.formats import check_onnx, to_onnx, to_program, write_onnx, write_program, write_weights
 from fastres.export.portable import FromPixels, portable
+from fastres.export.weights import differs_from_torchvision, facts, write_hub, write_safetensors
 from fastres.train.checkpoint import load_checkpoint
 from fastres.train.trained import Trained, evaluated_weights, find_checkpoint, load_trained
 
@@ -24,16 +25,15 @@ def export(args: argparse.Namespace) -> int:
     """Write a trained network for other programs."""
     path: Path = args.out
     if path.suffix not in EXPORTS:
-        raise FastresError(f"--out {path} has none of the endings {', '.join(EXPORTS)}: they tell what to write")
+        raise FastresError(
+            f"--out {path} has none of the endings {', '.join(filter(None, EXPORTS))}: they tell what to write"
+        )
     checkpoint = find_checkpoint(args.checkpoint)
     trained = load_trained(checkpoint, torch.device("cpu"))
-    if path.suffix == ".pt":
-        weights, _ = evaluated_weights(load_checkpoint(checkpoint))
-        write_weights(path, weights)
-        print(f"{path}: {len(weights)} tensors of {checkpoint}")
-        return 0
+    if path.suffix in (".pt", ".safetensors", ""):
+        return export_weights(path, checkpoint, trained)
     model = FromPixels(portable(trained.model), trained.mean, trained.std).requires_grad_(False)
-    facts = {
+    notes = {
         "classes": json.dumps(trained.classes),
         "image_size": str(trained.image_size),
         "input": "RGB, 0..255, [batch, 3, H, W]",
@@ -41,15 +41,38 @@ def export(args: argparse.Namespace) -> int:
     }
     checked = ""
     if path.suffix == ".pt2":
-        write_program(path, to_program(model, trained.image_size), facts)
+        write_program(path, to_program(model, trained.image_size), notes)
     else:
-        content = to_onnx(model, trained.image_size, facts)
+        content = to_onnx(model, trained.image_size, notes)
         checked = check(content, model, trained)
         write_onnx(path, content)
     print(
         f"{path}: RGB images 0..255, fp32 [batch, 3, {trained.image_size}, {trained.image_size}], to logits of "
         f"{len(trained.classes)} classes{checked} ({checkpoint}, epoch {trained.epoch})"
     )
+    return 0
+
+
+def export_weights(path: Path, checkpoint: Path, trained: Trained) -> int:
+    """Write the weights alone: for torchvision, as safetensors, or a folder for the Hugging Face Hub.
+
+    Raises:
+        FastresError: where torchvision could not load them.
+    """
+    saved = load_checkpoint(checkpoint)
+    weights, _ = evaluated_weights(saved)
+    known, reader = facts(trained, saved["model"], saved["model_options"]), ""
+    if path.suffix == ".pt":
+        if differs := differs_from_torchvision(saved["model"], weights, len(trained.classes)):
+            raise FastresError(
+                f"torchvision cannot load the weights of {checkpoint} ({differs}): export to .safetensors, .onnx or .pt2"
+            )
+        write_weights(path, weights)
+    elif path.suffix == ".safetensors":
+        write_safetensors(path, weights, known)
+    else:
+        reader = f", for {write_hub(path, weights, known, trained.data)}"
+    print(f"{path}: {len(weights)} tensors of {checkpoint}{reader}")
     return 0
 
 

@@ -84,7 +84,7 @@ def write_program(path: Path, program: ExportedProgram, facts: dict[str, str] | 
     """
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files=facts)
-    _write(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def write_onnx(path: Path, content: bytes) -> None:
@@ -93,7 +93,7 @@ def write_onnx(path: Path, content: bytes) -> None:
     Raises:
         FastresError: where it cannot be written.
     """
-    _write(path, content)
+    write_bytes(path, content)
 
 
 def write_weights(path: Path, weights: dict[str, Any]) -> None:
@@ -104,10 +104,15 @@ def write_weights(path: Path, weights: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(weights, buffer)
-    _write(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        FastresError: where it cannot be written.
+    """
     try:
         with atomic_write(path) as file:
             file.write(content)

@@ -29,7 +29,7 @@ from fastres.train.layers import head_name
 from fastres.train.trained import evaluated_weights
 
 TORCHVISION = "torchvision"
-HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
+HUB_WEIGHTS, HUB_CONFIG, METADATA = "model.safetensors", "config.json", "fastres"
 _WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -159,11 +159,7 @@ def _timm_pixels(config: dict[str, Any]) -> tuple[Any, Any, Any]:
 def _hub_folder(path: Path) -> Weights:
     """A folder as timm and `fastres export` write it for the Hugging Face Hub."""
     try:
-        config = json.loads((path / HUB_CONFIG).read_text("utf-8"))
-        pixels = _timm_pixels(config.get("pretrained_cfg") or {})
-        names = config.get("label_names")
-        classes = tuple(map(str, names)) if isinstance(names, list) else None
-        return Weights(str(path), _tensors(path / HUB_WEIGHTS), config["architecture"], classes, *pixels)
+        return _described(str(path), _tensors(path / HUB_WEIGHTS), json.loads((path / HUB_CONFIG).read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, FastresError):
             raise
@@ -172,10 +168,31 @@ def _hub_folder(path: Path) -> Weights:
         ) from error
 
 
+def _described(source: str, tensors: dict[str, Tensor], known: dict[str, Any]) -> Weights:
+    """Weights with what a configuration in timm's words says of them."""
+    names = known.get("label_names")
+    classes = tuple(map(str, names)) if isinstance(names, list) else None
+    return Weights(source, tensors, known["architecture"], classes, *_timm_pixels(known.get("pretrained_cfg") or {}))
+
+
 def _file(path: Path) -> Weights:
-    if path.suffix != ".safetensors" and _is_checkpoint(path):
-        return _run(path)
-    return Weights(str(path), _tensors(path))
+    if path.suffix == ".safetensors":
+        tensors, known = _tensors(path), _metadata(path)
+        return _described(str(path), tensors, known) if known is not None else Weights(str(path), tensors)
+    return _run(path) if _is_checkpoint(path) else Weights(str(path), _tensors(path))
+
+
+def _metadata(path: Path) -> dict[str, Any] | None:
+    """What `fastres export` wrote beside the weights, if it wrote them."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    try:
+        known = None if text is None else json.loads(text)
+    except ValueError as error:
+        raise FastresError(f"{path} is damaged ({first_line(error)})") from error
+    return known if isinstance(known, dict) and isinstance(known.get("architecture"), str) else None
 
 
 def _is_checkpoint(path: Path) -> bool:

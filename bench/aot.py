@@ -124,8 +124,8 @@ def launches_of(
 
 
 def _runs(name: str, options: dict[str, Any]) -> Iterator[Callable[[Tensor, torch.dtype], None]]:
-    for keep in ("all", "fewer"):
-        yield _step(create_fused_model(name, keep=keep, **options))
+    for recompute in (False, True):
+        yield _step(create_fused_model(name, recompute=recompute, **options))
     yield _step(create_fused_model(name, **options).eval())
     yield _inference(fold(create_model(name, **options)))
 

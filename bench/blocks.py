@@ -80,13 +80,13 @@ class FusedChain(nn.Module):
         return in_chains(self.blocks, (x, self.coef))[0]
 
 
-def fused(part: Part, keep: str = "all") -> nn.Module:
+def fused(part: Part, recompute: bool = False) -> nn.Module:
     """The part's fused form, see `fastres.nn.fuse`; the eager one stays as it is."""
     modules = copy.deepcopy(part.modules)
     if isinstance(modules[0], EagerStem):
         modules[0].__class__ = FusedStem
         return modules
-    return FusedChain(fuse(modules, keep))
+    return FusedChain(fuse(modules, recompute))
 
 
 def parts_of(network: str, size: int, **options: Any) -> list[Part]:

@@ -13,12 +13,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -32,8 +31,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile, get_cache_key, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastres.ops import aten, library, select
-from fastres.ops.library import LibraryConvolutions
+from fastres.ops import implementation
+from fastres.ops.backends import vendor
+from fastres.ops.backends.aten import pixel_tiles
+from fastres.ops.backends.protocol import Normalised
+from fastres.ops.backends.triton import Triton, Vendor
 
 # What a launch asks of the compiler beside the kernel's own arguments.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
@@ -117,7 +119,9 @@ def recorded(rank: int | None = 0) -> Iterator[list[Launch]]:
     Raises:
         RuntimeError: under ``TRITON_INTERPRET``.
     """
-    primitives = library_primitives() if rank is None else triton_primitives(rank)
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels are neither specialised nor compiled")
+    backend = _Recorded() if rank is None else Triton(rank)
     launches: list[Launch] = []
 
     def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -129,41 +133,19 @@ def recorded(rank: int | None = 0) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(select, "_primitives", lambda name: select.Primitives({name: primitives})),
-        mock.patch.multiple(library, **_UNRUN),
-        select.implementation("auto"),
+        mock.patch.multiple(vendor, **_UNRUN),
+        implementation(backend),
     ):
         yield launches
 
 
-def triton_primitives(rank: int = 0) -> SimpleNamespace:
-    """The Triton primitives at one rank of their configurations.
+class _Recorded(Vendor):
+    """The vendor's convolutions, which are not run, between Triton's passes."""
 
-    Raises:
-        RuntimeError: under ``TRITON_INTERPRET``.
-    """
-    if knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels are neither specialised nor compiled")
-    primitives = dict(vars(select._triton()))
-    for name, launcher in primitives.items():
-        if inspect.isfunction(launcher) and "rank" in inspect.signature(launcher).parameters:
-            primitives[name] = partial(launcher, rank=rank)
-    joint = partial(select._dgrad_and_wgrad, primitives["conv_dgrad"], primitives["conv_wgrad"])
-    return SimpleNamespace(**{**primitives, "conv_backward": joint})
-
-
-def library_primitives() -> SimpleNamespace:
-    """What `select` times against the Triton convolutions, see `recorded`."""
-    triton = triton_primitives()
-    convolutions = LibraryConvolutions(triton.moments, triton.bn_add_relu, triton.bn_backward_apply, _sums)
-    taken = {name: getattr(convolutions, name) for name in vars(triton) if hasattr(convolutions, name)}
-    return SimpleNamespace(**{**vars(triton), **taken})
-
-
-def _sums(dz: Tensor, y: Tensor, coef: Tensor) -> Tensor:
-    """`aten.bn_sums`, undefined."""
-    tiles, fold = aten._tiles(dz)
-    return coef.new_empty(len(tiles) * fold, 2, coef.shape[1])
+    def bn_sums(self, dz: Tensor, normalised: Normalised) -> Tensor:
+        """Undefined."""
+        tiles, fold = pixel_tiles(dz)
+        return dz.new_empty(len(tiles) * fold, 2, dz.shape[3], dtype=torch.float32)
 
 
 def _unrun(function: Callable) -> Callable:
@@ -176,11 +158,11 @@ def _unrun(function: Callable) -> Callable:
     return call
 
 
-# What `LibraryConvolutions` computes beside its passes.
+# What `VendorConvolutions` computes beside its passes.
 _UNRUN: dict[str, Any] = {
-    "convolve": _unrun(library.convolve),
-    "convolve_backward": _unrun(library.convolve_backward),
-    "add_residual": lambda dx, residual, stride: None,
+    "convolve": _unrun(vendor.convolve),
+    "convolve_backward": _unrun(vendor.convolve_backward),
+    "add_gradient": lambda dx, joined: None,
     "_aten": SimpleNamespace(
         threshold_backward=lambda dx, a, threshold: dx, convolution_backward=torch.ops.aten.convolution_backward
     ),

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastres.ops import aten, cpu, select
-from fastres.ops.library import LibraryConvolutions
+from fastres.ops import cpu
+from fastres.ops.backends.aten import Aten
+from fastres.ops.backends.cpp import Cpp
+from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient, Normalised, Shortcut
+from fastres.ops.backends.triton import Triton, Vendor
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,14 @@ class Call:
     bytes: int  # of its arguments and results, each once
 
 
-def implementations(device: torch.device) -> dict[str, Any]:
-    """Namespaces of primitives by name: on a CPU ATen's, and the compiled passes where they can be had."""
-    found: dict[str, Any] = {"aten": aten}
+def implementations(device: torch.device) -> dict[str, Backend]:
+    """Backends by name: on a CPU ATen's, and the compiled passes where they can be had."""
+    found: list[Backend] = []
     if device.type == "cpu" and not cpu.unavailable():
-        found = {"cpp": cpu.primitives(), **found}
+        found = [Cpp()]
     if device.type == "cuda":
-        triton = select._triton()
-        library = LibraryConvolutions(triton.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums)
-        found = {"triton": triton, "library": library, **found}
-    return found
+        found = [Triton(), Vendor()]
+    return {backend.name: backend for backend in [*found, Aten()]}
 
 
 def bottleneck_calls(batch: int, size: int, width: int, device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
@@ -58,22 +59,22 @@ def bottleneck_calls(batch: int, size: int, width: int, device: torch.device, dt
         w = tensor(outputs, kernel, kernel, inputs) / (kernel * inputs**0.5)
         dz, y = tensor(batch, size, size, outputs), tensor(batch, size, size, outputs)
         abc, below = torch.rand(3, outputs, device=device), None if index == 0 else coefficients(inputs)
-        residual = x.clone() if index == 0 else None
-        pad = (kernel // 2,) * 4
+        activation, conv = Activation(x, below), Convolution(w, 1, (kernel // 2,) * 4)
+        gradient, joined = Gradient(dz, y, abc), Shortcut(x.clone()) if index == 0 else None
         flops = 2 * y.numel() * inputs * kernel * kernel
         nchw = [t.permute(0, 3, 1, 2) for t in (x, w, dz)]
         bare: Callable[[], Any] = partial(F.conv2d, nchw[0], nchw[1], None, 1, kernel // 2)
-        yield _call(f"conv {name}", device, "conv", (x, w, 1, pad, below), flops, bare)
+        yield _call(f"conv {name}", device, "conv", (activation, conv), flops, bare)
         bare = partial(bare_backward, nchw[2], nchw[0], nchw[1], (1, 1), (kernel // 2,) * 2)
-        arguments = (dz, y, abc, x, below, w, 1, pad, residual)
+        arguments = (gradient, activation, conv, joined)
         yield _call(f"conv_backward {name}", device, "conv_backward", arguments, 2 * flops, bare)
         bare = partial(bare_backward, nchw[2], nchw[0], nchw[1], (1, 1), (kernel // 2,) * 2, need_dx=False)
-        of_weight = (dz, y, abc, x, below, 1, pad, (kernel, kernel))
+        of_weight = (gradient, activation, conv)
         yield _call(f"conv_wgrad {name}", device, "conv_wgrad", of_weight, flops, bare)
     y, shortcut, dout = (tensor(batch, size, size, wide) for _ in range(3))
-    coef = coefficients(wide)
-    yield _call("bn_add_relu", device, "bn_add_relu", (y, coef, shortcut))
-    yield _call("bn_add_relu_backward", device, "bn_add_relu_backward", (dout, shortcut, y, coef))
+    end = Normalised(y, coefficients(wide))
+    yield _call("bn_add_relu", device, "bn_add_relu", (end, Shortcut(shortcut)))
+    yield _call("bn_add_relu_backward", device, "bn_add_relu_backward", (dout, shortcut, end))
     yield _call("moments", device, "moments", (y,))
 
 
@@ -86,9 +87,7 @@ def _call(
     bare: Callable[[], Any] | None = None,
 ) -> Call:
     candidates: dict[str, Callable[[], Any]] = {
-        which: partial(getattr(space, op), *arguments)
-        for which, space in implementations(device).items()
-        if hasattr(space, op)
+        which: partial(getattr(space, op), *arguments) for which, space in implementations(device).items()
     }
     result = next(iter(candidates.values()))()
     if bare is not None:

@@ -27,8 +27,9 @@ from fastres import ops
 from fastres.measure import Workload, all_of, interleaved
 from fastres.measure.step import Step
 from fastres.nn import blocks
-from fastres.ops import cpu, select
-from fastres.ops.cpu import convolutions, onednn, passes, tiles
+from fastres.ops import cpu
+from fastres.ops.backends.cpp import Cpp
+from fastres.ops.cpu import convolutions, onednn, tiles
 from fastres.train import machine
 
 
@@ -54,31 +55,20 @@ def _whole_batches() -> Iterator[None]:
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
     """Every gradient in memory of its own."""
-    parted = convolutions.PartedConvolutions
-    backward, end = parted.conv_backward, passes.bn_add_relu_backward
+    backward, end = Cpp.conv_backward, Cpp.bn_add_relu_backward
 
-    def conv_backward(self: Any, *arguments: Any, spare: bool = False, **options: Any) -> Any:
-        return backward(self, *arguments, **options)
+    def conv_backward(self: Cpp, gradient: Any, activation: Any, conv: Any, joined: Any = None, *others: Any) -> Any:
+        joined = None if joined is None else joined._replace(tensor=joined.tensor.clone())
+        return backward(self, gradient, activation, conv, joined, *others)
 
-    def bn_add_relu_backward(*arguments: Any, in_place: bool = False) -> Any:
-        return end(*arguments)
+    def bn_add_relu_backward(self: Cpp, *arguments: Any) -> Any:
+        return end(self, *arguments[:4])
 
     with (
-        mock.patch.object(parted, "conv_backward", conv_backward),
-        mock.patch.object(passes, "bn_add_relu_backward", bn_add_relu_backward),
-        fresh_primitives(),
+        mock.patch.object(Cpp, "conv_backward", conv_backward),
+        mock.patch.object(Cpp, "bn_add_relu_backward", bn_add_relu_backward),
     ):
         yield
-
-
-@contextlib.contextmanager
-def fresh_primitives() -> Iterator[None]:
-    """The primitives looked up again inside, and again afterwards."""
-    select._primitives.cache_clear()
-    try:
-        yield
-    finally:
-        select._primitives.cache_clear()
 
 
 def steps(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:

@@ -27,10 +27,9 @@ from bench.workloads import PARTS, SPEED, Setting
 from fastres.kernels.resources import shared_memory_of
 from fastres.measure import Workload
 from fastres.nn import fuse
-from fastres.ops import select
+from fastres.ops.backends.timed import RANKS
 from fastres.train.presets import preset
 
-KEEPS = ("all", "fewer")
 # Networks that have the same layers as a deeper one, only fewer of them.
 SHALLOWER = {"resnet110": "resnet20", "preact_resnet1001": "preact_resnet164"}
 
@@ -41,7 +40,7 @@ class Job:
 
     workload: Workload
     dtype: torch.dtype
-    keep: str  # see `fastres.nn.fuse`
+    recompute: bool  # see `fastres.nn.fuse`
     rank: int | None  # see `recorded`
     training: bool = True
     shared: int | None = None  # bytes of shared memory that a program can have; None: any
@@ -50,10 +49,10 @@ class Job:
 def jobs(workload: Workload, dtype: torch.dtype, evaluation: Iterable[int] = ()) -> list[Job]:
     """All that a training step may launch; and inference on batches of the sizes in ``evaluation``."""
     workload = replace(workload, model=SHALLOWER.get(workload.model, workload.model))
-    ranks = (*range(select.RANKS), None)
-    found = [Job(workload, dtype, keep, rank) for keep in KEEPS for rank in ranks]
+    ranks = (*range(RANKS), None)
+    found = [Job(workload, dtype, recompute, rank) for recompute in (False, True) for rank in ranks]
     for batch in evaluation:
-        found += [Job(replace(workload, batch=batch), dtype, "all", rank, training=False) for rank in ranks]
+        found += [Job(replace(workload, batch=batch), dtype, False, rank, training=False) for rank in ranks]
     return found
 
 
@@ -67,7 +66,7 @@ def launched(job: Job) -> set[Specialisation]:
     """What a job launches, on a machine without a GPU too."""
     torch.set_num_threads(1)
     work = job.workload
-    model = fuse(work.build(), job.keep).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = fuse(work.build(), job.recompute).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.empty(work.batch, 3, work.image_size, work.image_size)
     images = images.contiguous(memory_format=torch.channels_last)
     model.train(job.training)
@@ -140,7 +139,7 @@ class Compiler:
 def networks(setting: Setting) -> dict[str, list[Job]]:
     """Jobs of all that the campaign measures, in its order."""
     if setting.dry:
-        return {name: [Job(one, setting.dtype, "all", 0)] for name, one in setting.workloads().items()}
+        return {name: [Job(one, setting.dtype, False, 0)] for name, one in setting.workloads().items()}
     work = setting.workloads()
     return {
         **{name: jobs(work[name], setting.dtype) for name in work},

@@ -56,7 +56,7 @@ BACKWARD = 2 / 3  # share of a step, assumed: two of three convolutions a layer
 
 
 def volume(name: str) -> tuple[int, list[tuple[int, int]]]:
-    """Bytes of the gradients, and of every BatchNorm's statistics as `fastres.ops.synchronise` sends them."""
+    """Bytes of the gradients, and of every BatchNorm's statistics as `fastres.ops.batch_norm` sends them."""
     with torch.device("meta"):
         model = create_model(name, num_classes=CLASSES[name])
     channels = [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 
 from bench.stages import parts
-from fastres.measure import peers, step
-from fastres.ops import aten, select
-from fastres.ops.library import LibraryConvolutions
+from fastres.measure import step
+from fastres.ops import implementation
 from fastres.train import graph
 
 
@@ -24,8 +23,8 @@ def on_a_cpu() -> Iterator[None]:
             (graph, "side_stream", lambda device: object()),
             (graph, "aside", lambda stream: nullcontext()),
             (graph, "record", record),
-            (step, "forced", forced),
-            (parts, "forced", forced),
+            (step, "implementation", on_cpu),
+            (parts, "implementation", on_cpu),
         ):
             stack.enter_context(mock.patch.object(target, name, new))
         yield
@@ -43,20 +42,6 @@ def record(call: Callable[[], Any], stream: object) -> tuple[Callable[[], None],
     return replay, result
 
 
-@contextmanager
-def forced(implementation: str) -> Iterator[None]:
-    """`peers.forced`, but Triton's kernels are ATen's functions, also around the library's convolutions."""
-    if implementation not in ("library", "triton"):
-        with peers.forced(implementation):
-            yield
-        return
-    chosen = select.Primitives({"library": _LIBRARY, "aten": aten} if implementation == "library" else {"aten": aten})
-    original = select._primitives
-    with (
-        select.implementation("aten"),
-        mock.patch.object(select, "_primitives", lambda name: chosen if name == "aten" else original(name)),
-    ):
-        yield
-
-
-_LIBRARY = LibraryConvolutions(aten.moments, aten.bn_add_relu, aten.bn_backward_apply, aten.bn_sums)
+def on_cpu(mode: str) -> AbstractContextManager[None]:
+    """`fastres.ops.implementation`, but Triton's kernels are ATen's functions."""
+    return implementation("aten" if mode == "triton" else mode)

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from fastres.ops import select
+from fastres.kernels import conv
+from fastres.ops.backends.timed import RANKS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled kernels need a CUDA device")
 LAYERS = {"1x1": (256, 64, 1), "3x3": (64, 64, 3), "1x1 wide": (64, 256, 1)}
 
 
-@pytest.mark.parametrize("rank", range(select.RANKS))
+@pytest.mark.parametrize("rank", range(RANKS))
 @pytest.mark.parametrize("layer", LAYERS)
 def test_conv(layer, rank, setting, measured):
     inputs, outputs, kernel = LAYERS[layer]
     x = torch.randn(64, 56, 56, inputs, device=setting.device).to(setting.dtype)
     w = torch.randn(outputs, kernel, kernel, inputs, device=setting.device).to(setting.dtype)
     coef = torch.rand(5, inputs, device=setting.device)
-    conv = select._triton().conv
     measured(lambda: conv(x, w, 1, (kernel // 2,) * 4, coef=coef, rank=rank))

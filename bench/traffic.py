@@ -79,7 +79,7 @@ def measure(part: Part, batch: int, dtype: torch.dtype = torch.bfloat16) -> Step
     saved: dict[str, float] = {"eager": count_eager.saved(part.modules, x, dtype)}
     with count_triton.unlaunched():
         saved["fused"] = saved_bytes(module, x, dtype)
-        saved["fewer"] = saved_bytes(fused(part, "fewer"), x, dtype)
+        saved["fewer"] = saved_bytes(fused(part, recompute=True), x, dtype)
     return StepTraffic(
         part,
         count_eager.traffic(part.modules, x, dtype),

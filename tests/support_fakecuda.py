@@ -83,7 +83,7 @@ def fake_cuda(pick: int = 0, shared_memory: int = 232448) -> Iterator[FakeCuda]:
         shared_memory: bytes a program can have.
     """
     cuda = FakeCuda(pick)
-    caches = select._timed_primitives, select._triton_primitives, resources._limit
+    caches = select._timed, resources._limit
     properties = SimpleNamespace(
         name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
         shared_memory_per_block_optin=shared_memory,
@@ -169,6 +169,7 @@ def _device_patches(cuda: FakeCuda, properties: Any) -> list[Any]:
         get_device_name=lambda which=None: properties.name,
         get_device_properties=lambda which=None: properties,
         max_memory_allocated=lambda which=None: 0,
+        mem_get_info=lambda which=None: (properties.total_memory // 2, properties.total_memory),
         empty_cache=lambda: None,
         synchronize=lambda which=None: cuda.waits.append("synchronize"),
         is_current_stream_capturing=lambda: cuda.capturing,

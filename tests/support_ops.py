@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from support_fused import (
 from torch import Tensor
 
 from fastres import ops
-from fastres.ops import Conv, Identity, Layer
+from fastres.ops import Conv, Identity, Layer, fused
 
 
 class Case(NamedTuple):
@@ -84,7 +85,7 @@ CASES = {
         lambda: [image(2, 5, 4, 3), [random_layer(3, 6, 3, 2, (1, 0, 1, 1)), random_layer(6, 6, 1)]],
     ),
     "chain": Case(chain, eager_chain, _chain),
-    "fewer": Case(lambda x, layers: chain(x, layers, keep="fewer"), eager_chain, _chain),
+    "recompute": Case(lambda x, layers: chain(x, layers, recompute=True), eager_chain, _chain),
     "preact": Case(
         lambda x, layers, shortcut: ops.preact_block(x, layers, shortcut)[0],
         eager_preact,
@@ -110,6 +111,30 @@ CASES = {
     ),
 }
 DIFFERENTIABLE = [name for name in CASES if name != "conv_bias_act"]
+
+
+def opcheck(call: Callable[[], Tensor]) -> None:
+    """`torch.library.opcheck` of the custom operations that the call of a fused operation and its backward make."""
+    made: list[tuple[Any, tuple]] = []
+
+    def noted(operation: Any) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            made.append((operation, arguments))
+            return operation(*arguments)
+
+        return run
+
+    operations = {name: noted(getattr(fused, name)) for name in ("fused_forward", "fused_backward")}
+    with mock.patch.multiple(fused, **operations):
+        call().sum().backward()
+    assert {operation for operation, _ in made} == {fused.fused_forward, fused.fused_backward}
+    for operation, arguments in made:
+        values = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+        values = [
+            [one.detach() if isinstance(one, Tensor) else one for one in value] if isinstance(value, list) else value
+            for value in values
+        ]
+        torch.library.opcheck(operation, values)
 
 
 def arguments(name: str, dtype: torch.dtype, seed: int = 0) -> list[Any]:

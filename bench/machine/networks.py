@@ -29,7 +29,7 @@ def step(network: str, rank: int = 0, batch: int = BATCH) -> list[Launch]:
         rank: of the configurations that the launchers offer, the first at 0.
     """
     name, size, options = NETWORKS[network]
-    model = create_fused_model(name, keep="all", **options)
+    model = create_fused_model(name, recompute=False, **options)
     images = torch.empty(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     with recorded(rank) as launches:
         with torch.autocast("cpu", torch.bfloat16):

@@ -15,7 +15,8 @@ from bench.blocks import Part, fused, parts_of
 from bench.layer_calls import Call, bottleneck_calls
 from bench.workloads import CIFAR, IMAGENET, Setting
 from fastres.measure import Timing, interleaved
-from fastres.measure.peers import PEERS, best_library, forced
+from fastres.measure.peers import PEERS, best_library
+from fastres.ops import implementation
 from fastres.train import machine
 
 # network, image size, options, batch on a GPU and on a CPU
@@ -89,7 +90,7 @@ class PartStep:
 
     def __call__(self) -> None:
         """One forward and backward."""
-        with forced(self.implementation), best_library():
+        with implementation(self.implementation), best_library():
             with machine.autocast(self.setting.device, self.setting.dtype):
                 out = self.run(self.x)
             if self.gradient is None:

@@ -24,7 +24,7 @@ def sweep(args: argparse.Namespace) -> int:
     for changes in variants.values():
         check_given([base.replace(**changes)], changes)
     check_given([base.replace(**changes) for changes in variants.values()], asked.given)
-    machine.treat_freed_memory(machine.pick_device(base.device), base.keep)
+    machine.treat_freed_memory(machine.pick_device(base.device), base.recompute)
     now = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(args.out) if args.out else sweeps.new_folder(Path(f"sweeps/{asked.preset}-{now}"))
     outcomes = sweeps.sweep(

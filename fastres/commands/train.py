@@ -42,7 +42,7 @@ def lr_find(ranks: Ranks, args: argparse.Namespace) -> int:
             f"--lr-find trains nothing{f': leave out {named[0]}' if named else ' and is of one process'}"
         )
     config = plan(args, ranks).config
-    machine.treat_freed_memory(machine.pick_device(config.device), config.keep)
+    machine.treat_freed_memory(machine.pick_device(config.device), config.recompute)
     trainer = Trainer(config, load_data(config), Onlooker(args.lr_find))
     found = range_test(trainer)
     suggestion = found.suggestion
@@ -119,7 +119,7 @@ def train_with(ranks: Ranks, args: argparse.Namespace, callbacks: Sequence[Callb
     config = asked.config
     device = machine.pick_device(rank_device(config.device, ranks))
     accepted_options(config.model)  # an unknown model should not wait for the data
-    machine.treat_freed_memory(device, config.keep)
+    machine.treat_freed_memory(device, config.recompute)
     folder = asked.folder() if ranks.first else None
     path = ranks.of_first(lambda: folder.path if folder else asked.path)
     at = folder or Onlooker(path)

@@ -106,7 +106,7 @@ class Batches:
                 f"a batch of {min(batch_size, rest or batch_size)} images leaves some of {self.ranks} ranks without "
                 f"one: {'leave the last one out' if rest else 'make it larger'}"
             )
-        self._host_labels, self.labels = split.labels.cpu(), split.labels.to(self.device)
+        self._host_labels = split.labels.cpu()
         self._feed: Feed | None = None
         self.sampling, self.classes = sampling, classes
         if sampling not in SAMPLINGS:
@@ -115,8 +115,10 @@ class Batches:
             raise DataError("mixed images have shares of classes as labels: give the number of classes")
         if resident and isinstance(split, Split) and not self.augment.by_workers:
             self.split: Split | FileSplit = split.to(self.device)
+            self.labels = self.split.labels
         else:
             assert isinstance(split, (Split, FileSplit))
+            self.labels = split.labels.to(self.device)
             workers = default_workers(self.device) if workers is None else workers
             self.split = split
             views = Views(split, self.augment, self.mean, seed) if self.augment.by_workers else None

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from unittest import mock
 
 import torch
-
-from fastres.ops import aten, select
-from fastres.ops.library import LibraryConvolutions
 
 
 @dataclass(frozen=True)
@@ -20,8 +15,8 @@ class Peer:
 
     summary: str
     fused: bool = False
-    implementation: str = "auto"  # of the fused operations: see `forced`
-    keep: str = "all"  # what fused blocks keep for backward: see `fastres.nn.fuse`
+    implementation: str = "auto"  # of the fused operations: see `fastres.ops.implementation`
+    recompute: bool = False  # what fused blocks keep for backward: see `fastres.nn.fuse`
     channels_last: bool = True
     compile: str | None = None  # mode of torch.compile
     cuda_graph: bool = False  # the whole step captured once and replayed
@@ -37,9 +32,9 @@ PEERS: dict[str, Peer] = {
     ),
     "compile graphs": Peer("torch.compile with CUDA graphs", compile="reduce-overhead", gpu_only=True),
     "library": Peer(
-        "fused schedule on the library's convolutions and Triton's passes",
+        "fused schedule on the vendor's convolutions and Triton's passes",
         fused=True,
-        implementation="library",
+        implementation="vendor",
         gpu_only=True,
     ),
     "fused Triton": Peer(
@@ -49,7 +44,7 @@ PEERS: dict[str, Peer] = {
         gpu_only=True,
     ),
     "fused": Peer("fused, implementation chosen by timing on a GPU, compiled C++ passes on a CPU", fused=True),
-    "fused fewer": Peer("fused, the last convolution of each block recomputed in backward", fused=True, keep="fewer"),
+    "fused fewer": Peer("fused, the last convolution of each block recomputed in backward", fused=True, recompute=True),
     "fused compile": Peer("fused, under torch.compile", fused=True, compile="default"),
     "fused graph": Peer("fused, the step replayed as one CUDA graph", fused=True, cuda_graph=True, gpu_only=True),
 }
@@ -58,21 +53,6 @@ PEERS: dict[str, Peer] = {
 def supported(device: torch.device) -> list[str]:
     """Names of the peers that run on a device."""
     return [name for name, peer in PEERS.items() if device.type == "cuda" or not peer.gpu_only]
-
-
-@contextmanager
-def forced(implementation: str) -> Iterator[None]:
-    """Fused operations run one implementation: see `select.implementation`, or ``"library"``.
-
-    ``"library"`` is the candidate that the Triton convolutions compete with, in every place where it can stand; on a
-    GPU only.
-    """
-    if implementation != "library":
-        with select.implementation(implementation):
-            yield
-        return
-    with select.implementation("auto"), mock.patch.object(select, "_timed_primitives", _library_primitives):
-        yield
 
 
 @contextmanager
@@ -87,10 +67,3 @@ def best_library() -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark = before
-
-
-@cache
-def _library_primitives(device: torch.device) -> select.Primitives:
-    triton = select._triton()
-    library = LibraryConvolutions(triton.moments, triton.bn_add_relu, triton.bn_backward_apply, aten.bn_sums)
-    return select.Primitives({"library": library, "triton": triton}, device=device)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.errors import FastresError
-from fastres.measure.peers import PEERS, best_library, forced
+from fastres.measure.peers import PEERS, best_library
 from fastres.measure.timing import synchronize
 from fastres.models import create_model
 from fastres.nn import fuse
+from fastres.ops import implementation
 from fastres.train import graph, machine
 from fastres.train.optimizer import make_optimizer
 
@@ -100,7 +101,7 @@ class Step:
         self.model = workload.build()
         if self.peer.fused:
             try:
-                fuse(self.model, self.peer.keep)
+                fuse(self.model, self.peer.recompute)
             except ValueError as error:
                 raise FastresError(str(error)) from error
         self.model.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -115,7 +116,7 @@ class Step:
 
     def __call__(self) -> Tensor:
         """One step; its loss, still on the device."""
-        with machine.on_device(self.device), forced(self.peer.implementation), best_library():
+        with machine.on_device(self.device), implementation(self.peer.implementation), best_library():
             return self._run()
 
     def settle(self, before_rest: Callable[[], None] = lambda: None) -> Tensor:

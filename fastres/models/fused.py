@@ -10,14 +10,14 @@ from fastres.models.registry import create_model
 from fastres.nn import fuse
 
 
-def create_fused_model(name: str, num_classes: int = 10, keep: str = "all", **options: Any) -> nn.Module:
+def create_fused_model(name: str, num_classes: int = 10, recompute: bool = False, **options: Any) -> nn.Module:
     """`create_model`, fused.
 
     Args:
-        keep: see `fastres.nn.fuse`.
+        recompute: see `fastres.nn.fuse`.
         name, num_classes, options: see `create_model`.
 
     Raises:
         FastresError: see `create_model`.
     """
-    return fuse(create_model(name, num_classes, **options), keep)
+    return fuse(create_model(name, num_classes, **options), recompute)

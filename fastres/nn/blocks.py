@@ -38,7 +38,7 @@ def fused_residual(
     shortcut: Any = None,
     residual: bool = True,
     relu: bool = True,
-    keep: str = "all",
+    recompute: bool = False,
     identities: Sequence[Identity] | None = None,
 ) -> Tensor:
     """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))`` and the update of the running statistics.
@@ -52,7 +52,7 @@ def fused_residual(
             operation, and so does what `identity_of` knows. With other modules in front of them there they are an
             operation of their own. Any other module is called.
         residual: whether it has a shortcut at all.
-        relu, keep, identities: see `residual_chain`.
+        relu, recompute, identities: see `residual_chain`.
     """
     reason = first_reason(
         layers_reason(pairs, not residual and (relu or index < len(blocks) - 1)) for index, pairs in enumerate(blocks)
@@ -61,7 +61,7 @@ def fused_residual(
         say_once(blocks[0][0][0], reason, "the eager forward of a block")
     if reason is not None or watched(x):
         return _eager_residual(x, blocks, shortcut, residual, relu, identities)
-    return _fused_residual(x, blocks, shortcut, residual, relu, keep, identities)
+    return _fused_residual(x, blocks, shortcut, residual, relu, recompute, identities)
 
 
 def _eager_residual(
@@ -91,7 +91,7 @@ def _fused_residual(
     shortcut: Any,
     residual: bool,
     relu: bool,
-    keep: str = "all",
+    recompute: bool = False,
     identities: Sequence[Identity] | None = None,
 ) -> Tensor:
     nhwc = to_nhwc(x)
@@ -119,11 +119,13 @@ def _fused_residual(
             for module in called:
                 y = module(y)
             y = to_nhwc(y)
-            added, behind = residual_chain(y, [[layer_of(conv, bn, tuple(y.shape[1:3]))]], None, relu=False, keep=keep)
+            added, behind = residual_chain(
+                y, [[layer_of(conv, bn, tuple(y.shape[1:3]))]], None, relu=False, recompute=recompute
+            )
             norms.append(bn)
         else:
             added = to_nhwc(shortcut(x))
-    out, statistics = residual_chain(nhwc, chain, added, relu, keep, identities)
+    out, statistics = residual_chain(nhwc, chain, added, relu, recompute, identities)
     track(norms, [*statistics, *behind])
     return to_nchw(out)
 
@@ -203,7 +205,7 @@ def _joins(link: Link, block: nn.Module, structure: Block) -> bool:
         and not structure.preactivation
         and before.relu
         and structure.residual
-        and link.blocks[-1].keep == block.keep
+        and link.blocks[-1].recompute == block.recompute
         and group_of(before.layers[0][1]) == group_of(structure.layers[0][1])
         and identity_of(structure.shortcut) is not None
     )
@@ -214,7 +216,7 @@ def _chain(x: Tensor, blocks: Sequence[Any], structures: Sequence[Block]) -> Ten
     identities: list[Any] = [identity_of(one.shortcut) for one in others]  # none is None, or they would not join
     pairs = [one.layers for one in structures]
     relu = structures[-1].relu
-    return _fused_residual(x, pairs, first.shortcut, first.residual, relu, blocks[0].keep, identities)
+    return _fused_residual(x, pairs, first.shortcut, first.residual, relu, blocks[0].recompute, identities)
 
 
 def _preactivation(x: Tensor, block: Block, coef: Tensor | None, next_coef: bool) -> tuple[Tensor, Tensor | None]:
@@ -241,10 +243,10 @@ class FusedBlock(Fused):
     """The fused forward of a block.
 
     Attributes:
-        keep: what stays for backward, ``"all"`` or ``"fewer"``, see `residual_chain`.
+        recompute: whether backward computes some outputs again, see `residual_chain`.
     """
 
-    keep = "all"
+    recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to channels-last [N, C', H', W']."""

@@ -11,10 +11,9 @@ from fastres.nn.blocks import FusedBlock
 from fastres.nn.bypass import logger, said_before
 from fastres.nn.classes import become_fused, unfused_class
 from fastres.nn.report import fusable_modules, survey
-from fastres.ops.residual import KEEP
 
 
-def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module:
+def fuse(model: nn.Module, recompute: bool = False, strict: bool = False) -> nn.Module:
     """Give the residual blocks, stem and head of a network their fused forward, in place.
 
     Every module, Parameter and buffer stays the same object, so optimizers, EMA copies and hooks stay valid and
@@ -32,7 +31,7 @@ def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module
         model: a torchvision or `fastres.reference` ResNet, or any module that contains one, their blocks, blocks of a
             registered class (see `fastres.nn.register_block`) or convolution, BatchNorm and ReLU in an
             ``nn.Sequential``.
-        keep: ``"all"``, or ``"fewer"`` to recompute each block's last convolution in backward and save its memory.
+        recompute: compute each block's last convolution again in backward, which saves the memory of its output.
         strict: raise where anything is left eager, and change nothing.
 
     Returns:
@@ -41,8 +40,6 @@ def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module
     Raises:
         ValueError: where there is nothing to fuse, or with ``strict`` something is left.
     """
-    if keep not in KEEP:
-        raise ValueError(f"keep is {keep!r}: choose {' or '.join(KEEP)}")
     found = survey(model, planned=True)
     if not found.found:
         why = f" ({found.reasons()})" if found.left else ""
@@ -57,7 +54,7 @@ def fuse(model: nn.Module, keep: str = "all", strict: bool = False) -> nn.Module
     reasons = [reason for text in found.left.values() for reason in text.split("; ")]
     for module in model.modules():
         if isinstance(module, FusedBlock):
-            module.keep = keep
+            module.recompute = recompute
         said_before(module, reasons)
     logger.log(logging.WARNING if found.left else logging.INFO, "%s", found)
     return model
@@ -73,5 +70,5 @@ def unfuse(model: nn.Module) -> nn.Module:
         eager = unfused_class(type(module))
         if eager is not type(module):
             module.__class__ = eager
-            module.__dict__.pop("keep", None)
+            module.__dict__.pop("recompute", None)
     return model

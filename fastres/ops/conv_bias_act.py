@@ -5,19 +5,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastres.ops import cpu, plain
+from fastres.ops.backends.fake import Fake
+from fastres.ops.backends.protocol import Backend, Convolution
+from fastres.ops.backends.vendor import nchw, nhwc
 from fastres.ops.layers import (
     Conv,
-    Pad,
     check_device,
     check_input,
     check_shortcut,
     conv_shape,
     in_autocast,
     nhwc_weight,
-    output_hw,
 )
-from fastres.ops.operation import operation
-from fastres.ops.select import is_cpp, primitives
+from fastres.ops.nodes import Conv as ConvNode
+from fastres.ops.operation import operation, without_autocast
+from fastres.ops.select import backend_for, is_cpp
 
 
 def conv_bias_act(
@@ -52,15 +54,23 @@ def conv_bias_act(
     x = in_autocast(x).contiguous()
     residual = None if residual is None else in_autocast(residual).contiguous()
     if is_recorded(x, conv.weight, bias, residual) or plain.is_needed(x, residual):
-        return plain.conv_bias_act(x, conv, bias, residual, relu)
+        return _plain(x, conv, bias, residual, relu)
     if packed is not None and _is_run(x) and not (conv.weight.is_inference() or bias.is_inference()):
-        p = primitives(x)
-        if hasattr(p, "packed_conv_bias_act") and cpu.packs(x.dtype):
-            geometry = conv.stride, conv.pad
-            return p.packed_conv_bias_act(x, conv.weight, packed, bias, *geometry, residual, relu, conv.dilation)
+        if is_cpp(x) and cpu.packs(x.dtype):
+            window = conv.stride, conv.pad, conv.dilation
+            return cpu.packed_conv_bias_act(x, conv.weight, packed, bias, window, residual, relu)
     weight = nhwc_weight(conv.weight, x.dtype)
-    geometry = conv.stride, list(conv.pad)
-    return conv_bias_act_forward(x, weight, bias.contiguous(), *geometry, residual, relu, conv.dilation)
+    geometry = [conv.stride, *conv.pad, conv.dilation]
+    return conv_bias_act_forward(x, weight, bias.contiguous(), geometry, residual, relu)
+
+
+@without_autocast
+def _plain(x: Tensor, conv: Conv, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    node = ConvNode(conv.stride, conv.pad, conv.dilation)
+    y = node.plain(plain.Plain([conv.weight]), nchw(x)) + bias.to(x.dtype)[:, None, None]
+    if residual is not None:
+        y = y + nchw(residual)
+    return nhwc(torch.relu(y) if relu else y)
 
 
 def conv_bias_act_again(
@@ -94,23 +104,24 @@ def _is_run(x: Tensor) -> bool:
 
 @operation("conv_bias_act")
 def conv_bias_act_forward(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor,
-    stride: int,
-    pad: list[int],
-    residual: Tensor | None,
-    relu: bool,
-    dilation: int = 1,
+    x: Tensor, w: Tensor, bias: Tensor, geometry: list[int], residual: Tensor | None, relu: bool
 ) -> Tensor:
-    """See `conv_bias_act`; w is [Cout, KH, KW, Cin]."""
-    return primitives(x).conv_bias_act(x, w, bias, stride, _pad(pad), residual, relu, dilation=dilation)
+    """See `conv_bias_act`.
+
+    Args:
+        w: [Cout, KH, KW, Cin].
+        geometry: stride, the padding's four sides and dilation.
+    """
+    return _forward(backend_for(x), x, w, bias, geometry, residual, relu)
 
 
 @conv_bias_act_forward.register_fake
-def _(x, w, bias, stride, pad, residual, relu, dilation=1):
-    return x.new_empty(x.shape[0], *output_hw(x.shape[1:3], w.shape[1:3], stride, _pad(pad), dilation), w.shape[0])
+def _(x, w, bias, geometry, residual, relu):
+    return _forward(Fake(), x, w, bias, geometry, residual, relu)
 
 
-def _pad(pad: list[int]) -> Pad:
-    return tuple(pad)
+def _forward(
+    p: Backend, x: Tensor, w: Tensor, bias: Tensor, geometry: list[int], residual: Tensor | None, relu: bool
+) -> Tensor:
+    stride, top, left, bottom, right, dilation = geometry
+    return p.conv_bias_act(x, Convolution(w, stride, (top, left, bottom, right), dilation), bias, residual, relu)

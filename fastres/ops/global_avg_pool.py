@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.ops import again, plain
+from fastres.ops import plain
+from fastres.ops.backends.fake import Fake
 from fastres.ops.layers import check_activations, dense, nchw_size
-from fastres.ops.operation import operation
-from fastres.ops.select import primitives
+from fastres.ops.operation import operation, without_autocast
+from fastres.ops.select import backend_for
 
 
 def global_avg_pool(x: Tensor) -> Tensor:
@@ -24,7 +25,12 @@ def global_avg_pool(x: Tensor) -> Tensor:
             f"{nchw_size(tuple(x.shape))}"
         )
     x = x.contiguous()
-    return plain.global_avg_pool(x) if plain.is_needed(x) else _GlobalAvgPool.apply(x)
+    return _plain(x) if plain.is_needed(x) else _GlobalAvgPool.apply(x)
+
+
+@without_autocast
+def _plain(x: Tensor) -> Tensor:
+    return torch.nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 1)[:, :, 0, 0]
 
 
 class _GlobalAvgPool(torch.autograd.Function):
@@ -37,7 +43,7 @@ class _GlobalAvgPool(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> Tensor:
         dout = dense(dout)
         height, width = ctx.hw
-        if again.is_differentiated(dout):
+        if plain.is_differentiated(dout):
             return (dout / (height * width))[:, None, None].expand(-1, height, width, -1)
         return global_avg_pool_backward(dout, height, width)
 
@@ -45,20 +51,20 @@ class _GlobalAvgPool(torch.autograd.Function):
 @operation("global_avg_pool_forward")
 def global_avg_pool_forward(x: Tensor) -> Tensor:
     """[N, C] of [N, H, W, C]."""
-    return primitives(x).global_avg_pool(x)
+    return backend_for(x).global_avg_pool(x)
 
 
 @global_avg_pool_forward.register_fake
 def _(x):
-    return x.new_empty(x.shape[0], x.shape[3])
+    return Fake().global_avg_pool(x)
 
 
 @operation("global_avg_pool_backward")
 def global_avg_pool_backward(dout: Tensor, height: int, width: int) -> Tensor:
     """[N, height, width, C] of [N, C]."""
-    return primitives(dout).global_avg_pool_backward(dout, (height, width))
+    return backend_for(dout).global_avg_pool_backward(dout, (height, width))
 
 
 @global_avg_pool_backward.register_fake
 def _(dout, height, width):
-    return dout.new_empty(dout.shape[0], height, width, dout.shape[1])
+    return Fake().global_avg_pool_backward(dout, (height, width))

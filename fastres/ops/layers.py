@@ -64,28 +64,12 @@ class Statistics(NamedTuple):
     """
 
     coef: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own `count` is not wanted
 
 
 def symmetric(pad: int) -> Pad:
     """The same padding on all four sides."""
     return (pad, pad, pad, pad)
-
-
-def pad_of(pads: Sequence[int], i: int) -> Pad:
-    """Padding of layer i out of those of all layers in one list, as operations take them."""
-    return tuple(pads[4 * i : 4 * i + 4])
-
-
-def dilations_of(convs: Sequence[Conv | Layer]) -> tuple[int, ...] | None:
-    """Dilations of all layers, as operations take them; None: all are 1."""
-    dilations = tuple(conv.dilation for conv in convs)
-    return dilations if any(dilation != 1 for dilation in dilations) else None
-
-
-def dilation_of(dilations: Sequence[int] | None, i: int) -> int:
-    """Dilation of layer i out of `dilations_of` all."""
-    return 1 if dilations is None else dilations[i]
 
 
 def in_autocast(x: Tensor) -> Tensor:

@@ -14,12 +14,29 @@ Body = TypeVar("Body", bound=Callable)
 
 
 def operation(name: str) -> Callable[[Callable], Any]:
-    """Decorator: register a body that changes none of its arguments as the custom operation ``fastres::name``."""
+    """Decorator: register a body that changes none of its arguments as the custom operation ``fastres::name``.
+
+    It runs outside autocast, and on a GPU with its tensors' device as the current one: Triton launches to that.
+    """
 
     def register(body: Callable) -> Any:
-        return torch.library.custom_op(f"fastres::{name}", mutates_args=())(without_autocast(body))
+        return torch.library.custom_op(f"fastres::{name}", mutates_args=())(on_device(without_autocast(body)))
 
     return register
+
+
+def on_device(body: Body) -> Body:
+    """The body, with the device of its first tensor as the current one where that is a GPU."""
+
+    @wraps(body)
+    def run(*args: Any, **options: Any) -> Any:
+        tensor = next((a for a in args if isinstance(a, Tensor)), None)
+        if tensor is None or tensor.device.type != "cuda" or torch.cuda.current_device() == tensor.device.index:
+            return body(*args, **options)
+        with torch.cuda.device(tensor.device):
+            return body(*args, **options)
+
+    return run  # type: ignore[return-value]
 
 
 def without_autocast(body: Body) -> Body:

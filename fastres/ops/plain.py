@@ -1,12 +1,14 @@
-"""Every operation in PyTorch's own functions, which can be differentiated any number of times, batched and dualised.
+"""Every plan in PyTorch's own functions, which can be differentiated any number of times, batched and dualised.
 
-What the fused operations have no form of their own for is computed by these, see `is_needed`; so are gradients that are
-to be differentiated again, see `fastres.ops.again`. Arguments and results are those of the operations.
+What the fused operations have no form of their own for is computed by these, see `is_needed`. So are gradients that are
+to be differentiated again, where a backward pass is itself recorded (``create_graph=True``: gradient penalties,
+Hessian-vector products, MAML) or runs under a transform of `torch.func`: the operation is computed once more from what
+the forward pass was given, and PyTorch differentiates that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +16,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastres.ops.aten import coefficients_of, statistics_dtype
-from fastres.ops.layers import Conv, Identity, Layer, Norm, Pad, Statistics
-from fastres.ops.library import nchw
-from fastres.ops.operation import without_autocast
+from fastres.ops.backends.aten import coefficients_of
+from fastres.ops.backends.protocol import statistics_dtype
+from fastres.ops.backends.vendor import nchw, nhwc
+from fastres.ops.batch_norm import Vectors
+from fastres.ops.nodes import End, Node, Norm
+from fastres.ops.operation import no_autocast, without_autocast
+from fastres.ops.plan import Plan
 
 
 def is_needed(*tensors: Tensor | None) -> bool:
-    """Whether an operation on these is computed here.
+    """Whether an operation on these is computed in PyTorch's own functions.
 
     So are empty batches, what `torch.func` transforms, forward-mode differentiation and subclasses that wrap tensors
     (such as DTensor), as PyTorch's own functions know what to do with them.
@@ -39,6 +44,158 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def is_differentiated(dout: Tensor) -> bool:
+    """Whether gradients that are made of dout will be differentiated, batched or dualised themselves."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(dout)
+
+
+class Plain:
+    """A walk over a plan's nodes.
+
+    Args:
+        parameters: of each node in order: a convolution's weight [Cout, Cin, KH, KW], the `Vectors` of a BatchNorm.
+        added: a tensor [N, C, H, W] that is the first block's shortcut.
+        result: the first block's, where the values of ``added`` are not known; derivatives are as if they were.
+        group: name of a process group.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor | None],
+        added: Tensor | None = None,
+        result: Tensor | None = None,
+        group: str | None = None,
+    ):
+        self.added = added
+        self.shortcuts: list[Tensor] = []
+        self.coefs: list[Tensor] = []
+        self._parameters, self._result, self._group = iter(parameters), result, group
+
+    def weight(self) -> Tensor:
+        """The next convolution's."""
+        weight = next(self._parameters)
+        assert weight is not None
+        return weight
+
+    def vectors(self) -> Vectors:
+        """The next BatchNorm's."""
+        left = self._parameters
+        return Vectors(next(left), next(left), next(left), next(left))
+
+    def run(self, nodes: Sequence[Node], y: Tensor) -> Tensor:
+        """The result of the nodes, [N, C, H, W] in and out."""
+        for node, following in zip(nodes, [*nodes[1:], None]):
+            y = node.plain(self, y)
+            if isinstance(node, Norm) and not isinstance(following, (End, type(None))):
+                y = F.relu(y)
+        return y
+
+    def normalise(self, y: Tensor, vectors: Vectors, eps: float) -> Tensor:
+        """The BatchNorm of y; its coefficients are noted."""
+        if vectors.running_mean is None:
+            check_alone(self._group)
+        self.coefs.append(_coefficients(y, vectors, eps))
+        dtype = statistics_dtype(y.dtype)
+        gamma, beta, mean, var = (None if t is None else t.to(dtype) for t in vectors)
+        # not functional.batch_norm, whose checks `check_norm` has done: PyTorch 2.11's refuse an eps of 0 everywhere
+        return torch.batch_norm(y, gamma, beta, mean, var, mean is None, 0.0, eps, torch.backends.cudnn.enabled)
+
+    def describe(self, y: Tensor) -> None:
+        """Note the mean and the variance of y."""
+        self.coefs.append(_coefficients(y, Vectors(None, None, None, None), 0.0))
+
+    def end(self, y: Tensor, relu: bool) -> Tensor:
+        """The end of a block of the sum y."""
+        result, self._result = self._result, None
+        if result is not None:
+            return torch.where(result > 0, y + (result - y).detach(), 0)
+        return F.relu(y) if relu else y
+
+
+@without_autocast
+def run(
+    plan: Plan, x: Tensor, parameters: Sequence[Tensor | None], added: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """See `fastres.ops.fused.fused`."""
+    walk = Plain(parameters, None if added is None else nchw(added), group=plan.group)
+    return nhwc(walk.run(plan.nodes, nchw(x))), walk.coefs
+
+
+class Parameters:
+    """What a forward pass was given, to differentiate its gradients by.
+
+    They are no saved tensors: which of those may change before backward is PyTorch's to say, and it says so for first
+    gradients already.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]):
+        self._tensors = list(tensors)
+        self._versions = [_version(t) for t in tensors]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> Parameters | None:
+        """None in compiled code, which has no second gradients."""
+        return None if torch.compiler.is_compiling() else cls(tensors)
+
+    def tensors(self) -> list[Tensor | None]:
+        """The same ones.
+
+        Raises:
+            RuntimeError: where one was changed since.
+        """
+        for tensor, version in zip(self._tensors, self._versions):
+            if version != _version(tensor):
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{list(tensor.shape) if tensor is not None else None} is at version {_version(tensor)}; expected "
+                    f"version {version} instead"
+                )
+        return self._tensors
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def plan_gradients(
+    plan: Plan,
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    dout: Tensor,
+    result: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Gradients of x, of the shortcut that is a tensor, and of the parameters; see `gradients`.
+
+    Args:
+        inputs: x, that shortcut, the parameters.
+        result: the first block's, where the values of the shortcut are not known.
+    """
+    check_alone(plan.group if any(norm.training for norm in plan.norms) else None)
+
+    def form(x: Tensor, added: Tensor | None, *parameters: Tensor | None) -> Tensor:
+        known = None if result is None else nchw(result)
+        walk = Plain(parameters, None if added is None else nchw(added), known)
+        return nhwc(walk.run(plan.nodes, nchw(x)))
+
+    return gradients(form, inputs, needs, dout)
+
+
+def gradients(
+    form: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], dout: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``form(*inputs)`` where needed, differentiable in turn; the result is computed again."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), no_autocast(dout.device.type):
+        # aliases, so that what one input is made of another one of them counts for the second gradients alone
+        aliases = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [alias for alias, need in zip(aliases, needs) if need and alias is not None]
+        out = form(*aliases)
+        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
 def check_alone(group: str | None) -> None:
     """Raises RuntimeError for a process group: no gradient of a gradient crosses ranks."""
     if group is not None:
@@ -48,125 +205,13 @@ def check_alone(group: str | None) -> None:
         )
 
 
-@without_autocast
-def residual_chain(
-    x: Tensor,
-    blocks: Sequence[Sequence[Layer]],
-    shortcut: Tensor | Layer | Identity | None = None,
-    relu: bool = True,
-    identities: Sequence[Identity] = (),
-    result: Tensor | None = None,
-) -> tuple[Tensor, list[Statistics]]:
-    """See `fastres.ops.residual_chain`.
-
-    Args:
-        result: of the first block, where the values of its shortcut, a tensor, are not known; derivatives are as if
-            they were.
-    """
-    found: list[Statistics] = []
-    projected: list[Statistics] = []
-    y = nchw(x)
-    for index, layers in enumerate(blocks):
-        before = y
-        for layer in layers[:-1]:
-            y = F.relu(_norm(_conv(y, layer), layer.norm, found))
-        y = _norm(_conv(y, layers[-1]), layers[-1].norm, found)
-        added = shortcut if index == 0 else identities[index - 1]
-        if isinstance(added, Layer):
-            y = y + _norm(_conv(before, added), added.norm, projected)
-        elif isinstance(added, Identity):
-            y = y + F.pad(before[:, :, :: added.stride, :: added.stride], (0, 0, 0, 0, 0, added.added))
-        elif added is not None:
-            y = y + nchw(added)
-        if index == 0 and result is not None:
-            y = torch.where(nchw(result) > 0, y + (nchw(result) - y).detach(), 0)
-        elif relu or index < len(blocks) - 1:
-            y = F.relu(y)
-    return _nhwc(y), found + projected
-
-
-@without_autocast
-def preact_block(
-    x: Tensor, layers: Sequence[Layer], shortcut: Tensor | Conv | None = None, next_coef: bool = False
-) -> tuple[Tensor, Tensor | None, list[Statistics]]:
-    """See `fastres.ops.preact_block`."""
-    found: list[Statistics] = []
-    y = nchw(x)
-    first = a = F.relu(_norm(y, layers[0].norm, found))
-    for layer, after in zip(layers, layers[1:]):
-        a = F.relu(_norm(_conv(a, layer), after.norm, found))
-    out = _conv(a, layers[-1])
-    if isinstance(shortcut, Conv):
-        out = out + _conv(first, shortcut)
-    elif shortcut is not None:
-        out = out + y
-    return _nhwc(out), _statistics(out, Norm(None, None, eps=0.0)).coef if next_coef else None, found
-
-
-@without_autocast
-def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[Tensor, Statistics]:
-    """See `fastres.ops.stem`."""
-    found: list[Statistics] = []
-    a = F.relu(_norm(_conv(nchw(x), layer), layer.norm, found))
-    top, left, bottom, right = pad
-    if (top, left) == (bottom, right) == (top, top):
-        return _nhwc(F.max_pool2d(a, kernel, stride, top)), found[0]
-    a = F.pad(a, (left, right, top, bottom), value=-float("inf"))
-    return _nhwc(F.max_pool2d(a, kernel, stride)), found[0]
-
-
-@without_autocast
-def bn_relu(x: Tensor, norm: Norm) -> tuple[Tensor, Statistics]:
-    """See `fastres.ops.bn_relu`."""
-    found: list[Statistics] = []
-    return _nhwc(F.relu(_norm(nchw(x), norm, found))), found[0]
-
-
-@without_autocast
-def global_avg_pool(x: Tensor) -> Tensor:
-    """See `fastres.ops.global_avg_pool`."""
-    return F.adaptive_avg_pool2d(nchw(x), 1)[:, :, 0, 0]
-
-
-@without_autocast
-def conv_bias_act(x: Tensor, conv: Conv, bias: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-    """See `fastres.ops.conv_bias_act`."""
-    y = _conv(nchw(x), conv, bias)
-    if residual is not None:
-        y = y + nchw(residual)
-    return _nhwc(F.relu(y) if relu else y)
-
-
-def _conv(x: Tensor, conv: Conv | Layer, bias: Tensor | None = None) -> Tensor:
-    top, left, bottom, right = conv.pad
-    weight, bias = conv.weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if (top, left) == (bottom, right):
-        return F.conv2d(x, weight, bias, conv.stride, (top, left), conv.dilation)
-    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, conv.stride, 0, conv.dilation)
-
-
-def _norm(y: Tensor, norm: Norm, found: list[Statistics]) -> Tensor:
-    check_alone(norm.group if norm.running_mean is None else None)
-    found.append(_statistics(y, norm))
-    dtype = statistics_dtype(y.dtype)
-    gamma, beta, mean, var = (None if t is None else t.to(dtype) for t in norm[:4])
-    # not functional.batch_norm, whose checks `check_norm` has done: PyTorch 2.11's refuse an eps of 0 everywhere
-    return torch.batch_norm(y, gamma, beta, mean, var, mean is None, 0.0, norm.eps, torch.backends.cudnn.enabled)
-
-
-def _statistics(y: Tensor, norm: Norm) -> Statistics:
-    """What y is normalised by; not differentiable."""
+def _coefficients(y: Tensor, vectors: Vectors, eps: float) -> Tensor:
+    """The coefficients [5, C] that y is normalised by; not differentiable."""
     y, dtype = y.detach(), statistics_dtype(y.dtype)
-    gamma, beta, mean, var = (None if t is None else t.detach() for t in norm[:4])
+    gamma, beta, mean, var = (None if t is None else t.detach() for t in vectors)
     if mean is None or var is None:
         if y.numel():
             var, mean = torch.var_mean(y.to(dtype), (0, 2, 3), correction=0)
         else:  # nothing has no mean
             mean = var = y.new_zeros(y.shape[1], dtype=dtype)
-    return Statistics(
-        coefficients_of(mean.double(), var.double(), gamma, beta, norm.eps, dtype), y.numel() // max(1, y.shape[1])
-    )
-
-
-def _nhwc(y: Tensor) -> Tensor:
-    return y.permute(0, 2, 3, 1).contiguous()
+    return coefficients_of(mean.double(), var.double(), gamma, beta, eps, dtype)

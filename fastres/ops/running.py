@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.ops.aten import MEAN, VAR
+from fastres.ops.backends.protocol import MEAN, VAR
+from fastres.ops.batch_norm import COUNT
 from fastres.ops.layers import Statistics, check_device
-from fastres.ops.synchronise import COUNT
 
 
 @torch.no_grad()

@@ -79,10 +79,10 @@ def build_model(
     backend = machine.pick_backend(config.backend, device)
     create = {"fused": create_fused_model, "eager": create_model}[backend]
     options = model_options(config, image_size(config, dataset))
-    if config.keep != "all":
+    if config.recompute:
         if backend != "fused":
-            raise FastresError(f"--keep {config.keep} is of fused blocks: add --backend fused, or --checkpoint-every 1")
-        options["keep"] = config.keep
+            raise FastresError("--recompute is of fused blocks: add --backend fused, or --checkpoint-every 1")
+        options["recompute"] = True
     with machine.initial_weights(config.seed):
         model = create(config.model, num_classes=len(dataset.classes), **options)
         if config.whiten:

@@ -228,11 +228,10 @@ class TrainConfig:
         kind=str,
         choices=("auto", "fused", "eager"),
     )
-    keep: str = option(
-        "all",
-        "what fused blocks keep for backward: fewer computes some again, and on a CPU returns freed memory at once",
-        kind=str,
-        choices=KEEP,
+    recompute: bool = option(
+        False,
+        "fused blocks compute some outputs again in backward, and a CPU's freed memory is returned at once",
+        kind=bool,
     )
     channels_last: bool = option(True, "NHWC activations and weights", kind=bool)
     compile: bool = option(False, "run the network through torch.compile", kind=bool)

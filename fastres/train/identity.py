@@ -12,7 +12,7 @@ from fastres.train.config import TrainConfig
 
 # Where and how a run computes, and when it saves: none of them is what it computes.
 PLACE = {
-    "device", "data", "data_root", "compile", "keep", "save_steps", "save_minutes", "requeue", "memory_budget",
+    "device", "data", "data_root", "compile", "recompute", "save_steps", "save_minutes", "requeue", "memory_budget",
     "workers",
 }  # fmt: skip
 # A run may go on longer than it was meant to.

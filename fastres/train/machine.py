@@ -219,10 +219,10 @@ def return_freed_memory() -> bool:
     return _mallopt(mmap_threshold, 2**20)
 
 
-def treat_freed_memory(device: torch.device, keep: str) -> None:
-    """On a CPU `keep_freed_memory`, or with ``keep="fewer"``, the blocks' memory mode, `return_freed_memory`."""
+def treat_freed_memory(device: torch.device, recompute: bool) -> None:
+    """On a CPU `keep_freed_memory`, or with ``recompute``, the blocks' memory mode, `return_freed_memory`."""
     if device.type == "cpu":
-        (keep_freed_memory if keep == "all" else return_freed_memory)()
+        (return_freed_memory if recompute else keep_freed_memory)()
 
 
 def _mallopt(parameter: int, value: int) -> bool:

@@ -8,6 +8,8 @@ import torch
 from bench import levers
 from fastres.measure import Workload
 from fastres.ops import cpu, implementation
+from fastres.ops.backends.cpp import Cpp
+from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Normalised, Shortcut
 from fastres.ops.cpu import convolutions, passes, tiles
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
@@ -16,8 +18,8 @@ TINY = Workload("notebook", 2, 32)
 
 @pytest.fixture(autouse=True)
 def compiled():
-    """The compiled passes, whatever the tests' own choice is; looked up anew."""
-    with levers.fresh_primitives(), implementation("cpp"):
+    """The compiled passes, whatever the tests' own choice is."""
+    with implementation("cpp"):
         yield
 
 
@@ -61,16 +63,15 @@ def test_levers_are_taken_away_and_come_back():
 
 
 def test_no_gradient_takes_anothers_memory():
-    p = cpu.primitives()
+    p = Cpp()
     x, residual, w = torch.randn(2, 4, 4, 8), torch.randn(2, 4, 4, 8), torch.randn(8, 1, 1, 8)
     with mock.patch.multiple(convolutions, PART_BYTES=1, WEIGHTS_SHARE=0):
-        arguments = x, None, None, x, None, w, 1, (0, 0, 0, 0), residual
-        assert p.conv_backward(*arguments, spare=True)[0].data_ptr() == residual.data_ptr()
+        arguments = Gradient(x), Activation(x), Convolution(w), Shortcut(residual)
+        assert p.conv_backward(*arguments)[0].data_ptr() == residual.data_ptr()
         with levers._apart():
-            inside = cpu.primitives()
-            assert inside.conv_backward(*arguments, spare=True)[0].data_ptr() != residual.data_ptr()
-            dz = inside.bn_add_relu_backward(residual, None, x, torch.rand(5, 8), in_place=True)[0]
-            assert dz.data_ptr() != residual.data_ptr()
+            assert p.conv_backward(*arguments)[0].data_ptr() != residual.data_ptr()
+            end = Normalised(x, torch.rand(5, 8))
+            assert p.bn_add_relu_backward(residual, None, end, None, True)[0].data_ptr() != residual.data_ptr()
 
 
 def test_convolutions_in_every_layout():

@@ -20,9 +20,9 @@ def cache(tmp_path, monkeypatch):
     """Folder of ``choices.json``, nothing chosen yet."""
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
     monkeypatch.delenv("FASTRES_TIMED", raising=False)
-    select._timed_primitives.cache_clear()
+    select._timed.cache_clear()
     yield tmp_path
-    select._timed_primitives.cache_clear()
+    select._timed.cache_clear()
 
 
 def test_choices_are_timed_written_and_read_again(cache, monkeypatch):
@@ -38,7 +38,7 @@ def test_choices_are_timed_written_and_read_again(cache, monkeypatch):
             times = entry["milliseconds"]
             assert "triton" in times and entry["winner"] == min(times, key=times.get)
             assert all(time > 0 for time in times.values())
-        select._timed_primitives.cache_clear()
+        select._timed.cache_clear()
         monkeypatch.setattr(TimedChoices, "_measure", lambda *_: pytest.fail("timed again"))
         second = train_step(block, x)
     assert_same_bits(first["logits"], second["logits"])

@@ -15,29 +15,29 @@ from fastres.reference.preact import PreActResNet
 
 SIZES = {"resnet50": 64, "notebook": 96}
 OPTIONS = {"resnet50": {"stem": "imagenet"}, "resnet18": {"stem": "cifar"}}
-CASES = [  # network, keep, dtype, whose turn each timed choice is
-    ("resnet50", "all", torch.bfloat16, 0),
-    ("resnet50", "fewer", torch.float16, 1),
-    ("resnet18", "all", torch.float32, 2),
-    ("resnet18", "fewer", torch.bfloat16, 3),
-    ("resnet20", "all", torch.float16, 4),
-    ("resnet20", "fewer", torch.bfloat16, 1),
-    ("preact", "all", torch.bfloat16, 1),
-    ("preact", "all", torch.float32, 0),
-    ("notebook", "all", torch.bfloat16, 2),
-    ("notebook", "fewer", torch.float32, 1),
-    ("speed", "all", torch.float16, 1),
-    ("speed", "fewer", torch.bfloat16, 2),
+CASES = [  # network, recompute, dtype, whose turn each timed choice is
+    ("resnet50", False, torch.bfloat16, 0),
+    ("resnet50", True, torch.float16, 1),
+    ("resnet18", False, torch.float32, 2),
+    ("resnet18", True, torch.bfloat16, 3),
+    ("resnet20", False, torch.float16, 4),
+    ("resnet20", True, torch.bfloat16, 1),
+    ("preact", False, torch.bfloat16, 1),
+    ("preact", False, torch.float32, 0),
+    ("notebook", False, torch.bfloat16, 2),
+    ("notebook", True, torch.float32, 1),
+    ("speed", False, torch.float16, 1),
+    ("speed", True, torch.bfloat16, 2),
 ]
 GRADIENTS = {"conv_dgrad_kernel", "conv_wgrad_kernel"}
 BLOCKS = {"conv_kernel", *GRADIENTS, "finalize_kernel", "bn_backward_coef_kernel"}
 
 
-def network(name, keep="all"):
+def network(name, recompute=False):
     """With the weights on the host; `preact` is 20 layers of the kind that has 164 and 1001."""
     if name == "preact":
-        return fuse(PreActResNet(20), keep)
-    return create_fused_model(name, keep=keep, **OPTIONS.get(name, {}))
+        return fuse(PreActResNet(20), recompute)
+    return create_fused_model(name, recompute=recompute, **OPTIONS.get(name, {}))
 
 
 def images(name, device, count=2):
@@ -53,9 +53,9 @@ def step(model, x, dtype):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name, keep, dtype, pick", CASES)
-def test_training_and_inference(name, keep, dtype, pick):
-    model = network(name, keep)
+@pytest.mark.parametrize("name, recompute, dtype, pick", CASES)
+def test_training_and_inference(name, recompute, dtype, pick):
+    model = network(name, recompute)
     folded = None if name == "preact" else fold(create_model(name, **OPTIONS.get(name, {})))
     with fake_cuda(pick) as cuda:
         model.to("cuda", memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ from fastres.train.run_folder import RunFolder
 from fastres.train.signals import StopRequest
 
 CASES = {
-    "plain": dict(backend="fused", precision="bf16", keep="fewer", flip="alternating"),
+    "plain": dict(backend="fused", precision="bf16", recompute=True, flip="alternating"),
     "graph": dict(backend="fused", precision="bf16", cuda_graph=True, ema=0.9, clip=1.0, image_size=16),
     "graphs": dict(
         backend="fused", precision="fp32", cuda_graph=True, progressive="8:0.5", accumulate=2, epochs=4, decoupled=False

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
+from support_flat import aten
 from support_kernels import (
     assert_as_good,
     assert_same_bits,
@@ -17,7 +18,6 @@ from support_kernels import (
 
 from fastres.kernels import batch_norm
 from fastres.kernels.types import Moments
-from fastres.ops import aten
 
 
 def widened(*values):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support_flat import aten
 from support_kernels import (
     DTYPES,
     assert_as_good,
@@ -20,7 +21,6 @@ from support_kernels import (
 )
 
 from fastres import kernels
-from fastres.ops import aten
 
 shortcuts = st.sampled_from(["none", "identity", "projection"])
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support_conv import BACKWARDS, exact, problems
+from support_flat import aten
 from support_kernels import (
     DTYPES,
     assert_as_good,
@@ -15,7 +16,6 @@ from support_kernels import (
 )
 
 from fastres.kernels.dgrad import conv_dgrad
-from fastres.ops import aten
 
 
 def total(result):

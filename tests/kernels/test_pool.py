@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support_flat import aten
 from support_kernels import (
     assert_as_good,
     assert_same_bits,
@@ -20,7 +21,6 @@ from support_kernels import (
 
 from fastres.kernels import pool
 from fastres.kernels.geometry import output_hw
-from fastres.ops import aten
 
 STEM = 3, 2, (1, 1, 1, 1)
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from support_flat import aten
 from support_fused import relative_error
 from triton.runtime.errors import OutOfResources
 
@@ -12,7 +13,6 @@ from fastres import kernels
 from fastres.kernels import resources
 from fastres.kernels.configs import conv_configs, taken
 from fastres.kernels.resources import Demand, fitting, shared_memory, shared_memory_of
-from fastres.ops import aten
 
 SAME = (1, 1, 1, 1)
 KIB = 1024

@@ -7,11 +7,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support_conv import BACKWARDS, exact, problems
+from support_flat import aten
 from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn
 
 from fastres.kernels import wgrad
 from fastres.kernels.wgrad import conv_wgrad
-from fastres.ops import aten
 
 
 @few_examples

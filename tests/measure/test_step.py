@@ -9,10 +9,10 @@ import torch
 
 from bench import stand_ins
 from fastres import cli
-from fastres.measure import PEERS, Step, Workload, command, peers, timing
+from fastres.measure import PEERS, Step, Workload, command, timing
 from fastres.measure.command import measure_steps
-from fastres.ops import aten, implementation, select
-from fastres.ops.layers import symmetric
+from fastres.ops import implementation, select
+from fastres.ops.backends.vendor import VendorConvolutions
 
 CPU = torch.device("cpu")
 SMALL = Workload("resnet8", 4, 8)
@@ -84,31 +84,19 @@ def test_a_peer_that_fails_leaves_its_error(monkeypatch):
     assert eager["tflops"] == pytest.approx(found["flops"] / eager["seconds"]["median"] / 1e12)
 
 
-def test_the_library_peer_takes_the_library_wherever_it_can(monkeypatch):
-    """The Triton launchers and the device are stand-ins here: what counts is which implementation is picked."""
-    names = ("moments", "bn_add_relu", "bn_backward_apply", "finalize")
-    triton = SimpleNamespace(**{name: getattr(aten, name) for name in names}, conv=None)
-    monkeypatch.setattr(select, "_triton", lambda: triton)
-    monkeypatch.setattr(select, "_sole", {})
-    peers._library_primitives.cache_clear()
-    monkeypatch.setattr(select, "_primitives", lambda _: pytest.fail("not the timed path"))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with peers.forced("library"):
-        on_gpu = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, numel=lambda: 1)
-        primitives = select.primitives(on_gpu)
-        y, moments = primitives.conv(torch.randn(2, 4, 4, 3), torch.randn(5, 3, 3, 3), 1, symmetric(1))
-        primitives.finalize(moments, None, None, 1e-5)
-    peers._library_primitives.cache_clear()
-    selection = select.selection()
-    (chosen,) = {name for key, name in selection.items() if "2x4x4x3" in key or key == "conv"}
-    assert y.shape == (2, 4, 4, 5) and chosen == "library" and selection["finalize"] == "triton"
+def test_the_library_peer_takes_the_vendors_convolutions(monkeypatch):
+    """The device is a stand-in here: what counts is which backend is picked."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, numel=lambda: 1)
+    with implementation(PEERS["library"].implementation):
+        backend = select.backend_for(on_gpu)
+    assert backend.name == "vendor" and isinstance(backend, VendorConvolutions)
 
 
 @pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.implementation in select.MODES])
 def test_other_peers_force_what_they_name(name):
-    with peers.forced(PEERS[name].implementation):
+    with implementation(PEERS[name].implementation):
         assert select._forced == PEERS[name].implementation
-    with implementation("aten"), peers.forced("auto"):
+    with implementation("aten"), implementation("auto"):
         assert select._forced == "auto"
 
 

@@ -17,10 +17,10 @@ from fastres.nn import fold, fuse, unfuse
 IMAGES = (4, 3, 33, 32)
 
 
-@pytest.mark.parametrize("keep", ["all", "fewer"])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", SMALL)
-def test_a_training_step_equals_eager(name, keep):
-    eager, fused = twins(name, keep=keep)
+def test_a_training_step_equals_eager(name, recompute):
+    eager, fused = twins(name, recompute=recompute)
     x = torch.randn(IMAGES, dtype=torch.float64)
     assert_same(train_step(fused, x), train_step(eager, x), 1e-10)
 

@@ -127,16 +127,16 @@ def saved_bytes(blocks: nn.Module, x: torch.Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
-@pytest.mark.parametrize("keep, share", [("all", 0.85), ("fewer", 0.60)])
-def test_memory_kept_for_backward(keep, share):
+@pytest.mark.parametrize("recompute, share", [(False, 0.85), (True, 0.60)])
+def test_memory_kept_for_backward(recompute, share):
     """Of identity bottlenecks in a row: 10 and 6 units of M*w a block, where eager PyTorch keeps 12."""
     x = torch.randn(5, 64, 14, 14).contiguous(memory_format=torch.channels_last)
     eager = nn.Sequential(*(EagerBottleneck(64, 16) for _ in range(4)))
     before = saved_bytes(eager, x)
-    after = saved_bytes(fuse(eager, keep=keep), x)
+    after = saved_bytes(fuse(eager, recompute=recompute), x)
     unit = x.numel() // 4 * 4  # M*w in fp32
     assert before == (4 + 4 * 12) * unit
-    assert after == (4 + 4 * {"all": 10, "fewer": 6}[keep]) * unit
+    assert after == (4 + 4 * {False: 10, True: 6}[recompute]) * unit
     assert after / before <= share
 
 

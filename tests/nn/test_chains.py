@@ -46,7 +46,7 @@ def test_plain_networks_have_no_chains():
 def test_what_a_block_keeps_and_its_hooks_part_chains():
     with torch.device("meta"):
         network = create_fused_model("resnet50")
-    network.layer1[2].keep = "fewer"
+    network.layer1[2].recompute = True
     handle = network.layer3[1].register_forward_hook(lambda *_: None)
     assert has_hooks(network.layer3[1]) and not has_hooks(network.layer3[0])
     assert sizes(network) == [2, 1, 4, 1, 1, 4, 3]

@@ -93,8 +93,3 @@ def test_any_other_pool_is_called(pool):
 def test_nothing_to_fuse():
     with pytest.raises(ValueError, match="Linear has no block to fuse: fuse takes"):
         fuse(nn.Linear(2, 2))
-
-
-def test_unknown_keep():
-    with pytest.raises(ValueError, match="keep is 'some': choose all or fewer"):
-        fuse(torchvision_network(), keep="some")

@@ -6,13 +6,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from support_flat import aten
 from support_nets import perturbed
 from torch import nn
 
 from fastres.nn import ConvBNReLU
 from fastres.nn.bypass import unsupported
 from fastres.nn.norm import to_nhwc, track
-from fastres.ops import Statistics, aten
+from fastres.ops import Statistics
 from fastres.reference.notebook import SameConv2d
 
 

@@ -340,7 +340,7 @@ FROZEN = {
     "bn_relu": lambda x: ops.bn_relu(x, frozen(random_norm(8, frozen=True)))[0],
     "identity": lambda x: ops.residual_block(x, frozen_layers(4, 6, 8), x)[0],
     "projection": lambda x: ops.residual_block(x, frozen_layers(4, 6, 8), *frozen_layers(8))[0],
-    "fewer": lambda x: ops.residual_block(x, frozen_layers(4, 6, 8), x, keep="fewer")[0],
+    "fewer": lambda x: ops.residual_block(x, frozen_layers(4, 6, 8), x, recompute=True)[0],
     "chain": lambda x: ops.residual_chain(x, [frozen_layers(4, 8), frozen_layers(6, 8)], x)[0],
     "preact": lambda x: ops.preact_block(x, frozen_layers(4, 6, 8, before=True), x)[0],
     "stem": lambda x: ops.stem(x, *frozen_layers(6), 3, 2, (1, 1, 1, 1))[0],

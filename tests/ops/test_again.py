@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastres import ops
-from fastres.ops import Conv, Norm, cpu, synchronise
+from fastres.ops import Conv, Norm, cpu
 
 
 def rebuilt(template, values):
@@ -164,8 +164,7 @@ def test_a_parameter_changed_in_between_is_an_error():
 
 
 def test_ranks_have_first_derivatives_only(monkeypatch):
-    monkeypatch.setattr(synchronise, "all_reduce", lambda tensor, group: None)
-    monkeypatch.setattr("fastres.ops.coefficients.all_reduce", lambda tensor, group: None)
+    monkeypatch.setattr("fastres.ops.backends.aten.Aten.all_reduce", lambda self, tensor, group: None)
     x = image(2, 3, 3, 4).requires_grad_()
     norm = random_norm(4)._replace(group="two")
     out, _ = ops.bn_relu(x, norm)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from support_flat import aten
 
 from fastres.kernels.types import Moments
-from fastres.ops import aten
 from fastres.ops.agreement import coarsest, difference, rounding
-from fastres.ops.library import LibraryConvolutions
 
-LIBRARY = LibraryConvolutions(aten.moments, aten.bn_add_relu, aten.bn_backward_apply, aten.bn_sums)
+LIBRARY = aten
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support_flat import aten
 from support_fused import relative_error
-
-from fastres.ops import aten
 
 
 @pytest.mark.parametrize("shape", [(8, 56, 56, 64), (2, 7, 7, 512), (1, 1, 2, 3)], ids=str)

@@ -27,4 +27,4 @@ def test_equals_fp64_eager(dtype, relu, residual, pad):
 def test_opcheck():
     x, w, bias, added = torch.randn(2, 5, 5, 3), torch.randn(4, 3, 3, 3), torch.randn(4), torch.randn(2, 5, 5, 4)
     for residual in (added, None):
-        torch.library.opcheck(conv_bias_act_forward, (x, w, bias, 1, [1, 1, 1, 1], residual, True))
+        torch.library.opcheck(conv_bias_act_forward, (x, w, bias, [1, *[1, 1, 1, 1], 1], residual, True))

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support_flat import Flat, aten
 from support_fused import FLOOR, relative_error
 
-from fastres.ops import aten, cpu
+from fastres.ops import cpu
+from fastres.ops.backends.cpp import Cpp
 from fastres.ops.cpu import convolutions, passes, tiles
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
@@ -166,7 +168,7 @@ def test_statistics_of_a_large_mean():
 def test_parts_of_the_batch_are_the_whole(kernel, stride, outputs, dtype, monkeypatch):
     """Seven images in parts of two: the last part is of one."""
     monkeypatch.setattr(tiles, "form", lambda: None)
-    p, pad = cpu.primitives(), (kernel // 2,) * 4
+    p, pad = Flat(Cpp()), (kernel // 2,) * 4
     x, w = torch.randn(7, 9, 8, 16, dtype=dtype), torch.randn(outputs, kernel, kernel, 16, dtype=dtype) / 8
     statistics = coef(16)
     y = p.conv(x, w, stride, pad, statistics)[0]
@@ -174,7 +176,7 @@ def test_parts_of_the_batch_are_the_whole(kernel, stride, outputs, dtype, monkey
 
     def results():
         out, moments = p.conv(x, w, stride, pad, statistics)
-        sums = p.conv_backward(dz, y, abc, x, statistics, w, stride, pad, residual)
+        sums = p.conv_backward(dz, y, abc, x, statistics, w, stride, pad, residual.clone())
         plain = p.conv_backward(dz, y, abc, x, None, w, stride, pad)
         return [out, p.finalize(moments, None, None, 1e-5), sums[0], sums[1].sum(0), sums[2], plain[0], plain[2]]
 
@@ -190,10 +192,10 @@ def test_parts_of_the_batch_are_the_whole(kernel, stride, outputs, dtype, monkey
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel, through_relu", [(1, True), (3, True), (1, False), (3, False)])
 @pytest.mark.parametrize("form", [None, 0], ids=["PyTorch's convolutions", "tiles"])
-def test_the_gradient_may_take_a_spare_residuals_memory(kernel, through_relu, dtype, form, monkeypatch):
+def test_the_gradient_takes_the_joined_ones_memory(kernel, through_relu, dtype, form, monkeypatch):
     """Also where the residual is the gradient that comes in, as in a block of one convolution."""
     monkeypatch.setattr(tiles, "form", lambda: form)
-    p, pad = cpu.primitives(), (kernel // 2,) * 4
+    p, pad = Flat(Cpp()), (kernel // 2,) * 4
     x, dz, w = (
         torch.randn(7, 9, 8, 16, dtype=dtype),
         torch.randn(7, 9, 8, 16, dtype=dtype),
@@ -207,8 +209,8 @@ def test_the_gradient_may_take_a_spare_residuals_memory(kernel, through_relu, dt
         for abc in (None, torch.rand(3, 16)):
             given, residual = dz.clone(), torch.randn_like(x)
             residual = given if same else residual
-            apart = p.conv_backward(given, x, abc, *arguments, residual)
-            dx, sums, dw = p.conv_backward(given, x, abc, *arguments, residual, spare=True)
+            apart = p.conv_backward(given.clone(), x, abc, *arguments, residual.clone())
+            dx, sums, dw = p.conv_backward(given, x, abc, *arguments, residual)
             assert dx.data_ptr() == residual.data_ptr()
             assert torch.equal(dx, apart[0]) and torch.equal(dw, apart[2])
             assert sums is apart[1] is None or torch.equal(sums, apart[1])

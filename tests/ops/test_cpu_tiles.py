@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support_conv import BACKWARDS, Problem, exact, problems
+from support_flat import aten
 from support_fused import relative_error
 from support_kernels import assert_as_good, few_examples, guarded
 
-from fastres.ops import aten, cpu
+from fastres.ops import cpu
 from fastres.ops.cpu import native, tiles
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")

@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support_conv import Problem, problems
+from support_flat import Flat, aten
 from support_fused import FLOOR, relative_error
 from support_kernels import few_examples
 
-from fastres.ops import aten, cpu
+from fastres.ops import cpu
+from fastres.ops.backends.cpp import Cpp
 from fastres.ops.cpu import tiles
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
@@ -119,7 +121,7 @@ def test_nan_and_infinity_reach_only_their_channels():
 def test_where_it_is_used(inputs, used, monkeypatch):
     """Elsewhere the gradient is PyTorch's, and the same but for rounding."""
     x, coef, dy, w, stride, pad = made(3, (8, 9), inputs, 24, 3, 2, (1, 1, 1, 1))
-    calls, real, p = [], tiles.weight_grad, cpu.primitives()
+    calls, real, p = [], tiles.weight_grad, Flat(Cpp())
     monkeypatch.setattr(tiles, "form", lambda: 0)
     monkeypatch.setattr(tiles, "weight_grad", lambda *arguments: calls.append(1) or real(*arguments))
     ours = p.conv_wgrad(dy, None, None, x, coef, stride, pad, (3, 3))

@@ -22,6 +22,7 @@ from support_fused import (
     relative_error,
     relu_apart,
 )
+from support_ops import opcheck
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,9 +37,6 @@ from fastres.ops import (
     residual_chain,
     stem,
 )
-from fastres.ops.preact import preact_forward
-from fastres.ops.residual import residual_forward
-from fastres.ops.stem import stem_forward
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # a function's fixtures hold no state that one example leaves to the next
@@ -77,11 +75,11 @@ def bottleneck(size, widths, stride, dilation, frozen=False):
 
 
 @drawn
-@given(geometries(), st.sampled_from(["all", "fewer"]), st.booleans())
-def test_bottleneck(geometry, keep, frozen):
+@given(geometries(), st.booleans(), st.booleans())
+def test_bottleneck(geometry, recompute, frozen):
     dtype = geometry.pop("dtype")
     assert_as_good_as_eager(
-        lambda x, layers, added: residual_block(x, layers, added, keep=keep)[0],
+        lambda x, layers, added: residual_block(x, layers, added, recompute=recompute)[0],
         eager_residual,
         bottleneck(**geometry, frozen=frozen),
         dtype,
@@ -201,15 +199,12 @@ def test_second_derivatives_and_flops():
 
 def test_opcheck():
     """The fake kernels know the dilation."""
+    layer = cast(random_layer(3, 4, 3, pad=(0,) * 4, dilation=3), torch.float32)
     x = torch.randn(2, 9, 8, 3)
-    w, eps = torch.randn(4, 3, 3, 3), 1e-5
-    vectors = [torch.rand(4), torch.rand(4), None, None]
-    stem_options = 1, [0] * 4, eps, 2, 2, [0] * 4, None, 3
-    torch.library.opcheck(stem_forward, (x, w, *vectors, *stem_options))
-    residual_options = [1], [1], [0] * 4, [eps], [1], False, False, True, True, True, None, [3]
-    torch.library.opcheck(residual_forward, (x, None, [w], vectors, *residual_options))
-    preact_options = [1], [0] * 4, [eps], False, False, False, True, None, [3]
-    torch.library.opcheck(preact_forward, (x, None, [w], [None] * 4, *preact_options))
+    opcheck(lambda: stem(x, layer, 2, 2, (0,) * 4)[0])
+    opcheck(lambda: residual_block(x, [layer])[0])
+    before = layer._replace(norm=cast(random_norm(3), torch.float32))
+    opcheck(lambda: preact_block(x, [before])[0])
 
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")

@@ -38,12 +38,12 @@ def network():
     return resnet.ResNet(resnet.Bottleneck, [2, 1, 1, 1], num_classes=5)
 
 
-@pytest.mark.parametrize("keep", ["all", "fewer"])
-def test_training(keep):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training(recompute):
     x = torch.randn(2, 3, 32, 32)
     expected = flops(network(), x)
     assert expected > 0
-    assert flops(fused_nn.fuse(network(), keep=keep), x) == expected
+    assert flops(fused_nn.fuse(network(), recompute=recompute), x) == expected
 
 
 def test_folded():

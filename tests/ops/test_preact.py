@@ -10,9 +10,9 @@ from support_fused import (
     random_norm,
     random_weight,
 )
+from support_ops import opcheck
 
 from fastres.ops import Conv, Layer, preact_block
-from fastres.ops.preact import preact_backward, preact_forward
 
 
 def block(shortcut: str, stride: int = 1, channels: int = 20, **norm):
@@ -80,22 +80,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, (x, *leaves(layers, projection)))
 
 
+@pytest.mark.parametrize("next_coef", [True, False])
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
-def test_opcheck(shortcut):
+def test_opcheck(shortcut, next_coef):
     x, layers, added = block(shortcut)
-    projection = added is not None
-    convs = [*layers, added] if projection else layers
-    weights = [conv.weight.permute(0, 2, 3, 1).contiguous() for conv in convs]
-    norms = [t for la in layers for t in la.norm[:4]]
-    geometry = [conv.stride for conv in convs], [side for conv in convs for side in conv.pad]
-    kinds = (not projection, projection)
-    for coef, next_coef, recording in ((None, True, True), (torch.ones(5, 20).double(), False, False)):
-        forward = (x, coef, weights, norms, *geometry, [1e-5] * 3, *kinds, next_coef, recording)
-        torch.library.opcheck(preact_forward, forward)
-    out, y1, y2, *coefs = preact_forward(x, None, weights, norms, *geometry, [1e-5] * 3, *kinds, False, True)
-    needs = [True] * (1 + len(weights))
-    backward = (out, x, [y1, y2], coefs, weights, norms[::4], *geometry, [True] * 3, *kinds, needs)
-    torch.library.opcheck(preact_backward, backward)
+    x, layers, added = cast([x, layers, added], torch.float64)
+    coef = torch.ones(5, 20, dtype=torch.float64) if next_coef else None
+    opcheck(lambda: preact_block(x, layers, x if added is None else added, coef, next_coef)[0])
 
 
 def test_shortcut_of_another_size():

@@ -14,16 +14,17 @@ from support_fused import (
     relative_error,
     with_grads,
 )
+from support_ops import opcheck
 
 from fastres.ops import Identity, Layer, residual_block, residual_chain
-from fastres.ops.residual import JOINED_CHANNELS, residual_backward, residual_forward
+from fastres.ops.nodes import JOINED_CHANNELS
 
 SAME = (0, 0, 1, 1)
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def result(x, layers, shortcut, relu=True, keep="all"):
-    return residual_block(x, layers, shortcut, relu, keep)[0]
+def result(x, layers, shortcut, relu=True, recompute=False):
+    return residual_block(x, layers, shortcut, relu, recompute)[0]
 
 
 def image(n, height, width, channels):
@@ -137,7 +138,7 @@ def test_recomputing_gives_the_same_bits(shortcut):
     arguments = [cast(a, torch.float32) for a in bottleneck(shortcut)]
     if shortcut == "identity":
         arguments[2] = arguments[0]
-    outs = [result(*arguments, keep=keep) for keep in ("all", "fewer")]
+    outs = [result(*arguments, recompute=recompute) for recompute in (False, True)]
     dout = torch.randn_like(outs[0])
     wanted = leaves(*arguments[:2]) if shortcut == "identity" else leaves(*arguments)
     kept, recomputed = (torch.autograd.grad(out, wanted, dout) for out in outs)
@@ -192,11 +193,11 @@ def test_a_chain_whose_first_block_has_no_shortcut(dtype):
     assert relative_error(ours, exact) < {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
 
 
-@pytest.mark.parametrize("keep", ["all", "fewer"])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["bottleneck", "basic"])
 @pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor", "none"])
-def test_chain_equals_fp64_eager(shortcut, kind, keep):
-    assert_as_good_as_eager(*both_chains(shortcut, keep=keep), chain(kind, shortcut), torch.float64)
+def test_chain_equals_fp64_eager(shortcut, kind, recompute):
+    assert_as_good_as_eager(*both_chains(shortcut, recompute=recompute), chain(kind, shortcut), torch.float64)
 
 
 @pytest.mark.parametrize("norm", [dict(gamma=False), dict(frozen=True)], ids=str)
@@ -221,10 +222,10 @@ def test_chain_equals_its_blocks_one_by_one(shortcut, dtype):
         assert relative_error(one, other) < 1e-6
 
 
-@pytest.mark.parametrize("keep", ["all", "fewer"])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("shortcut", ["identity", "projection", "subsampled"])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_a_chain_that_narrows_on_its_way(kernel, shortcut, keep):
+def test_a_chain_that_narrows_on_its_way(kernel, shortcut, recompute):
     """Blocks behind the first that subsample and widen; one that could end the block before in its own convolution."""
     x, first, added = bottleneck(shortcut, 1 if shortcut == "identity" else 2)
     c = 20 if shortcut in ("identity", "subsampled") else 36
@@ -237,7 +238,7 @@ def test_a_chain_that_narrows_on_its_way(kernel, shortcut, keep):
     identities = [Identity(2, 5), Identity(), Identity(2)]
 
     def fused(x, blocks, added):
-        return residual_chain(x, blocks, x if added is None else added, keep=keep, identities=identities)[0]
+        return residual_chain(x, blocks, x if added is None else added, recompute=recompute, identities=identities)[0]
 
     def eager(x, blocks, added):
         for layers, shortcut in zip(blocks, [x if added is None else added, *identities]):
@@ -300,22 +301,10 @@ def test_a_later_block_must_keep_the_size():
         residual_chain(x, [layers, [layers[0], layers[1]._replace(stride=2), layers[2]]], x)
 
 
-@pytest.mark.parametrize("keep_all", [True, False])
-def test_opcheck_of_a_chain(keep_all):
-    x, blocks, projection = chain("bottleneck", "projection", 2)
-    every = [layer for layers in blocks for layer in layers] + [projection]
-    weights = [la.weight.permute(0, 2, 3, 1).contiguous() for la in every]
-    norms = [t for la in every for t in la.norm[:4]]
-    geometry = [3, 3], [la.stride for la in every], [side for la in every for side in la.pad]
-    eps, steps = [la.norm.eps for la in every], [1, 1]
-    forward = (x, None, weights, norms, *geometry, eps, steps, False, True, True, True, keep_all)
-    torch.library.opcheck(residual_forward, forward)
-    out, *rest = residual_forward(*forward)
-    inner, ys, coefs = rest[0], rest[1:-7], rest[-7:]
-    needs = [True, False] + [True] * 7
-    kinds = False, True, keep_all
-    backward = (out, out, [x, inner], ys, coefs, weights, norms[::4], *geometry, steps, [True] * 7, *kinds, needs)
-    torch.library.opcheck(residual_backward, backward)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_opcheck_of_a_chain(recompute):
+    x, blocks, projection = cast(list(chain("bottleneck", "projection", 2)), torch.float64)
+    opcheck(lambda: residual_chain(x, blocks, projection, recompute=recompute)[0])
 
 
 def test_gradcheck():
@@ -347,39 +336,19 @@ def test_only_the_needed_gradients():
     torch.testing.assert_close(alone, among_all)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("shortcut", ["identity", "projection", "tensor", "padded"])
-def test_opcheck(shortcut):
+def test_opcheck(shortcut, recompute):
     x, layers, added = bottleneck(shortcut, 1 if shortcut == "identity" else 2)
-    projection, padded = isinstance(added, Layer), isinstance(added, Identity)
-    every = [*layers, added] if projection else layers
-    weights = [la.weight.permute(0, 2, 3, 1).contiguous() for la in every]
-    norms = [t for la in every for t in la.norm[:4]]
-    geometry = [la.stride for la in every], [side for la in every for side in la.pad]
-    eps = [la.norm.eps for la in every]
-    tensor = None if projection or padded else added
-    kinds = (shortcut == "identity" or padded, projection)
-    depths, steps = [len(layers)], [2 if padded else 1]
-    for recording, keep_all in ((False, True), (True, False), (True, True)):
-        forward = (x, tensor, weights, norms, depths, *geometry, eps, steps, *kinds, True, recording, keep_all)
-        torch.library.opcheck(residual_forward, forward)
-    out, *rest = residual_forward(*forward)
-    ys, coefs = rest[: len(every)], rest[len(every) :]
-    needs = [True, tensor is not None] + [True] * len(every)
-    trained = [True] * len(every)
-    backward = (out, out, [x], ys, coefs, weights, norms[::4], depths, *geometry, steps, trained, *kinds, True, needs)
-    torch.library.opcheck(residual_backward, backward)
+    x, layers = cast([x, layers], torch.float64)
+    added = x if shortcut == "identity" else added if shortcut == "padded" else cast(added, torch.float64)
+    opcheck(lambda: residual_block(x, layers, added, recompute=recompute)[0])
 
 
 def test_shortcut_of_another_size():
     x, layers, _ = bottleneck("none")
     with pytest.raises(RuntimeError, match=r"size of the shortcut \[2, 20, 7, 9\] must match .* \[2, 36, 7, 9\]"):
         residual_block(x, layers, x)
-
-
-def test_unknown_keep():
-    x, layers, _ = bottleneck("none")
-    with pytest.raises(ValueError, match="keep is 'most': choose all or fewer"):
-        residual_block(x, layers, keep="most")
 
 
 def test_one_value_per_channel():

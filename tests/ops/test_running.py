@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support_flat import aten
 
-from fastres.ops import Statistics, aten, update_running
+from fastres.ops import Statistics, update_running
 
 MOMENTA = [0.3, torch.tensor(0.3), torch.tensor(0.3).double(), 0.0, 1.0]
 

@@ -1,26 +1,32 @@
 """Which implementation runs, and how that is chosen and seen."""
 
+import inspect
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastres import ops
 from fastres.ops import cpu, select
-from fastres.ops.select import Primitives, primitives
+from fastres.ops.backends.aten import Aten
+from fastres.ops.backends.cpp import Cpp
+from fastres.ops.backends.fake import Fake
+from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient
+from fastres.ops.backends.timed import Timed
+from fastres.ops.backends.triton import Triton, Vendor
+from fastres.ops.operation import on_device
+from fastres.ops.select import backend_for
 from fastres.ops.timing import TimedChoices
 
 
 def chosen_for(x, monkeypatch, interpret="1", **environment):
-    """Name of the candidate that ``primitives(x)`` offers, the test-suite's own choice out of the way."""
+    """Name of the backend that serves x, the test-suite's own choice out of the way."""
     monkeypatch.setattr(select, "_forced", None)
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     monkeypatch.delenv("FASTRES_IMPL", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(select, "_primitives", lambda name: name)
-    return primitives(x)
+    return backend_for(x).name
 
 
 def test_a_cpu_takes_cpp_unless_triton_is_interpreted(monkeypatch):
@@ -52,7 +58,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="FASTRES_IMPL is 'cuda': choose auto, triton, cpp, aten"):
+    with pytest.raises(ValueError, match="FASTRES_IMPL is 'cuda': choose auto, triton, vendor, cpp, aten"):
         chosen_for(torch.ones(1, 1, 1, 1), monkeypatch, FASTRES_IMPL="cuda")
     with pytest.raises(ValueError, match="implementation is 'eager'"):
         with ops.implementation("eager"):
@@ -67,18 +73,31 @@ def test_the_context_manager_ends():
     assert select._forced == before
 
 
+def test_a_backend_may_be_given():
+    class Other(Aten):
+        name = "other"
+
+    with ops.implementation(Other()):
+        assert backend_for(torch.ones(1, 1, 1, 1)).name == "other"
+        assert backend_for(torch.ones(1, 1, 1, 1).double()).name == "aten"
+
+
 def test_selection_tells_what_ran():
     modes = ["aten"] if cpu.unavailable() else ["aten", "cpp", "aten"]
     for mode in modes:
         with ops.implementation(mode):
             ops.global_avg_pool(torch.ones(2, 3, 5, 7))
-    assert set(modes) <= set(ops.selection()["global_avg_pool"].split(", "))
+    assert set(modes) <= set(ops.selection()["backends"].split(", "))
 
 
-def test_a_primitive_that_nobody_has_is_told():
-    nobody = Primitives({"aten": SimpleNamespace()})
-    with pytest.raises(AttributeError, match="none of aten has the primitive 'transpose'"):
-        nobody.transpose()
+@pytest.mark.parametrize("backend", [Aten, Cpp, Fake, Triton, Vendor, Timed], ids=lambda kind: kind.__name__)
+def test_every_backend_has_every_primitive_with_the_interfaces_arguments(backend):
+    for name, method in vars(Backend).items():
+        if name.startswith("_") or not inspect.isfunction(method):
+            continue
+        wanted = list(inspect.signature(method).parameters)[1:]
+        own = [one for one in inspect.signature(getattr(backend, name)).parameters if one not in ("self", "rank")]
+        assert own == wanted, f"{backend.__name__}.{name}"
 
 
 class Choices:
@@ -97,39 +116,55 @@ class Choices:
         return None
 
 
+class Named(Aten):
+    """A candidate whose convolutions only tell who ran."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def conv(self, activation, conv, residual=None, moments=True):
+        return self.name
+
+
+def timed(choices, *names):
+    return Timed(choices, [Named(name) for name in names])
+
+
+def call_of(size):
+    return Activation(torch.ones(1, 1, 1, size)), Convolution(torch.ones(2, 1, 1, size))
+
+
 def test_each_shape_is_chosen_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     choices = Choices()
-    first = SimpleNamespace(double=lambda x: ("first", 2 * x), only=lambda x: ("only", x))
-    second = SimpleNamespace(double=lambda x: ("second", 2 * x))
-    both = Primitives({"first": first, "second": second}, choices)
+    both = timed(choices, "first", "second")
     for size in (2, 3, 2):
-        assert both.double(torch.ones(size))[0] == "second"
-    assert both.only(torch.ones(4))[0] == "only"
-    assert choices.keys == ["double((2, float32))", "double((3, float32))"]
-    assert ops.selection()["double((3, float32))"] == "second" and ops.selection()["only"] == "first"
+        assert both.conv(*call_of(size)) == "second"
+    first, other = choices.keys
+    assert (
+        first.startswith("conv(((1x1x1x2, float32), None), ((2x1x1x2, float32), 1, (0, 0, 0, 0), 1)") and "x3" in other
+    )
+    assert both.chosen == {first: "second", other: "second"}
 
 
 def test_nothing_is_timed_inside_a_graph_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     choices = Choices()
-    spaces = {name: SimpleNamespace(op=lambda x, name=name: name) for name in ("first", "second")}
-    assert Primitives(spaces, choices).op(torch.ones(1)) == "first" and not choices.keys
+    assert timed(choices, "first", "second").conv(*call_of(1)) == "first" and not choices.keys
 
 
 def test_a_graph_captures_what_was_measured_before(monkeypatch, tmp_path):
-    spaces = {name: SimpleNamespace(op=lambda x, name=name: name) for name in ("first", "second")}
     times = iter((2.0, 1.0))
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     choices = TimedChoices(tmp_path / "choices.json", "a machine", lambda call: next(times))
     monkeypatch.setattr("fastres.ops.timing.difference", lambda *results: (0.0, None))
-    assert Primitives(spaces, choices).op(torch.ones(1)) == "second"
+    assert timed(choices, "first", "second").conv(*call_of(1)) == "second"
     capturing = True
     later = TimedChoices(tmp_path / "choices.json", "a machine", lambda call: pytest.fail("timed"))
-    assert Primitives(spaces, later).op(torch.ones(1)) == "second"
-    assert Primitives({"first": spaces["first"], "third": spaces["first"]}, later).op(torch.ones(1)) == "first"
-    assert Primitives(spaces, later).op(torch.ones(2)) == "first"
+    assert timed(later, "first", "second").conv(*call_of(1)) == "second"
+    assert timed(later, "first", "third").conv(*call_of(1)) == "first"
+    assert timed(later, "first", "second").conv(*call_of(2)) == "first"
 
 
 class CurrentDevice:
@@ -150,21 +185,25 @@ class CurrentDevice:
             self.index = before
 
 
-def test_a_primitive_runs_on_its_tensors_device(monkeypatch):
-    """Where there is one candidate, in the timing of several, and in the call of the one that was chosen."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    current = CurrentDevice(monkeypatch)
-    seen = []
-    spaces = {name: SimpleNamespace(op=lambda x: seen.append(current.index)) for name in ("first", "second")}
-    spaces["first"].sole = spaces["first"].op
-    for index in (1, 0):
-        both = Primitives(spaces, Choices(), torch.device("cuda", index))
-        both.op(torch.ones(1))
-        both.op(torch.ones(1))
-        both.sole(torch.ones(1))
-        assert seen == [index] * 5
-        seen.clear()
-    assert current.index == 0 and current.switches == 3  # none where the device is the current one
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    index = 0
+
+    @property
+    def device(self):
+        return torch.device("cuda", self.index)
+
+
+def test_an_operation_runs_on_its_tensors_device(monkeypatch):
+    current, seen = CurrentDevice(monkeypatch), []
+    body = on_device(lambda x: seen.append(current.index))
+    x = torch.ones(1).as_subclass(OnGpu)
+    for OnGpu.index in (1, 0):
+        body(x)
+        body(x)
+    assert seen == [1, 1, 0, 0]
+    assert current.index == 0 and current.switches == 2  # none where the device is the current one
 
 
 def test_an_error_leaves_the_current_device_as_it_was(monkeypatch):
@@ -174,18 +213,17 @@ def test_an_error_leaves_the_current_device_as_it_was(monkeypatch):
         assert current.index == 1
         raise KeyError
 
+    x, OnGpu.index = torch.ones(1).as_subclass(OnGpu), 1
     with pytest.raises(KeyError):
-        Primitives({"one": SimpleNamespace(op=fail)}, device=torch.device("cuda", 1)).op(torch.ones(1))
+        on_device(fail)(x)
     assert current.index == 0
 
 
 def test_joint_backward_is_dgrad_and_wgrad():
-    from fastres.ops import aten
-
+    aten, triton = Aten(), Triton()
     x, w, dz = torch.randn(2, 5, 5, 3), torch.randn(4, 3, 3, 3), torch.randn(2, 5, 5, 4)
-    coef = aten.finalize(aten.moments(x), None, None, 1e-5)
-    y = aten.conv(x, w, 1, (1, 1, 1, 1), coef)[0]
-    arguments = (dz, y, torch.randn(3, 4), x, coef, w, 1, (1, 1, 1, 1))
-    joint = select._dgrad_and_wgrad(aten.conv_dgrad, aten.conv_wgrad, *arguments)
-    torch.testing.assert_close(joint, aten.conv_backward(*arguments))
-    assert select._dgrad_and_wgrad(None, None, *arguments, need_dx=False, need_dw=False) == (None, None, None)
+    activation, conv = Activation(x, aten.finalize(aten.moments(x), None, None, 1e-5)), Convolution(w, 1, (1, 1, 1, 1))
+    gradient = Gradient(dz, aten.conv(activation, conv)[0], torch.randn(3, 4))
+    ours, theirs = triton.conv_backward(gradient, activation, conv), aten.conv_backward(gradient, activation, conv)
+    torch.testing.assert_close((ours[0], ours[1].sum(0), ours[2]), (theirs[0], theirs[1].sum(0), theirs[2]))
+    assert triton.conv_backward(gradient, activation, conv, need_dx=False, need_dw=False) == (None, None, None)

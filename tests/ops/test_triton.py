@@ -38,13 +38,13 @@ from support_kernels import (
     few_examples,
     seeds,
 )
+from support_ops import opcheck
 from support_triton import on_triton
 from torch import Tensor
 
 from fastres import ops
 from fastres.kernels import buffers
 from fastres.ops import Conv, Identity, Layer, Norm, Statistics
-from fastres.ops.residual import residual_backward, residual_forward
 from fastres.reference.notebook import same_padding
 
 UNFENCED = buffers.empty
@@ -104,7 +104,7 @@ def residuals(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
         widths[-1] = widths[0]
     if shortcut == "subsampled":
         widths[-1], stride = widths[0] + draw(st.sampled_from([0, 0, 8])), 2
-    options = dict(relu=draw(st.sampled_from([True, True, False])), keep=draw(st.sampled_from(["all", "fewer"])))
+    options = dict(relu=draw(st.sampled_from([True, True, False])), recompute=draw(st.booleans()))
     dtype, value_seed, tensorflow = draw(dtypes()), draw(seeds()), draw(st.booleans())
     dilation = 1 if tensorflow else draw(dilations())
     note(f"{n}x{height}x{width} {widths} kernels {kernels} stride {stride} {shortcut} {kind} {options} {dtype}")
@@ -174,7 +174,7 @@ def chains(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
         for _ in range(draw(st.sampled_from([2, 1]))):
             blocks.append([random_layer(*widths[i : i + 2], kernel, **kind) for i, kernel in enumerate(kernels)])
     note(f"then {len(blocks) - 1} blocks of widths {widths} {kind}")
-    return dtype, options["keep"], (x, blocks, added)
+    return dtype, options["recompute"], (x, blocks, added)
 
 
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
@@ -182,9 +182,9 @@ def chains(draw: st.DrawFn, kernels: Sequence[int], shortcut: str) -> tuple:
 def test_chain(kernels, shortcut):
     """Blocks at once: the next one's first convolution ends the block before, its gradient begins that backward."""
 
-    def check(dtype, keep, arguments):
+    def check(dtype, recompute, arguments):
         def fused(x, blocks, added):
-            out, statistics = ops.residual_chain(x, blocks, added or x, keep=keep)
+            out, statistics = ops.residual_chain(x, blocks, added or x, recompute=recompute)
             every = [*(layer for layers in blocks for layer in layers), *([added] if added else [])]
             return out, moved([layer.norm for layer in every], statistics)
 
@@ -433,22 +433,7 @@ def test_autocast_errs_no_more_than_eager(shortcut):
 
 
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
-def test_opcheck(shortcut, monkeypatch):
+def test_opcheck_in_the_interpreter(shortcut, monkeypatch):
     monkeypatch.setattr(buffers, "empty", UNFENCED)  # behind a fence tensors begin where the fake ones do not
     x, layers, added = fixed(shortcut)
-    projection = isinstance(added, Layer)
-    every = [*layers, added] if projection else layers
-    weights = [layer.weight.detach().permute(0, 2, 3, 1).contiguous() for layer in every]
-    vectors = [None if t is None else t.detach() for layer in every for t in layer.norm[:4]]
-    x = x.detach()
-    geometry = [layer.stride for layer in every], [side for layer in every for side in layer.pad]
-    kinds = (shortcut == "identity", projection)
-    depths, steps = [len(layers)], [1]
-    forward = (x, None, weights, vectors, depths, *geometry, [1e-5] * len(every), steps, *kinds, True, True, True)
-    torch.library.opcheck(residual_forward, forward)
-    out, *rest = residual_forward(*forward)
-    ys, coefs = rest[: len(every)], rest[len(every) :]
-    needs = [True, False] + [True] * len(every)
-    trained = [True] * len(every)
-    backward = (out, out, [x], ys, coefs, weights, vectors[::4], depths, *geometry, steps, trained, *kinds, True, needs)
-    torch.library.opcheck(residual_backward, backward)
+    opcheck(lambda: ops.residual_block(x, layers, x if added is None else added)[0])

@@ -50,11 +50,11 @@ def test_a_run_goes_on_with_the_other_backend(tmp_path):
 
 
 def test_fewer_activations_are_kept_of_fused_blocks_alone(tmp_path):
-    run = tiny_trainer(tmp_path / "fused", backend="fused", keep="fewer")
-    assert {block.keep for block in run.model.modules() if hasattr(block, "keep")} == {"fewer"}
+    run = tiny_trainer(tmp_path / "fused", backend="fused", recompute=True)
+    assert {block.recompute for block in run.model.modules() if hasattr(block, "recompute")} == {True}
     assert run.fit()
-    with pytest.raises(FastresError, match="--keep fewer is of fused blocks: add --backend fused"):
-        tiny_trainer(tmp_path / "eager", backend="eager", keep="fewer")
+    with pytest.raises(FastresError, match="--recompute is of fused blocks: add --backend fused"):
+        tiny_trainer(tmp_path / "eager", backend="eager", recompute=True)
 
 
 def test_a_fused_network_is_saved_as_the_eager_one(tmp_path, monkeypatch):

@@ -11,225 +11,168 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.geometry import output_hw
 from fastres.kernels.types import Moments
+from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Normalised, Shortcut
+from fastres.ops.backends.vendor import VendorConvolutions, add_gradient, nchw, nhwc, padded
 from fastres.ops.cpu import onednn, passes, products, tiles
-from fastres.ops.library import LibraryConvolutions, add_residual, nchw, nhwc, padded
 
 # What one part's tensors may take of the last-level cache, and the weights' share of them up to which parts pay: each
 # part reads and reorders the weights again.
 PART_BYTES, WEIGHTS_SHARE = 16 * 2**20, 8
 
 
-class PartedConvolutions(LibraryConvolutions):
-    """The convolution primitives over parts of the batch."""
+class PartedConvolutions(VendorConvolutions):
+    """The convolution primitives by our own tiles in bf16, else over parts of the batch.
 
-    def __init__(self):
-        super().__init__(passes.moments, passes.bn_add_relu, passes.bn_backward_apply, passes.bn_sums)
+    See `fastres.ops.backends.protocol.Backend`.
+    """
 
     def conv(
-        self,
-        x: Tensor,
-        w: Tensor,
-        stride: int,
-        pad: Pad,
-        coef: Tensor | None = None,
-        residual: Tensor | None = None,
-        moments: bool = True,
-        dilation: int = 1,
+        self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
     ) -> tuple[Tensor, Moments | None]:
-        """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` and the statistics of y."""
+        (x, coef), (w, stride, pad, dilation) = activation, conv
         if tiles.takes(x.dtype):
             return tiles.conv(x, w, stride, pad, dilation, coef, residual, moments)
-        output = _Output(x, w, stride, pad, moments, dilation)
+        output = _Output(x, conv, moments)
         for images in output.parts:
             a = x[images] if coef is None else passes.bn_add_relu(x[images], coef)
             output.take(images, products.forward(a, w, stride, pad, output.at(images), dilation), residual)
         return output.result()
 
     def conv_bias_act(
-        self,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor,
-        stride: int,
-        pad: Pad,
-        residual: Tensor | None = None,
-        relu: bool = True,
-        dilation: int = 1,
+        self, x: Tensor, conv: Convolution, bias: Tensor, residual: Tensor | None = None, relu: bool = True
     ) -> Tensor:
-        """``relu(conv2d(x, w) + bias (+ residual))``, the addition in oneDNN's call where PyTorch has it."""
+        """With PyTorch's convolutions the addition is in oneDNN's call where PyTorch has it."""
+        weight, stride, pad, dilation = conv
         if tiles.takes(x.dtype):
-            problem = tiles.sizes(x.shape, w.shape, stride, pad, dilation)
-            return tiles.folded_conv(x, tiles.packed(w, problem), problem, bias.float(), residual, relu)
+            problem = tiles.sizes(x.shape, weight.shape, stride, pad, dilation)
+            return tiles.folded_conv(x, tiles.packed(weight, problem), problem, bias.float(), residual, relu)
         if residual is None or not onednn.takes(x.dtype):
-            return super().conv_bias_act(x, w, bias, stride, pad, residual, relu, dilation)
+            return super().conv_bias_act(x, conv, bias, residual, relu)
         x, padding = padded(x, pad)
         geometry = stride, padding, dilation
-        return nhwc(onednn.conv_bias_act(nchw(x), nchw(w), bias.to(x.dtype), *geometry, nchw(residual), relu))
+        return nhwc(onednn.conv_bias_act(nchw(x), nchw(weight), bias.to(x.dtype), *geometry, nchw(residual), relu))
 
     def bn_add_relu_conv(
-        self,
-        y: Tensor,
-        coef: Tensor,
-        shortcut: Tensor | None,
-        shortcut_coef: Tensor | None,
-        w: Tensor,
-        moments: bool = True,
+        self, normalised: Normalised, shortcut: Shortcut | None, weight: Tensor, moments: bool = True
     ) -> tuple[Tensor, Tensor, Moments | None]:
-        """``out = relu(bn(y) + shortcut)``, and of out the convolution with w [Cout, 1, 1, Cin] with its statistics."""
+        y, coef = normalised
+        added, added_coef, _ = shortcut or (None, None, 1)
         out, pad = torch.empty_like(y), (0, 0, 0, 0)
         if tiles.takes(y.dtype):
-            return out, *tiles.conv(y, w, 1, pad, 1, coef, None, moments, shortcut, shortcut_coef, out)
-        output = _Output(out, w, 1, pad, moments)
+            return out, *tiles.conv(y, weight, 1, pad, 1, coef, None, moments, added, added_coef, out)
+        output = _Output(out, Convolution(weight), moments)
         for images in output.parts:
-            a = passes.store_bn_add_relu(y[images], coef, _at(shortcut, images), shortcut_coef, True, out[images])
-            output.take(images, products.forward(a, w, 1, pad, output.at(images)))
+            a = passes.store_bn_add_relu(y[images], coef, _at(added, images), added_coef, True, out[images])
+            output.take(images, products.forward(a, weight, 1, pad, output.at(images)))
         return out, *output.result()
 
     def conv_backward(
         self,
-        dz: Tensor,
-        y: Tensor | None,
-        abc: Tensor | None,
-        x: Tensor,
-        coef: Tensor | None,
-        w: Tensor,
-        stride: int,
-        pad: Pad,
-        residual: Tensor | None = None,
+        gradient: Gradient,
+        activation: Activation,
+        conv: Convolution,
+        joined: Shortcut | None = None,
+        end: Normalised | None = None,
         need_dx: bool = True,
         need_dw: bool = True,
-        end: tuple[Tensor, Tensor] | None = None,
-        residual_stride: int = 1,
-        spare: bool = False,
-        dilation: int = 1,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, sums, dw), see `fastres.ops.library.LibraryConvolutions.conv_backward`."""
         if not need_dx and not need_dw:
             return None, None, None
-        if not tiles.takes(dz.dtype):
-            return self._parted_backward(
-                dz,
-                y,
-                abc,
-                x,
-                coef,
-                w,
-                stride,
-                pad,
-                residual,
-                need_dx,
-                need_dw,
-                end,
-                residual_stride,
-                spare,
-                dilation,
-            )
-        problem, dx, sums, dw = tiles.sizes(x.shape, w.shape, stride, pad, dilation), None, None, None
-        if need_dw and tiles.takes_weight_grad(w):
-            dw = tiles.weight_grad(x, coef, dz, y, abc, problem)
+        if not tiles.takes(gradient.dz.dtype):
+            return _parted_backward(gradient, activation, conv, joined, end, need_dx, need_dw)
+        dx = sums = dw = None
+        if need_dw and tiles.takes_weight_grad(conv.weight):
+            (x, coef), (dz, y, abc) = activation, gradient
+            dw = tiles.weight_grad(x, coef, dz, y, abc, tiles.sizes(x.shape, conv.weight.shape, *conv[1:]))
         elif need_dw:
-            given = dz, y, abc, x, coef, w, stride, pad
-            dw = self._parted_backward(*given, need_dx=False, need_dw=True, dilation=dilation)[2]
+            dw = _parted_backward(gradient, activation, conv, need_dx=False)[2]
         if need_dx:  # last, as it may be written over the gradient that came in
-            below = end if coef is None else (x, coef)
-            dx, sums = _data_grad(dz, y, abc, w, problem, x, coef, below, residual, residual_stride, spare)
+            dx, sums = _tiled_data_grad(gradient, activation, conv, joined, end)
         return dx, sums, dw
 
-    def _parted_backward(
-        self,
-        dz: Tensor,
-        y: Tensor | None,
-        abc: Tensor | None,
-        x: Tensor,
-        coef: Tensor | None,
-        w: Tensor,
-        stride: int,
-        pad: Pad,
-        residual: Tensor | None = None,
-        need_dx: bool = True,
-        need_dw: bool = True,
-        end: tuple[Tensor, Tensor] | None = None,
-        residual_stride: int = 1,
-        spare: bool = False,
-        dilation: int = 1,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`conv_backward` around PyTorch's convolution."""
-        below, sums, dw = end if coef is None else (x, coef), [], None
-        parts = _parts(x, dz, w)
-        in_residual = spare and residual is not None and residual.shape == x.shape and residual_stride == 1
-        dx = None
-        if need_dx and len(parts) > 1:
-            dx = residual if in_residual else dz.new_empty(x.shape)
-        for images in parts:
-            dy = dx_part = dw_part = None  # those of the part before are free now
-            dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], _at(y, images), abc)
-            to = _at(dx, images)
-            room = None if in_residual else to
-            dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, room, need_dx, need_dw, dilation)
-            if need_dw:
-                dw = dw_part if dw is None else dw.add_(dw_part)
-            if not need_dx:
-                continue
-            if dx is None:
-                dx = to = dx_part
-            added = _at(residual, images)
-            if added is not None and (residual_stride > 1 or added.shape[3] != dx_part.shape[3]):
-                add_residual(dx_part, added, residual_stride)
-                added = None
-            if below is not None:
-                sums.append(passes.new_sums(dx_part))
-                of = below[0][images], below[1]
-                passes.store_relu_backward(dx_part, added, x[images], coef, of, to, sums[-1])
-            elif added is not None:
-                torch.add(dx_part, added, out=to)
-            elif dx_part is not to:
-                to.copy_(dx_part)
-        return dx, _joined(sums), dw
 
-
-def _data_grad(
-    dz: Tensor,
-    y: Tensor | None,
-    abc: Tensor | None,
-    w: Tensor,
-    problem: tiles.Sizes,
-    x: Tensor,
-    coef: Tensor | None,
-    below: tuple[Tensor, Tensor] | None,
-    residual: Tensor | None,
-    residual_stride: int,
-    spare: bool,
+def _tiled_data_grad(
+    gradient: Gradient, activation: Activation, conv: Convolution, joined: Shortcut | None, end: Normalised | None
 ) -> tuple[Tensor, Tensor | None]:
-    """dx and the sums of `PartedConvolutions.conv_backward` by our own tiles."""
-    mask, mask_coef = (None, None) if below is None else (x, coef)
-    if residual is not None and (residual_stride > 1 or residual.shape != x.shape):
+    """dx and the sums of `conv_backward` by our own tiles."""
+    (x, coef), (dz, y, abc), w = activation, gradient, conv.weight
+    problem = tiles.sizes(x.shape, w.shape, *conv[1:])
+    below = end if coef is None else Normalised(x, coef)
+    if joined is not None and (joined.stride > 1 or joined.tensor.shape != x.shape):
         dx, _ = tiles.data_grad(dz, y, abc, w, problem)
-        add_residual(dx, residual, residual_stride)
+        add_gradient(dx, joined)
         if below is None:
             return dx, None
         sums = passes.new_sums(dx)
         passes.store_relu_backward(dx, None, x, coef, below, dx, sums)
         return dx, sums
-    in_residual = spare and residual is not None
-    apart = not in_residual or _overlap(residual, dz)  # dz is read until the end
-    out = None if apart else residual
-    dx, sums = tiles.data_grad(dz, y, abc, w, problem, residual, mask, mask_coef, below, out)
-    return residual.copy_(dx) if in_residual and apart else dx, sums
+    mask, mask_coef = (None, None) if below is None else activation
+    if joined is None:
+        return tiles.data_grad(dz, y, abc, w, problem, None, mask, mask_coef, below)
+    added = joined.tensor
+    apart = added.untyped_storage().data_ptr() == dz.untyped_storage().data_ptr()  # dz is read until the end
+    out = None if apart else added
+    dx, reduced = tiles.data_grad(dz, y, abc, w, problem, added, mask, mask_coef, below, out)
+    return added.copy_(dx) if apart else dx, reduced
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _parted_backward(
+    gradient: Gradient,
+    activation: Activation,
+    conv: Convolution,
+    joined: Shortcut | None = None,
+    end: Normalised | None = None,
+    need_dx: bool = True,
+    need_dw: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`conv_backward` around PyTorch's convolution."""
+    (dz, y, abc), (x, coef), (w, stride, pad, dilation) = gradient, activation, conv
+    below, sums, dw = end if coef is None else Normalised(x, coef), [], None
+    parts = _parts(x, dz, w)
+    in_place = joined is not None and joined.tensor.shape == x.shape and joined.stride == 1
+    dx = None
+    if need_dx and len(parts) > 1:
+        dx = joined.tensor if joined is not None and in_place else dz.new_empty(x.shape)
+    for images in parts:
+        dy = dx_part = dw_part = None  # those of the part before are free now
+        dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], _at(y, images), abc)
+        to = _at(dx, images)
+        out = None if in_place else to
+        dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, out, need_dx, need_dw, dilation)
+        if dw_part is not None:
+            dw = dw_part if dw is None else dw.add_(dw_part)
+        if dx_part is None:
+            continue
+        if dx is None or to is None:
+            dx = to = dx_part
+        added = None
+        if joined is not None:
+            added = joined.tensor[images]
+            if joined.stride > 1 or added.shape[3] != dx_part.shape[3]:
+                add_gradient(dx_part, joined._replace(tensor=added))
+                added = None
+        if below is not None:
+            sums.append(passes.new_sums(dx_part))
+            of = below.y[images], below.coef
+            passes.store_relu_backward(dx_part, added, x[images], coef, of, to, sums[-1])
+        elif added is not None:
+            torch.add(dx_part, added, out=to)
+        elif dx_part is not to:
+            to.copy_(dx_part)
+    return dx, _joined(sums), dw
 
 
 class _Output:
     """A convolution's output, put together part by part, and its statistics."""
 
-    def __init__(self, x: Tensor, w: Tensor, stride: int, pad: Pad, moments: bool, dilation: int = 1):
-        shape = x.shape[0], *output_hw(x.shape[1:3], w.shape[1:3], stride, pad, dilation), w.shape[0]
+    def __init__(self, x: Tensor, conv: Convolution, moments: bool):
+        w, stride, pad, dilation = conv
+        hw = output_hw((x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]), stride, pad, dilation)
+        shape = x.shape[0], *hw, w.shape[0]
         self.parts = _parts(x, x.new_empty(1).expand(shape), w)
-        self._y = x.new_empty(shape) if len(self.parts) > 1 else None
+        self._y: Tensor | None = x.new_empty(shape) if len(self.parts) > 1 else None
         self._moments: list[Moments] | None = [] if moments else None
 
     def at(self, images: slice) -> Tensor | None:
@@ -252,8 +195,11 @@ class _Output:
 
     def result(self) -> tuple[Tensor, Moments | None]:
         """The output and the statistics, of all parts."""
-        if self._moments is None or len(self._moments) == 1:
-            return self._y, self._moments and self._moments[0]
+        assert self._y is not None
+        if self._moments is None:
+            return self._y, None
+        if len(self._moments) == 1:
+            return self._y, self._moments[0]
         return self._y, Moments(*map(torch.cat, zip(*self._moments)))
 
 

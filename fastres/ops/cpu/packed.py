@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad
+from fastres.ops.backends.vendor import nchw, nhwc, padded
 from fastres.ops.cpu import onednn, tiles
-from fastres.ops.library import nchw, nhwc, padded
 from fastres.ops.operation import without_autocast
 
 AVAILABLE = onednn.AVAILABLE and hasattr(onednn.mkldnn, "_reorder_convolution_weight")
@@ -25,6 +25,11 @@ def packed_weight(weight: Tensor, x: Tensor, stride: int, padding: list[int], di
     return onednn.mkldnn._reorder_convolution_weight(
         weight.to(x.dtype), padding, [stride] * 2, [dilation] * 2, 1, list(x.shape)
     )
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether weights for activations of this dtype can be packed."""
+    return AVAILABLE and onednn.takes(dtype)
 
 
 Geometry = tuple[int, Pad, int]  # stride, padding, dilation
@@ -147,14 +152,11 @@ def packed_conv_bias_act(
     weight: Tensor,
     packed: PackedConv,
     bias: Tensor,
-    stride: int,
-    pad: Pad,
+    geometry: Geometry,
     residual: Tensor | None = None,
     relu: bool = True,
-    dilation: int = 1,
 ) -> Tensor:
-    """`fastres.ops.aten.conv_bias_act` of the weight [C', C, KH, KW]."""
+    """`Backend.conv_bias_act` of the weight [C', C, KH, KW]."""
     x, residual = nchw(x), None if residual is None else nchw(residual)
-    geometry = stride, pad, dilation
     y = packed.again(x, weight, bias, residual, relu, geometry)
     return nhwc(packed.first(x, weight, bias, geometry, residual, relu) if y is None else y)

@@ -1,4 +1,4 @@
-"""The elementwise and reducing primitives of `fastres.ops.aten`, compiled: fp32 and bf16 activations on a CPU."""
+"""The elementwise and reducing primitives of `fastres.ops.backends.aten`, compiled: fp32 and bf16 activations on a CPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from torch import Tensor
 from fastres.kernels.buffers import empty, filled
 from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
-from fastres.ops import aten
+from fastres.ops.backends.vendor import add_shortcut
 from fastres.ops.cpu.native import call, integers, pointer
-from fastres.ops.library import add_shortcut
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # Rows that a block reads twice fit a core's second-level cache, and are few enough that fp32 sums stay accurate.
 _BLOCK_BYTES, _BLOCK_ROWS = 128 * 1024, 256
-
-running_coef = aten.running_coef
-global_avg_pool = aten.global_avg_pool
-global_avg_pool_backward = aten.global_avg_pool_backward
 
 
 def moments(y: Tensor) -> Moments:
@@ -91,7 +86,7 @@ def bn_add_relu(
     relu: bool = True,
     shortcut_stride: int = 1,
 ) -> Tensor:
-    """``relu(y*scale + shift + shortcut)``, see `fastres.ops.aten.bn_add_relu`."""
+    """``relu(y*scale + shift + shortcut)``, see `fastres.ops.backends.protocol.Backend.bn_add_relu`."""
     if shortcut is not None and (shortcut_stride > 1 or shortcut.shape[3] != y.shape[3]):
         out = bn_add_relu(y, coef, relu=False)
         add_shortcut(out, shortcut, shortcut_stride)
@@ -119,7 +114,7 @@ def bn_add_relu_backward(
     shortcut_coef: Tensor | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``dz = dout * (out > 0)`` with sums, see `fastres.ops.aten.bn_add_relu_backward`."""
+    """``dz = dout * (out > 0)`` with sums, see `fastres.ops.backends.protocol.Backend.bn_add_relu_backward`."""
     dz, sums = dout if in_place else torch.empty_like(dout), new_sums(dout)
     shortcut_sums = None if shortcut_coef is None else torch.empty_like(sums)
     second = (None, None) if shortcut_coef is None else (shortcut, shortcut_coef)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad, is_pointwise
+from fastres.ops.backends.protocol import Convolution
+from fastres.ops.backends.vendor import convolve, convolve_backward
 from fastres.ops.cpu import passes
-from fastres.ops.library import convolve, convolve_backward
 
 # Gathering the windows costs about 23/Cout of the product (at 10 GB/s and 230 GFLOP/s a core).
 _GATHER_CHANNELS = 256
@@ -21,7 +22,7 @@ _GATHER_CHANNELS = 256
 def forward(a: Tensor, w: Tensor, stride: int, pad: Pad, y: Tensor | None, dilation: int = 1) -> Tensor:
     """The convolution of a: in y where it can be, else in a tensor of its own."""
     if not _is_product(w, pad):
-        return convolve(a, w, None, stride, pad, dilation)
+        return convolve(a, Convolution(w, stride, pad, dilation))
     a = _strided(a, stride)
     y = a.new_empty(*a.shape[:3], w.shape[0]) if y is None else y
     torch.mm(_matrix(a), _matrix(w).t(), out=_matrix(y))
@@ -56,11 +57,11 @@ def backward(
         a = _matrix(a if coef is None else passes.bn_add_relu(a, coef))
     elif need_dw and dilation == 1 and _is_gathered(w, stride):
         if need_dx:
-            dx, _ = convolve_backward(dy, x, w, stride, pad, True, False)
+            dx, _ = convolve_backward(dy, x, Convolution(w, stride, pad), True, False)
         a = passes.patches(x, coef, dy, w.shape[1], stride, pad)
     else:
         a = x if coef is None or not need_dw else passes.bn_add_relu(x, coef)
-        return convolve_backward(dy, a, w, stride, pad, need_dx, need_dw, dilation)
+        return convolve_backward(dy, a, Convolution(w, stride, pad, dilation), need_dx, need_dw)
     return dx, torch.mm(_matrix(dy).t(), a).float().view(w.shape)
 
 

@@ -1,0 +1,133 @@
+"""The primitives by the Triton kernels of ``fastres.kernels``, and the vendor's convolutions between Triton's passes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastres import kernels
+from fastres.kernels.types import Moments
+from fastres.ops.backends.aten import Aten
+from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient, Normalised, Shortcut, Window
+from fastres.ops.backends.vendor import VendorConvolutions
+
+
+class Triton(Backend):
+    """See `fastres.ops.backends.protocol.Backend` for each method.
+
+    Args:
+        rank: which of their tile configurations the convolutions take, the first at 0.
+    """
+
+    moments = staticmethod(kernels.moments)
+    finalize = staticmethod(kernels.finalize)
+    running_coef = staticmethod(kernels.running_coef)
+    global_avg_pool = staticmethod(kernels.global_avg_pool)
+    global_avg_pool_backward = staticmethod(kernels.global_avg_pool_backward)
+
+    def __init__(self, rank: int = 0):
+        self.rank = rank
+        self.name = "triton" if rank == 0 else f"triton, tiles {rank + 1}"
+
+    def bn_backward_coef(self, sums: Tensor, coef: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.bn_backward_coef(sums, coef, None, count, training)
+
+    def bn_add_relu(self, normalised: Normalised, shortcut: Shortcut | None = None, relu: bool = True) -> Tensor:
+        tensor, coef, stride = shortcut or (None, None, 1)
+        return kernels.bn_add_relu(*normalised, tensor, coef, relu, stride)
+
+    def bn_add_relu_backward(
+        self,
+        dout: Tensor,
+        out: Tensor | None,
+        normalised: Normalised,
+        shortcut: Shortcut | None = None,
+        in_place: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        tensor, coef, _ = shortcut or (None, None, 1)
+        return kernels.bn_add_relu_backward(dout, out, *normalised, tensor, coef, in_place)
+
+    def bn_backward_apply(self, gradient: Gradient, residual: Tensor | None = None) -> Tensor:
+        dz, y, abc = gradient
+        assert abc is not None
+        return kernels.bn_backward_apply(dz, y, abc, residual)
+
+    def bn_relu_max_pool(self, normalised: Normalised, window: Window) -> tuple[Tensor, Tensor]:
+        return kernels.bn_relu_max_pool(*normalised, window.kernel, window.stride, window.pad)
+
+    def bn_relu_max_pool_backward(
+        self, dout: Tensor, index: Tensor, normalised: Normalised, window: Window
+    ) -> tuple[Tensor, Tensor]:
+        return kernels.bn_relu_max_pool_backward(dout, index, *normalised, window.kernel, window.stride, window.pad)
+
+    def conv(
+        self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
+    ) -> tuple[Tensor, Moments | None]:
+        weight, stride, pad, dilation = conv
+        y, coef = activation
+        return kernels.conv(y, weight, stride, pad, coef, residual, moments, rank=self.rank, dilation=dilation)
+
+    def bn_add_relu_conv(
+        self, normalised: Normalised, shortcut: Shortcut | None, weight: Tensor, moments: bool = True
+    ) -> tuple[Tensor, Tensor, Moments | None]:
+        tensor, coef, _ = shortcut or (None, None, 1)
+        return kernels.bn_add_relu_conv(*normalised, tensor, coef, weight, moments, rank=self.rank)
+
+    def conv_backward(
+        self,
+        gradient: Gradient,
+        activation: Activation,
+        conv: Convolution,
+        joined: Shortcut | None = None,
+        end: Normalised | None = None,
+        need_dx: bool = True,
+        need_dw: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Two kernels that each compute dy as they read it; ``joined`` is left alone: to be timed they run again."""
+        dx = sums = dw = None
+        if need_dx:
+            weight, stride, pad, dilation = conv
+            y, coef = activation
+            below, mask = (Normalised(y, coef), None) if coef is not None else (end, None if end is None else y)
+            tensor, _, joined_stride = joined or (None, None, 1)
+            hw, options = tuple(y.shape[1:3]), dict(residual_stride=joined_stride, rank=self.rank, dilation=dilation)
+            dx, sums = kernels.conv_dgrad(*gradient, weight, stride, pad, hw, below, tensor, mask, **options)
+        if need_dw:
+            dw = self.conv_wgrad(gradient, activation, conv)
+        return dx, sums, dw
+
+    def conv_dgrad(self, gradient: Gradient, conv: Convolution, hw: tuple[int, int]) -> Tensor:
+        weight, stride, pad, dilation = conv
+        return kernels.conv_dgrad(*gradient, weight, stride, pad, hw, rank=self.rank, dilation=dilation)[0]
+
+    def conv_wgrad(self, gradient: Gradient, activation: Activation, conv: Convolution) -> Tensor:
+        weight, stride, pad, dilation = conv
+        kernel = weight.shape[1], weight.shape[2]
+        return kernels.conv_wgrad(*gradient, *activation, stride, pad, kernel, rank=self.rank, dilation=dilation)
+
+    def conv_bias_act(
+        self, x: Tensor, conv: Convolution, bias: Tensor, residual: Tensor | None = None, relu: bool = True
+    ) -> Tensor:
+        weight, stride, pad, dilation = conv
+        return kernels.conv_bias_act(x, weight, bias, stride, pad, residual, relu, rank=self.rank, dilation=dilation)
+
+
+class Vendor(VendorConvolutions, Triton):
+    """The vendor's convolutions between Triton's passes: what the fused kernels are timed against."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "vendor"
+
+    bn_sums = Aten.bn_sums
+
+
+class TritonVendorWeights(Triton):
+    """Triton's data gradient beside the vendor's weight gradient; otherwise `Triton`."""
+
+    def __init__(self, vendor: Vendor):
+        super().__init__()
+        self.name = "triton dgrad, vendor wgrad"
+        self._vendor = vendor
+
+    def conv_wgrad(self, gradient: Gradient, activation: Activation, conv: Convolution) -> Tensor:
+        return self._vendor.conv_wgrad(gradient, activation, conv)

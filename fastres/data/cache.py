@@ -20,7 +20,7 @@ from fastres.data.size import Sides
 
 T = TypeVar("T")
 Bad = tuple[tuple[int, str], ...]  # number and fault of each file that could not be read
-FORMAT = "fastres-images-3"
+FORMAT = "fastres-images-4"
 ENTRY = ".images.json"
 
 
@@ -168,13 +168,14 @@ def _arrays(parts: Parts) -> dict[str, np.ndarray]:
         assert isinstance(split, Split)  # what is in files need not be kept
         arrays[f"{name}_images"] = split.images.permute(0, 2, 3, 1).numpy()
         arrays[f"{name}_labels"] = split.labels.numpy()
+        arrays[f"{name}_digests"] = split.digests()  # which would take longer than to read the images
     return arrays
 
 
 def _parts(arrays: dict[str, np.ndarray]) -> Parts:
     splits = {
         name: Split(torch.from_numpy(arrays[f"{name}_images"]).permute(0, 3, 1, 2),
-                    torch.from_numpy(arrays[f"{name}_labels"]))
+                    torch.from_numpy(arrays[f"{name}_labels"]), arrays[f"{name}_digests"])
         for name in arrays["splits"].tolist()
     }  # fmt: skip
     mean, std = arrays["statistics"].tolist()

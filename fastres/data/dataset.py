@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -98,7 +98,9 @@ AnySplit = TypeVar("AnySplit", bound=Labelled)
 class Split:
     """Labelled images in memory.
 
-    ``images``: uint8 [N, 3, H, W] in channels_last memory format. ``labels``: int64 [N].
+    ``images``: uint8 [N, 3, H, W] in channels_last memory format. ``labels``: int64 [N]. ``kept``: the images' `digests`,
+    where they are known, as from a cache file whose checksum was right; a dataset's splits have none, for its pixels may
+    be changed in place.
 
     Raises:
         DataError: for another dtype or shape, or no image at all.
@@ -106,6 +108,7 @@ class Split:
 
     images: Tensor
     labels: Tensor
+    kept: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         images, labels = self.images, self.labels
@@ -132,11 +135,12 @@ class Split:
 
     def subset(self, index: Tensor) -> Split:
         """The images and labels at ``index``, int64 [M]."""
-        return Split(take_images(self.images, index), self.labels[index])
+        kept = None if self.kept is None else self.kept[index.numpy()]
+        return Split(take_images(self.images, index), self.labels[index], kept)
 
     def labelled(self, labels: Tensor) -> Split:
         """The same images with other labels, int64 [N]."""
-        return Split(self.images, labels)
+        return Split(self.images, labels, self.kept)
 
     def sample(self, index: Tensor) -> Tensor:
         """The images at ``index``, int64 [M]."""
@@ -152,6 +156,8 @@ class Split:
 
     def digests(self) -> np.ndarray:
         """See `PixelFacts`."""
+        if self.kept is not None:
+            return self.kept
         rows = self.images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
         return np.frombuffer(b"".join(map(image_digest, rows)), np.uint8).reshape(-1, 32)
 
@@ -195,10 +201,19 @@ class Dataset:
             splits = [split for split in (self.train, self.test, self.val) if split is not None]
             object.__setattr__(self, "digest", content_digest(splits, self.classes))
 
+    def forgetting(self) -> Dataset:
+        """The same, with splits that have no digests of their own any more."""
+        val = None if self.val is None else _forgetting(self.val)
+        return replace(self, train=_forgetting(self.train), test=_forgetting(self.test), val=val)
+
     @property
     def validation(self) -> Labelled:
         """The split that is evaluated after each epoch."""
         return self.test if self.val is None else self.val
+
+
+def _forgetting(split: AnySplit) -> AnySplit:
+    return replace(split, kept=None) if isinstance(split, Split) else split
 
 
 @dataclass(frozen=True)

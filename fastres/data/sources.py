@@ -380,8 +380,8 @@ def _dataset(found: Found, val_share: float | None, val_seed: int, from_files: b
     if from_files:
         val, test = None if val is None else held(val, allowed), held(test, allowed)
     if val_share is not None:
-        return make_dataset(train, test, parts.classes, label, val, found.image_size)
-    return Dataset(train, test, parts.classes, label, parts.mean, parts.std, val, found.image_size)
+        return make_dataset(train, test, parts.classes, label, val, found.image_size).forgetting()
+    return Dataset(train, test, parts.classes, label, parts.mean, parts.std, val, found.image_size).forgetting()
 
 
 def load_test(

@@ -7,7 +7,7 @@ import torch
 from support_data import write_image_folder
 
 from fastres import data
-from fastres.data import decode
+from fastres.data import dataset, decode
 
 
 @pytest.fixture
@@ -47,6 +47,22 @@ def test_decodes_once(tmp_path, images, decoded):
     assert same(first, second)
     assert second.train.images.is_contiguous(memory_format=torch.channels_last)
     assert cache_file(tmp_path).suffix == ".npz"
+
+
+def test_digests_are_made_once_and_are_those_of_the_pixels(images, monkeypatch):
+    """With the pixels in the cache file none is hashed again; what is changed in memory is another dataset."""
+    hashed, original = [], dataset.image_digest
+    monkeypatch.setattr(dataset, "image_digest", lambda image: hashed.append(1) or original(image))
+    for options in ({}, {"val_share": 0.4}):
+        first = data.load(images, **options)
+        hashed.clear()
+        again = data.load(images, **options)
+        assert not hashed and again.digest == first.digest
+        splits = [split for split in (again.train, again.test, again.val) if split is not None]
+        assert dataset.content_digest(splits, again.classes) == again.digest and hashed
+        again.train.images[0] += 1
+        changed = dataset.make_dataset(again.train, again.test, again.classes, "x", again.val)
+        assert changed.digest != again.digest
 
 
 def test_sizes_are_kept_apart(images, decoded):

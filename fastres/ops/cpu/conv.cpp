@@ -162,7 +162,10 @@ void pack_pixels(const Source& s, int64_t at, int64_t step, int64_t count, int64
     if constexpr (kPrologue == Prologue::kPlain) {
       copy(out, s.x + at, channels);
     } else {
-      for (; c + kLanes <= channels; c += kLanes) store(out + c, value_of<kPrologue>(s, at + c, c, kLanes), kLanes);
+      for (; c + kLanes <= channels; c += kLanes) {
+        if (c % kColumns == 0) fetch(s, at + c);
+        store(out + c, value_of<kPrologue>(s, at + c, c, kLanes), kLanes);
+      }
       if (c < channels) store(out + c, value_of<kPrologue>(s, at + c, c, channels - c), channels - c);
       if constexpr (kPrologue == Prologue::kJoin) {
         if (s.copy) copy(s.copy + at, out, channels);

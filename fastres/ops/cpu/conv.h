@@ -48,6 +48,13 @@ inline Floats value_of(const Source& s, int64_t at, int64_t channel, int64_t cou
   return x * scale + (load(s.second + at, count) * load(s.second_scale + channel, count) + load(s.shift + channel, count));
 }
 
+// Fetches what will be read soon, in values from the `at`-th on; the processor alone follows few tensors at once.
+inline void fetch(const Source& s, int64_t at) {
+  constexpr int64_t kAhead = 1024;
+  __builtin_prefetch(s.x + at + kAhead);
+  if (s.second) __builtin_prefetch(s.second + at + kAhead);
+}
+
 // What becomes of sums.
 struct State {  // of a panel in a unit: of each vector of channels its first values and two sums
   Floats first[2], sum[2], second_sum[2];

@@ -68,7 +68,17 @@ inline Floats load(const float* from, int64_t count) {
   return value;
 }
 
-inline void store(float* to, Floats value, int64_t count) { std::memcpy(to, &value, 4 * std::min(count, kLanes)); }
+inline void store(float* to, Floats value, int64_t count) {
+  if (count >= kLanes) {
+    std::memcpy(to, &value, sizeof value);
+  } else {
+#if FASTRES_AVX512
+    _mm512_mask_storeu_ps(to, __mmask16((1 << count) - 1), (__m512)value);
+#else
+    for (int64_t i = 0; i < count; ++i) to[i] = value[i];
+#endif
+  }
+}
 
 #if FASTRES_AVX512
 inline __m256i narrowed(Floats value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }

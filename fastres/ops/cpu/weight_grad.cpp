@@ -13,7 +13,7 @@
 namespace fastres {
 namespace {
 
-constexpr int64_t kUnitBytes = 512 << 10;  // of a unit's packed pixels
+constexpr int64_t kUnitBytes = 768 << 10, kGradBytes = 512 << 10;  // of a unit's packed pixels, of those of dy
 constexpr int64_t kOwnBytes = 16 << 20;    // of all threads' own dw
 constexpr int64_t kMostPairs = 256;        // of a row of pointwise pixels
 
@@ -56,7 +56,8 @@ struct Plan {
     packed_width = (s.out_width - 1) * s.stride + (s.kernel_w - 1) * s.dilation + 1;
     k_panels = up(s.out_channels, kPanel), c_panels = up(s.in_channels, kColumns);
     line_pairs = kLines ? s.out_width : up(s.out_width, kLanes) * kLanes;
-    fit = std::max<int64_t>(1, kUnitBytes / (s.stride * packed_width * c_panels * kLine + line_pairs * k_panels * 64));
+    const int64_t x_bytes = s.stride * packed_width * c_panels * kLine, dy_bytes = line_pairs * k_panels * 64;  // of a row
+    fit = std::max<int64_t>(1, std::min(kUnitBytes / (x_bytes + dy_bytes), kGradBytes / dy_bytes));
     rows = up(images, 2) * s.out_height;
   }
 
@@ -122,7 +123,10 @@ struct Plan {
       std::memcpy(to + c, &both, sizeof both);
     };
     int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) pair_some(c, std::integral_constant<int64_t, kLanes>{});
+    for (; c + kLanes <= channels; c += kLanes) {
+      if (c % kColumns == 0) fetch(source, even + c), fetch(source, odd + c);
+      pair_some(c, std::integral_constant<int64_t, kLanes>{});
+    }
     if (c < channels) pair_some(c, channels - c);
   }
 

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 320 << 10;  // of a unit's packed input; the weights' panel and the output want room too
 constexpr int64_t kWeightBytes = 384 << 10;   // of panels that are taken in turn
-constexpr int64_t kUnitPixels = 512;          // few enough that sums in fp32 stay accurate
+constexpr int64_t kUnitPixels = 256;          // few enough that sums in fp32 stay accurate
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -up(-a, b); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
@@ -212,6 +212,43 @@ void pack_unit(const Source& source, const Plan& p, const Unit& u, char* to) {
 
 // ---- the products ----
 
+// What the next unit reads, brought into the cache bit by bit while the present one is multiplied.
+class Ahead {
+ public:
+  void add(const uint16_t* tensor, int64_t first, int64_t count) {
+    if (!tensor || count <= 0) return;
+    parts_[size_++] = {reinterpret_cast<const char*>(tensor + first), 2 * count};
+    lines_ += up(2 * count, 64);
+  }
+  void divide(int64_t steps) { share_ = up(lines_, std::max<int64_t>(1, steps)); }
+  void step() {
+    for (int64_t left = share_; left > 0 && part_ < size_; at_ = 0, ++part_) {
+      const auto& [from, bytes] = parts_[part_];
+      for (; at_ < bytes && left > 0; at_ += 64, --left) __builtin_prefetch(from + at_, 0, 2);
+      if (at_ < bytes) return;
+    }
+  }
+
+ private:
+  struct Part {
+    const char* from;
+    int64_t bytes;
+  };
+  Part parts_[2];
+  int64_t size_ = 0, lines_ = 0, share_ = 0, part_ = 0, at_ = 0;
+};
+
+Ahead ahead_of(const Plan& p, const Unit& u, const Source& source) {
+  Ahead ahead;
+  const Span rows = p.packed_rows(u.rows);
+  const int64_t apart = p.dense ? p.s.stride : 1, last_image = u.images.first + u.images.count - 1;
+  const int64_t from = (u.images.first * p.rows.in + std::clamp<int64_t>(rows.first, 0, p.rows.in)) * p.columns.in;
+  const int64_t to = (last_image * p.rows.in + std::clamp<int64_t>(rows.first + rows.count, 0, p.rows.in)) * p.columns.in;
+  if (apart == 1)  // else most of what lies between is not read
+    for (const uint16_t* tensor : {source.x, source.second}) ahead.add(tensor, from * p.in_channels, (to - from) * p.in_channels);
+  return ahead;
+}
+
 // The runs, groups and pixels of a phase of a unit. Where outputs are gathered, their taps are copied to `gathered`, which
 // moves on.
 Phase phase_of(const Plan& p, const Unit& u, int64_t row_phase, int64_t column_phase, const char* packed, char*& gathered) {
@@ -287,8 +324,11 @@ int64_t multiply_tile(const Plan& p, const Phase& phase, int64_t first, const in
 // in the cache meanwhile, all tiles of a panel.
 template <class Tiles>
 void multiply_panels(const Plan& p, const std::vector<Phase>& phases, const char* b, Span panels, const Epilogue& epilogue,
-                     State* states) {
+                     State* states, Ahead& next) {
   const int64_t panel_bytes = p.taps() * p.tap_bytes, at_once = std::max<int64_t>(1, kWeightBytes / panel_bytes);
+  int64_t tiles = 0;
+  for (const Phase& phase : phases) tiles += up(int64_t(phase.groups.size()), Tiles::kGroups);
+  next.divide(tiles * up(panels.count, at_once));
   for (int64_t first = 0; first < panels.count; first += at_once) {
     const int64_t end = std::min(first + at_once, panels.count);
     for (const Phase& phase : phases) {
@@ -298,6 +338,7 @@ void multiply_panels(const Plan& p, const std::vector<Phase>& phases, const char
                       std::min(p.out_channels - channel, (end - first) * kColumns));
       int64_t taken = 0;
       for (int64_t group = 0; group < int64_t(phase.groups.size()); group += Tiles::kGroups, pixels += taken) {
+        next.step();
         for (int64_t panel = first; panel < end; ++panel) {
           const int64_t index = panels.first + panel;
           taken = multiply_tile<Tiles>(p, phase, group, pixels, b + index * panel_bytes, index * kColumns, epilogue, states[panel]);
@@ -321,8 +362,9 @@ void multiply_all(const Plan& p, const Source& source, const uint16_t* weights, 
 #pragma omp parallel num_threads(int(threads))
   {
     Tiles::begin();
-#pragma omp for schedule(static)
-    for (int64_t job = 0; job < units * parts; ++job) {
+    const int64_t jobs = units * parts, team = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t last = jobs * (thread + 1) / team;
+    for (int64_t job = jobs * thread / team; job < last; ++job) {
       const int64_t index = job / parts, part = job % parts;
       const Unit u = p.unit(index);
       const Plan::Block block{u.images.count, u.rows};
@@ -339,7 +381,9 @@ void multiply_all(const Plan& p, const Source& source, const uint16_t* weights, 
           phases.push_back(phase_of(p, u, row, column, packed, gathered));
       const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts;
       std::vector<State> states(end - begin);
-      multiply_panels<Tiles>(p, phases, b, {begin, end - begin}, epilogue, states.data());
+      Ahead next;
+      if (job + 1 < last && (job + 1) / parts != index) next = ahead_of(p, p.unit(index + 1), source);
+      multiply_panels<Tiles>(p, phases, b, {begin, end - begin}, epilogue, states.data(), next);
       for (int64_t panel = begin; panel < end; ++panel)
         epilogue.finish(states[panel - begin], index, panel * kColumns, std::min(kColumns, p.out_channels - panel * kColumns));
     }

@@ -23,11 +23,11 @@ inline void for_vectors(int64_t channels, Function function) {
   }
 }
 
-// Reads a value of each line of pixels' channels.
-inline void touch(const uint16_t* tensor, const int64_t* pixels, int64_t count, int64_t c, int64_t channels) {
+// Reads a value of each line of pixels' channels from the `channel`-th.
+inline void touch(const uint16_t* tensor, const int64_t* pixels, int64_t count, int64_t c, int64_t channel, int64_t channels) {
   if (!tensor) return;
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t at = 0; at < channels; at += kColumns) {
+    for (int64_t at = channel; at < channel + channels; at += kColumns) {
       const uint16_t value = tensor[pixels[i] * c + at];
       asm volatile("" ::"r"(value));
     }
@@ -64,7 +64,7 @@ struct Outputs : Epilogue {
   }
 
   void expect(const int64_t* pixels, int64_t count, int64_t channel, int64_t channels) const override {
-    touch(residual ? residual + channel : nullptr, pixels, count, c, channels);
+    touch(residual, pixels, count, c, channel, channels);
   }
 
  private:
@@ -114,7 +114,7 @@ struct Folded : Epilogue {
   }
 
   void expect(const int64_t* pixels, int64_t count, int64_t channel, int64_t channels) const override {
-    touch(residual ? residual + channel : nullptr, pixels, count, c, channels);
+    touch(residual, pixels, count, c, channel, channels);
   }
 
  private:
@@ -179,9 +179,9 @@ struct Gradient : Epilogue {
   }
 
   void expect(const int64_t* pixels, int64_t count, int64_t channel, int64_t channels) const override {
-    touch(residual ? residual + channel : nullptr, pixels, count, c, channels);
-    touch(mask ? mask + channel : nullptr, pixels, count, c, channels);
-    if (y != mask) touch(y ? y + channel : nullptr, pixels, count, c, channels);
+    touch(residual, pixels, count, c, channel, channels);
+    touch(mask, pixels, count, c, channel, channels);
+    if (y != mask) touch(y, pixels, count, c, channel, channels);
   }
 
  private:

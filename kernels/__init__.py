@@ -2,7 +2,7 @@
 
 A file holds a family: its mathematics as device code, then thin launchers. Launchers take contiguous NHWC activations
 in fp32, fp16 or bf16, weights [Cout, KH, KW, Cin] and fp32 statistics, and return new tensors; they have the signatures
-of their plain forms in `fastres.ops.aten`.
+that `fastres.ops.backends.triton` calls them by.
 """
 
 from fastres.kernels.batch_norm import bn_backward_coef, finalize, moments, running_coef

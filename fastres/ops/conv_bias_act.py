@@ -18,7 +18,7 @@ from fastres.ops.layers import (
     nhwc_weight,
 )
 from fastres.ops.nodes import Conv as ConvNode
-from fastres.ops.operation import operation, without_autocast
+from fastres.ops.operation import isolated, operation, without_autocast
 from fastres.ops.select import backend_for, is_cpp
 
 
@@ -112,7 +112,8 @@ def conv_bias_act_forward(
         w: [Cout, KH, KW, Cin].
         geometry: stride, the padding's four sides and dilation.
     """
-    return _forward(backend_for(x), x, w, bias, geometry, residual, relu)
+    with isolated(x):
+        return _forward(backend_for(x), x, w, bias, geometry, residual, relu)
 
 
 @conv_bias_act_forward.register_fake

@@ -30,9 +30,9 @@ def _conv_flops(plan: Plan, x: Shape, weights: list[Shape]) -> list[int]:
 @_counted("fused_forward")
 def fused_forward(structure, integers, numbers, x, added, known, parameters, *_, **__):
     """See `fastres.ops.fused.fused_forward`."""
-    plan = decode(Code(structure, integers, numbers))
-    weights = [shape for kind, shape in zip(plan.parameters, parameters) if kind == "w"]
-    return sum(_conv_flops(plan, x, weights))
+    code = Code(structure, integers, numbers)
+    weights = [shape for kind, shape in zip(code.parameters, parameters) if kind == "w"]
+    return sum(_conv_flops(decode(code), x, weights))
 
 
 @_counted("fused_backward")

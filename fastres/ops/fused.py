@@ -13,7 +13,7 @@ from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Backend
 from fastres.ops.layers import contiguous, dense, in_autocast, nhwc_weight, weight_grad
 from fastres.ops.nodes import End
-from fastres.ops.operation import operation
+from fastres.ops.operation import isolated, operation
 from fastres.ops.plan import Code, Plan, decode
 from fastres.ops.schedule import Backward, Forward
 from fastres.ops.select import backend_for
@@ -55,7 +55,8 @@ class _Fused(torch.autograd.Function):
         known: Tensor | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        letters, code, n_coefs = plan.parameters, plan.encode(), plan.counts[1]
+        code = plan.encode()
+        letters, n_coefs = code.parameters, code.counts[1]
         given = [
             nhwc_weight(t, x.dtype) if kind == "w" and t is not None else t for kind, t in zip(letters, parameters)
         ]
@@ -82,7 +83,7 @@ class _Fused(torch.autograd.Function):
         need_weights = [need for kind, need in zip(ctx.letters, need_parameters) if kind == "w"]
         found = iter(fused_backward(*ctx.code, dout, x, out, saved, [need_x, need_added, *need_weights]))
         first = len(need_weights)
-        channels = [coef.shape[1] for coef in saved[first : first + len(ctx.plan.norms)] for _ in range(2)]
+        channels = [coef.shape[1] for coef in saved[first : first + ctx.code.nodes.count("n")] for _ in range(2)]
         vectors = iter(next(found).split(channels))
         dx = next(found) if need_x else None
         dadded = next(found) if need_added else None
@@ -105,7 +106,7 @@ def _differentiable(
     added = result = None
     if ctx.has_added:  # it was not kept, as only its gradient counts
         place = ctx.plan.first_end
-        result = out if place is None else saved[sum(ctx.plan.counts) + place]
+        result = out if place is None else saved[sum(ctx.code.counts) + place]
         added = x.new_zeros((dout if result is None else result).shape, requires_grad=True)
     _, _, need_x, need_added, _, *needs = ctx.needs_input_grad
     return plain.plan_gradients(
@@ -130,25 +131,16 @@ def fused_forward(
         x, added, known: see `fused`.
         parameters: see `fused`, but weights are [Cout, KH, KW, Cin] in x's dtype.
     """
-    return _forward(backend_for(x), Code(structure, integers, numbers), x, added, known, parameters, recording)
+    plan = decode(Code(structure, integers, numbers))
+    with isolated(x):
+        walk = Forward(backend_for(x), plan.group, parameters, added, recording)
+        return [walk.run(plan.nodes, x, known), *walk.kept, *walk.coefs]
 
 
 @fused_forward.register_fake
 def _(structure, integers, numbers, x, added, known, parameters, recording):
-    return _forward(Fake(), Code(structure, integers, numbers), x, added, known, parameters, recording)
-
-
-def _forward(
-    p: Backend,
-    code: Code,
-    x: Tensor,
-    added: Tensor | None,
-    known: Tensor | None,
-    parameters: Sequence[Tensor | None],
-    recording: bool,
-) -> list[Tensor]:
-    plan = decode(code)
-    walk = Forward(p, plan.group, parameters, added, recording)
+    plan = decode(Code(structure, integers, numbers))
+    walk = Forward(Fake(), plan.group, parameters, added, recording)
     return [walk.run(plan.nodes, x, known), *walk.kept, *walk.coefs]
 
 
@@ -170,15 +162,16 @@ def fused_backward(
         saved: the weights, the coefficients and what forward kept.
         needs: whether the gradients of x, of the shortcut that is a tensor and of each weight are needed.
     """
-    return _backward(backend_for(x), Code(structure, integers, numbers), dout, x, out, saved, needs)
+    with isolated(x):
+        return _gradients(backend_for(x), Code(structure, integers, numbers), dout, x, out, saved, needs)
 
 
 @fused_backward.register_fake
 def _(structure, integers, numbers, dout, x, out, saved, needs):
-    return _backward(Fake(), Code(structure, integers, numbers), dout, x, out, saved, needs)
+    return _gradients(Fake(), Code(structure, integers, numbers), dout, x, out, saved, needs)
 
 
-def _backward(
+def _gradients(
     p: Backend,
     code: Code,
     dout: Tensor,
@@ -187,9 +180,8 @@ def _backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    plan = decode(code)
-    n_weights, n_coefs = plan.counts
+    n_weights, n_coefs = code.counts
     weights, coefs, kept = saved[:n_weights], saved[n_weights : n_weights + n_coefs], saved[n_weights + n_coefs :]
-    walk = Backward(p, plan, weights, coefs, kept, needs)
+    walk = Backward(p, decode(code), weights, coefs, kept, needs)
     walk.run(x, out, dout)
     return walk.gradients()

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastres.ops import plain
 from fastres.ops.backends.fake import Fake
 from fastres.ops.layers import check_activations, dense, nchw_size
-from fastres.ops.operation import operation, without_autocast
+from fastres.ops.operation import isolated, operation, without_autocast
 from fastres.ops.select import backend_for
 
 
@@ -51,7 +51,8 @@ class _GlobalAvgPool(torch.autograd.Function):
 @operation("global_avg_pool_forward")
 def global_avg_pool_forward(x: Tensor) -> Tensor:
     """[N, C] of [N, H, W, C]."""
-    return backend_for(x).global_avg_pool(x)
+    with isolated(x):
+        return backend_for(x).global_avg_pool(x)
 
 
 @global_avg_pool_forward.register_fake
@@ -62,7 +63,8 @@ def _(x):
 @operation("global_avg_pool_backward")
 def global_avg_pool_backward(dout: Tensor, height: int, width: int) -> Tensor:
     """[N, height, width, C] of [N, C]."""
-    return backend_for(dout).global_avg_pool_backward(dout, (height, width))
+    with isolated(dout):
+        return backend_for(dout).global_avg_pool_backward(dout, (height, width))
 
 
 @global_avg_pool_backward.register_fake

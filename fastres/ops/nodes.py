@@ -151,17 +151,13 @@ class Step(NamedTuple):
 
 
 class Node:
-    """One step. ``code``, ``flags``, ``integers`` and ``numbers`` encode it, see `fastres.ops.plan`."""
+    """One step."""
 
-    code: ClassVar[str]
+    code: ClassVar[str]  # its letter in a plan's code
 
-    def flags(self) -> tuple[bool, ...]:
-        """Its yes-or-no fields, in order."""
-        return ()
-
-    def integers(self) -> tuple[int, ...]:
-        """Its whole numbers, in order."""
-        return ()
+    def encode(self, integers: list[int], numbers: list[float]) -> str:
+        """Its letter and its flags as digits; its numbers are appended to the lists. See `fastres.ops.plan.decode`."""
+        return self.code
 
     def forward(self, run: Forward, value: Value) -> Value:
         """What it makes of a value."""
@@ -193,11 +189,9 @@ class Conv(Node):
 
     code = "c"
 
-    def flags(self) -> tuple[bool, ...]:
-        return self.moments, self.adds, self.kept
-
-    def integers(self) -> tuple[int, ...]:
-        return self.stride, *self.pad, self.dilation
+    def encode(self, integers: list[int], numbers: list[float]) -> str:
+        integers += (self.stride, *self.pad, self.dilation)
+        return "c" + "01"[self.moments] + "01"[self.adds] + "01"[self.kept]
 
     def forward(self, run: Forward, value: Value) -> Value:
         """Reads the end of a block as it is made, where it can."""
@@ -282,8 +276,9 @@ class Norm(Node):
 
     code = "n"
 
-    def flags(self) -> tuple[bool, ...]:
-        return (self.training,)
+    def encode(self, integers: list[int], numbers: list[float]) -> str:
+        numbers.append(self.eps)
+        return "n" + "01"[self.training]
 
     def forward(self, run: Forward, value: Value) -> Value:
         y, vectors = value.output.tensor, run.vectors()
@@ -322,11 +317,10 @@ class Open(Node):
 
     code = "o"
 
-    def flags(self) -> tuple[bool, ...]:
-        return (self.given,)
-
-    def integers(self) -> tuple[int, ...]:
-        return (self.stride,)
+    def encode(self, integers: list[int], numbers: list[float]) -> str:
+        integers.append(self.stride)
+        branch = "".join([node.encode(integers, numbers) for node in self.branch])
+        return "o" + "01"[self.given] + "(" + branch + ")"
 
     def forward(self, run: Forward, value: Value) -> Value:
         shortcut = Value(Output(run.added)) if self.given else value
@@ -381,8 +375,8 @@ class End(Node):
 
     code = "e"
 
-    def flags(self) -> tuple[bool, ...]:
-        return self.adds, self.relu
+    def encode(self, integers: list[int], numbers: list[float]) -> str:
+        return "e" + "01"[self.adds] + "01"[self.relu]
 
     def forward(self, run: Forward, value: Value) -> Value:
         return Value(value.output, value.coef, ends=True, opened=run.shortcuts.pop() if self.adds else None)
@@ -428,8 +422,9 @@ class Pool(Node):
 
     code = "p"
 
-    def integers(self) -> tuple[int, ...]:
-        return self.kernel, self.stride, *self.pad
+    def encode(self, integers: list[int], numbers: list[float]) -> str:
+        integers += (self.kernel, self.stride, *self.pad)
+        return "p"
 
     def forward(self, run: Forward, value: Value) -> Value:
         out, index = run.p.bn_relu_max_pool(value.normalised, Window(self.kernel, self.stride, self.pad))

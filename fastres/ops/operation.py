@@ -3,7 +3,7 @@ alone.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -14,37 +14,28 @@ Body = TypeVar("Body", bound=Callable)
 
 
 def operation(name: str) -> Callable[[Callable], Any]:
-    """Decorator: register a body that changes none of its arguments as the custom operation ``fastres::name``.
+    """Decorator: register a body that changes none of its arguments as the custom operation ``fastres::name``."""
+    return torch.library.custom_op(f"fastres::{name}", mutates_args=())
 
-    It runs outside autocast, and on a GPU with its tensors' device as the current one: Triton launches to that.
+
+def isolated(x: Tensor) -> AbstractContextManager:
+    """In this context an operation on x depends on its arguments alone.
+
+    Autocast is off: a backward pass runs under the autocast state of whoever asked for gradients, and a convolution
+    that is computed again there would come out in another dtype than the tensors around it. Where x is on a GPU, that is
+    the current one: Triton launches to it.
     """
-
-    def register(body: Callable) -> Any:
-        return torch.library.custom_op(f"fastres::{name}", mutates_args=())(on_device(without_autocast(body)))
-
-    return register
-
-
-def on_device(body: Body) -> Body:
-    """The body, with the device of its first tensor as the current one where that is a GPU."""
-
-    @wraps(body)
-    def run(*args: Any, **options: Any) -> Any:
-        tensor = next((a for a in args if isinstance(a, Tensor)), None)
-        if tensor is None or tensor.device.type != "cuda" or torch.cuda.current_device() == tensor.device.index:
-            return body(*args, **options)
-        with torch.cuda.device(tensor.device):
-            return body(*args, **options)
-
-    return run  # type: ignore[return-value]
+    device = x.device
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return no_autocast(device.type)
+    contexts = ExitStack()
+    contexts.enter_context(torch.cuda.device(device))
+    contexts.enter_context(no_autocast(device.type))
+    return contexts
 
 
 def without_autocast(body: Body) -> Body:
-    """The body, in the dtypes of its arguments whatever autocast its caller is in.
-
-    A backward pass runs under the autocast state of whoever asked for gradients, not under that of the forward pass: a
-    convolution recomputed there would come out in another dtype than the tensors around it.
-    """
+    """The body, in the dtypes of its arguments whatever autocast its caller is in."""
 
     @wraps(body)
     def run(*args: Any, **options: Any) -> Any:

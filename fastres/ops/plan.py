@@ -20,6 +20,22 @@ class Code(NamedTuple):
     integers: list[int]
     numbers: list[float]
 
+    @property
+    def nodes(self) -> str:
+        """The structure without the process group."""
+        return self.structure.partition("|")[0]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many convolutions there are, and how many coefficients [5, C] the walk forward makes."""
+        nodes = self.nodes
+        return nodes.count(Conv.code), nodes.count(Norm.code) + nodes.count(Describe.code)
+
+    @property
+    def parameters(self) -> str:
+        """A letter for each parameter in order: a convolution's weight, gamma, beta, running mean and variance."""
+        return "".join(["w" if node == Conv.code else "gbmv" for node in self.nodes if node in "cn"])
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -39,7 +55,7 @@ class Plan:
         """See `decode`."""
         integers: list[int] = []
         numbers: list[float] = []
-        structure = "".join([_encode(node, integers, numbers) for node in self.nodes])
+        structure = "".join([node.encode(integers, numbers) for node in self.nodes])
         return Code(f"{structure}{int(self.recompute)}|{self.group or ''}", integers, numbers)
 
     def convolutions(self, x: Shape, weights: Sequence[Shape]) -> Iterator[tuple[Shape, Shape, Shape]]:
@@ -72,19 +88,6 @@ class Plan:
         return [node for node in in_order(self.nodes) if isinstance(node, Norm)]
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """How many convolutions there are, and how many coefficients [5, C] the walk forward makes."""
-        nodes = in_order(self.nodes)
-        convs = [node for node in nodes if isinstance(node, Conv)]
-        return len(convs), len([node for node in nodes if isinstance(node, (Norm, Describe))])
-
-    @property
-    def parameters(self) -> str:
-        """A letter for each parameter in order: a convolution's weight, gamma, beta, running mean and variance."""
-        letters = ["w" if isinstance(node, Conv) else "gbmv" for node in in_order(self.nodes) if node.code in "cn"]
-        return "".join(letters)
-
-    @property
     def readers_of_x(self) -> set[int]:
         """The places, among the convolutions, of those that read the plan's input itself."""
         found: set[int] = set()
@@ -106,16 +109,6 @@ class Plan:
                 place += 1
             ends += isinstance(node, End)
         return place if ends > 1 else None
-
-
-def _encode(node: Node, integers: list[int], numbers: list[float]) -> str:
-    integers.extend(node.integers())
-    code = node.code + "".join(["1" if flag else "0" for flag in node.flags()])
-    if isinstance(node, Norm):
-        numbers.append(node.eps)
-    if isinstance(node, Open):
-        code += "(" + "".join([_encode(one, integers, numbers) for one in node.branch]) + ")"
-    return code
 
 
 def decode(code: Code) -> Plan:

@@ -14,7 +14,7 @@ from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient
 from fastres.ops.backends.timed import Timed
 from fastres.ops.backends.triton import Triton, Vendor
-from fastres.ops.operation import on_device
+from fastres.ops.operation import isolated
 from fastres.ops.select import backend_for
 from fastres.ops.timing import TimedChoices
 
@@ -197,25 +197,21 @@ class OnGpu(torch.Tensor):
 
 def test_an_operation_runs_on_its_tensors_device(monkeypatch):
     current, seen = CurrentDevice(monkeypatch), []
-    body = on_device(lambda x: seen.append(current.index))
     x = torch.ones(1).as_subclass(OnGpu)
     for OnGpu.index in (1, 0):
-        body(x)
-        body(x)
+        for _ in range(2):
+            with isolated(x):
+                seen.append(current.index)
     assert seen == [1, 1, 0, 0]
     assert current.index == 0 and current.switches == 2  # none where the device is the current one
 
 
 def test_an_error_leaves_the_current_device_as_it_was(monkeypatch):
     current = CurrentDevice(monkeypatch)
-
-    def fail(x):
+    x, OnGpu.index = torch.ones(1).as_subclass(OnGpu), 1
+    with pytest.raises(KeyError), isolated(x):
         assert current.index == 1
         raise KeyError
-
-    x, OnGpu.index = torch.ones(1).as_subclass(OnGpu), 1
-    with pytest.raises(KeyError):
-        on_device(fail)(x)
     assert current.index == 0
 
 

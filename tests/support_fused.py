@@ -1,4 +1,4 @@
-"""What the tests of the fused rooms share: eager twins of the operations, and errors against fp64."""
+"""What the tests of fused operations and modules share: eager twins of the operations, and errors against fp64."""
 
 from __future__ import annotations
 

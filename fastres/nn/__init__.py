@@ -3,8 +3,8 @@
 from fastres.nn.adapters import BasicBlock, Bottleneck, ConvBNReLU, PreActBottleneck, Stem
 from fastres.nn.fold import fold, repack
 from fastres.nn.fuse import fuse, unfuse
-from fastres.nn.kinds import declare_convolution, declare_pool, declare_shortcut
 from fastres.nn.report import Report, report
+from fastres.nn.roles import declare_convolution, declare_pool, declare_shortcut
 from fastres.nn.structure import Block, Stages, register_block, register_network
 
 __all__ = [

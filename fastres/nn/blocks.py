@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastres.nn.bypass import first_reason, say_once, watched
 from fastres.nn.classes import Fused, form
-from fastres.nn.kinds import has_hooks, identity_of
 from fastres.nn.norm import conv_of, group_of, layer_of, norm_of, to_nchw, to_nhwc, track
+from fastres.nn.roles import has_hooks, identity_of
 from fastres.nn.structure import (
     Block,
     is_block,

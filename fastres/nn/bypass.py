@@ -22,7 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastres.nn.kinds import (
+from fastres.nn.roles import (
     ACTIVATIONS,
     AVERAGES,
     CONVS,

@@ -14,10 +14,10 @@ from torch.autograd import forward_ad
 
 from fastres.nn.bypass import logger, unsupported, watched
 from fastres.nn.fuse import unfuse
-from fastres.nn.kinds import has_hooks
 from fastres.nn.networks import STEM, opened_reason, parts_of
 from fastres.nn.norm import geometry_of, norm_of, to_nchw, to_nhwc
 from fastres.nn.report import Report, survey
+from fastres.nn.roles import has_hooks
 from fastres.nn.structure import (
     Block,
     is_block,

@@ -24,8 +24,8 @@ from fastres.nn.bypass import (
     watched,
 )
 from fastres.nn.classes import Fused, form
-from fastres.nn.kinds import ACTIVATIONS, AVERAGES, BIASED_CONVS, CONTAINERS, CONVS, IDENTITIES, NORMS
 from fastres.nn.norm import norm_of, to_nchw, to_nhwc, track
+from fastres.nn.roles import ACTIVATIONS, AVERAGES, BIASED_CONVS, CONTAINERS, CONVS, IDENTITIES, NORMS
 from fastres.nn.stem import fused_conv_relu, fused_stem
 from fastres.nn.structure import Stages, Step, is_block, is_network, tell
 from fastres.ops import bn_relu, global_avg_pool

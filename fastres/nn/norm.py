@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.kernels.geometry import extent
-from fastres.nn.kinds import PadOf, pad_of
+from fastres.nn.roles import Padding, declared_padding
 from fastres.ops import Conv, Layer, Norm, Statistics, update_running
 from fastres.ops.layers import Pad
 
@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
     kernel_size: tuple[int, int]
     stride: int
     padding: tuple[int, int] | str
-    declared: PadOf | None  # padding that depends on the input's size, see `declare_convolution`
+    declared: Padding | None  # padding that depends on the input's size, see `declare_convolution`
     dilation: int = 1
 
     def pad(self, hw: Sequence[int]) -> Pad:
@@ -55,7 +55,7 @@ class Geometry(NamedTuple):
 
 def geometry_of(conv: Any) -> Geometry:
     """Of a convolution that is not `unsupported`."""
-    return Geometry(conv.kernel_size, conv.stride[0], conv.padding, pad_of(conv), conv.dilation[0])
+    return Geometry(conv.kernel_size, conv.stride[0], conv.padding, declared_padding(conv), conv.dilation[0])
 
 
 def conv_of(conv: Any, hw: Sequence[int]) -> Conv:

@@ -9,8 +9,8 @@ from torch import nn
 
 from fastres.nn.blocks import FusedBlock
 from fastres.nn.classes import Fused
-from fastres.nn.kinds import CONTAINERS, CONVS, NORMS
 from fastres.nn.networks import AVERAGE, BIASED, BLOCKS, CALL, NORM, STEM, opened_containers, parts_of
+from fastres.nn.roles import CONTAINERS, CONVS, NORMS
 from fastres.nn.structure import entry_of, is_block, is_network, structure_of, tell
 
 LISTED = 3  # of what was left, in one line

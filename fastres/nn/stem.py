@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastres.nn.blocks import fused_residual
 from fastres.nn.bypass import pool_reason, say_once, unsupported, watched
-from fastres.nn.kinds import IDENTITIES, window_of
 from fastres.nn.norm import conv_of, layer_of, to_nchw, to_nhwc, track
+from fastres.nn.roles import IDENTITIES, window_of
 from fastres.ops import Layer, Norm, residual_chain, stem
 from fastres.ops.layers import output_hw
 

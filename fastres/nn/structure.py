@@ -17,7 +17,7 @@ from fastres.nn.bypass import (
     first_reason,
     unsupported,
 )
-from fastres.nn.kinds import CONTAINERS, HOLDERS, IDENTITIES, Known, is_original
+from fastres.nn.roles import CONTAINERS, HOLDERS, IDENTITIES, Known, is_original
 
 
 class Block(NamedTuple):

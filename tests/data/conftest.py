@@ -1,4 +1,4 @@
-"""No test of the data room touches the network or the user's cache."""
+"""No test of data sets touches the network or the user's cache."""
 
 import pytest
 

@@ -233,10 +233,10 @@ def _checked(status: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def in_small_room(run: Path, room: Path, size: int) -> None:
+def in_small_file_system(run: Path, place: Path, size: int) -> None:
     """`fit` a copy of the run where all files together have ``size`` bytes; afterwards they are whole, or it raises."""
-    mount_small(room, size)
-    copy = Path(shutil.copytree(run, room / "run"))
+    mount_small(place, size)
+    copy = Path(shutil.copytree(run, place / "run"))
     try:
         fit(copy)
     finally:
@@ -246,13 +246,15 @@ def in_small_room(run: Path, room: Path, size: int) -> None:
 
 def full_file_system(folder: Path, steps: int = 8) -> dict[str, Any] | None:
     """Resume a run on file systems from as large as it is to three times that; None where none can be mounted."""
-    run, room = stopped_run(folder / "small"), folder / "room"
-    room.mkdir()
-    if Child(partial(mount_small, room, 2**20)).end()[0] != 0:
+    run, place = stopped_run(folder / "small"), folder / "place"
+    place.mkdir()
+    if Child(partial(mount_small, place, 2**20)).end()[0] != 0:
         return None
     taken = 2**16 + sum(-(-file.stat().st_size // PAGE) * PAGE for file in run.rglob("*"))
     sizes = [int(taken * (1 + 2 * step / steps)) for step in range(steps)]
-    outcomes = [Child(partial(in_small_room, run, room, size)).outcome("cannot write", str(room)) for size in sizes]
+    outcomes = [
+        Child(partial(in_small_file_system, run, place, size)).outcome("cannot write", str(place)) for size in sizes
+    ]
     return table_row("full file system", outcomes)
 
 

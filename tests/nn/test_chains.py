@@ -8,7 +8,7 @@ from support_nets import assert_same, perturbed, train_step
 from fastres.models.fused import create_fused_model
 from fastres.nn import fuse, unfuse
 from fastres.nn.blocks import LONGEST, chains
-from fastres.nn.kinds import has_hooks
+from fastres.nn.roles import has_hooks
 from fastres.reference.cifar import CifarResNet
 from fastres.reference.notebook import NotebookResNet
 

@@ -1,7 +1,7 @@
 """What networks are made of: a file for each network, or library, whose classes the fused forwards know.
 
 Every file here is imported, and registers its classes: blocks and networks with `fastres.nn.structure`, layers that
-compute something of their own with `fastres.nn.kinds`. Classes of libraries that need not be there are known by name.
+compute something of their own with `fastres.nn.roles`. Classes of libraries that need not be there are known by name.
 """
 
 from importlib import import_module

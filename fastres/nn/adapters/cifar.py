@@ -1,7 +1,7 @@
 """What `fastres.reference.cifar` is made of."""
 
 from fastres.nn.adapters.common import reference_steps
-from fastres.nn.kinds import declare_shortcut
+from fastres.nn.roles import declare_shortcut
 from fastres.nn.structure import register_network
 from fastres.ops import Identity
 from fastres.reference.cifar import CifarResNet, PaddedShortcut

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastres.nn.adapters.common import reference_steps, residual_block
-from fastres.nn.kinds import Window, declare_convolution, declare_pool, declare_shortcut
+from fastres.nn.roles import Window, declare_convolution, declare_pool, declare_shortcut
 from fastres.nn.structure import register_block, register_network
 from fastres.ops import Identity
 from fastres.ops.layers import Pad

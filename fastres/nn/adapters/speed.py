@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastres.nn.adapters.common import flatten, residual_block, stem_steps
-from fastres.nn.kinds import Window, declare_convolution, declare_pool, max_pool_window
+from fastres.nn.roles import Window, declare_convolution, declare_pool, max_pool_window
 from fastres.nn.structure import Stages, Step, register_block, register_network
 from fastres.reference.speed import HalvingPool, SpeedResNet, WhiteningConv, Widen, WidenAndHalve
 

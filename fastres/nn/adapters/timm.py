@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastres.nn.adapters.common import keeping_steps, numbered_layers
 from fastres.nn.bypass import absent_reason, unsupported
-from fastres.nn.kinds import CONTAINERS, DROPOUTS, HOLDERS, RECTIFYING, eager_class
+from fastres.nn.roles import CONTAINERS, DROPOUTS, HOLDERS, RECTIFYING, eager_class
 from fastres.nn.structure import Block, Step, register_named_block, register_named_network
 
 RESNET = "timm.models.resnet"

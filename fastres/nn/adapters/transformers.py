@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastres.nn.bypass import unsupported
-from fastres.nn.kinds import HOLDERS
+from fastres.nn.roles import HOLDERS
 from fastres.nn.structure import Block, Step, register_named_block, register_named_network
 
 RESNET = "transformers.models.resnet.modeling_resnet"

@@ -120,7 +120,7 @@ def is_original(cls: type) -> bool:
     return issubclass(cls, nn.Module) and getattr(vars(cls).get("forward"), "__module__", None) == cls.__module__
 
 
-class Kind:
+class Role:
     """Classes that one role in a fused operation accepts, and subclasses of them that change nothing in it."""
 
     def __init__(self, role: str, *classes: type[nn.Module]):
@@ -164,23 +164,23 @@ class Kind:
         return known.reason(module)
 
 
-CONVS = Kind("nn.Conv2d", nn.Conv2d)
-BIASED_CONVS = Kind("a convolution with bias that fuses with the ReLU behind it")
-NORMS = Kind("nn.BatchNorm2d", nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-RECTIFYING = Kind("a BatchNorm with an activation in it")  # `drop` and `act`, which its forward calls
-ACTIVATIONS = Kind("nn.ReLU", nn.ReLU)
-POOLS = Kind("nn.MaxPool2d", nn.MaxPool2d)
-AVERAGES = Kind("nn.AdaptiveAvgPool2d", nn.AdaptiveAvgPool2d)
-CONTAINERS = Kind("nn.Sequential", nn.Sequential)
-HOLDERS = Kind("a module that only calls those that it holds", nn.Sequential)
-IDENTITIES = Kind("nn.Identity", nn.Identity)
-SHORTCUTS = Kind("a shortcut without parameters")
-DROPOUTS = Kind("a dropout", nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, StochasticDepth)
+CONVS = Role("nn.Conv2d", nn.Conv2d)
+BIASED_CONVS = Role("a convolution with bias that fuses with the ReLU behind it")
+NORMS = Role("nn.BatchNorm2d", nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+RECTIFYING = Role("a BatchNorm with an activation in it")  # `drop` and `act`, which its forward calls
+ACTIVATIONS = Role("nn.ReLU", nn.ReLU)
+POOLS = Role("nn.MaxPool2d", nn.MaxPool2d)
+AVERAGES = Role("nn.AdaptiveAvgPool2d", nn.AdaptiveAvgPool2d)
+CONTAINERS = Role("nn.Sequential", nn.Sequential)
+HOLDERS = Role("a module that only calls those that it holds", nn.Sequential)
+IDENTITIES = Role("nn.Identity", nn.Identity)
+SHORTCUTS = Role("a shortcut without parameters")
+DROPOUTS = Role("a dropout", nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, StochasticDepth)
 
-PadOf = Callable[[Sequence[int], Sequence[int], int], Pad]
+Padding = Callable[[Sequence[int], Sequence[int], int], Pad]
 
 
-def declare_convolution(cls: type[nn.Conv2d], pad: PadOf | None = None, bias: bool = False) -> None:
+def declare_convolution(cls: type[nn.Conv2d], pad: Padding | None = None, bias: bool = False) -> None:
     """Let the fused operations know a convolution with a forward of its own, by what it computes.
 
     Args:
@@ -208,7 +208,7 @@ def declare_shortcut(cls: type[nn.Module], identity: Callable[[Any], Identity]) 
     SHORTCUTS.add(cls, identity)
 
 
-def pad_of(conv: nn.Module) -> PadOf | None:
+def declared_padding(conv: nn.Module) -> Padding | None:
     """The padding that a convolution's class declares; None: as its ``padding`` says."""
     return CONVS.declared(conv)
 

@@ -2,11 +2,11 @@
 
     python -m bench.decoding [--folder FOLDER]
 
-Photos of 500 x 375 pixels, about ImageNet's, and of 12 megapixels are drawn; FOLDER is an image folder of one's own. Each
-way to decode is timed in one thread: whole, at a fraction of the size where that suffices (Pillow's draft mode, JPEG's own
-scaling), as a random resized crop, and with each augmentation; a reduced square is compared with the one from the whole
-photo. Then one worker process decodes for steps that only sleep, as a GPU's would, at shares of the rate of decoding: what
-is waited for images must be next to nothing below that rate, and the excess above it.
+Photos of 500 x 375 pixels, about ImageNet's, and of 12 megapixels are drawn; FOLDER is an image folder of one's own.
+Each way to decode is timed in one thread: whole, at a fraction of the size where that suffices (Pillow's draft mode,
+JPEG's own scaling), as a random resized crop, and with each augmentation; a reduced square is compared with the one
+from the whole photo. Then one worker process decodes for steps that only sleep, as a GPU's would, at shares of the rate
+of decoding: what is waited for images must be next to nothing below that rate, and the excess above it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A run's epochs in MLflow: ``fastres train --callback examples/log_to_mlflow.py:log``.
 
-They go to ``MLFLOW_TRACKING_URI``, which may be a file of SQLite's (``sqlite:///mlflow.db``); a server need not run. A run
-that is resumed goes on in the same one of MLflow's.
+They go to ``MLFLOW_TRACKING_URI``, which may be a file of SQLite's (``sqlite:///mlflow.db``); a server need not run. A
+run that is resumed goes on in the same one of MLflow's.
 """
 
 import mlflow

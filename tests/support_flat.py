@@ -12,7 +12,7 @@ from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Nor
 
 
 class Flat:
-    """The primitives of a `fastres.ops.backends.protocol.Backend` under the names and arguments of ``fastres.kernels``."""
+    """The primitives of a `Backend` (`fastres.ops.backends`) with the names and arguments of ``fastres.kernels``."""
 
     def __init__(self, backend: Any):
         self.backend = backend

@@ -98,9 +98,9 @@ AnySplit = TypeVar("AnySplit", bound=Labelled)
 class Split:
     """Labelled images in memory.
 
-    ``images``: uint8 [N, 3, H, W] in channels_last memory format. ``labels``: int64 [N]. ``kept``: the images' `digests`,
-    where they are known, as from a cache file whose checksum was right; a dataset's splits have none, for its pixels may
-    be changed in place.
+    ``images``: uint8 [N, 3, H, W] in channels_last memory format. ``labels``: int64 [N]. ``kept``: the images'
+    `digests`, where they are known, as from a cache file whose checksum was right; a dataset's splits have none, for
+    its pixels may be changed in place.
 
     Raises:
         DataError: for another dtype or shape, or no image at all.

@@ -1,4 +1,4 @@
-"""Trained networks for other programs: plain ATen for ``torch.export`` and ONNX, weights for torchvision, timm and others."""
+"""Trained networks for other programs: ATen for ``torch.export`` and ONNX, weights for torchvision and timm."""
 
 from fastres.export.formats import check_onnx, to_onnx, to_program, write_onnx, write_program, write_weights
 from fastres.export.portable import FromPixels, portable

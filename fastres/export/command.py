@@ -65,7 +65,8 @@ def export_weights(path: Path, checkpoint: Path, trained: Trained) -> int:
     if path.suffix == ".pt":
         if differs := differs_from_torchvision(saved["model"], weights, len(trained.classes)):
             raise FastresError(
-                f"torchvision cannot load the weights of {checkpoint} ({differs}): export to .safetensors, .onnx or .pt2"
+                f"torchvision cannot load the weights of {checkpoint} ({differs}): export to .safetensors, .onnx or "
+                ".pt2"
             )
         write_weights(path, weights)
     elif path.suffix == ".safetensors":

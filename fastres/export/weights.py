@@ -75,8 +75,8 @@ def to_safetensors(weights: Mapping[str, Tensor], known: Mapping[str, Any] | Non
 def write_hub(folder: Path, weights: Mapping[str, Tensor], known: dict[str, Any], label: str) -> str:
     """Write a folder for the Hugging Face Hub: weights, configuration and a card; returns the library that reads it.
 
-    timm does where it has the network (``timm.create_model("local-dir:FOLDER", pretrained=True)``, or from the Hub), else
-    ``fastres train --weights FOLDER``.
+    timm does where it has the network (``timm.create_model("local-dir:FOLDER", pretrained=True)``, or from the Hub),
+    else ``fastres train --weights FOLDER``.
 
     Args:
         known: see `facts`.
@@ -112,8 +112,8 @@ def _card(name: str, library: str, label: str, known: Mapping[str, Any]) -> str:
     )
     return (
         f"---\nlibrary_name: {library}\ntags:\n- image-classification\n- fastres\n---\n\n# {name}\n\n"
-        f"Trained by fastres on {' '.join(label.split())}; images of {size}x{size} pixels in {known['num_classes']} classes.\n\n"
-        f"```\n{use}\n```\n"
+        f"Trained by fastres on {' '.join(label.split())}; images of {size}x{size} pixels in {known['num_classes']} "
+        f"classes.\n\n```\n{use}\n```\n"
     )
 
 

@@ -20,7 +20,7 @@ _CHUNK = 1 << 24  # values that are compared at once, so that the comparison tak
 
 
 class Difference(NamedTuple):
-    """Of a result from another one: root mean square relative to that one's, and why it is not the same; None: it is."""
+    """Of a result from another: root mean square relative to that one's, and why it is not the same; None: it is."""
 
     relative: float
     fault: str | None

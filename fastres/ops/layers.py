@@ -216,8 +216,8 @@ def check_norm(norm: Norm, shape: Shape, device: torch.device) -> None:
         raise RuntimeError(f"{missing} must be defined in evaluation mode")
     if norm.eps < 0 or (norm.running_mean is None and norm.eps == 0):
         raise ValueError(
-            f"batch_norm eps must be {'positive during training' if norm.running_mean is None else 'non-negative'}, but "
-            f"got {norm.eps}"
+            f"batch_norm eps must be {'positive during training' if norm.running_mean is None else 'non-negative'}, "
+            f"but got {norm.eps}"
         )
     if norm.running_mean is None and pixels(shape) == (1 if norm.group is None else 0):
         raise ValueError(

@@ -22,8 +22,8 @@ def isolated(x: Tensor) -> AbstractContextManager:
     """In this context an operation on x depends on its arguments alone.
 
     Autocast is off: a backward pass runs under the autocast state of whoever asked for gradients, and a convolution
-    that is computed again there would come out in another dtype than the tensors around it. Where x is on a GPU, that is
-    the current one: Triton launches to it.
+    that is computed again there would come out in another dtype than the tensors around it. Where x is on a GPU, that
+    is the current one: Triton launches to it.
     """
     device = x.device
     if device.type != "cuda" or torch.cuda.current_device() == device.index:

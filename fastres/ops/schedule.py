@@ -22,7 +22,8 @@ class Forward:
 
     Args:
         p: the backend.
-        parameters: of each node in order: a convolution's weight [Cout, KH, KW, Cin], the four `Vectors` of a BatchNorm.
+        parameters: of each node in order: a convolution's weight [Cout, KH, KW, Cin], the four `Vectors` of a
+            BatchNorm.
         added: a tensor that is the first block's shortcut.
         recording: whether backward will need what is kept.
 

@@ -84,8 +84,8 @@ class TimedChoices:
                 self._write(key, entry)
             else:
                 _warn(
-                    f"{', '.join(short)} ran out of memory in the timing of {key}: this process takes {entry['winner']}, the "
-                    "next one times again"
+                    f"{', '.join(short)} ran out of memory in the timing of {key}: this process takes "
+                    f"{entry['winner']}, the next one times again"
                 )
         return self._known[key]["winner"]
 
@@ -118,8 +118,8 @@ class TimedChoices:
                     raise
                 if isinstance(error, DifferentResult):
                     _warn(
-                        f"WRONG RESULT: {name!r} of {key}: its {error}. It is not used. One of the two is wrong: please "
-                        "report this with the versions of PyTorch, Triton and the driver"
+                        f"WRONG RESULT: {name!r} of {key}: its {error}. It is not used. One of the two is wrong: "
+                        "please report this with the versions of PyTorch, Triton and the driver"
                     )
         if not times:
             raise next(iter(errors.values()))

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fastres.train.trainer import Trainer
 
 # Called on the first rank after each epoch, when its checkpoint is saved and its row written: with the trainer
-# (``config``, ``model``, ``folder.path``, ``history``, ``run``, which is the same when a run goes on) and the epoch's row of
-# ``metrics.jsonl``. What it raises is said, and the run goes on.
+# (``config``, ``model``, ``folder.path``, ``history``, ``run``, which is the same when a run goes on) and the epoch's
+# row of ``metrics.jsonl``. What it raises is said, and the run goes on.
 Callback = Callable[["Trainer", dict[str, Any]], object]
 
 

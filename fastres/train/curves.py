@@ -47,8 +47,8 @@ def plot_curves(history: list[dict[str, Any]], label: str, file: IO[bytes]) -> N
 
 
 def fault_limit(lines: Sequence[Sequence[float]]) -> float | None:
-    """Where an axis of losses, or of shares of errors, ends so that epochs far worse than those around them and than the
-    first one are beyond it; None: there are none.
+    """Where an axis of losses, or of shares of errors, ends so that epochs far worse than those around them and than
+    the first one are beyond it; None: there are none.
     """
     good: list[float] = []
     bad: list[float] = []

@@ -71,7 +71,7 @@ class Events:
         self._writer.flush()
 
     def _open(self, step: int) -> bool:
-        """Make the writer, to which the rows from a step on in earlier files count no more; False: there can be none."""
+        """Make the writer; rows of earlier files from a step on count no more. False: there can be none."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 

@@ -42,8 +42,8 @@ def _pixels(path: Path) -> np.ndarray:
 
 
 def final_test(trainer: Trainer) -> list[str]:
-    """Evaluate ``best.pt`` on the test images, write the confusion matrix to the run folder, some predictions, and tell in
-    a line or two.
+    """Evaluate ``best.pt`` on the test images, write the confusion matrix to the run folder, some predictions, and tell
+    in a line or two.
 
     Where validation images of their own picked the epoch, ``test.json`` has the scores. Only the first rank does it.
     """

@@ -1,6 +1,7 @@
 """The learning-rate range test (Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3).
 
-The rate rises from step to step, by a factor as in fastai's, until the loss does: where it falls fastest lies a good peak.
+The rate rises from step to step, by a factor as in fastai's, until the loss does: where it falls fastest lies a good
+peak.
 """
 
 from __future__ import annotations

@@ -130,7 +130,8 @@ def test_the_steepest_fall():
 def test_lr_find_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastres.train.lr_find.STEPS", 12)
-    argv = "train --data synthetic --limit-train 64 --limit-test 16 --batch-size 16 --image-size 16 --model resnet8".split()
+    limits = "--limit-train 64 --limit-test 16 --batch-size 16 --image-size 16"
+    argv = f"train --data synthetic {limits} --model resnet8".split()
     argv += "--device cpu --backend eager --precision fp32 --lr-find found".split()
     assert main(argv) in (0, 2)  # of so few steps the loss may fall at no rate
     assert main([*argv, "--out", "x"]) == 2

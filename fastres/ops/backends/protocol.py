@@ -123,7 +123,7 @@ class Backend(Protocol):
         """``A*dz + B*y + C (+ residual)``, rounded once."""
 
     def bn_relu_max_pool(self, normalised: Normalised, window: Window) -> tuple[Tensor, Tensor]:
-        """The max-pool of the rectified BatchNorm, and each result's winning tap, uint8: row by row, the first among equals."""
+        """The max-pool of the rectified BatchNorm, and each result's winning tap, uint8, the first among equals."""
 
     def bn_relu_max_pool_backward(
         self, dout: Tensor, index: Tensor, normalised: Normalised, window: Window

@@ -1,4 +1,4 @@
-"""The primitives by the Triton kernels of ``fastres.kernels``, and the vendor's convolutions between Triton's passes."""
+"""The primitives by the Triton kernels of ``fastres.kernels``, and the vendor's convolutions between passes."""
 
 from __future__ import annotations
 

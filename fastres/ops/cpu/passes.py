@@ -1,4 +1,4 @@
-"""The elementwise and reducing primitives of `fastres.ops.backends.aten`, compiled: fp32 and bf16 activations on a CPU."""
+"""The elementwise and reducing primitives of `fastres.ops.backends`, compiled: fp32 and bf16 on a CPU."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Convolutions of one part of a batch: as a matrix product where they are one, else PyTorch's own.
 
 A 1x1 convolution's product in bf16 needs no reordered copy of weights and activations, and leaves its result where it
-belongs; in fp32 PyTorch's products go to another library, which is not faster than its convolutions. The weight gradient
-of a strided convolution is faster as one product with all windows' inputs, which are normalised as they are gathered.
+belongs; in fp32 PyTorch's products go to another library, which is not faster than its convolutions. The weight
+gradient of a strided convolution is faster as one product with all windows' inputs, which are normalised as they are
+gathered.
 """
 
 from __future__ import annotations

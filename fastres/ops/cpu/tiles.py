@@ -1,4 +1,4 @@
-"""Convolutions in bf16 by our own tiles, see conv.h: outputs, data gradients and folded convolutions in one call each."""
+"""Convolutions in bf16 by our own tiles (conv.h): outputs, data gradients and folded ones in a call each."""
 
 from __future__ import annotations
 

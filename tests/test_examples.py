@@ -41,16 +41,17 @@ def test_an_example_trains(example, monkeypatch):
 
     original = example.fuse
     monkeypatch.setattr(example, "fuse", fuse)
-    ours = example.main(images=48, batch=8)
+    ours = example.main(images=24, batch=8)
     assert any(isinstance(module, FusedBlock) for module in fused[0].modules())
     monkeypatch.setattr(example, "fuse", lambda model: model)
     monkeypatch.setattr(example, "fold", lambda model: model, raising=False)
-    theirs = example.main(images=48, batch=8)
-    assert len(ours) == 6
+    theirs = example.main(images=24, batch=8)
+    assert len(ours) == 3
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0.1, atol=0.1)
 
 
 def test_every_example_is_tried_and_listed():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"shapes"}
-    assert scripts == NEEDS.keys()
+    callbacks = {name for name in scripts if name.startswith("log_to_")}  # tests/train/test_callbacks.py tries them
+    assert scripts - callbacks == NEEDS.keys()
     assert all(f"[{name}.py]({name}.py)" in (EXAMPLES / "README.md").read_text() for name in scripts)

@@ -1,0 +1,144 @@
+// Runs the compiled passes and convolutions over odd sizes on buffers of exactly their size, for the sanitizers to watch.
+// Built by test_cpu_sanitizers.py with the sources of fastres/ops/cpu.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <random>
+
+extern "C" {
+int64_t fastres_form();
+int64_t fastres_units(int64_t, const int64_t*, bool);
+void fastres_unit_pixels(int64_t, const int64_t*, bool, float*);
+int64_t fastres_packed_size(int64_t, const int64_t*, bool);
+void fastres_pack(int64_t, const int64_t*, bool, const uint16_t*, uint16_t*, int64_t);
+void fastres_conv(int64_t, const int64_t*, const uint16_t*, const float*, const uint16_t*, const float*, uint16_t*,
+                  const uint16_t*, const uint16_t*, uint16_t*, float*, float*, int64_t);
+void fastres_folded_conv(int64_t, const int64_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*, bool,
+                         uint16_t*, int64_t);
+void fastres_data_grad(int64_t, const int64_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*,
+                       const uint16_t*, const uint16_t*, const float*, const uint16_t*, const float*, uint16_t*, float*,
+                       int64_t);
+void fastres_weight_grad(int64_t, const int64_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*, const float*,
+                         float*, int64_t);
+void fastres_moments_bfloat16(const uint16_t*, const uint16_t*, uint16_t*, int64_t, int64_t, int64_t, float*, float*, int64_t);
+void fastres_normalise_bfloat16(const uint16_t*, const float*, const uint16_t*, const float*, bool, uint16_t*, int64_t, int64_t,
+                                int64_t, int64_t);
+void fastres_backward_sums_bfloat16(const uint16_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*,
+                                    const float*, const uint16_t*, const float*, uint16_t*, float*, float*, int64_t, int64_t,
+                                    int64_t, int64_t);
+void fastres_backward_apply_bfloat16(const uint16_t*, const uint16_t*, const float*, const uint16_t*, uint16_t*, int64_t,
+                                     int64_t, int64_t, int64_t);
+void fastres_max_pool_bfloat16(const uint16_t*, const float*, const int64_t*, uint16_t*, uint8_t*, int64_t);
+void fastres_max_pool_backward_bfloat16(const uint16_t*, const uint8_t*, const int64_t*, uint16_t*, int64_t);
+void fastres_finalize(const float*, const float*, const float*, const float*, const float*, double, int64_t, int64_t, float*);
+void fastres_backward_coef(const float*, const float*, int64_t, int64_t, double, bool, float*, float*, float*);
+}
+
+namespace {
+
+std::mt19937 engine(1);
+double checksum = 0;
+int64_t missing = 0;  // elements that the output lacks: the sanitizers must notice
+
+// Memory of its own, so that every byte beyond it is watched.
+template <typename T>
+std::unique_ptr<T[]> made(int64_t size) {
+  std::unique_ptr<T[]> memory(new T[size]);
+  std::uniform_real_distribution<float> values(-1, 1);
+  for (int64_t i = 0; i < size; ++i) {
+    const float value = values(engine);
+    if constexpr (sizeof(T) == 2) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, &value, 4);
+      memory[i] = T(bits >> 16);
+    } else {
+      memory[i] = T(value);
+    }
+  }
+  return memory;
+}
+
+void add(const float* values, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) checksum += values[i];
+}
+
+void convolve(int64_t form, int64_t n, int64_t height, int64_t width, int64_t c, int64_t k, int64_t kernel, int64_t stride,
+              int64_t pad, int64_t dilation, int64_t threads) {
+  const int64_t reach = (kernel - 1) * dilation + 1;
+  const int64_t out_height = (height + 2 * pad - reach) / stride + 1, out_width = (width + 2 * pad - reach) / stride + 1;
+  const int64_t sizes[] = {n, height, width, c, out_height, out_width, k, kernel, kernel, stride, pad, pad, dilation};
+  const int64_t in = n * height * width * c, out = n * out_height * out_width * k;
+  const auto x = made<uint16_t>(in), w = made<uint16_t>(k * kernel * kernel * c), residual = made<uint16_t>(out);
+  const auto coef = made<float>(5 * c), bias = made<float>(k), abc = made<float>(3 * k);
+  const auto packed = made<uint16_t>(fastres_packed_size(form, sizes, false));
+  fastres_pack(form, sizes, false, w.get(), packed.get(), threads);
+  const int64_t units = fastres_units(form, sizes, false);
+  const auto count = made<float>(units), mean = made<float>(units * k), m2 = made<float>(units * k);
+  fastres_unit_pixels(form, sizes, false, count.get());
+  const auto y = made<uint16_t>(out - missing);
+  fastres_conv(form, sizes, x.get(), coef.get(), nullptr, nullptr, nullptr, packed.get(), residual.get(), y.get(), mean.get(),
+               m2.get(), threads);
+  add(mean.get(), units * k), add(m2.get(), units * k), add(count.get(), units);
+  if (kernel == 1 && stride == 1 && pad == 0) {
+    const auto shortcut = made<uint16_t>(in), end = made<uint16_t>(in);
+    fastres_conv(form, sizes, x.get(), coef.get(), shortcut.get(), coef.get(), end.get(), packed.get(), nullptr, y.get(),
+                 mean.get(), m2.get(), threads);
+  }
+  fastres_folded_conv(form, sizes, x.get(), packed.get(), bias.get(), residual.get(), true, y.get(), threads);
+  const auto transposed = made<uint16_t>(fastres_packed_size(form, sizes, true));
+  fastres_pack(form, sizes, true, w.get(), transposed.get(), threads);
+  const int64_t dx_units = fastres_units(form, sizes, true);
+  const auto sums = made<float>(dx_units * 2 * c), dw = made<float>(k * kernel * kernel * c);
+  const auto dz = made<uint16_t>(out), dx = made<uint16_t>(in);
+  fastres_data_grad(form, sizes, dz.get(), y.get(), abc.get(), transposed.get(), dx.get(), x.get(), coef.get(), x.get(),
+                    coef.get(), dx.get(), sums.get(), threads);
+  fastres_data_grad(form, sizes, dz.get(), nullptr, nullptr, transposed.get(), nullptr, nullptr, nullptr, nullptr, nullptr,
+                    dx.get(), nullptr, threads);
+  fastres_weight_grad(form, sizes, dz.get(), y.get(), abc.get(), x.get(), coef.get(), dw.get(), threads);
+  add(sums.get(), dx_units * 2 * c), add(dw.get(), k * kernel * kernel * c);
+}
+
+void pass(int64_t n, int64_t height, int64_t width, int64_t c, int64_t rows, int64_t threads) {
+  const int64_t m = n * height * width, size = m * c, blocks = (m + rows - 1) / rows;
+  const auto y = made<uint16_t>(size), other = made<uint16_t>(size), out = made<uint16_t>(size);
+  const auto coef = made<float>(5 * c), mean = made<float>(blocks * c), m2 = made<float>(blocks * c);
+  const auto sums = made<float>(blocks * 2 * c), second = made<float>(blocks * 2 * c), count = made<float>(blocks);
+  const auto abc = made<float>(3 * c), dgamma = made<float>(c), dbeta = made<float>(c);
+  fastres_moments_bfloat16(y.get(), other.get(), out.get(), m, c, rows, mean.get(), m2.get(), threads);
+  for (int64_t i = 0; i < blocks; ++i) count[i] = 1;
+  fastres_finalize(count.get(), mean.get(), m2.get(), nullptr, nullptr, 1e-5, blocks, c, coef.get());
+  fastres_normalise_bfloat16(y.get(), coef.get(), other.get(), coef.get(), true, out.get(), m, c, rows, threads);
+  fastres_backward_sums_bfloat16(y.get(), other.get(), out.get(), coef.get(), y.get(), coef.get(), other.get(), coef.get(),
+                                 out.get(), sums.get(), second.get(), m, c, rows, threads);
+  fastres_backward_coef(sums.get(), coef.get(), blocks, c, double(m), true, abc.get(), dgamma.get(), dbeta.get());
+  fastres_backward_apply_bfloat16(y.get(), other.get(), abc.get(), out.get(), out.get(), m, c, rows, threads);
+  const int64_t out_height = (height - 1) / 2 + 1, out_width = (width - 1) / 2 + 1;
+  const int64_t window[] = {n, height, width, c, out_height, out_width, 3, 2, 1, 1};
+  const auto pooled = made<uint16_t>(n * out_height * out_width * c);
+  const std::unique_ptr<uint8_t[]> index(new uint8_t[n * out_height * out_width * c]);
+  fastres_max_pool_bfloat16(y.get(), coef.get(), window, pooled.get(), index.get(), threads);
+  fastres_max_pool_backward_bfloat16(pooled.get(), index.get(), window, out.get(), threads);
+  add(dgamma.get(), c);
+}
+
+}  // namespace
+
+int main(int count, char**) {
+  missing = count - 1;
+  for (int64_t form = 0; form <= fastres_form(); ++form)
+    for (int64_t threads : {1, 3}) {
+      convolve(form, 3, 7, 9, 17, 33, 3, 1, 1, 1, threads);
+      convolve(form, 2, 16, 16, 40, 24, 3, 1, 1, 1, threads);
+      convolve(form, 1, 13, 11, 3, 16, 5, 2, 2, 1, threads);
+      convolve(form, 5, 4, 4, 64, 70, 3, 2, 1, 1, threads);
+      convolve(form, 3, 14, 14, 20, 12, 3, 1, 2, 2, threads);
+      convolve(form, 3, 9, 11, 50, 30, 1, 1, 0, 1, threads);
+      convolve(form, 1, 1, 1, 5, 2, 1, 1, 0, 1, threads);
+      convolve(form, 2, 9, 12, 33, 65, 1, 3, 0, 1, threads);
+      convolve(form, 2, 40, 38, 96, 16, 3, 1, 1, 1, threads);  // several units of rows
+      pass(3, 5, 7, 19, 8, threads);
+    }
+  std::printf("done %d\n", std::isfinite(checksum));
+}

@@ -5,7 +5,8 @@ Peers are eager PyTorch in both layouts and torch.compile, in fp32 and bf16, eac
 comes and with `fastres.train.machine.keep_freed_memory`; for the least memory also with `return_freed_memory`, as the
 memory mode ``--keep fewer`` of `fastres train` has it. Each runs in a process of its own, as the state of the
 allocator's heap is part of what is measured; the processes take turns. There are two limits: the time of PyTorch's own
-convolutions on the network's shapes, and that of their arithmetic at the rate of a large matrix product.
+convolutions on the network's shapes, and that of their arithmetic at the rate of a large matrix product. What decides
+the rates are the processor's instructions for bf16, so there is a result file for each kind of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import platform
+import statistics
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
@@ -35,7 +38,22 @@ from fastres.train import machine
 WORKLOADS = {
     "resnet50": Workload("resnet50", 64, 32, {"stem": "cifar"}),
     "notebook": Workload("notebook", 64, 96),
+    "resnet18": Workload("resnet18", 64, 32, {"stem": "cifar"}),
+    "resnet50-224": Workload("resnet50", 8, 224),
     "resnet20": Workload("resnet20", 128, 32),
+    "resnet50-batch16": Workload("resnet50", 16, 32, {"stem": "cifar"}),
+    "resnet50-batch1": Workload("resnet50", 1, 32, {"stem": "cifar"}),
+    "resnet110": Workload("resnet110", 32, 32),
+    "resnet110-batch8": Workload("resnet110", 8, 32),
+    "preact1001-batch2": Workload("preact_resnet1001", 2, 32),
+}
+# Instructions for bf16, the fastest first: the flag in /proc/cpuinfo, the name.
+INSTRUCTIONS = {
+    "amx_bf16": "AMX-BF16",
+    "avx512_bf16": "AVX512-BF16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "bf16": "ARM BF16",
 }
 TRAINING_PEERS = ("eager NCHW", "eager", "compile")
 OURS = ("fused", "fused fewer")
@@ -50,11 +68,25 @@ CPU = torch.device("cpu")
 PRODUCT = 3072  # rows and columns
 
 
+def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The fastest instructions for bf16 that this CPU has."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return next((name for flag, name in INSTRUCTIONS.items() if flag in flags), platform.machine())
+
+
+def results_of(kind: str, results: Path = RESULTS) -> Path:
+    """The result file of a kind of `instructions`."""
+    return results / f"cpu-{kind.lower().replace(' ', '-')}.json"
+
+
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything about one workload; seconds are medians of a call."""
     workload = WORKLOADS[name]
     found: dict[str, Any] = {"workload": name, "peak_mib": {}}
     for kind, peers, ours in (("training", TRAINING_PEERS, OURS), ("inference", INFERENCE_PEERS, ("folded",))):
+        if kind not in args.kinds:
+            continue
         print(f"{name}: {kind}", flush=True)
         runs = [
             (peer, precision, allocator)
@@ -63,7 +95,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             for allocator in OUR_ALLOCATORS.get(peer, ("default", "kept"))
         ]
         found[kind] = _in_turn(kind, workload, runs, args.rounds, args.threads)
-    for precision in args.precisions:
+    for precision in args.precisions if "training" in args.kinds else ():
         for peer in (*TRAINING_PEERS[:2], *OURS):
             for allocator in OUR_ALLOCATORS.get(peer, tuple(ALLOCATORS)):
                 memory = in_own_process(_memory, workload, peer, precision, allocator, args.threads)
@@ -244,6 +276,8 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
     }
     parts = {"training": ("forward_flops", "backward_flops"), "inference": ("forward_flops",)}
     for kind, ours in (("training", OURS), ("inference", ("folded",))):
+        if kind not in one:
+            continue
         rates = {label: batch / time["median"] for label, time in one[kind].items() if "median" in time}
         mine = {label: rate for label, rate in rates.items() if label.startswith(ours)}
         default = {label: rate for label, rate in rates.items() if label.endswith("default memory")}
@@ -267,7 +301,7 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
 
 def _memory_ratios(peak: dict[str, float]) -> dict[str, float]:
     """Each peak in units of the peers' lowest."""
-    lowest = min(value for label, value in peak.items() if not label.startswith(OURS))
+    lowest = min((value for label, value in peak.items() if not label.startswith(OURS)), default=1.0)
     return {label: value / lowest for label, value in peak.items()}
 
 
@@ -287,6 +321,8 @@ def table(found: list[dict[str, Any]]) -> str:
     for one in found:
         facts = summary(one)
         for kind in ("training", "inference"):
+            if kind not in facts:
+                continue
             f = facts[kind]
             ratios = [
                 f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})" for p in ("peer", "peer with kept memory")
@@ -300,7 +336,18 @@ def table(found: list[dict[str, Any]]) -> str:
         for label, ratio in _memory_ratios(one["peak_mib"]).items()
     ]
     columns = ("", "MiB that a training step adds", "of the best peer", "images/s")
-    return f"{markdown(COLUMNS, rows)}\n\n{markdown(columns, memory)}"
+    tables = [markdown(COLUMNS, rows), *([markdown(columns, memory)] if memory else [])]
+    return "\n\n".join([*_rates(found), *tables])
+
+
+def _rates(found: list[dict[str, Any]]) -> list[str]:
+    """In a sentence how fast a large product is, in each precision, the median over workloads."""
+    rates: dict[str, list[float]] = {}
+    for one in found:
+        for precision, rate in one.get("products", {}).items():
+            rates.setdefault(precision, []).append(rate)
+    texts = [f"{statistics.median(rate) / 1e12:.2f} TFLOP/s in {precision}" for precision, rate in rates.items()]
+    return [f"One large matrix product runs at {' and '.join(texts)}."] if texts else []
 
 
 def _rate(one: dict[str, Any], label: str) -> str:
@@ -312,11 +359,12 @@ def _rate(one: dict[str, Any], label: str) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["resnet50", "notebook"])
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS)[:4])
+    parser.add_argument("--kinds", nargs="+", choices=["training", "inference"], default=["training", "inference"])
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="result file")
+    parser.add_argument("--out", type=Path, default=results_of(instructions()), help="result file")
     return parser.parse_args(argv)
 
 
@@ -329,8 +377,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.workloads:
         found.append(measure(name, args))
         found[-1]["summary"] = summary(found[-1])
-        write_results(args.out, {"settings": settings, "load_average": load, "workloads": found})
-    print(table(found))
+        facts = {"instructions": instructions(), "settings": settings, "load_average": load}
+        write_results(args.out, {**facts, "workloads": found})
+    print(f"{instructions()}\n\n{table(found)}")
 
 
 if __name__ == "__main__":

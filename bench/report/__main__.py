@@ -41,7 +41,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "machine-kernels": predicted.kernels(results),
         "machine-test": predicted.sharpest(results),
         "growth": single.growth_table(results / "growth-cpu.json"),
-        "cpu": single.on_a_cpu(results / "cpu.json"),
+        "cpu": single.on_cpus(results),
         "levers": single.levers_of_a_cpu(results / "levers-cpu.json"),
         "faults": single.faults_tried(results / "faults.json"),
         "rate": training.rates(results / "rate-cpu.json"),

@@ -22,15 +22,17 @@ def growth_table(path: Path) -> str | None:
     )
 
 
-def on_a_cpu(path: Path) -> str | None:
-    """Training and inference on a CPU against every peer."""
-    record = read(path)
-    if not record:
-        return None
-    return (
-        f"Measured on {machine_line(record)}.{busy(record['load_average'], record['threads'])}\n\n"
-        f"{cpu.table(record['workloads'])}"
-    )
+def on_cpus(results: Path) -> str | None:
+    """Training and inference against every peer, on each kind of CPU that was measured."""
+    parts = []
+    for path in sorted(results.glob("cpu-*.json")):
+        if record := read(path):
+            kind = record.get("instructions") or path.stem.removeprefix("cpu-").upper()
+            parts.append(
+                f"With {kind}: measured on {machine_line(record)}.{busy(record['load_average'], record['threads'])}"
+                f"\n\n{cpu.table(record['workloads'])}"
+            )
+    return "\n\n".join(parts) or None
 
 
 def levers_of_a_cpu(path: Path) -> str | None:

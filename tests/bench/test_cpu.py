@@ -83,3 +83,24 @@ def test_the_table():
     assert "notebook, training: fused, bf16 | 96.0 | 1.50 (" in table
     assert "| notebook: fused, bf16, kept memory | 80 | 0.80 | 96.0 |" in table
     assert "| notebook: fused fewer, bf16, returned memory | 60 | 0.60 |  |" in table
+
+
+def test_the_table_of_inference_alone():
+    one = {key: value for key, value in found().items() if key != "training"} | {"peak_mib": {}}
+    table = cpu.table([one])
+    assert "notebook, inference: folded, bf16" in table and "training" not in table and "MiB" not in table
+    assert table.startswith("One large matrix product runs at 0.01 TFLOP/s in fp32 and 0.01 TFLOP/s in bf16.")
+
+
+@pytest.mark.parametrize(
+    "line, name, file",
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16", "AMX-BF16", "cpu-amx-bf16.json"),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", "AVX512-BF16", "cpu-avx512-bf16.json"),
+        ("Features\t: fp asimd bf16", "ARM BF16", "cpu-arm-bf16.json"),
+    ],
+)
+def test_each_kind_of_cpu_has_its_result_file(line, name, file, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert cpu.instructions(tmp_path / "cpuinfo") == name and cpu.results_of(name, tmp_path) == tmp_path / file
+    assert cpu.instructions(tmp_path / "missing") == cpu.platform.machine()

@@ -1,4 +1,4 @@
-"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on buffers of exactly their size, in all forms of tiles."""
+"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on buffers of exactly their size, in all forms."""
 
 import os
 import subprocess

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastres.atomic import atomic_write
 from fastres.errors import FastresError
 from fastres.export.formats import write_bytes
-from fastres.train.pretrained import HUB_CONFIG, HUB_WEIGHTS, METADATA
+from fastres.train.pretrained import HUB_CONFIG, HUB_WEIGHTS, METADATA, digest_of
 from fastres.train.trained import Trained
 
 HUB_FILES = HUB_WEIGHTS, HUB_CONFIG, "README.md"
@@ -55,11 +55,11 @@ def facts(trained: Trained, model: str, options: Mapping[str, Any]) -> dict[str,
     }
 
 
-def to_safetensors(weights: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> bytes:
-    """The bytes of a safetensors file.
+def to_safetensors(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> bytes:
+    """The bytes of a safetensors file, with a digest of the weights in its metadata, as the format has no checksum.
 
     Args:
-        known: the network's `facts`, kept in the file's metadata.
+        known: the network's `facts`, kept there too.
 
     Raises:
         FastresError: where safetensors is not installed.
@@ -68,7 +68,7 @@ def to_safetensors(weights: Mapping[str, Tensor], known: Mapping[str, Any] | Non
         from safetensors.torch import save
     except ImportError:
         raise FastresError("safetensors is not installed: pip install 'fastres[export]'") from None
-    metadata = {"format": "pt"} | ({METADATA: json.dumps(known)} if known is not None else {})
+    metadata = {"format": "pt", METADATA: json.dumps({**known, "sha256": digest_of(weights)}, sort_keys=True)}
     return save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata=metadata)
 
 
@@ -85,7 +85,7 @@ def write_hub(folder: Path, weights: Mapping[str, Tensor], known: dict[str, Any]
     Raises:
         FastresError: for a folder that holds other files, or cannot be written.
     """
-    content = to_safetensors(weights)
+    content = to_safetensors(weights, known)
     name = known["architecture"]
     library = "timm" if differs_from_torchvision(name, weights, known["num_classes"]) is None else "fastres"
     own = {key: value for key, value in known.items() if key != "model_options" or library == "fastres"}

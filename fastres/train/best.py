@@ -51,12 +51,10 @@ def held_epoch(trainer: Trainer) -> int | None:
             if chosen is None
             else f"it now holds epoch {chosen} ({_score(rows[chosen])})"
         )
-        trainer.say(
-            f"warning: best.pt {fault}, and the weights of epoch {best['epoch']} ({_score(best)}), the best one, are "
-            f"lost: {now}"
-        )
+        lost = f"the weights of epoch {best['epoch']} ({_score(best)}), the best one, are lost"
+        trainer.say(f"warning: {trainer.folder.best} {fault}, and {lost}: {now}")
     elif found[chosen][0] != "last.pt" or damaged:
-        trainer.say(f"warning: best.pt {fault}: made again of {found[chosen][0]}, epoch {chosen}")
+        trainer.say(f"warning: {trainer.folder.best} {fault}: made again of {found[chosen][0]}, epoch {chosen}")
     return chosen
 
 

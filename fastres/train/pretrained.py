@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +41,15 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.co
 _COUNTED = "num_batches_tracked"
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a state_dict: the same weights have the same one in any file."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 @dataclass(frozen=True)
 class Weights:
     """A network's weights and what is known of them.
@@ -63,12 +73,8 @@ class Weights:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the tensors: the same weights have the same one under any name."""
-        found = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()
+        """See `digest_of`."""
+        return digest_of(self.tensors)
 
 
 def read_weights(name: str, model: str) -> Weights:
@@ -83,11 +89,12 @@ def read_weights(name: str, model: str) -> Weights:
         FastresError: where there are none, or they cannot be read or downloaded.
     """
     files = [Path(name), *(Path(name) / file for file in ("best.pt", HUB_WEIGHTS, HUB_CONFIG))]
-    return _read(name, model, tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files))
+    stamps = [(file.stat().st_mtime_ns, file.stat().st_size) if file.exists() else None for file in files]
+    return _read(name, model, tuple(stamps))
 
 
 @lru_cache(maxsize=1)
-def _read(name: str, model: str, _stamps: tuple[int, ...]) -> Weights:
+def _read(name: str, model: str, _stamps: tuple[tuple[int, int] | None, ...]) -> Weights:
     kind, _, version = name.partition(":")
     if kind == TORCHVISION:
         return _torchvision(model, version)
@@ -159,7 +166,9 @@ def _timm_pixels(config: dict[str, Any]) -> tuple[Any, Any, Any]:
 def _hub_folder(path: Path) -> Weights:
     """A folder as timm and `fastres export` write it for the Hugging Face Hub."""
     try:
-        return _described(str(path), _tensors(path / HUB_WEIGHTS), json.loads((path / HUB_CONFIG).read_text("utf-8")))
+        tensors = _tensors(path / HUB_WEIGHTS)
+        _metadata(path / HUB_WEIGHTS, tensors)
+        return _described(str(path), tensors, json.loads((path / HUB_CONFIG).read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, FastresError):
             raise
@@ -177,22 +186,27 @@ def _described(source: str, tensors: dict[str, Tensor], known: dict[str, Any]) -
 
 def _file(path: Path) -> Weights:
     if path.suffix == ".safetensors":
-        tensors, known = _tensors(path), _metadata(path)
+        tensors = _tensors(path)
+        known = _metadata(path, tensors)
         return _described(str(path), tensors, known) if known is not None else Weights(str(path), tensors)
     return _run(path) if _is_checkpoint(path) else Weights(str(path), _tensors(path))
 
 
-def _metadata(path: Path) -> dict[str, Any] | None:
-    """What `fastres export` wrote beside the weights, if it wrote them."""
+def _metadata(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """What `fastres export` wrote beside the weights, if it wrote them; the format itself has no checksum."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(METADATA)
+    if text is None:
+        return None
     try:
-        known = None if text is None else json.loads(text)
-    except ValueError as error:
-        raise FastresError(f"{path} is damaged ({first_line(error)})") from error
-    return known if isinstance(known, dict) and isinstance(known.get("architecture"), str) else None
+        known = json.loads(text)
+        if known["sha256"] != digest_of(tensors):
+            raise ValueError("its weights are not those that were written")
+        return known
+    except (ValueError, TypeError, KeyError) as error:
+        raise FastresError(f"{path} is damaged ({first_line(error)}): export it again") from error
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import pickle
 import random
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,9 +31,11 @@ from fastres.data.dataset import Dataset, make_dataset, make_parts
 from fastres.data.decode import read_image
 from fastres.data.synthetic import CLASSES, synthetic_split
 from fastres.errors import FastresError
+from fastres.export import write_safetensors
 from fastres.ops.cpu import build
 from fastres.ops.timing import TimedChoices
-from fastres.train import TrainConfig
+from fastres.train import TrainConfig, Trainer, pretrained
+from fastres.train.best import held_epoch
 from fastres.train.checkpoint import load_checkpoint, save_checkpoint
 from fastres.train.identity import checksum
 from fastres.train.run_folder import RunFolder, saved_config
@@ -258,8 +263,69 @@ def genuine(folder: Path) -> Iterator[None]:
         yield
 
 
+def read_again(file: Path) -> dict[str, torch.Tensor]:
+    """Weights to start from, whatever was read a moment ago."""
+    pretrained._read.cache_clear()
+    return dict(pretrained.read_weights(str(file), "resnet18").tensors)
+
+
+def weights_file(folder: Path, times: int, seed: int) -> list[str]:
+    """A state_dict that a run is to start from."""
+    folder.mkdir()
+    file = folder / "weights.pth"
+    torch.save({f"layer{i}.weight": torch.randn(16, 8, 3, 3) for i in range(4)}, file)
+    return outcomes(file, partial(read_again, file), times, random.Random(seed), str(folder))
+
+
+def safetensors_file(folder: Path, times: int, seed: int) -> list[str]:
+    """What `fastres export` writes: the format has no checksum of its own."""
+    folder.mkdir()
+    file = folder / "weights.safetensors"
+    weights = {f"layer{i}.weight": torch.randn(16, 8, 3, 3) for i in range(4)}
+    write_safetensors(file, weights, {"architecture": "resnet18", "label_names": ["a", "b"], "pretrained_cfg": {}})
+    return outcomes(file, partial(read_again, file), times, random.Random(seed), str(folder))
+
+
+def best_checkpoint(folder: Path, times: int, seed: int) -> list[str]:
+    """``best.pt`` of a run that goes on: it is made again of the last checkpoint, with a warning."""
+    run = RunFolder(folder / "run")
+    try:
+        split, said = synthetic_split(32), []
+        config = TrainConfig().replace(
+            model="resnet8", steps=1, image_size=8, batch_size=32, device="cpu", precision="fp32", backend="eager"
+        )
+        trainer = Trainer(config, make_dataset(split, split, CLASSES, "drawn shapes"), run, say=said.append)
+        trainer.fit()
+
+        def read() -> Any:
+            held_epoch(trainer)
+            return dict(load_checkpoint(run.best)["weights"])
+
+        return outcomes_with_warnings(run.best, read, said, times, random.Random(seed))
+    finally:
+        run.close()
+
+
+def archive(folder: Path, times: int, seed: int) -> list[str]:
+    """A zip file with an image folder in it."""
+    folder.mkdir()
+    file, random_pixels = folder / "photos.zip", np.random.default_rng(0)
+    with zipfile.ZipFile(file, "w") as into:
+        for name in ("train/ant/1", "train/bee/2", "test/ant/3", "test/bee/4"):
+            image, content = Image.fromarray(random_pixels.integers(0, 256, (9, 9, 3), dtype=np.uint8)), io.BytesIO()
+            image.save(content, "png")
+            into.writestr(f"{name}.png", content.getvalue())
+
+    def read() -> Any:
+        return facts(data.load(file, cache=False, say=lambda line: None))
+
+    return outcomes(file, read, times, random.Random(seed))
+
+
 KINDS: dict[str, Callable[[Path, int, int], list[str]]] = {
     "checkpoint": checkpoint,
+    "best.pt of a run that goes on": best_checkpoint,
+    "weights to start from": weights_file,
     "image cache": image_cache,
     "choices.json": timed_choices,
     "config.json": config,
@@ -267,4 +333,7 @@ KINDS: dict[str, Callable[[Path, int, int], list[str]]] = {
     "compiled library": library,
     "PNG": image,
     "CIFAR-10 batch": batches,
+    "zip archive of images": archive,
 }
+if find_spec("safetensors") is not None:
+    KINDS["exported safetensors"] = safetensors_file

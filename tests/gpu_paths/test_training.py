@@ -20,6 +20,7 @@ CASES = {
         backend="fused", precision="fp32", cuda_graph=True, progressive="8:0.5", accumulate=2, epochs=4, decoupled=False
     ),
     "muon": dict(backend="eager", precision="bf16", cuda_graph=True, optimizer="muon", muon_decay=0.1, epochs=3),
+    "lamb": dict(backend="fused", precision="bf16", cuda_graph=True, optimizer="lamb", freeze="stem,layer1", epochs=3),
     "speed": dict(
         backend="fused", precision="bf16", cuda_graph=True, optimizer="muon", tta=True, cutout=3, flip="random",
         label_smoothing=0.1, epochs=3, model="speed", whiten=False,

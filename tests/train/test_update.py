@@ -111,8 +111,11 @@ def test_a_stand_in_for_the_graph_learns_the_same(tmp_path, changes):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["eager", "fused"])
 @pytest.mark.parametrize(
-    "changes", [dict(ema=0.9, clip=1.0), dict(progressive="8:0.5", accumulate=2), dict(optimizer="muon")], ids=str
-)
+    "changes",
+    [dict(ema=0.9, clip=1.0), dict(progressive="8:0.5", accumulate=2), dict(optimizer="muon"),
+     dict(optimizer="adamw", lr=1e-3, layer_decay=0.8), dict(optimizer="lamb", lr=5e-3, freeze="stem,layer1")],
+    ids=str,
+)  # fmt: skip
 def test_a_graph_learns_the_same(tmp_path, backend, changes):
     common = dict(device="cuda", backend=backend, epochs=4, deterministic=True, **changes)
     plain = tiny_trainer(tmp_path / "plain", **common)

@@ -2,10 +2,10 @@
 
     python -m bench.finetune
 
-Two image folders are drawn, JPEG photos of shapes on textured grounds, some stored on their side as phones do: one of six
-shapes to learn from, one of four others with few photos. ``fastres train`` learns the first at 224 pixels; the second is
-learnt with ``--weights`` of that run, and from new weights, with the same options. Photos are streamed from their files with
-random resized crops.
+Two image folders are drawn, JPEG photos of shapes on textured grounds, some stored on their side as phones do: one of
+six shapes to learn from, one of four others with few photos. ``fastres train`` learns the first at 224 pixels; the
+second is learnt with ``--weights`` of that run, and from new weights, with the same options. Photos are streamed from
+their files with random resized crops.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ def sweep(args: argparse.Namespace) -> int:
     variants = sweeps.grid(sweeps.parse_setting(text) for text in args.set)
     if any("batch_size" in changes and "lr" not in changes for changes in variants.values()):
         print(f"the learning rate stays at {base.lr:g} for every batch size of --set", flush=True)
+    if any("optimizer" in changes and "lr" not in changes for changes in variants.values()):
+        print(f"the learning rate stays at {base.lr:g} for every optimizer of --set", flush=True)
     for changes in variants.values():
         check_given([base.replace(**changes)], changes)
     check_given([base.replace(**changes) for changes in variants.values()], asked.given)

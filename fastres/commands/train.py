@@ -48,8 +48,9 @@ def lr_find(ranks: Ranks, args: argparse.Namespace) -> int:
     suggestion = found.suggestion
     write_range_test(args.lr_find, found, f"{config.model}, {config.optimizer}, {trainer.dataset.label}")
     print(
-        f"suggestion: --lr {suggestion:.2g}, where the loss falls fastest; it is least at {found.best:.2g}, of rates "
-        f"from {found.rates[0]:.0e} to {found.rates[-1]:.2g} in {len(found.rates)} steps; {args.lr_find}"
+        f"suggestion: --lr {suggestion:.2g}, by which the loss has fallen half of its way; it is least at "
+        f"{found.best:.2g} of {len(found.rates)} rates from {found.rates[0]:.0e} to {found.rates[-1]:.2g}; "
+        f"{args.lr_find}"
     )
     return 0
 

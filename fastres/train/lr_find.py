@@ -1,7 +1,7 @@
 """The learning-rate range test (Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3).
 
-The rate rises from step to step, by a factor as in fastai's, until the loss does: where it falls fastest lies a good
-peak.
+The rate rises from step to step by a factor, until the loss does. The suggestion is the rate by which the loss has
+fallen half of its way: below the least loss's, at which steps begin to be too long.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,36 +23,45 @@ if TYPE_CHECKING:
 
 FILES = TABLE, PICTURE = "lr.csv", "lr.png"
 LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100
-_MEMORY = 0.9  # share of the former mean loss that each step keeps
+_NEAR = 4  # steps on either side that a mean loss is over
 _DIVERGED = 4.0  # multiple of the least mean loss
 _FEWEST = 10  # steps that say anything
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Rates, the loss of each step, and the mean loss until then, which weighs late steps more."""
+    """Rates, and the loss of each step."""
 
     rates: list[float]
     losses: list[float]
-    means: list[float]
+
+    @property
+    def means(self) -> list[float]:
+        """Of each step the mean loss of those around it."""
+        near = [self.losses[max(0, i - _NEAR) : i + _NEAR + 1] for i in range(len(self.losses))]
+        return [sum(part) / len(part) for part in near]
 
     @property
     def best(self) -> float:
         """The rate at which the mean loss was least."""
-        return self.rates[self.means.index(min(self.means))]
+        means = self.means
+        return self.rates[means.index(min(means))]
 
     @property
     def suggestion(self) -> float:
-        """The rate at which the mean loss fell fastest, by the rate's logarithm, before it was least.
+        """The rate by which the mean loss has fallen half of its way, from the median before its least to that.
 
         Raises:
-            FastresError: where it never fell.
+            FastresError: where it falls no further than single steps differ.
         """
-        least = self.means.index(min(self.means))
-        falls = {i: self.means[i - 1] - self.means[i + 1] for i in range(1, least)}  # the steps are of one length
-        if not falls or max(falls.values()) <= 0:
+        means = self.means
+        least = means.index(min(means))
+        before = means[:least] or [means[0]]
+        start, noise = statistics.median(before), statistics.pstdev(a - b for a, b in zip(self.losses, before))
+        if start - means[least] <= noise / math.sqrt(_NEAR):
             raise FastresError("the loss falls at no learning rate: check the labels, or try another --optimizer")
-        return self.rates[max(falls, key=lambda i: falls[i])]
+        half = (start + means[least]) / 2
+        return self.rates[max(i for i in range(least) if means[i] >= half)]
 
 
 def range_test(trainer: Trainer, steps: int = STEPS) -> RangeTest:
@@ -65,10 +75,9 @@ def range_test(trainer: Trainer, steps: int = STEPS) -> RangeTest:
     factor = (HIGHEST / LOWEST) ** (1 / (steps - 1))
     rates: list[float] = []
     losses: list[float] = []
-    means: list[float] = []
     trainer.model.train()
     trainer.frozen.apply()
-    epoch, former, mean = 0, 0.0, 0.0
+    epoch, former, least = 0, 0.0, math.inf
     while len(rates) < steps:
         for images, labels in trainer.train_batches.epoch(epoch):
             rate = LOWEST * factor ** len(rates)
@@ -78,11 +87,11 @@ def range_test(trainer: Trainer, steps: int = STEPS) -> RangeTest:
             loss, former = (total - former) / len(labels), total
             if not math.isfinite(loss):
                 break
-            mean = _MEMORY * mean + (1 - _MEMORY) * loss
             rates.append(rate)
             losses.append(loss)
-            means.append(mean / (1 - _MEMORY ** len(rates)))
-            if len(rates) == steps or (len(rates) > _FEWEST and means[-1] > _DIVERGED * min(means)):
+            last = losses[-_NEAR:]
+            least = min(least, sum(last) / len(last))
+            if len(rates) == steps or (len(rates) > _FEWEST and min(last) > _DIVERGED * least):
                 break
         else:
             epoch += 1
@@ -90,7 +99,7 @@ def range_test(trainer: Trainer, steps: int = STEPS) -> RangeTest:
         break
     if len(rates) < _FEWEST:
         raise FastresError(f"the loss is no number after {len(rates)} steps at rates up to {rate:.1e}: check the data")
-    return RangeTest(rates, losses, means)
+    return RangeTest(rates, losses)
 
 
 def write_range_test(folder: Path, found: RangeTest, title: str) -> None:
@@ -118,7 +127,7 @@ def _picture(found: RangeTest, title: str) -> bytes:
     axes = figure.subplots()
     axes.plot(found.rates, found.losses, alpha=0.3, label="loss of each step")
     axes.plot(found.rates, found.means, label="mean")
-    axes.axvline(found.suggestion, linestyle="--", color="black", label=f"steepest fall, {found.suggestion:.2g}")
+    axes.axvline(found.suggestion, linestyle="--", color="black", label=f"half of the fall, {found.suggestion:.2g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(None, 1.1 * max(found.means)))
     axes.legend()
     axes.set_title(title.encode(errors="replace").decode(), parse_math=False)

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Mapping
@@ -145,13 +146,18 @@ def _timm(name: str) -> Weights:
         near = difflib.get_close_matches(network, timm.list_models("resnet*"), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise FastresError(f"no weights {name!r}: {hint}name torchvision, a file, a run folder or a network of timm's")
+    chatter = logging.getLogger("huggingface_hub")  # of each of its tries
+    level = chatter.level
     try:
+        chatter.setLevel(logging.ERROR)
         model = timm.create_model(network, pretrained=True)
     except Exception as error:  # of the network, the disk or the file
         raise FastresError(
             f"cannot load {network} of timm's ({first_line(error)}): download it where there is a network, or name a "
             "file with --weights"
         ) from error
+    finally:
+        chatter.setLevel(level)
     return Weights(
         network, dict(model.state_dict()), network.split(".")[0], None, *_timm_pixels(cast(dict, model.pretrained_cfg))
     )

@@ -119,12 +119,16 @@ def test_range_test(tmp_path):
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
-def test_the_steepest_fall():
-    means = [2.0, 2.0, 1.9, 1.5, 1.2, 1.1, 1.05, 1.2, 3.0]
-    found = RangeTest([10.0**n for n in range(-6, 3)], means, means)
-    assert found.suggestion == 10.0**-3 and found.best == 1.0
+def test_the_rate_of_half_the_fall():
+    """Noise at rates that are too small to learn with does not count, nor what comes behind the rise."""
+    random = np.random.default_rng(0)
+    rates = [10 ** (-6 + 7 * n / 99) for n in range(100)]
+    curve = [2.3 - 1.2 / (1 + (1e-2 / rate) ** 2) + (rate / 0.5) ** 2 for rate in rates]
+    for noise in (0.0, 0.05):
+        found = RangeTest(rates, [loss + noise * random.standard_normal() for loss in curve])
+        assert 2e-3 < found.suggestion < 3e-2 < found.best < 0.3
     with pytest.raises(FastresError, match="falls at no learning rate"):
-        _ = RangeTest([1e-3, 1e-2, 1e-1], [1, 2, 3], [1, 2, 3]).suggestion
+        _ = RangeTest(rates, [1 + n for n in range(100)]).suggestion
 
 
 def test_lr_find_from_the_command_line(tmp_path, monkeypatch, capsys):

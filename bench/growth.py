@@ -24,7 +24,7 @@ from fastres.measure.command import device_name
 from fastres.measure.step import Step, peak_memory
 from fastres.train import machine
 
-PEERS = ("eager", "fused")
+VARIANTS = ("eager", "fused")
 AXES = {"batch": "images a step", "resolution": "pixels a side", "depth": "layers"}
 
 
@@ -38,14 +38,14 @@ def points(args: argparse.Namespace) -> list[tuple[str, int, Workload]]:
 
 
 def measure(workload: Workload, dtype: torch.dtype, rounds: int, threads: int) -> dict[str, Any]:
-    """Seconds and images/s of a step and the memory that it adds, by peer."""
+    """Seconds and images/s of a step and the memory that it adds, by variant."""
     device = machine.pick_device("auto")
     times = _run(device, _times, workload, dtype, rounds, threads)
     found = {}
-    for peer in PEERS:
-        memory = _run(device, _memory, workload, peer, dtype, threads)
-        rate = workload.batch / times[peer]["median"]
-        found[peer] = {"seconds": times[peer], "images_per_second": rate, **memory}
+    for variant in VARIANTS:
+        memory = _run(device, _memory, workload, variant, dtype, threads)
+        rate = workload.batch / times[variant]["median"]
+        found[variant] = {"seconds": times[variant], "images_per_second": rate, **memory}
     return found
 
 
@@ -57,14 +57,16 @@ def _times(
     device: torch.device, workload: Workload, dtype: torch.dtype, rounds: int, threads: int
 ) -> dict[str, dict[str, Any]]:
     _prepare(device, threads)
-    steps = {peer: Step(workload, peer, device, dtype) for peer in PEERS}
+    steps = {variant: Step(workload, variant, device, dtype) for variant in VARIANTS}
     found = all_of(interleaved(steps, device, warmup=1, rounds=rounds))
-    return {peer: time._asdict() for peer, time in found.items()}
+    return {variant: time._asdict() for variant, time in found.items()}
 
 
-def _memory(device: torch.device, workload: Workload, peer: str, dtype: torch.dtype, threads: int) -> dict[str, float]:
+def _memory(
+    device: torch.device, workload: Workload, variant: str, dtype: torch.dtype, threads: int
+) -> dict[str, float]:
     _prepare(device, threads)
-    return peak_memory(workload, peer, device, dtype, steps=2)
+    return peak_memory(workload, variant, device, dtype, steps=2)
 
 
 def _prepare(device: torch.device, threads: int) -> None:
@@ -74,7 +76,7 @@ def _prepare(device: torch.device, threads: int) -> None:
 
 
 def plot(found: list[dict[str, Any]], path: Path, title: str) -> None:
-    """A column an axis: images/s above, memory of a step below; one line a peer."""
+    """A column an axis: images/s above, memory of a step below; one line a variant."""
     from matplotlib.figure import Figure
 
     shown = [axis for axis in AXES if any(one["axis"] == axis for one in found)]
@@ -83,11 +85,11 @@ def plot(found: list[dict[str, Any]], path: Path, title: str) -> None:
     for column, axis in enumerate(shown):
         line = [one for one in found if one["axis"] == axis]
         x = [one["value"] for one in line]
-        for peer, style in zip(PEERS, ("o-", "s-")):
-            figures = [one["peers"][peer] for one in line]
-            panels[0][column].loglog(x, [one["images_per_second"] for one in figures], style, label=peer)
+        for variant, style in zip(VARIANTS, ("o-", "s-")):
+            figures = [one["variants"][variant] for one in line]
+            panels[0][column].loglog(x, [one["images_per_second"] for one in figures], style, label=variant)
             added = [one["peak_mib"] - one["idle_mib"] for one in figures]
-            panels[1][column].loglog(x, added, style, label=peer)
+            panels[1][column].loglog(x, added, style, label=variant)
         panels[1][column].set(xlabel=AXES[axis])
         for row in range(2):
             panels[row][column].grid(alpha=0.3, which="both")
@@ -106,7 +108,7 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
     """A row of `COLUMNS` a workload."""
     lines: list[list[str]] = []
     for one in {str(one["workload"]): one for one in found}.values():
-        eager, fused = (one["peers"][peer] for peer in PEERS)
+        eager, fused = (one["variants"][variant] for variant in VARIANTS)
         rates = [figures["images_per_second"] for figures in (eager, fused)]
         added = [figures["peak_mib"] - figures["idle_mib"] for figures in (eager, fused)]
         name = f"{one['workload']['model']}, batch {one['workload']['batch']}, {one['workload']['image_size']} pixels"
@@ -148,8 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     for axis, value, workload in points(args):
         print(f"{axis} {value}", flush=True)
         same = next((one for one in found if one["workload"] == asdict(workload)), None)  # two axes may cross
-        peers = same["peers"] if same else measure(workload, dtype, args.rounds, torch.get_num_threads())
-        found.append({"axis": axis, "value": value, "workload": asdict(workload), "peers": peers})
+        variants = same["variants"] if same else measure(workload, dtype, args.rounds, torch.get_num_threads())
+        found.append({"axis": axis, "value": value, "workload": asdict(workload), "variants": variants})
         write_results(args.out, {"dtype": name, "load_average": before, "points": found})
     print(markdown(COLUMNS, rows(found)))
     plot(found, args.out.with_suffix(".png"), f"one training step, {name}, {device_name(device)}")

@@ -38,7 +38,7 @@ class Machine(NamedTuple):
 # NVIDIA's data sheets, SXM modules.
 DATA_SHEETS = {"A100": (2.039e12, 312e12), "H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
 BANDWIDTH_SHARE, RATE_SHARE, LAUNCH = 0.9, 0.75, 3e-6  # assumed
-KINDS = {"eager": "eager", "compiled": "compile", "fused": "fused"}  # counted kind: peer that is measured
+KINDS = {"eager": "eager", "compiled": "compile", "fused": "fused"}  # counted kind: variant that is measured
 
 
 class Launch(NamedTuple):
@@ -182,15 +182,15 @@ def comparisons(results: Path, traffic: dict[str, Any]) -> list[dict[str, Any]]:
             if (counted := next(same, None)) is None:
                 continue
             steps = steps_of(counted, traffic["batch"])
-            for kind, peer in KINDS.items():
-                figures = case["peers"].get(peer, {})
+            for kind, variant in KINDS.items():
+                figures = case["variants"].get(variant, {})
                 if "seconds" in figures:
                     predicted = predict(steps[kind], machine)["seconds"] * case["batch"] / traffic["batch"]
                     where = {
                         "device": models["device"],
                         "network": case["model"],
                         "batch": case["batch"],
-                        "peer": peer,
+                        "variant": variant,
                     }
                     found.append({**where, "predicted": predicted, "measured": figures["seconds"]["median"]})
     return found
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Predictions, batch {traffic['batch']}, {traffic['dtype']}\n\n{markdown(COLUMNS, rows(predictions))}")
     for one in compared:
         print(
-            f"{one['device']}, {one['network']}, batch {one['batch']}, {one['peer']}: "
+            f"{one['device']}, {one['network']}, batch {one['batch']}, {one['variant']}: "
             f"measured {1e3 * one['measured']:.2f} "
             f"ms, {one['measured'] / one['predicted']:.2f} times the prediction"
         )

@@ -37,7 +37,7 @@ class Slice:
 
 
 def _first(*groups: str) -> tuple[str, ...]:
-    """Cases of stage `models`: groups of peers, of the first networks."""
+    """Cases of stage `models`: groups of variants, of the first networks."""
     return tuple(f"{network} | {group}" for network in FIRST for group in groups)
 
 
@@ -50,5 +50,7 @@ SLICES = {
     ),
     4: Slice("time to accuracy, and CUDA graphs", (Part("accuracy"), Part("models", _first("fused graph")))),
     5: Slice("profiler's traces, and peak memory", (Part("step"), Part("memory"))),
-    6: Slice("the rest: other peers, batches, blocks, the other tests", (Part("models"), Part("parts"), Part("tests"))),
+    6: Slice(
+        "the rest: other variants, batches, blocks, the other tests", (Part("models"), Part("parts"), Part("tests"))
+    ),
 }

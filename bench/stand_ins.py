@@ -17,7 +17,7 @@ from fastres.train import graph
 
 @contextmanager
 def on_a_cpu() -> Iterator[None]:
-    """Every peer runs on a CPU: a graph's replay is the step itself, Triton's passes are ATen's."""
+    """Every variant runs on a CPU: a graph's replay is the step itself, Triton's passes are ATen's."""
     with ExitStack() as stack:
         for target, name, new in (
             (graph, "side_stream", lambda device: object()),

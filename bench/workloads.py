@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fastres.measure import PEERS, Workload, supported
+from fastres.measure import VARIANTS, Workload, supported
 from fastres.reference.resnet import BasicBlock
 
 T = TypeVar("T")
@@ -94,14 +94,14 @@ class Setting:
         return {f"{name}, batch {batch}": replace(base[name], batch=batch) for name in names for batch in batches}
 
     def supported(self) -> list[str]:
-        """Names of all peers that run: in a dry run on stand-ins for what only a GPU has."""
-        return list(PEERS) if self.dry else supported(self.device)
+        """Names of all variants that run: in a dry run on stand-ins for what only a GPU has."""
+        return list(VARIANTS) if self.dry else supported(self.device)
 
-    def peers(self, name: str) -> list[str]:
-        """The peers that a workload is run as."""
+    def variants(self, name: str) -> list[str]:
+        """The variants that a workload is run as."""
         skipped = set()
         if name in TOO_DEEP_TO_COMPILE or (name in TOO_DEEP_TO_AUTOTUNE and self.device.type == "cpu"):
-            skipped |= {peer for peer, how in PEERS.items() if how.compile}
+            skipped |= {variant for variant, how in VARIANTS.items() if how.compile}
         if name in TOO_DEEP_TO_AUTOTUNE:
             skipped.add("compile max-autotune")
-        return [peer for peer in self.supported() if peer not in skipped]
+        return [variant for variant in self.supported() if variant not in skipped]

@@ -159,12 +159,12 @@ def _bench(parser: argparse.ArgumentParser, _: str) -> None:
         help="see `fastres train` [auto]",
     )
     parser.add_argument(
-        "--peers",
+        "--variants",
         nargs="+",
-        metavar="PEER",
+        metavar="NAME",
         help="such as eager compile fused; a wrong name lists all [all that run here]",
     )
-    parser.add_argument("--rounds", type=positive, default=10, metavar="INT", help="timed samples of each peer [10]")
+    parser.add_argument("--rounds", type=positive, default=10, metavar="INT", help="timed samples of each variant [10]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
 
 

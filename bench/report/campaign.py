@@ -33,10 +33,10 @@ def environment(folder: Path) -> str | None:
 
 
 def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> str | None:
-    """A table a network: peers, their times and rates.
+    """A table a network: variants, their times and rates.
 
     Args:
-        counted: bytes an image of whole steps by network and peer, see `bench.report.counted.bytes_an_image`.
+        counted: bytes an image of whole steps by network and variant, see `bench.report.counted.bytes_an_image`.
     """
     record = read(folder / "models.json")
     if not record:
@@ -47,42 +47,42 @@ def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> 
         known = (counted or {}).get(key, {}) if record["device"] != "cpu" else {}  # a CPU runs other kernels
         title = f"{case['model']}, batch {case['batch']}, {case['image_size']}x{case['image_size']}, {case['dtype']}"
         note = " GB/s: bytes counted for the step (a static count) over the measured time." if known else ""
-        table = _peers(case, limits.get(case["dtype"]), known)
+        table = _variants(case, limits.get(case["dtype"]), known)
         tables.append(f"**{title}**, one training step.{note}\n\n{table}")
     if not tables:
         return None
     return f"{_measured_on(folder, record)}\n\n" + "\n\n".join(tables)
 
 
-def _peers(case: Record, limit: float | None, bytes_an_image: dict[str, float]) -> str:
-    """A row a peer; a column of GB/s where the bytes are known.
+def _variants(case: Record, limit: float | None, bytes_an_image: dict[str, float]) -> str:
+    """A row a variant; a column of GB/s where the bytes are known.
 
     Args:
         limit: TFLOP/s of a large matrix product.
     """
-    columns = ["peer", "ms a step", "quartiles", "images/s", "TFLOP/s", "of the measured ceiling"]
+    columns = ["variant", "ms a step", "quartiles", "images/s", "TFLOP/s", "of the measured ceiling"]
     columns += ["GB/s"] * bool(bytes_an_image) + ["speed"]
     rows = []
-    for peer, figures in case["peers"].items():
+    for variant, figures in case["variants"].items():
         if "error" in figures:
             error = figures["error"][:60].replace("|", "/").replace("\n", " ")
-            rows.append([peer, error, *[""] * (len(columns) - 2)])
+            rows.append([variant, error, *[""] * (len(columns) - 2)])
             continue
         seconds = figures["seconds"]
         median, low, high = (seconds[name] for name in ("median", "low", "high"))
-        row = [peer, number(1e3 * median), f"{number(1e3 * low)} to {number(1e3 * high)}"]
+        row = [variant, number(1e3 * median), f"{number(1e3 * low)} to {number(1e3 * high)}"]
         row += [number(figures["images_per_second"]), f"{figures['tflops']:.3g}"]
         row.append(f"{figures['tflops'] / limit:.0%}" if limit else "")
         if bytes_an_image:
-            moved = bytes_an_image.get(peer, 0) * case["batch"]
+            moved = bytes_an_image.get(variant, 0) * case["batch"]
             row.append(f"{moved / median / 1e9:.4g}" if moved else "")
         rows.append([*row, f"{figures['speed']:.2f}x" if "speed" in figures else ""])
     return markdown(columns, rows)
 
 
-def _median(case: Record, peer: str) -> float | None:
+def _median(case: Record, variant: str) -> float | None:
     """Seconds of a step; None: it was not measured, or failed."""
-    return case["peers"].get(peer, {}).get("seconds", {}).get("median")
+    return case["variants"].get(variant, {}).get("seconds", {}).get("median")
 
 
 def _measured_on(folder: Path, record: Record) -> str:
@@ -93,69 +93,71 @@ def _measured_on(folder: Path, record: Record) -> str:
 
 
 def speeds(folder: Path) -> str | None:
-    """Every network in a row: images/s of eager channels-last, and each peer's speed in units of it; pictures."""
+    """Every network in a row: images/s of eager channels-last, and each variant's speed in units of it; pictures."""
     record = read(folder / "models.json")
     if not record:
         return None
     single = {name: case for name, case in networks(record).items() if ", batch " not in name}
-    peers = list(dict.fromkeys(peer for case in single.values() for peer in case["peers"] if peer != "eager"))
+    variants = list(
+        dict.fromkeys(variant for case in single.values() for variant in case["variants"] if variant != "eager")
+    )
     rows = []
     for case in single.values():
         if not (base := _median(case, "eager")):
             continue
-        speeds = [case["peers"].get(peer, {}).get("speed") for peer in peers]
+        speeds = [case["variants"].get(variant, {}).get("speed") for variant in variants]
         cells = ["" if speed is None else f"{speed:.2f}x" for speed in speeds]
         name = f"{case['model']}, batch {case['batch']}, {case['image_size']} pixels, {case['dtype']}"
         rows.append([name, number(case["batch"] / base), *cells])
     if not rows:
         return None
-    pictures = picture(folder / "models.png", "Speeds of the peers")
+    pictures = picture(folder / "models.png", "Speeds of the variants")
     pictures += picture(folder / "batches.png", "images/s by batch")
-    table = markdown(["network", "images/s, eager", *peers], rows)
+    table = markdown(["network", "images/s, eager", *variants], rows)
     return f"{_measured_on(folder, record)}\n\n{table}{pictures}"
 
 
 def memory(folder: Path) -> str | None:
-    """Peak memory by network and peer."""
+    """Peak memory by network and variant."""
     record = read(folder / "memory.json")
     if not record or not measured_cases(record):
         return None
     networks: dict[str, dict[str, Record]] = {}
     for case in measured_cases(record).values():
-        networks.setdefault(f"{case['workload']}, batch {case['batch']}", {})[case["peer"]] = case
-    peers = list(dict.fromkeys(peer for found in networks.values() for peer in found))
+        networks.setdefault(f"{case['workload']}, batch {case['batch']}", {})[case["variant"]] = case
+    variants = list(dict.fromkeys(variant for found in networks.values() for variant in found))
     rows = []
     for name, found in networks.items():
         rows.append(
             [
                 name,
-                *(f"{found[p]['peak_mib'] - found[p]['idle_mib']:.0f}" if p in found else "" for p in peers),
+                *(f"{found[p]['peak_mib'] - found[p]['idle_mib']:.0f}" if p in found else "" for p in variants),
             ]
         )
     return (
         f"Memory that a training step adds, MiB, measured on {machine_line(record)}.\n\n"
-        f"{markdown(['network', *peers], rows)}"
+        f"{markdown(['network', *variants], rows)}"
     )
 
 
 def parts(folder: Path) -> str | None:
-    """Stages and blocks by peer, then operations by implementation."""
+    """Stages and blocks by variant, then operations by implementation."""
     record = read(folder / "parts.json")
     if not record:
         return None
     cases = measured_cases(record)
-    blocks = [case for case in cases.values() if "peers" in case]
+    blocks = [case for case in cases.values() if "variants" in case]
     text: list[str] = []
     if blocks:
-        peers = list(dict.fromkeys(peer for case in blocks for peer in case["peers"]))
+        variants = list(dict.fromkeys(variant for case in blocks for variant in case["variants"]))
         rows = [
             [
                 f"{case['network']} {case['part']}, {case['blocks']} blocks, batch {case['batch']}",
-                *(_ms(case["peers"].get(p)) for p in peers),
+                *(_ms(case["variants"].get(p)) for p in variants),
             ]
             for case in blocks
         ]
-        text.append(f"Forward and backward of a stage or its first block, ms.\n\n{markdown(['part', *peers], rows)}")
+        text.append(f"Forward and backward of a stage or its first block, ms.\n\n{markdown(['part', *variants], rows)}")
     calls = {name: case for name, case in cases.items() if "calls" in case}
     for name, case in calls.items():
         which = list(dict.fromkeys(c for call in case["calls"].values() for c in call["candidates"]))
@@ -193,7 +195,7 @@ def step(folder: Path) -> str | None:
     rows = [
         [
             f"{case['workload']}, batch {case['batch']}",
-            case["peer"],
+            case["variant"],
             str(case["kernels"]["launches"]),
             f"{1e3 * case['step']['median']:.4g}",
             f"{1e3 * case['kernels']['seconds']:.4g}",
@@ -206,7 +208,7 @@ def step(folder: Path) -> str | None:
     ]
     columns = (
         "network",
-        "peer",
+        "variant",
         f"{what} a step",
         "ms a step",
         f"ms of all {what}",

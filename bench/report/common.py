@@ -54,20 +54,20 @@ def measured_cases(record: Record) -> dict[str, Record]:
 
 
 def networks(record: Record) -> dict[str, Record]:
-    """The cases of stage `models` by network: those named ``<network> | <group of peers>`` as one.
+    """The cases of stage `models` by network: those named ``<network> | <group of variants>`` as one.
 
-    A peer's figures are of the first case that has them, with its ``speed`` in units of eager PyTorch in that very
+    A variant's figures are of the first case that has them, with its ``speed`` in units of eager PyTorch in that very
     case.
     """
     found: dict[str, Record] = {}
     for name, case in measured_cases(record).items():
-        one = found.setdefault(name.partition(" | ")[0], {**case, "peers": {}})
-        base = case["peers"].get("eager", {}).get("seconds", {}).get("median")
-        for peer, figures in case["peers"].items():
-            if "seconds" in one["peers"].get(peer, {}):
+        one = found.setdefault(name.partition(" | ")[0], {**case, "variants": {}})
+        base = case["variants"].get("eager", {}).get("seconds", {}).get("median")
+        for variant, figures in case["variants"].items():
+            if "seconds" in one["variants"].get(variant, {}):
                 continue
             speed = {"speed": base / figures["seconds"]["median"]} if base and "seconds" in figures else {}
-            one["peers"][peer] = {**figures, **speed}
+            one["variants"][variant] = {**figures, **speed}
     return found
 
 

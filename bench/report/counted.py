@@ -90,11 +90,11 @@ def _bytes(counted: Record) -> list[str]:
 
 
 def bytes_an_image(results: Path) -> dict[str, dict[str, float]]:
-    """Counted bytes of a step, of one image, by ``"model size"`` and peer, from `bench.traffic`'s results."""
+    """Counted bytes of a step, of one image, by ``"model size"`` and variant, from `bench.traffic`'s results."""
     return {
         f"{counted['model']} {counted['image']}": {
-            peer: sum(whole["moved"][kind] for _, whole in counted["stages"]) / record["batch"]
-            for kind, peer in roofline.KINDS.items()
+            variant: sum(whole["moved"][kind] for _, whole in counted["stages"]) / record["batch"]
+            for kind, variant in roofline.KINDS.items()
         }
         for _, record, counted in _networks(results)
     }

@@ -16,7 +16,7 @@ def plots(folder: Path) -> list[Path]:
     cases = networks(record) if record else {}
     title = machine_line(record) if record else ""
     written = []
-    single = {name: case for name, case in cases.items() if ", batch " not in name and "eager" in case["peers"]}
+    single = {name: case for name, case in cases.items() if ", batch " not in name and "eager" in case["variants"]}
     if single:
         written.append(_draw(folder / "models.png", lambda figure: _bars(figure, single, title)))
     sweeps = {name: case for name, case in cases.items() if ", batch " in name}
@@ -44,16 +44,16 @@ def _draw(path: Path, draw: Callable[[Any], None]) -> Path:
 
 def _bars(figure: Any, cases: dict[str, Record], title: str) -> None:
     axes = figure.subplots()
-    peers = list(dict.fromkeys(peer for case in cases.values() for peer in case["peers"]))
-    width = 0.8 / len(peers)
-    for place, peer in enumerate(peers):
+    variants = list(dict.fromkeys(variant for case in cases.values() for variant in case["variants"]))
+    width = 0.8 / len(variants)
+    for place, variant in enumerate(variants):
         at, speed = [], []
         for index, case in enumerate(cases.values()):
-            figures = case["peers"].get(peer, {})
+            figures = case["variants"].get(variant, {})
             if "speed" in figures:
                 at.append(index + place * width)
                 speed.append(figures["speed"])
-        axes.bar(at, speed, width, label=peer)
+        axes.bar(at, speed, width, label=variant)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks([index + 0.4 - width / 2 for index in range(len(cases))])
     axes.set_xticklabels([f"{name}\nbatch {case['batch']}" for name, case in cases.items()], fontsize=7)
@@ -66,11 +66,11 @@ def _sweep(figure: Any, cases: dict[str, Record], title: str) -> None:
     axes = figure.subplots()
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for case in cases.values():
-        for peer, figures in case["peers"].items():
+        for variant, figures in case["variants"].items():
             if "seconds" in figures:
-                lines.setdefault((case["model"], peer), []).append((case["batch"], figures["images_per_second"]))
-    for (model, peer), points in lines.items():
-        axes.loglog(*zip(*sorted(points)), "o-", label=f"{model}, {peer}")
+                lines.setdefault((case["model"], variant), []).append((case["batch"], figures["images_per_second"]))
+    for (model, variant), points in lines.items():
+        axes.loglog(*zip(*sorted(points)), "o-", label=f"{model}, {variant}")
     axes.set(xlabel="batch", ylabel="images/s")
     axes.set_title(title, fontsize=8)
     axes.grid(alpha=0.3, which="both")

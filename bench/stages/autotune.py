@@ -16,7 +16,7 @@ from fastres.measure import Step, Workload, synchronize
 from fastres.ops import selection
 from fastres.ops.timing import choices_path, machine_key
 
-PEERS = ("fused", "fused fewer")
+VARIANTS = ("fused", "fused fewer")
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -40,8 +40,8 @@ def tune(setting: Setting, workload: Workload) -> dict[str, Any]:
     """Which implementation ran how many of the shapes; on a GPU also the times that decided."""
     before = _choices(setting).keys()
     known = selection().keys()
-    for peer in PEERS:
-        Step(workload, peer, setting.device, setting.dtype)()
+    for variant in VARIANTS:
+        Step(workload, variant, setting.device, setting.dtype)()
         synchronize(setting.device)
     chosen = {key: name for key, name in selection().items() if key not in known}
     timed = {key: entry for key, entry in _choices(setting).items() if key not in before}

@@ -1,4 +1,4 @@
-"""Peak memory of a training step of each network as each peer, one peer at a time."""
+"""Peak memory of a training step of each network as each variant, one variant at a time."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from bench.workloads import Setting
 from fastres.measure import Workload
 from fastres.measure.step import peak_memory
 
-PEERS = ("eager NCHW", "eager", "compile", "fused", "fused fewer", "fused compile", "fused graph")
+VARIANTS = ("eager NCHW", "eager", "compile", "fused", "fused fewer", "fused compile", "fused graph")
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
-    peers = setting.pick(PEERS, ("eager", "compile", "fused", "fused fewer"), PEERS)
+    variants = setting.pick(VARIANTS, ("eager", "compile", "fused", "fused fewer"), VARIANTS)
     return {
-        f"{name} | {peer}": partial(measure, setting, workload, peer)
+        f"{name} | {variant}": partial(measure, setting, workload, variant)
         for name, workload in setting.workloads().items()
-        for peer in peers
-        if peer in setting.peers(name)
+        for variant in variants
+        if variant in setting.variants(name)
     }
 
 
-def measure(setting: Setting, workload: Workload, peer: str) -> dict[str, Any]:
+def measure(setting: Setting, workload: Workload, variant: str) -> dict[str, Any]:
     """`peak_memory`; on a CPU in a process of its own."""
     where = {
         "workload": workload.model,
         "batch": workload.batch,
         "image_size": workload.image_size,
-        "peer": peer,
+        "variant": variant,
     }
-    arguments = (workload, peer, setting.device, setting.dtype)
+    arguments = (workload, variant, setting.device, setting.dtype)
     if setting.device.type == "cpu" and not setting.dry:
         return {**where, **in_own_process(_with_threads, torch.get_num_threads(), *arguments)}
     torch._dynamo.reset()

@@ -1,6 +1,6 @@
-"""Training steps of whole networks, a few peers a case; then over batches.
+"""Training steps of whole networks, a few variants a case; then over batches.
 
-Every case has eager PyTorch in channels-last beside its peers, so that ratios are of one case: clocks and neighbours
+Every case has eager PyTorch in channels-last beside its variants, so that ratios are of one case: clocks and neighbours
 may differ between cases, which can be hours apart. No case compiles for longer than a slice of the campaign has.
 """
 
@@ -36,15 +36,15 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     for workloads, groups in ((setting.workloads(), GROUPS), (setting.sweeps(), SWEEP_GROUPS)):
         for group, members in groups.items():
             for name, one in workloads.items():
-                peers = [peer for peer in members if peer in setting.peers(name.partition(",")[0])]
-                if peers != [BASELINE]:
-                    found[f"{name} | {group}"] = partial(measure, setting, one, peers)
+                variants = [variant for variant in members if variant in setting.variants(name.partition(",")[0])]
+                if variants != [BASELINE]:
+                    found[f"{name} | {group}"] = partial(measure, setting, one, variants)
     return found
 
 
-def measure(setting: Setting, workload: Workload, peers: list[str]) -> dict[str, Any]:
+def measure(setting: Setting, workload: Workload, variants: list[str]) -> dict[str, Any]:
     """`measure_steps`, after the memory of the case before is given back."""
     gc.collect()
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
-    return measure_steps(workload, peers, setting.device, setting.dtype, setting.rounds, setting.warmup)
+    return measure_steps(workload, variants, setting.device, setting.dtype, setting.rounds, setting.warmup)

@@ -1,4 +1,4 @@
-"""The parts of a step: stages of residual blocks as each peer, and single operations by implementation."""
+"""The parts of a step: stages of residual blocks as each variant, and single operations by implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.blocks import Part, fused, parts_of
 from bench.layer_calls import Call, bottleneck_calls
 from bench.workloads import CIFAR, IMAGENET, Setting
 from fastres.measure import Timing, interleaved
-from fastres.measure.peers import PEERS, best_library
+from fastres.measure.variants import VARIANTS, best_library
 from fastres.ops import implementation
 from fastres.train import machine
 
@@ -27,7 +27,7 @@ NETWORKS: dict[str, tuple[str, int, dict[str, Any], int, int]] = {
     "resnet20": ("resnet20", 32, {}, 512, 16),
     "preact_resnet164": ("preact_resnet164", 32, {}, 128, 16),
 }
-BLOCK_PEERS = ("eager NCHW", "eager", "compile", "compile max-autotune", "library", "fused Triton", "fused")
+BLOCK_VARIANTS = ("eager NCHW", "eager", "compile", "compile max-autotune", "library", "fused Triton", "fused")
 SLOW = ("compile max-autotune",)  # compiles for minutes: for the first network only
 # image sides and widths of the identity bottlenecks of ResNet-50
 BOTTLENECKS = ((56, 64), (28, 128), (14, 256), (7, 512))
@@ -52,10 +52,10 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def measure_part(setting: Setting, network: str, part: Part, batch: int, slow: bool) -> dict[str, Any]:
-    """Forward and backward of blocks as each peer, in turn; with those that compile for minutes if ``slow``."""
+    """Forward and backward of blocks as each variant, in turn; with those that compile for minutes if ``slow``."""
     torch._dynamo.reset()
-    peers = [p for p in BLOCK_PEERS if p in setting.supported() and (slow or p not in SLOW)]
-    steps = {peer: PartStep(part, peer, batch, setting) for peer in peers}
+    variants = [p for p in BLOCK_VARIANTS if p in setting.supported() and (slow or p not in SLOW)]
+    steps = {variant: PartStep(part, variant, batch, setting) for variant in variants}
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         times = interleaved(steps, setting.device, setting.warmup, setting.rounds)
     return {
@@ -65,15 +65,15 @@ def measure_part(setting: Setting, network: str, part: Part, batch: int, slow: b
         "input": list(part.shape),
         "batch": batch,
         "flops": part_flops(part, batch),
-        "peers": {peer: as_figures(time) for peer, time in times.items()},
+        "variants": {variant: as_figures(time) for variant, time in times.items()},
     }
 
 
 class PartStep:
     """Forward and backward of blocks; random input and gradient."""
 
-    def __init__(self, part: Part, peer: str, batch: int, setting: Setting):
-        how, device = PEERS[peer], setting.device
+    def __init__(self, part: Part, variant: str, batch: int, setting: Setting):
+        how, device = VARIANTS[variant], setting.device
         layout = torch.channels_last if how.channels_last else torch.contiguous_format
         module = fused(part) if how.fused else copy.deepcopy(part.modules)
         module = module.to(device).to(memory_format=layout)  # type: ignore[call-overload]

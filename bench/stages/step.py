@@ -14,7 +14,7 @@ from bench.workloads import Setting
 from fastres.measure import Step, Workload, all_of, interleaved, synchronize
 
 NAMES = ("resnet50 224", "notebook", "resnet50 CIFAR", "resnet110")
-PEERS = ("eager", "compile", "fused", "fused graph")
+VARIANTS = ("eager", "compile", "fused", "fused graph")
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -22,24 +22,24 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     workloads = setting.workloads()
     names = setting.pick(NAMES, ("notebook", "resnet50 CIFAR"), tuple(workloads))
     return {
-        f"{name} | {peer}": partial(look_into, setting, workloads[name], peer)
+        f"{name} | {variant}": partial(look_into, setting, workloads[name], variant)
         for name in names
-        for peer in PEERS
-        if peer in setting.peers(name)
+        for variant in VARIANTS
+        if variant in setting.variants(name)
     }
 
 
-def look_into(setting: Setting, workload: Workload, peer: str) -> dict[str, Any]:
+def look_into(setting: Setting, workload: Workload, variant: str) -> dict[str, Any]:
     """Step time, the time that the host needs to give a step out, and `kernels`."""
     torch._dynamo.reset()
-    step = Step(workload, peer, setting.device, setting.dtype)
+    step = Step(workload, variant, setting.device, setting.dtype)
     step.settle()
-    timing = all_of(interleaved({peer: step}, setting.device, setting.warmup, setting.rounds))[peer]
+    timing = all_of(interleaved({variant: step}, setting.device, setting.warmup, setting.rounds))[variant]
     return {
         "workload": workload.model,
         "batch": workload.batch,
         "image_size": workload.image_size,
-        "peer": peer,
+        "variant": variant,
         "step": timing._asdict(),
         "host_seconds": host_seconds(step, setting.device),
         "kernels": kernels(step, setting.device),

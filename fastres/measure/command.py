@@ -1,4 +1,4 @@
-"""``fastres bench``: a training step of one network as each of the peers, timed in turn."""
+"""``fastres bench``: a training step of one network as each of the variants, timed in turn."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fastres.errors import FastresError
-from fastres.measure.peers import PEERS, supported
 from fastres.measure.step import Step, Workload
 from fastres.measure.timing import Timing, interleaved
+from fastres.measure.variants import VARIANTS, supported
 from fastres.models.registry import accepted_options
 from fastres.train import machine
 
@@ -20,26 +20,26 @@ def bench(args: argparse.Namespace) -> int:
     """Time a training step of a network: eager, compiled, fused."""
     device = machine.pick_device(args.device)
     dtype = machine.pick_dtype(args.precision, device)
-    peers = args.peers or supported(device)
-    for name in peers:
-        if name not in PEERS:
-            raise FastresError(f"unknown peer {name!r}: choose from {', '.join(map(repr, PEERS))}")
+    variants = args.variants or supported(device)
+    for name in variants:
+        if name not in VARIANTS:
+            raise FastresError(f"unknown variant {name!r}: choose from {', '.join(map(repr, VARIANTS))}")
         if name not in supported(device):
-            raise FastresError(f"peer {name!r} needs a GPU: leave it out, or choose from {supported(device)}")
+            raise FastresError(f"variant {name!r} needs a GPU: leave it out, or choose from {supported(device)}")
     if args.batch_size < 2:
         raise FastresError("--batch-size 1 leaves BatchNorm no statistics: make it at least 2")
     if device.type == "cpu":
         machine.keep_freed_memory()
     workload = Workload(args.model, args.batch_size, args.image_size, stem_option(args.model, args.image_size))
-    found = measure_steps(workload, peers, device, dtype, rounds=args.rounds)
+    found = measure_steps(workload, variants, device, dtype, rounds=args.rounds)
     print(
         f"{args.model}, training, batch {args.batch_size}, {args.image_size}x{args.image_size}, "
         f"{str(dtype).removeprefix('torch.')}, {device_name(device)}"
     )
-    print(table(found["peers"]))
+    print(table(found["variants"]))
     if args.json:
         args.json.write_text(json.dumps({"device": device_name(device), **found}, indent=1) + "\n")
-    return 0 if all("error" not in figures for figures in found["peers"].values()) else 1
+    return 0 if all("error" not in figures for figures in found["variants"].values()) else 1
 
 
 def stem_option(model: str, image_size: int) -> dict[str, Any]:
@@ -60,28 +60,28 @@ def device_name(device: torch.device) -> str:
 
 def measure_steps(
     workload: Workload,
-    peers: list[str],
+    variants: list[str],
     device: torch.device,
     dtype: torch.dtype,
     rounds: int = 10,
     warmup: int = 3,
     backend: str = "inductor",
 ) -> dict[str, Any]:
-    """Time the training step of each peer, see `interleaved`; plain values for a table or JSON.
+    """Time the training step of each variant, see `interleaved`; plain values for a table or JSON.
 
-    Under ``peers`` by name: seconds a step (median, quartiles), images/s, TFLOP/s and the first step's loss, or the
+    Under ``variants`` by name: seconds a step (median, quartiles), images/s, TFLOP/s and the first step's loss, or the
     error. torch.compile does not fall back to eager unnoticed: a recompilation too many is an error.
 
     Raises:
         FastresError: for a model that there is not.
     """
     with machine.on_device(device):
-        return _measure_steps(workload, peers, device, dtype, rounds, warmup, backend)
+        return _measure_steps(workload, variants, device, dtype, rounds, warmup, backend)
 
 
 def _measure_steps(
     workload: Workload,
-    peers: list[str],
+    variants: list[str],
     device: torch.device,
     dtype: torch.dtype,
     rounds: int,
@@ -94,7 +94,7 @@ def _measure_steps(
     losses: dict[str, float] = {}
     failed: dict[str, Exception] = {}
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-        for name in peers:
+        for name in variants:
             try:
                 steps[name] = Step(workload, name, device, dtype, backend)
                 losses[name] = steps[name].settle().item()
@@ -104,7 +104,7 @@ def _measure_steps(
                 failed[name] = error
         times = interleaved({name: steps[name] for name in losses}, device, warmup, rounds)
     figures = {}
-    for name in peers:
+    for name in variants:
         time = times.get(name, failed.get(name))
         if isinstance(time, Timing):
             rates = {"images_per_second": workload.batch / time.median, "tflops": flops / time.median / 1e12}
@@ -118,13 +118,13 @@ def _measure_steps(
         "options": workload.options,
         "dtype": str(dtype).removeprefix("torch."),
         "flops": flops,
-        "peers": figures,
+        "variants": figures,
     }
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
-    """A line a peer, with its time as a multiple of the first one's."""
-    lines = [f"{'peer':<22}{'ms a step':>11}{'quartiles':>22}{'images/s':>11}{'TFLOP/s':>10}{'speed':>8}"]
+    """A line a variant, with its time as a multiple of the first one's."""
+    lines = [f"{'variant':<22}{'ms a step':>11}{'quartiles':>22}{'images/s':>11}{'TFLOP/s':>10}{'speed':>8}"]
     first = next((f["seconds"]["median"] for f in figures.values() if "seconds" in f), None)
     for name, one in figures.items():
         if "error" in one:

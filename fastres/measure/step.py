@@ -1,4 +1,4 @@
-"""One training step of a network as one of the peers: forward, loss, backward, SGD."""
+"""One training step of a network as one of the variants: forward, loss, backward, SGD."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.errors import FastresError
-from fastres.measure.peers import PEERS, best_library
 from fastres.measure.timing import synchronize
+from fastres.measure.variants import VARIANTS, best_library
 from fastres.models import create_model
 from fastres.nn import fuse
 from fastres.ops import implementation
@@ -80,7 +80,7 @@ class Step:
 
     Args:
         workload: what is trained.
-        peer: a name of `PEERS`.
+        variant: a name of `VARIANTS`.
         device, dtype: where, and the autocast dtype; float32 means off.
         backend: of torch.compile.
 
@@ -91,32 +91,32 @@ class Step:
     def __init__(
         self,
         workload: Workload,
-        peer: str,
+        variant: str,
         device: torch.device,
         dtype: torch.dtype,
         backend: str = "inductor",
     ):
-        self.peer, self.device, self.dtype = PEERS[peer], device, dtype
-        layout = torch.channels_last if self.peer.channels_last else torch.contiguous_format
+        self.variant, self.device, self.dtype = VARIANTS[variant], device, dtype
+        layout = torch.channels_last if self.variant.channels_last else torch.contiguous_format
         self.model = workload.build()
-        if self.peer.fused:
+        if self.variant.fused:
             try:
-                fuse(self.model, self.peer.recompute)
+                fuse(self.model, self.variant.recompute)
             except ValueError as error:
                 raise FastresError(str(error)) from error
         self.model.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.network: Callable[[Tensor], Tensor] = self.model
-        if self.peer.compile is not None:
-            self.network = torch.compile(self.model, mode=self.peer.compile, backend=backend, dynamic=False)
+        if self.variant.compile is not None:
+            self.network = torch.compile(self.model, mode=self.variant.compile, backend=backend, dynamic=False)
         self.optimizer = make_optimizer(self.model, 1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, scaled=False)
-        self.images, self.labels = workload.inputs(device, self.peer.channels_last)
-        self._run = self._before_recording if self.peer.cuda_graph else self._step
+        self.images, self.labels = workload.inputs(device, self.variant.channels_last)
+        self._run = self._before_recording if self.variant.cuda_graph else self._step
         self._taken = 0
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self) -> Tensor:
         """One step; its loss, still on the device."""
-        with machine.on_device(self.device), implementation(self.peer.implementation), best_library():
+        with machine.on_device(self.device), implementation(self.variant.implementation), best_library():
             return self._run()
 
     def settle(self, before_rest: Callable[[], None] = lambda: None) -> Tensor:
@@ -126,17 +126,17 @@ class Step:
             before_rest: called after the first of them.
 
         Returns:
-            The loss of the first step, the same for every peer but for rounding.
+            The loss of the first step, the same for every variant but for rounding.
         """
         first = self().clone()
         before_rest()
-        if self.peer.cuda_graph or self.peer.compile == "reduce-overhead":
+        if self.variant.cuda_graph or self.variant.compile == "reduce-overhead":
             for _ in range(graph.WARMUP):
                 self()
         return first
 
     def _step(self) -> Tensor:
-        if self.peer.compile == "reduce-overhead":
+        if self.variant.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         with machine.autocast(self.device, self.dtype):
             logits = self.network(self.images)
@@ -166,7 +166,7 @@ class Step:
 
 def peak_memory(
     workload: Workload,
-    peer: str,
+    variant: str,
     device: torch.device,
     dtype: torch.dtype,
     backend: str = "inductor",
@@ -181,7 +181,7 @@ def peak_memory(
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    step = Step(workload, peer, device, dtype, backend)
+    step = Step(workload, variant, device, dtype, backend)
     synchronize(device)
     idle = _memory(device)
     loss = step.settle(partial(_forget_peak, device))
@@ -189,7 +189,7 @@ def peak_memory(
         loss = step()
     synchronize(device)
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss of {peer!r} is {loss.item()}")
+        raise FloatingPointError(f"the loss of {variant!r} is {loss.item()}")
     return {"idle_mib": idle, "peak_mib": _memory(device)}
 
 

@@ -78,7 +78,7 @@ def _interleaved(
             repeats[name] = 1
             if sample_seconds:
                 repeats[name] = max(1, math.ceil(sample_seconds / max(_sample(call, 1, device), 1e-6)))
-        except Exception as error:  # whatever one peer raises, the others are measured
+        except Exception as error:  # whatever one variant raises, the others are measured
             found[name] = error
     seconds: dict[str, list[float]] = {name: [] for name in repeats}
     for turn in range(rounds):

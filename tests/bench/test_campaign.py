@@ -26,7 +26,7 @@ from bench.stages.tests import read as read_junit
 from bench.trace import summary
 from bench.workloads import GPU, Setting
 from fastres.errors import FastresError
-from fastres.measure import PEERS
+from fastres.measure import VARIANTS
 
 NETWORK = "resnet smallest"
 
@@ -66,16 +66,16 @@ def test_slices_bring_back_few_files(slices):
         assert all(re.fullmatch("[A-Za-z0-9._-]+", file.name) for file in files)
 
 
-def test_slices_measure_every_peer_with_the_compilers_that_a_gpu_takes(slices):
+def test_slices_measure_every_variant_with_the_compilers_that_a_gpu_takes(slices):
     third, last = (cases_of(slices[number - 1], "models") for number in (3, 6))
     assert list(third) == [f"{NETWORK} | fused", f"{NETWORK} | compile"]
     assert {group.split(" | ")[1] for group in last} == {*models.GROUPS, *models.SWEEP_GROUPS}
-    assert {peer for case in last.values() for peer in case["peers"]} == PEERS.keys()
+    assert {variant for case in last.values() for variant in case["variants"]} == VARIANTS.keys()
     for name, case in last.items():
-        first = case["peers"]["eager"]["first_loss"]
-        for peer, figures in case["peers"].items():
-            assert "error" not in figures, (name, peer, figures)
-            assert figures["first_loss"] == pytest.approx(first, rel=0.02), (name, peer)
+        first = case["variants"]["eager"]["first_loss"]
+        for variant, figures in case["variants"].items():
+            assert "error" not in figures, (name, variant, figures)
+            assert figures["first_loss"] == pytest.approx(first, rel=0.02), (name, variant)
 
 
 def test_slices_go_on_from_what_earlier_ones_brought_back(slices):
@@ -98,14 +98,14 @@ def test_slices_merge_into_what_the_report_reads(slices, tmp_path):
     found = sections(tmp_path, out)
     assert CAMPAIGN.keys() <= found.keys()
     header = found["speeds"].splitlines()[2]
-    assert all(f" {peer} |" in header for peer in PEERS if peer != "eager")
+    assert all(f" {variant} |" in header for variant in VARIANTS if variant != "eager")
     pictures = plots(out)
     assert len(pictures) == 3 and all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
-def test_peers_of_several_cases_are_compared_within_their_own():
+def test_variants_of_several_cases_are_compared_within_their_own():
     def case(**seconds):
-        return {"peers": {peer: {"seconds": {"median": time}} for peer, time in seconds.items()}}
+        return {"variants": {variant: {"seconds": {"median": time}} for variant, time in seconds.items()}}
 
     cases = {
         "net | fused": case(eager=2.0, fused=1.0),
@@ -113,14 +113,14 @@ def test_peers_of_several_cases_are_compared_within_their_own():
         "net | broken": {"error": "no"},
         "other": case(eager=1.0),
     }
-    cases["net | fused"]["peers"]["compile"] = {"error": "no"}
+    cases["net | fused"]["variants"]["compile"] = {"error": "no"}
     found = networks({"cases": cases})
-    assert {name: list(one["peers"]) for name, one in found.items()} == {
+    assert {name: list(one["variants"]) for name, one in found.items()} == {
         "net": ["eager", "fused", "compile"],
         "other": ["eager"],
     }
-    peers = found["net"]["peers"]
-    assert (peers["fused"]["speed"], peers["compile"]["speed"]) == (2.0, 2.0)
+    variants = found["net"]["variants"]
+    assert (variants["fused"]["speed"], variants["compile"]["speed"]) == (2.0, 2.0)
 
 
 def record(date, cases, complete=False, device="a GPU", **more):
@@ -268,14 +268,14 @@ def test_first_networks_come_before_the_rest():
     assert found == [f"{name} | {group}" for group in ("fused", "compile") for name in five]
 
 
-def test_no_case_has_many_peers_and_each_has_its_baseline():
+def test_no_case_has_many_variants_and_each_has_its_baseline():
     setting = Setting(torch.device("cuda"), torch.bfloat16, False, "synthetic", ROOT, 1.0)
     found = models.cases(setting)
     for name, case in found.items():
-        peers = case.args[2]
-        assert peers[0] == "eager" and 2 <= len(peers) <= 4, name
-        assert sum(PEERS[peer].compile is not None for peer in peers) <= 1, name
-    assert {peer for name, case in found.items() if "224" in name for peer in case.args[2]} == PEERS.keys()
+        variants = case.args[2]
+        assert variants[0] == "eager" and 2 <= len(variants) <= 4, name
+        assert sum(VARIANTS[variant].compile is not None for variant in variants) <= 1, name
+    assert {variant for name, case in found.items() if "224" in name for variant in case.args[2]} == VARIANTS.keys()
 
 
 def test_a_pytest_run_that_takes_too_long_reports_what_it_ran(tmp_path, monkeypatch):
@@ -377,11 +377,11 @@ def test_trace_counts_kernels_and_their_own_time():
     assert own == {"outer": pytest.approx(6e-6), "inner": pytest.approx(5e-6)}
 
 
-def test_a_gpu_campaign_names_every_network_and_peer():
+def test_a_gpu_campaign_names_every_network_and_variant():
     setting = Setting(torch.device("cuda"), torch.bfloat16, False, "synthetic", ROOT, 1.0)
     assert setting.workloads().keys() == GPU.keys()
-    assert {"compile graphs", "compile max-autotune", "library", "fused graph"} <= set(setting.peers("resnet50 224"))
-    assert not [peer for peer in setting.peers("preact_resnet1001") if "compile" in peer]
+    assert {"compile graphs", "compile max-autotune", "library", "fused graph"} <= set(setting.variants("resnet50 224"))
+    assert not [variant for variant in setting.variants("preact_resnet1001") if "compile" in variant]
     assert {one.batch for one in setting.sweeps().values()} == {128, 256, 1024, 2048}
 
 

@@ -112,7 +112,7 @@ def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys
         "model": "resnet20",
         "image_size": 32,
         "batch": 16,
-        "peers": {"fused": {"seconds": {"median": 1.0}}},
+        "variants": {"fused": {"seconds": {"median": 1.0}}},
     }
     (campaign / "models.json").write_text(json.dumps({"device": "NVIDIA H100", "cases": {"resnet20": case}}))
     out = tmp_path / "roofline.json"
@@ -123,7 +123,7 @@ def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys
         kinds = found["predictions"]["resnet20"][gpu]
         assert kinds["eager"]["seconds"] > kinds["fused"]["seconds"] > 0
     (one,) = found["compared"]
-    assert (one["peer"], one["batch"], one["measured"]) == ("fused", 16, 1.0)
+    assert (one["variant"], one["batch"], one["measured"]) == ("fused", 16, 1.0)
     text = counted.predictions(out)
     assert text.startswith("**Lower bounds, not measurements**") and text.count("resnet20") == 3
 
@@ -151,8 +151,8 @@ def test_growth_measures_its_points(tmp_path, monkeypatch):
     options = "--batches --depths 20 --depth-batch 2 --resolutions --rounds 1 --precision fp32".split()
     growth.main([*options, "--out", str(out)])
     (point,) = json.loads(out.read_text())["points"]
-    assert (point["axis"], point["value"]) == ("depth", 20) and point["peers"].keys() == {"eager", "fused"}
-    for figures in point["peers"].values():
+    assert (point["axis"], point["value"]) == ("depth", 20) and point["variants"].keys() == {"eager", "fused"}
+    for figures in point["variants"].values():
         assert figures["images_per_second"] == pytest.approx(2 / figures["seconds"]["median"])
         assert figures["peak_mib"] >= figures["idle_mib"] > 0
     assert "resnet20, batch 2, 32 pixels" in single.growth_table(out)

@@ -10,7 +10,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Peer:
+class Variant:
     """One way to run a training step; dtype, data, loss and optimizer are the same in all."""
 
     summary: str
@@ -23,36 +23,38 @@ class Peer:
     gpu_only: bool = False
 
 
-PEERS: dict[str, Peer] = {
-    "eager NCHW": Peer("eager PyTorch, NCHW", channels_last=False),
-    "eager": Peer("eager PyTorch, channels-last"),
-    "compile": Peer("torch.compile, default mode", compile="default"),
-    "compile max-autotune": Peer(
+VARIANTS: dict[str, Variant] = {
+    "eager NCHW": Variant("eager PyTorch, NCHW", channels_last=False),
+    "eager": Variant("eager PyTorch, channels-last"),
+    "compile": Variant("torch.compile, default mode", compile="default"),
+    "compile max-autotune": Variant(
         "torch.compile, every kernel autotuned", compile="max-autotune-no-cudagraphs", gpu_only=True
     ),
-    "compile graphs": Peer("torch.compile with CUDA graphs", compile="reduce-overhead", gpu_only=True),
-    "library": Peer(
+    "compile graphs": Variant("torch.compile with CUDA graphs", compile="reduce-overhead", gpu_only=True),
+    "library": Variant(
         "fused schedule on the vendor's convolutions and Triton's passes",
         fused=True,
         implementation="vendor",
         gpu_only=True,
     ),
-    "fused Triton": Peer(
+    "fused Triton": Variant(
         "fused schedule on Triton kernels alone, untimed choice",
         fused=True,
         implementation="triton",
         gpu_only=True,
     ),
-    "fused": Peer("fused, implementation chosen by timing on a GPU, compiled C++ passes on a CPU", fused=True),
-    "fused fewer": Peer("fused, the last convolution of each block recomputed in backward", fused=True, recompute=True),
-    "fused compile": Peer("fused, under torch.compile", fused=True, compile="default"),
-    "fused graph": Peer("fused, the step replayed as one CUDA graph", fused=True, cuda_graph=True, gpu_only=True),
+    "fused": Variant("fused, implementation chosen by timing on a GPU, compiled C++ passes on a CPU", fused=True),
+    "fused fewer": Variant(
+        "fused, the last convolution of each block recomputed in backward", fused=True, recompute=True
+    ),
+    "fused compile": Variant("fused, under torch.compile", fused=True, compile="default"),
+    "fused graph": Variant("fused, the step replayed as one CUDA graph", fused=True, cuda_graph=True, gpu_only=True),
 }
 
 
 def supported(device: torch.device) -> list[str]:
-    """Names of the peers that run on a device."""
-    return [name for name, peer in PEERS.items() if device.type == "cuda" or not peer.gpu_only]
+    """Names of the variants that run on a device."""
+    return [name for name, variant in VARIANTS.items() if device.type == "cuda" or not variant.gpu_only]
 
 
 @contextmanager

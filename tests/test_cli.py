@@ -228,7 +228,12 @@ def test_images_are_predicted_a_few_at_a_time(run, tmp_path, capsys, monkeypatch
     assert main(argv) == 0
     whole, sizes, decode = capsys.readouterr().out, [], data.decode.decode
     monkeypatch.setattr("fastres.predict.CHUNK", 2)
-    monkeypatch.setattr("fastres.predict.decode", lambda files, *args: sizes.append(len(files)) or decode(files, *args))
+
+    def counting(files, *arguments, **options):
+        sizes.append(len(files))
+        return decode(files, *arguments, **options)
+
+    monkeypatch.setattr("fastres.predict.decode", counting)
     assert main(argv) == 0
     assert capsys.readouterr().out == whole and sizes == [2, 2, 1]
 

@@ -222,10 +222,17 @@ def _is_checkpoint(path: Path) -> bool:
         return False
 
 
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one that is damaged: who reads it says so
+        return True
+
+
 def _saved(path: Path) -> dict[str, Any]:
     """What ``torch.save`` wrote, also before PyTorch 1.6, and with the options of torchvision's trainer."""
     with torch.serialization.safe_globals([argparse.Namespace]):
-        if zipfile.is_zipfile(path):
+        if _is_zip(path):
             return read_tensors(path)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)

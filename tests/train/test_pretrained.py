@@ -196,11 +196,14 @@ def test_files_that_are_no_weights(tmp_path, capsys):
     whole = io.BytesIO()
     torch.save({"a": torch.ones(99)}, whole)
     (tmp_path / "cut.pth").write_bytes(whole.getvalue()[:-50])
+    many = bytearray(whole.getvalue())
+    many[many.rindex(b"PK\x06\x07") + 16] = 3  # disks of an archive
+    (tmp_path / "disks.pth").write_bytes(many)
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     torch.save(Evil(), tmp_path / "evil.pth")
     torch.save(Evil(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     torch.save([1], tmp_path / "list.pth")
-    for name in ("cut.pth", "cut.safetensors", "evil.pth", "old.pth", "list.pth", "none.pth", "a/b"):
+    for name in ("cut.pth", "disks.pth", "cut.safetensors", "evil.pth", "old.pth", "list.pth", "none.pth", "a/b"):
         with pytest.raises(FastresError) as stopped:
             read_weights(str(tmp_path / name), "resnet18")
         assert "\n" not in str(stopped.value) and str(tmp_path) in str(stopped.value)

@@ -48,6 +48,13 @@ def test_it_is_compiled_once(compiler, tmp_path):
     assert os.listdir(library.parent) == [library.name], "temporary files are left"
 
 
+def test_compiling_is_said_and_loading_is_not(compiler, monkeypatch, caplog):
+    monkeypatch.setattr(build, "_cpu", lambda: "a CPU that nothing was compiled for")
+    assert again() is None and "compiling the fused passes for this CPU, once" in caplog.text
+    caplog.clear()
+    assert again() is None and not caplog.text
+
+
 def test_a_damaged_library_is_compiled_again(compiler, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "_cpu", lambda: "a CPU whose library is not loaded yet")
     library = tmp_path / "cache" / f"passes-{build._key(build._compiler())}.so"

@@ -145,3 +145,12 @@ def test_the_seed_alone_makes_the_weights(tmp_path):
     again = tiny_trainer(tmp_path / "again", steps=1).model.state_dict()
     other = tiny_trainer(tmp_path / "other", steps=1, seed=5).model.state_dict()
     assert same_weights(first, again) and not same_weights(first, other)
+
+
+def test_a_first_run_on_a_gpu_says_that_it_builds_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    gpu = torch.device("cuda")
+    assert f"they are kept in {tmp_path / 'triton'}" in machine.building_note(gpu, "fused")
+    assert machine.building_note(gpu, "eager") is None and machine.building_note(torch.device("cpu"), "fused") is None
+    (tmp_path / "triton" / "kernel").mkdir(parents=True)
+    assert machine.building_note(gpu, "fused") is None

@@ -351,15 +351,22 @@ struct Avx512LineTiles {
 struct AmxTiles {
   static constexpr int64_t kGroup = 16, kGroups = 2, kGranule = 32;
 
+  // The thread's configuration of tiles is ours from `begin` to `end`, then what it was: other libraries may rely on theirs.
+  // The intrinsics do not tell the compiler which memory they read, so it is told here and in `tile`.
   __attribute__((target("amx-tile"))) static void begin() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
+    static const Config ours = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_storeconfig(&before());
+    asm volatile("" ::"r"(&ours) : "memory");
+    _tile_loadconfig(&ours);
   }
-  __attribute__((target("amx-tile"))) static void end() { _tile_release(); }
+  __attribute__((target("amx-tile"))) static void end() {
+    asm volatile("" ::"r"(&before()) : "memory");
+    if (before().palette) {
+      _tile_loadconfig(&before());
+    } else {
+      _tile_release();
+    }
+  }
 
   static void multiply(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors, float* sums) {
     if (groups == 2) {
@@ -379,9 +386,22 @@ struct AmxTiles {
   }
 
  private:
+  struct alignas(64) Config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  static_assert(sizeof(Config) == 64);
+
+  static Config& before() {
+    thread_local Config config{};
+    return config;
+  }
+
   template <bool kSecondRows, bool kSecondColumns>
   __attribute__((target("amx-tile,amx-bf16"))) static void tile(const Product& p, const char* const* a, const char* b,
                                                                 float* sums) {
+    asm volatile("" ::"r"(a), "r"(b) : "memory");
     _tile_zero(0);
     if (kSecondColumns) _tile_zero(1);
     if (kSecondRows) _tile_zero(2);
@@ -410,6 +430,7 @@ struct AmxTiles {
     if (kSecondColumns) _tile_stored(1, sums + kLanes, kPitch);
     if (kSecondRows) _tile_stored(2, sums + 16 * kColumns, kPitch);
     if (kSecondRows && kSecondColumns) _tile_stored(3, sums + 16 * kColumns + kLanes, kPitch);
+    asm volatile("" ::"r"(sums) : "memory");
   }
 };
 #endif

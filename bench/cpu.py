@@ -1,9 +1,9 @@
-"""Training and inference on a CPU against every peer at its best, and against the convolutions alone: ``python -m
+"""Training and inference on a CPU against every baseline at its best, and against the convolutions alone: ``python -m
 bench.cpu``.
 
 Peers are eager PyTorch in both layouts and torch.compile, in fp32 and bf16, each with the C library's allocator as it
 comes and with `fastres.train.machine.keep_freed_memory`; for the least memory also with `return_freed_memory`, as the
-memory mode ``--keep fewer`` of `fastres train` has it. Each runs in a process of its own, as the state of the
+memory mode ``--recompute`` of `fastres train` has it. Each runs in a process of its own, as the state of the
 allocator's heap is part of what is measured; the processes take turns. There are two limits: the time of PyTorch's own
 convolutions on the network's shapes, and that of their arithmetic at the rate of a large matrix product. What decides
 the rates are the processor's instructions for bf16, so there is a result file for each kind of them.
@@ -55,15 +55,15 @@ INSTRUCTIONS = {
     "avx2": "AVX2",
     "bf16": "ARM BF16",
 }
-TRAINING_PEERS = ("eager NCHW", "eager", "compile")
-OURS = ("fused", "fused fewer")
+TRAINING_BASELINES = ("eager NCHW", "eager", "compile")
+OURS = ("fused", "fused recompute")
 ALLOCATORS: dict[str, Callable[[], Any]] = {
     "default": lambda: None,
     "kept": machine.keep_freed_memory,
     "returned": machine.return_freed_memory,
 }
-OUR_ALLOCATORS = {"fused": ("kept",), "fused fewer": ("kept", "returned"), "folded": ("kept",)}
-INFERENCE_PEERS = ("eager NCHW", "eager", "compile", "compile frozen")
+OUR_ALLOCATORS = {"fused": ("kept",), "fused recompute": ("kept", "returned"), "folded": ("kept",)}
+INFERENCE_BASELINES = ("eager NCHW", "eager", "compile", "compile frozen")
 CPU = torch.device("cpu")
 PRODUCT = 3072  # rows and columns
 
@@ -84,22 +84,25 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything about one workload; seconds are medians of a call."""
     workload = WORKLOADS[name]
     found: dict[str, Any] = {"workload": name, "peak_mib": {}}
-    for kind, peers, ours in (("training", TRAINING_PEERS, OURS), ("inference", INFERENCE_PEERS, ("folded",))):
+    for kind, baselines, ours in (
+        ("training", TRAINING_BASELINES, OURS),
+        ("inference", INFERENCE_BASELINES, ("folded",)),
+    ):
         if kind not in args.kinds:
             continue
         print(f"{name}: {kind}", flush=True)
         runs = [
-            (peer, precision, allocator)
+            (variant, precision, allocator)
             for precision in args.precisions
-            for peer in (*peers, *ours)
-            for allocator in OUR_ALLOCATORS.get(peer, ("default", "kept"))
+            for variant in (*baselines, *ours)
+            for allocator in OUR_ALLOCATORS.get(variant, ("default", "kept"))
         ]
         found[kind] = _in_turn(kind, workload, runs, args.rounds, args.threads)
     for precision in args.precisions if "training" in args.kinds else ():
-        for peer in (*TRAINING_PEERS[:2], *OURS):
-            for allocator in OUR_ALLOCATORS.get(peer, tuple(ALLOCATORS)):
-                memory = in_own_process(_memory, workload, peer, precision, allocator, args.threads)
-                label = _label(peer, precision, allocator)
+        for variant in (*TRAINING_BASELINES[:2], *OURS):
+            for allocator in OUR_ALLOCATORS.get(variant, tuple(ALLOCATORS)):
+                memory = in_own_process(_memory, workload, variant, precision, allocator, args.threads)
+                label = _label(variant, precision, allocator)
                 found["peak_mib"][label] = memory["peak_mib"] - memory["idle_mib"]
     found["convolutions"] = {
         precision: in_own_process(_convolutions, workload, precision, args.threads) for precision in args.precisions
@@ -142,7 +145,7 @@ def _call(pipe: Connection) -> None:
 
 
 def _work(
-    pipe: Connection, kind: str, workload: Workload, peer: str, precision: str, allocator: str, threads: int
+    pipe: Connection, kind: str, workload: Workload, variant: str, precision: str, allocator: str, threads: int
 ) -> None:
     """Make a call for each message, the first with a warm-up, until the pipe is closed; answer with what it raised."""
     _prepare(allocator, threads)
@@ -154,11 +157,13 @@ def _work(
             return
         try:
             if call is None:
-                call = Step(workload, peer, CPU, dtype) if kind == "training" else Inference(workload, peer, dtype)
+                call = (
+                    Step(workload, variant, CPU, dtype) if kind == "training" else Inference(workload, variant, dtype)
+                )
                 call()
             call()
             pipe.send(None)
-        except Exception as error:  # whatever one peer raises, the others are measured
+        except Exception as error:  # whatever one of them raises, the others are measured
             pipe.send(f"{type(error).__name__}: {error}")
 
 
@@ -171,23 +176,23 @@ class Inference:
     """A forward pass in evaluation mode, without gradients.
 
     Args:
-        peer: one of `INFERENCE_PEERS`, ``"compile frozen"`` being torch.compile with weights folded as constants, or
-            ``"folded"``.
-        dtype: the peers run under autocast to it; folded and frozen networks are converted to it once.
+        variant: one of `INFERENCE_BASELINES`, ``"compile frozen"`` being torch.compile with weights folded as
+            constants, or ``"folded"``.
+        dtype: the baselines run under autocast to it; folded and frozen networks are converted to it once.
     """
 
-    def __init__(self, workload: Workload, peer: str, dtype: torch.dtype):
-        channels_last = peer != "eager NCHW"
+    def __init__(self, workload: Workload, variant: str, dtype: torch.dtype):
+        channels_last = variant != "eager NCHW"
         layout = torch.channels_last if channels_last else torch.contiguous_format
         model: nn.Module = workload.build().eval()
-        if peer == "folded":
+        if variant == "folded":
             model = fold(model)
         self.images, _ = workload.inputs(CPU, channels_last)
-        self.frozen, self.autocast = peer == "compile frozen", dtype
-        if peer in ("compile frozen", "folded"):
+        self.frozen, self.autocast = variant == "compile frozen", dtype
+        if variant in ("compile frozen", "folded"):
             model, self.images, self.autocast = model.to(dtype), self.images.to(dtype), torch.float32
         model = model.to(memory_format=layout)  # type: ignore[call-overload]
-        self.model = torch.compile(model, dynamic=False) if "compile" in peer else model
+        self.model = torch.compile(model, dynamic=False) if "compile" in variant else model
 
     def __call__(self) -> Tensor:
         """The logits."""
@@ -200,9 +205,9 @@ class Inference:
                 return self.model(self.images)
 
 
-def _memory(workload: Workload, peer: str, precision: str, allocator: str, threads: int) -> dict[str, float]:
+def _memory(workload: Workload, variant: str, precision: str, allocator: str, threads: int) -> dict[str, float]:
     _prepare(allocator, threads)
-    return peak_memory(workload, peer, CPU, machine.DTYPES[precision])
+    return peak_memory(workload, variant, CPU, machine.DTYPES[precision])
 
 
 def _products(precision: str, threads: int) -> float:
@@ -262,12 +267,12 @@ def _convolution(
     return found["forward"].median, found["backward"].median
 
 
-def _label(peer: str, precision: str, allocator: str) -> str:
-    return f"{peer}, {precision}, {allocator} memory"
+def _label(variant: str, precision: str, allocator: str) -> str:
+    return f"{variant}, {precision}, {allocator} memory"
 
 
 def summary(one: dict[str, Any]) -> dict[str, Any]:
-    """Ours against the best peer: rates, ratios and the fraction of the convolutions' own speed."""
+    """Ours against the best baseline: rates, ratios and the fraction of the convolutions' own speed."""
     batch, found = WORKLOADS[one["workload"]].batch, {}
     convolutions = {p: s["forward"] + s["backward"] for p, s in one["convolutions"].items()}
     limits = {
@@ -283,11 +288,11 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
         default = {label: rate for label, rate in rates.items() if label.endswith("default memory")}
         kept = {label: rate for label, rate in rates.items() if label.endswith("kept memory") and label not in mine}
         best, *others = (max(one, key=one.__getitem__) for one in (mine, default, kept))
-        peers = dict(zip(("peer", "peer with kept memory"), others, strict=True))
+        baselines = dict(zip(("baseline", "baseline with kept memory"), others, strict=True))
         found[kind] = {
             "best": best,
             "images_per_second": mine[best],
-            **{name: {"name": label, "ratio": mine[best] / rates[label]} for name, label in peers.items()},
+            **{name: {"name": label, "ratio": mine[best] / rates[label]} for name, label in baselines.items()},
             "of_the_convolutions": mine[best] / (batch / limits[kind]),
         }
         if "products" in one:  # which results of before have not
@@ -300,7 +305,7 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory_ratios(peak: dict[str, float]) -> dict[str, float]:
-    """Each peak in units of the peers' lowest."""
+    """Each peak in units of the baselines' lowest."""
     lowest = min((value for label, value in peak.items() if not label.startswith(OURS)), default=1.0)
     return {label: value / lowest for label, value in peak.items()}
 
@@ -308,7 +313,7 @@ def _memory_ratios(peak: dict[str, float]) -> dict[str, float]:
 COLUMNS = (
     "",
     "images/s",
-    "of the best peer",
+    "of the best baseline",
     "of it with kept memory",
     "of the convolutions alone",
     "of their arithmetic as products",
@@ -325,7 +330,8 @@ def table(found: list[dict[str, Any]]) -> str:
                 continue
             f = facts[kind]
             ratios = [
-                f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})" for p in ("peer", "peer with kept memory")
+                f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})"
+                for p in ("baseline", "baseline with kept memory")
             ]
             name = f"{one['workload']}, {kind}: {f['best'].rpartition(', ')[0]}"
             limits = [f"{f[limit]:.2f}" if limit in f else "" for limit in ("of_the_convolutions", "of_the_products")]
@@ -335,7 +341,7 @@ def table(found: list[dict[str, Any]]) -> str:
         for one in found
         for label, ratio in _memory_ratios(one["peak_mib"]).items()
     ]
-    columns = ("", "MiB that a training step adds", "of the best peer", "images/s")
+    columns = ("", "MiB that a training step adds", "of the best baseline", "images/s")
     tables = [markdown(COLUMNS, rows), *([markdown(columns, memory)] if memory else [])]
     return "\n\n".join([*_rates(found), *tables])
 

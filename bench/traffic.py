@@ -50,7 +50,7 @@ class StepTraffic(NamedTuple):
     compiled: list[count_eager.CallTraffic]
     launches: list[count_triton.LaunchTraffic]  # of the fused step
     other: list[count_eager.CallTraffic]  # of the fused step: casts of weights, concatenations
-    saved: Figures  # "eager", "fused" and "fewer", the fused memory mode
+    saved: Figures  # "eager", "fused" and "recompute", the fused memory mode
 
     @property
     def moved(self) -> Figures:
@@ -79,7 +79,7 @@ def measure(part: Part, batch: int, dtype: torch.dtype = torch.bfloat16) -> Step
     saved: dict[str, float] = {"eager": count_eager.saved(part.modules, x, dtype)}
     with count_triton.unlaunched():
         saved["fused"] = saved_bytes(module, x, dtype)
-        saved["fewer"] = saved_bytes(fused(part, recompute=True), x, dtype)
+        saved["recompute"] = saved_bytes(fused(part, recompute=True), x, dtype)
     return StepTraffic(
         part,
         count_eager.traffic(part.modules, x, dtype),
@@ -166,7 +166,7 @@ def _cells(moved: Figures, saved: Figures) -> list[str]:
         f"{ours / eager:.2f}",
         f"{ours / compiled:.2f}",
         f"{kept / 1e6:.0f}",
-        *(f"{saved[kind] / kept:.2f}" if kept else "" for kind in ("fused", "fewer")),
+        *(f"{saved[kind] / kept:.2f}" if kept else "" for kind in ("fused", "recompute")),
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench import report
 from bench.record import RESULTS, ROOT
 from bench.report import counted, headline, predicted, single, training
-from bench.report.campaign import CAMPAIGN, models
+from bench.report.campaign import CAMPAIGN, models_section
 from bench.report.common import read
 from bench.report.plots import plots
 from bench.tables import fill
@@ -32,28 +32,28 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
     roofline = results / "roofline.json"
     found = {
         "headline": headline.sentence(results),
-        "aot": counted.ahead_of_time(results),
-        "aot-architectures": counted.architectures(results),
-        "traffic": counted.traffic(results),
-        "traffic-networks": counted.network_traffic(results),
-        "roofline": counted.predictions(roofline),
-        "machine": predicted.steps(results),
-        "machine-kernels": predicted.kernels(results),
-        "machine-test": predicted.sharpest(results),
-        "growth": single.growth_table(results / "growth-cpu.json"),
-        "cpu": single.on_cpus(results),
-        "levers": single.levers_of_a_cpu(results / "levers-cpu.json"),
-        "faults": single.faults_tried(results / "faults.json"),
-        "rate": training.rates(results / "rate-cpu.json"),
-        "runs": training.runs(results / "accuracy-cpu.json"),
-        "loop": training.shares(results / "loop-cpu.json"),
-        "time-to-accuracy": training.time_to_accuracy(results),
-        "ablation": training.levers(results / "ablation-cpu.json"),
-        "parity": training.backends(results / "parity-cpu.json"),
+        "aot": counted.machine_code_section(results),
+        "aot-architectures": counted.architectures_section(results),
+        "traffic": counted.traffic_section(results),
+        "traffic-networks": counted.network_traffic_section(results),
+        "roofline": counted.roofline_section(roofline),
+        "machine": predicted.steps_section(results),
+        "machine-kernels": predicted.kernels_section(results),
+        "machine-test": predicted.sharpest_section(results),
+        "growth": single.growth_section(results / "growth-cpu.json"),
+        "cpu": single.cpu_section(results),
+        "levers": single.cpu_ablation_section(results / "levers-cpu.json"),
+        "faults": single.faults_section(results / "faults.json"),
+        "rate": training.rates_section(results / "rate-cpu.json"),
+        "runs": training.runs_section(results / "accuracy-cpu.json"),
+        "loop": training.loop_section(results / "loop-cpu.json"),
+        "time-to-accuracy": training.time_to_accuracy_section(results),
+        "ablation": training.ablation_section(results / "ablation-cpu.json"),
+        "parity": training.parity_section(results / "parity-cpu.json"),
     }
     if folder is not None:
         found |= {name: make(folder) for name, make in CAMPAIGN.items()}
-        found["models"] = models(folder, counted.bytes_an_image(results))
+        found["models"] = models_section(folder, counted.bytes_an_image(results))
     return {name: text for name, text in found.items() if text}
 
 

@@ -19,7 +19,7 @@ from bench.report.common import (
 from bench.tables import markdown
 
 
-def environment(folder: Path) -> str | None:
+def environment_section(folder: Path) -> str | None:
     """Measured ceilings."""
     record = read(folder / "environment.json")
     found = ceilings(folder)
@@ -32,7 +32,7 @@ def environment(folder: Path) -> str | None:
     return f"{where}\n\n{markdown(('ceiling', 'measured'), rows)}"
 
 
-def models(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> str | None:
+def models_section(folder: Path, counted: dict[str, dict[str, float]] | None = None) -> str | None:
     """A table a network: variants, their times and rates.
 
     Args:
@@ -92,7 +92,7 @@ def _measured_on(folder: Path, record: Record) -> str:
     return f"Measured on {machine_line(record)}.{busy(load, record['threads'])}"
 
 
-def speeds(folder: Path) -> str | None:
+def speeds_section(folder: Path) -> str | None:
     """Every network in a row: images/s of eager channels-last, and each variant's speed in units of it; pictures."""
     record = read(folder / "models.json")
     if not record:
@@ -117,7 +117,7 @@ def speeds(folder: Path) -> str | None:
     return f"{_measured_on(folder, record)}\n\n{table}{pictures}"
 
 
-def memory(folder: Path) -> str | None:
+def memory_section(folder: Path) -> str | None:
     """Peak memory by network and variant."""
     record = read(folder / "memory.json")
     if not record or not measured_cases(record):
@@ -140,7 +140,7 @@ def memory(folder: Path) -> str | None:
     )
 
 
-def parts(folder: Path) -> str | None:
+def parts_section(folder: Path) -> str | None:
     """Stages and blocks by variant, then operations by implementation."""
     record = read(folder / "parts.json")
     if not record:
@@ -185,7 +185,7 @@ def _rate(figures: Record | None) -> str:
     return f"{_ms(figures)}, {figures['gb_per_second']:.3g}" if "gb_per_second" in figures else _ms(figures)
 
 
-def step(folder: Path) -> str | None:
+def step_section(folder: Path) -> str | None:
     """Launches, the sum of the kernels' times beside the step's, and the first kernels."""
     record = read(folder / "step.json")
     if not record or not measured_cases(record):
@@ -218,7 +218,7 @@ def step(folder: Path) -> str | None:
     return f"Profiler's trace of a step on {machine_line(record)}.\n\n{markdown(columns, rows)}"
 
 
-def tests(folder: Path) -> str | None:
+def tests_section(folder: Path) -> str | None:
     """Counts of the test suite."""
     record = read(folder / "tests.json")
     if not record or not measured_cases(record):
@@ -231,7 +231,7 @@ def tests(folder: Path) -> str | None:
     return f"Tests on {machine_line(record)}.\n\n{markdown(('tests', 'passed', 'failed', 'skipped'), rows)}"
 
 
-def accuracy(folder: Path) -> str | None:
+def accuracy_section(folder: Path) -> str | None:
     """Accuracy and seconds at the end of each run of the preset ``speed``."""
     record = read(folder / "accuracy.json")
     if not record or not measured_cases(record):
@@ -254,12 +254,12 @@ def accuracy(folder: Path) -> str | None:
 
 
 CAMPAIGN: dict[str, Callable[[Path], str | None]] = {
-    "environment": environment,
-    "tests": tests,
-    "models": models,
-    "speeds": speeds,
-    "memory": memory,
-    "parts": parts,
-    "step": step,
-    "accuracy": accuracy,
+    "environment": environment_section,
+    "tests": tests_section,
+    "models": models_section,
+    "speeds": speeds_section,
+    "memory": memory_section,
+    "parts": parts_section,
+    "step": step_section,
+    "accuracy": accuracy_section,
 }

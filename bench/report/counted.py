@@ -13,7 +13,7 @@ from bench.tables import markdown
 KINDS = tuple(roofline.KINDS)  # eager, compiled, fused
 
 
-def predictions(path: Path) -> str | None:
+def roofline_section(path: Path) -> str | None:
     """The roofline's table: what bytes and operations alone would take."""
     record = read(path)
     if not record:
@@ -33,7 +33,7 @@ def predictions(path: Path) -> str | None:
     )
 
 
-def traffic(results: Path) -> str | None:
+def traffic_section(results: Path) -> str | None:
     """Counted bytes of a step by stage, and of whole networks."""
     text = []
     for network, record, counted in _networks(results):
@@ -50,7 +50,7 @@ def traffic(results: Path) -> str | None:
     return "\n\n".join(text) or None
 
 
-def network_traffic(results: Path) -> str | None:
+def network_traffic_section(results: Path) -> str | None:
     """Counted bytes of a step, a row a network."""
     rows = []
     for network, record, counted in _networks(results):
@@ -85,7 +85,7 @@ def _bytes(counted: Record) -> list[str]:
         *(f"{moved[kind] / 1e6:.0f}" for kind in KINDS),
         f"{moved['fused'] / moved['eager']:.2f}",
         f"{moved['fused'] / moved['compiled']:.2f}",
-        *(f"{saved[mode] / saved['eager']:.2f}" if saved["eager"] else "" for mode in ("fused", "fewer")),
+        *(f"{saved[mode] / saved['eager']:.2f}" if saved["eager"] else "" for mode in ("fused", "recompute")),
     ]
 
 
@@ -100,7 +100,7 @@ def bytes_an_image(results: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def ahead_of_time(results: Path) -> str | None:
+def machine_code_section(results: Path) -> str | None:
     """What the compiled kernels need, by kernel and architecture; read from machine code, nothing ran."""
     groups: dict[tuple[str, int], list[Record]] = {}
     for row in _compiled(results):
@@ -109,8 +109,8 @@ def ahead_of_time(results: Path) -> str | None:
     return markdown(("kernel", "architecture", *AOT_COLUMNS), rows) if rows else None
 
 
-def architectures(results: Path) -> str | None:
-    """`ahead_of_time`, all kernels of an architecture in a row."""
+def architectures_section(results: Path) -> str | None:
+    """`machine_code_section`, all kernels of an architecture in a row."""
     groups: dict[int, list[Record]] = {}
     for row in _compiled(results):
         groups.setdefault(row["arch"], []).append(row)

@@ -19,7 +19,7 @@ def sentence(results: Path) -> str | None:
         return None
     training = cpu.summary(measured)["training"]
     one, precision = cpu.WORKLOADS[NETWORK], training["best"].split(", ")[1]
-    same, default = training["peer with kept memory"]["ratio"], training["peer"]["ratio"]
+    same, default = training["baseline with kept memory"]["ratio"], training["baseline"]["ratio"]
     return (
         f"**Measured on a CPU ({record['cpu']}, {record['threads']} threads, PyTorch {record['versions']['torch']}, "
         f"{record['date'][:10]}): a training step of ResNet-50 on {one.batch} images of {one.image_size} pixels in "

@@ -16,7 +16,7 @@ LABEL = "**Predictions of a model; no GPU has timed these kernels.**"
 SHARPEST = (("conv 1x1", 64, 256), ("conv_wgrad 3x3", 256, 256))
 
 
-def steps(results: Path) -> str | None:
+def steps_section(results: Path) -> str | None:
     """Step times and ratios of the networks, each a range."""
     found = list(_records(results))
     if not found:
@@ -39,7 +39,7 @@ def _meaning(found: list[Record]) -> str:
     )
 
 
-def kernels(results: Path) -> str | None:
+def kernels_section(results: Path) -> str | None:
     """The launches of each network by kernel."""
     text = [
         f"**{record['network']}**, {record['chip']['name']}, Triton alone, first configurations\n\n"
@@ -49,7 +49,7 @@ def kernels(results: Path) -> str | None:
     return f"{LABEL}\n\n" + "\n\n".join(text) if text else None
 
 
-def sharpest(results: Path) -> str | None:
+def sharpest_section(results: Path) -> str | None:
     """The launches by which an hour on a GPU would test the model."""
     rows = [
         [f"{record['network']}, {record['chip']['name']}", *tables.convolution_cells(row)]

@@ -1,4 +1,4 @@
-"""Sections of single results: growth, a CPU against every peer."""
+"""Sections of single results: growth, a CPU against every baseline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.report.common import busy, machine_line, picture, read
 from bench.tables import markdown
 
 
-def growth_table(path: Path) -> str | None:
+def growth_section(path: Path) -> str | None:
     """Growth with batch, depth and resolution."""
     record = read(path)
     if not record:
@@ -22,8 +22,8 @@ def growth_table(path: Path) -> str | None:
     )
 
 
-def on_cpus(results: Path) -> str | None:
-    """Training and inference against every peer, on each kind of CPU that was measured."""
+def cpu_section(results: Path) -> str | None:
+    """Training and inference against every baseline, on each kind of CPU that was measured."""
     parts = []
     for path in sorted(results.glob("cpu-*.json")):
         if record := read(path):
@@ -35,7 +35,7 @@ def on_cpus(results: Path) -> str | None:
     return "\n\n".join(parts) or None
 
 
-def levers_of_a_cpu(path: Path) -> str | None:
+def cpu_ablation_section(path: Path) -> str | None:
     """What each lever of the CPU's implementation is worth."""
     record = read(path)
     if not record:
@@ -46,7 +46,7 @@ def levers_of_a_cpu(path: Path) -> str | None:
     )
 
 
-def faults_tried(path: Path) -> str | None:
+def faults_section(path: Path) -> str | None:
     """How often each fault was tried on a run, and how it ended."""
     record = read(path)
     if not record:

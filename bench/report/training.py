@@ -11,7 +11,7 @@ from bench.tables import markdown
 from fastres.train.sweep import Outcome
 
 
-def rates(path: Path) -> str | None:
+def rates_section(path: Path) -> str | None:
     """Images a second of the presets, by precision."""
     record = read(path)
     if not record:
@@ -27,7 +27,7 @@ def rates(path: Path) -> str | None:
     return f"Measured on {machine_line(record)}.{busy(record['load'], record['threads'])}\n\n{table}"
 
 
-def runs(path: Path) -> str | None:
+def runs_section(path: Path) -> str | None:
     """Last accuracy of every collected run."""
     record = read(path)
     if not record:
@@ -63,7 +63,7 @@ def runs(path: Path) -> str | None:
     return f"{where}, commit {record['commit']}.\n\n{markdown(columns, rows)}"
 
 
-def shares(path: Path) -> str | None:
+def loop_section(path: Path) -> str | None:
     """What an epoch's time goes to."""
     record = read(path)
     if not record:
@@ -72,7 +72,7 @@ def shares(path: Path) -> str | None:
     return f"{where}\n\n{loop.table(record['loop'])}"
 
 
-def time_to_accuracy(results: Path) -> str | None:
+def time_to_accuracy_section(results: Path) -> str | None:
     """Seconds of training to an accuracy, for each that was measured, the highest first."""
     records = [read(path) for path in results.glob("time-to-accuracy*-cpu.json")]
     measured = [record for record in records if record and "fastres" in record["results"]]
@@ -89,7 +89,7 @@ def _to_one_accuracy(record: dict[str, Any]) -> str:
     )
 
 
-def levers(path: Path) -> str | None:
+def ablation_section(path: Path) -> str | None:
     """What each choice of the preset is worth."""
     record = read(path)
     if not record:
@@ -102,7 +102,7 @@ def levers(path: Path) -> str | None:
     return f"{where}{busy(record['load'], record['threads'])}\n\n{ablation.table(outcomes)}"
 
 
-def backends(path: Path) -> str | None:
+def parity_section(path: Path) -> str | None:
     """Accuracies of both backends."""
     record = read(path)
     if not record:

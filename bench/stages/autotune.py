@@ -16,7 +16,7 @@ from fastres.measure import Step, Workload, synchronize
 from fastres.ops import selection
 from fastres.ops.timing import choices_path, machine_key
 
-VARIANTS = ("fused", "fused fewer")
+VARIANTS = ("fused", "fused recompute")
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:

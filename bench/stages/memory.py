@@ -13,12 +13,12 @@ from bench.workloads import Setting
 from fastres.measure import Workload
 from fastres.measure.step import peak_memory
 
-VARIANTS = ("eager NCHW", "eager", "compile", "fused", "fused fewer", "fused compile", "fused graph")
+VARIANTS = ("eager NCHW", "eager", "compile", "fused", "fused recompute", "fused compile", "fused graph")
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """See `bench.stages`."""
-    variants = setting.pick(VARIANTS, ("eager", "compile", "fused", "fused fewer"), VARIANTS)
+    variants = setting.pick(VARIANTS, ("eager", "compile", "fused", "fused recompute"), VARIANTS)
     return {
         f"{name} | {variant}": partial(measure, setting, workload, variant)
         for name, workload in setting.workloads().items()

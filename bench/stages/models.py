@@ -19,11 +19,11 @@ from fastres.measure.command import measure_steps
 
 BASELINE = "eager"
 GROUPS = {
-    "fused": (BASELINE, "fused", "fused Triton", "library"),
+    "fused": (BASELINE, "fused", "fused Triton", "vendor"),
     "compile": (BASELINE, "fused", "compile"),
     "fused graph": (BASELINE, "fused", "fused graph"),
     "fused compile": (BASELINE, "fused compile"),
-    "layout and memory": (BASELINE, "eager NCHW", "fused fewer"),
+    "layout and memory": (BASELINE, "eager NCHW", "fused recompute"),
     "compile graphs": (BASELINE, "compile graphs"),
     "compile max-autotune": (BASELINE, "compile max-autotune"),
 }

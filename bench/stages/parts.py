@@ -27,7 +27,7 @@ NETWORKS: dict[str, tuple[str, int, dict[str, Any], int, int]] = {
     "resnet20": ("resnet20", 32, {}, 512, 16),
     "preact_resnet164": ("preact_resnet164", 32, {}, 128, 16),
 }
-BLOCK_VARIANTS = ("eager NCHW", "eager", "compile", "compile max-autotune", "library", "fused Triton", "fused")
+BLOCK_VARIANTS = ("eager NCHW", "eager", "compile", "compile max-autotune", "vendor", "fused Triton", "fused")
 SLOW = ("compile max-autotune",)  # compiles for minutes: for the first network only
 # image sides and widths of the identity bottlenecks of ResNet-50
 BOTTLENECKS = ((56, 64), (28, 128), (14, 256), (7, 512))

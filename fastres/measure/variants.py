@@ -31,7 +31,7 @@ VARIANTS: dict[str, Variant] = {
         "torch.compile, every kernel autotuned", compile="max-autotune-no-cudagraphs", gpu_only=True
     ),
     "compile graphs": Variant("torch.compile with CUDA graphs", compile="reduce-overhead", gpu_only=True),
-    "library": Variant(
+    "vendor": Variant(
         "fused schedule on the vendor's convolutions and Triton's passes",
         fused=True,
         implementation="vendor",
@@ -44,7 +44,7 @@ VARIANTS: dict[str, Variant] = {
         gpu_only=True,
     ),
     "fused": Variant("fused, implementation chosen by timing on a GPU, compiled C++ passes on a CPU", fused=True),
-    "fused fewer": Variant(
+    "fused recompute": Variant(
         "fused, the last convolution of each block recomputed in backward", fused=True, recompute=True
     ),
     "fused compile": Variant("fused, under torch.compile", fused=True, compile="default"),

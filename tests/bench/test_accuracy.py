@@ -147,10 +147,10 @@ def test_the_report_has_every_target(tmp_path):
         settings = {"target": target, "data": "drawn", "threads": 2, "workers": 2, "options": {"epochs": 14}}
         record = {"settings": settings, "load_5_minutes": {"fastres": 1.0}, "results": results}
         write_results(tmp_path / f"time-to-accuracy{name}-cpu.json", record)
-    text = training.time_to_accuracy(tmp_path)
+    text = training.time_to_accuracy_section(tmp_path)
     assert (
         text.index("85.00% on drawn, 14 epochs of the preset") < text.index("80.00% on drawn")
         and "90.00% on" not in text
     )
     assert text.count("| fastres | 20 | 90.00% | 1.0x |") == 2
-    assert training.time_to_accuracy(tmp_path / "empty") is None
+    assert training.time_to_accuracy_section(tmp_path / "empty") is None

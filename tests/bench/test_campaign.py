@@ -380,7 +380,7 @@ def test_trace_counts_kernels_and_their_own_time():
 def test_a_gpu_campaign_names_every_network_and_variant():
     setting = Setting(torch.device("cuda"), torch.bfloat16, False, "synthetic", ROOT, 1.0)
     assert setting.workloads().keys() == GPU.keys()
-    assert {"compile graphs", "compile max-autotune", "library", "fused graph"} <= set(setting.variants("resnet50 224"))
+    assert {"compile graphs", "compile max-autotune", "vendor", "fused graph"} <= set(setting.variants("resnet50 224"))
     assert not [variant for variant in setting.variants("preact_resnet1001") if "compile" in variant]
     assert {one.batch for one in setting.sweeps().values()} == {128, 256, 1024, 2048}
 

@@ -88,7 +88,7 @@ def counted_resnet20(tmp_path):
             "blocks": len(part.modules),
             "counted": len(part.modules),
             "input": part.shape,
-            "saved": dict(eager=4, fused=3, fewer=2) if stages else dict(eager=0, fused=0, fewer=0),
+            "saved": dict(eager=4, fused=3, recompute=2) if stages else dict(eager=0, fused=0, recompute=0),
             "moved": moved,
             "eager": eager,
             "compiled": eager,
@@ -124,13 +124,13 @@ def test_predictions_are_written_and_compared_with_measurements(tmp_path, capsys
         assert kinds["eager"]["seconds"] > kinds["fused"]["seconds"] > 0
     (one,) = found["compared"]
     assert (one["variant"], one["batch"], one["measured"]) == ("fused", 16, 1.0)
-    text = counted.predictions(out)
+    text = counted.roofline_section(out)
     assert text.startswith("**Lower bounds, not measurements**") and text.count("resnet20") == 3
 
 
 def test_counts_become_tables(tmp_path):
     counted_resnet20(tmp_path)
-    lines = counted.traffic(tmp_path).splitlines()
+    lines = counted.traffic_section(tmp_path).splitlines()
     assert "static count, commit abc" in lines[0]
     assert lines[4].endswith("| 4 | 2 | 1 | 0.25 | 0.50 |  |  |")
     assert lines[-1] == "| all | 10 |  | 16 | 8 | 4 | 0.25 | 0.50 | 0.75 | 0.50 |"
@@ -139,7 +139,7 @@ def test_counts_become_tables(tmp_path):
     row = {"kernel": "conv_kernel", "arch": 90, "spills": 0, "faults": []}
     rows = [{**row, "registers": n, "shared": 1000 * n, "tensor_cores": {"HGMMA": n}} for n in (64, 128)]
     (tmp_path / "aot.json").write_text(json.dumps({"rows": [*rows, {**row, "faults": ["did not compile"]}]}))
-    line = counted.ahead_of_time(tmp_path).splitlines()[-1]
+    line = counted.machine_code_section(tmp_path).splitlines()[-1]
     assert line == "| conv | sm_90 | 2 | 64 to 128 | 0 | 128 | HGMMA | 0 |"
 
 
@@ -155,7 +155,7 @@ def test_growth_measures_its_points(tmp_path, monkeypatch):
     for figures in point["variants"].values():
         assert figures["images_per_second"] == pytest.approx(2 / figures["seconds"]["median"])
         assert figures["peak_mib"] >= figures["idle_mib"] > 0
-    assert "resnet20, batch 2, 32 pixels" in single.growth_table(out)
+    assert "resnet20, batch 2, 32 pixels" in single.growth_section(out)
 
 
 def test_sections_of_the_readme_are_filled_and_others_left():

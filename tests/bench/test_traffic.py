@@ -99,7 +99,7 @@ def test_target_of_bytes_moved_by_an_identity_bottleneck(stage, other, share):
     assert moved["fused"] / moved[other] <= share
 
 
-@pytest.mark.parametrize("mode, share", [("fused", 0.85), ("fewer", 0.60)])
+@pytest.mark.parametrize("mode, share", [("fused", 0.85), ("recompute", 0.60)])
 def test_target_of_memory_kept_by_an_identity_bottleneck(stage, mode, share):
     saved = each_further(stage.first.saved, stage.saved, 1)
     assert saved[mode] / saved["eager"] <= share

@@ -87,7 +87,7 @@ def test_a_variant_that_fails_leaves_its_error(monkeypatch):
 def test_the_library_variant_takes_the_vendors_convolutions(monkeypatch):
     """The device is a stand-in here: what counts is which backend is picked."""
     on_gpu = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, numel=lambda: 1)
-    with implementation(VARIANTS["library"].implementation):
+    with implementation(VARIANTS["vendor"].implementation):
         backend = select.backend_for(on_gpu)
     assert backend.name == "vendor" and isinstance(backend, VendorConvolutions)
 

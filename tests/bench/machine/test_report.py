@@ -43,11 +43,16 @@ def test_kernels_by_their_share_of_the_step():
 
 
 def test_sections_are_labelled_as_a_models(tmp_path):
-    assert predicted.steps(tmp_path) is predicted.kernels(tmp_path) is predicted.sharpest(tmp_path) is None
+    assert (
+        predicted.steps_section(tmp_path)
+        is predicted.kernels_section(tmp_path)
+        is predicted.sharpest_section(tmp_path)
+        is None
+    )
     (tmp_path / "machine-resnet50-sm90.json").write_text(json.dumps(FOUND))
-    for section in (predicted.steps, predicted.kernels, predicted.sharpest):
+    for section in (predicted.steps_section, predicted.kernels_section, predicted.sharpest_section):
         assert section(tmp_path).startswith("**Predictions of a model; no GPU has timed these kernels.**")
-    (line,) = [line for line in predicted.sharpest(tmp_path).splitlines() if "conv 1x1" in line]
+    (line,) = [line for line in predicted.sharpest_section(tmp_path).splitlines() if "conv 1x1" in line]
     assert "64 to 256" in line and "| 560 | 180 |" in line and "31%" in line
 
 

@@ -35,7 +35,7 @@ COLUMNS = {  # what a heading may be called, in lower case
     "split": {"split", "set", "subset", "partition"},
 }
 ENDINGS = ("", ".jpg", ".png", ".jpeg")  # where a table has the names without them
-REPEATED = "lines that repeat a file"
+REPEATED, UNLABELLED = "lines that repeat a file", "tables without labels"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,11 @@ def read_tables(tables: Iterable[Table], where: Path) -> Listing:
     labelled: dict[str, tuple[str, str]] = {}  # by file: label and split
     members: dict[str, Member] = {}
     left_out: dict[str, list[str]] = {}
+    tables = list(tables)
     for table in tables:
+        if len(tables) > 1 and is_unlabelled(table):
+            left_out.setdefault(UNLABELLED, []).append(table.where)
+            continue
         for line, member, label, split in read_rows(table):
             file = member.where
             if file in labelled and labelled[file] != (label, split):
@@ -158,26 +162,35 @@ def _lost(where: str) -> bytes:
     raise FileNotFoundError(where)
 
 
+def lines_of(table: Table) -> list[tuple[int, list[str]]]:
+    """Number and cells of each line of a table that has any.
+
+    Raises:
+        DataError: for what is no text in UTF-8, or no table.
+    """
+    try:
+        text = table.read().decode("utf-8-sig")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        rows = enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1)
+        return [(number, row) for number, row in rows if any(row)]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"table {table.where} cannot be read ({error}): save it as CSV in UTF-8") from error
+
+
+def is_unlabelled(table: Table) -> bool:
+    """Whether a table names files to predict, as contests have them: one of tests, with files and without labels."""
+    heading = next((row for _, row in lines_of(table)), [])
+    names = {name.strip().lower() for name in heading}
+    return split_of(table.stem) == "test" and bool(names & COLUMNS["file"]) and not names & COLUMNS["label"]
+
+
 def read_rows(table: Table) -> Iterable[tuple[int, Member, str, str]]:
     """Number of the line, file, label and split of each line of a table.
 
     Raises:
         DataError: when it has no such columns, or a line lacks one.
     """
-    try:
-        text = table.read().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"table {table.where} cannot be read ({error}): save it as CSV in UTF-8") from error
-    first = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
-    try:
-        lines = [
-            (number, row)
-            for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1)
-            if any(row)
-        ]
-    except csv.Error as error:
-        raise DataError(f"table {table.where} cannot be read ({error}): save it as CSV in UTF-8") from error
+    lines = lines_of(table)
     columns = columns_of(table, lines[0][1] if lines else [])
     if not columns:  # no heading: the first line is an image already
         columns = dict(zip(COLUMNS, range(len(lines[0][1]))))

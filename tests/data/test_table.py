@@ -149,3 +149,17 @@ def test_class_folders_in_an_archive_beside_some_table_are_classes(images):
 def test_a_folder_with_one_table_and_one_folder_of_images(images):
     (images / "labels.csv").write_text("file,label\n" + lines())
     assert len(load(images, val_share=0.5)[0].train) == 6
+
+
+def test_a_contests_table_of_tests_without_labels_is_left_out(images):
+    (images / "train.csv").write_text("id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(8)))
+    (images / "val.csv").write_text("id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(8, 10)))
+    (images / "test.csv").write_text("id\n10\n11\n")
+    (images / "pictures").rename(images / "images")
+    for place in (images, shutil.make_archive(str(images.parent / "contest"), "zip", images)):
+        dataset, said = load(place)
+        assert (len(dataset.train), len(dataset.test), dataset.val) == (8, 2, None)
+        assert said[0].endswith("test.csv)") and "1 tables without labels" in said[0]
+    (images / "val.csv").unlink()
+    with pytest.raises(DataError, match="no folder 'test'"):
+        load(images)

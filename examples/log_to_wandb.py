@@ -5,7 +5,7 @@
 
 import wandb
 
-_runs = {}  # by the run's id: `fastres sweep` has several in one process
+_runs = {}  # by the run's id: a process may train several
 
 
 def log(trainer, row):

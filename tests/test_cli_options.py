@@ -9,8 +9,7 @@ import pytest
 from fastres.arguments import COMMANDS, groups, make_parser, named_preset
 from fastres.cli import main
 from fastres.commands.options import recipe
-from fastres.ops.residual import KEEP
-from fastres.train import PRESETS, config, preset, report
+from fastres.train import PRESETS, preset, report
 
 
 def asked(*argv: str):
@@ -52,10 +51,6 @@ def test_the_preset_that_is_named(argv, name):
     assert named_preset(argv) == name
 
 
-def test_choices_are_those_of_the_blocks():
-    assert config.KEEP == KEEP
-
-
 def test_options_from_a_file(tmp_path):
     file = tmp_path / "own.json"
     file.write_text(json.dumps({"preset": "speed", "epochs": 3, "weight-decay": 1e-3, "milestones": [0.5, 0.75]}))
@@ -84,6 +79,13 @@ def test_yaml(tmp_path):
     file.write_text("lr: [")
     with pytest.raises(ValueError, match="is no YAML"):
         asked("--config", str(file))
+
+
+def test_yaml_without_its_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (tmp_path / "own.yml").write_text("lr: 0.1")
+    assert main(["train", "--config", str(tmp_path / "own.yml")]) == 2
+    assert "needs PyYAML: pip install pyyaml, or write it as JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

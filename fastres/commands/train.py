@@ -19,7 +19,7 @@ from fastres.train.facts import run_facts
 from fastres.train.final_test import final_test
 from fastres.train.identity import CHANGED_BY_RESUME, PLACE, check_same_weights, difference
 from fastres.train.lr_find import range_test, write_range_test
-from fastres.train.pretrained import settled
+from fastres.train.pretrained import check_fit, settled
 from fastres.train.requeue import check_requeue, requeue
 from fastres.train.run_folder import RunFolder, read_config, saved_config, saved_launch
 from fastres.train.useless import check_given
@@ -94,6 +94,7 @@ def plan(args: argparse.Namespace, ranks: Ranks) -> Plan:
     asked = recipe(args)
     check_given([asked.config], asked.given)
     config, given = settled(asked.config), asked.given
+    check_fit(config)
     for note in asked.notes:
         print(note, flush=True)
     if config.requeue:

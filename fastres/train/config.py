@@ -28,7 +28,6 @@ def option(
     return field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "low": low, "high": high})
 
 
-KEEP = ("all", "fewer")  # `fastres.ops.residual.KEEP`; this module is imported without PyTorch
 ADAPTIVE = ("adamw", "lamb")
 # heading in the help -> the first option under it
 GROUPS = {

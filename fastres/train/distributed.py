@@ -186,7 +186,8 @@ class Onlooker:
         pass
 
     begun = load = save = save_best = best_epoch = restore_rows = close = _nothing
-    write_config = write_metrics = write_events = write_picture = write_curves = _nothing
+    write_config = write_metrics = write_events = _nothing
+    write_picture = write_file = write_curves = _nothing
 
 
 @contextmanager

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fastres.atomic import atomic_write
 from fastres.data import Augment, Batches
 from fastres.data.dataset import Labelled
 from fastres.train.confusion import PICTURE as CONFUSION
@@ -57,16 +57,20 @@ def final_test(trainer: Trainer) -> list[str]:
     samples = predictions(
         trained.model, _batches(trainer, trained, dataset.test.subset(spread(len(dataset.test)))), trainer.dtype
     )
-    with atomic_write(folder.path / SAMPLES) as file:
-        file.write(picture(samples, list(dataset.classes), f"{dataset.label}, epoch {trained.epoch}"))
+    folder.write_file(SAMPLES, picture(samples, list(dataset.classes), f"{dataset.label}, epoch {trained.epoch}"))
     for tag, name in (("confusion", CONFUSION), ("predictions", SAMPLES)):
         folder.write_picture(f"{tag}/best", _pixels(folder.path / name), trainer.step)
     lines = [f"epoch {trained.epoch}, by class: {found.line(list(dataset.classes))}"]
     if dataset.val is not None:
         scores = evaluate(trained.model, batches, trainer.dtype, config.tta)
-        row = {"epoch": trained.epoch, "images": len(dataset.test), "loss": scores.loss, "accuracy": scores.accuracy}
-        with atomic_write(folder.path / TEST) as file:
-            file.write(json.dumps({**row, "tta_accuracy": scores.tta_accuracy, "top5": found.top5}).encode())
+        row: dict[str, Any] = {
+            "epoch": trained.epoch,
+            "images": len(dataset.test),
+            "loss": scores.loss,
+            "accuracy": scores.accuracy,
+        }
+        row |= {"tta_accuracy": scores.tta_accuracy, "top5": found.top5}
+        folder.write_file(TEST, json.dumps(row).encode())
         lines.append(
             f"test accuracy {scores.accuracy:.2%} of epoch {trained.epoch}, the best by validation, on "
             f"{len(dataset.test)} images that picked nothing"

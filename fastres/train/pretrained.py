@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from fastres.data.dataset import first_line
 from fastres.errors import FastresError
-from fastres.models.registry import accepted_options
+from fastres.models.registry import accepted_options, create_model
 from fastres.train.checkpoint import FORMAT, load_checkpoint, read_tensors
 from fastres.train.config import TrainConfig
 from fastres.train.content import NETWORK, check_content
-from fastres.train.layers import head_name
+from fastres.train.layers import Frozen, head_name
 from fastres.train.trained import evaluated_weights
 
 TORCHVISION = "torchvision"
@@ -319,18 +319,7 @@ def load_pretrained(model: nn.Module, weights: Weights, classes: tuple[str, ...]
     else:
         count = len(given[f"{head}.weight"]) if f"{head}.weight" in given else None
         given |= {key: own[key] for key in of_head}
-    own_kind = {key: value for key, value in own.items() if not key.endswith(_COUNTED)}
-    for key in [*own_kind, *(key for key in given if not key.endswith(_COUNTED))]:
-        if key not in given or key not in own:
-            what = "is missing in them" if key not in given else "is unknown to it"
-        elif given[key].shape != own[key].shape:
-            what = f"has shape {tuple(given[key].shape)}, not {tuple(own[key].shape)}"
-        else:
-            continue
-        named = f": they are of {weights.model}" if weights.model not in (None, name) else ""
-        raise FastresError(
-            f"the weights of {weights.source} do not fit --model {name} ({key!r} {what}){named}; name theirs"
-        )
+    _check_fit(own, given, weights, name)
     if wrong := next(
         (key for key, value in given.items() if value.is_floating_point() and not value.isfinite().all()), None
     ):
@@ -342,6 +331,40 @@ def load_pretrained(model: nn.Module, weights: Weights, classes: tuple[str, ...]
         return f"weights of {weights.source}, with their head for the same {len(classes)} classes"
     theirs = "" if count is None else f" in place of {count}"
     return f"weights of {weights.source}, but for the head {head}, which is new: {len(classes)} classes{theirs}"
+
+
+def check_fit(config: TrainConfig) -> None:
+    """Refuse weights and parts that are no fit for the network, before its data is read.
+
+    Raises:
+        FastresError: see `load_pretrained` and `fastres.train.layers.Frozen`.
+    """
+    if config.weights is None and config.freeze is None:
+        return
+    options: dict[str, Any] = {} if config.stem == "auto" else {"stem": config.stem}
+    with torch.device("meta"):
+        model = create_model(config.model, **options)
+    Frozen(model, config.freeze)
+    if config.weights is not None:
+        weights, own, head = read_weights(config.weights, config.model), model.state_dict(), head_name(model)
+        of_head = {key: value for key, value in own.items() if key.startswith(f"{head}.")}
+        _check_fit(own, {**weights.tensors, **of_head}, weights, config.model)
+
+
+def _check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], weights: Weights, name: str) -> None:
+    for key in [*own, *given]:
+        if key.endswith(_COUNTED):  # old files have none
+            continue
+        if key not in given or key not in own:
+            what = "is missing in them" if key not in given else "is unknown to it"
+        elif given[key].shape != own[key].shape:
+            what = f"has shape {tuple(given[key].shape)}, not {tuple(own[key].shape)}"
+        else:
+            continue
+        named = f": they are of {weights.model}" if weights.model not in (None, name) else ""
+        raise FastresError(
+            f"the weights of {weights.source} do not fit --model {name} ({key!r} {what}){named}; name theirs"
+        )
 
 
 def _rows(weights: Weights, classes: tuple[str, ...]) -> Tensor | None:

@@ -196,6 +196,11 @@ class RunFolder:
         with self._disk("TensorBoard events"):
             self._events.write([row])
 
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write one more file of the run's, whole or not at all."""
+        with self._written(name) as file:
+            file.write(content)
+
     def write_picture(self, tag: str, pixels: Any, step: int) -> None:
         """Add a picture, uint8 [H, W, 3], to the TensorBoard events."""
         with self._disk("TensorBoard events"):

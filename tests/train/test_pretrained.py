@@ -245,6 +245,18 @@ def test_the_command_takes_network_size_and_pixels_from_a_run_and_goes_on_withou
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0 and saved_config(tmp_path / "run").epochs == 3
 
 
+def test_what_does_not_fit_is_known_before_the_data_is_read(tmp_path, capsys):
+    torch.save(theirs(3).state_dict(), tmp_path / "w.pth")
+    argv = ["train", "--data", str(tmp_path / "none"), "--model", "resnet34", "--device", "cpu"]
+    for more, words in (
+        (["--weights", str(tmp_path / "w.pth")], "do not fit --model resnet34 ('layer1.2.conv1.weight' is missing"),
+        (["--freeze", "layer9"], "'layer9' is no part of the network"),
+    ):
+        assert main([*argv, *more]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
 def test_a_restarted_launch_refuses_other_weights_under_the_same_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
     write_image_folder(tmp_path / "photos", train=6, test=4)

@@ -86,3 +86,11 @@ def test_where_it_would_do_nothing(tmp_path, calls, monkeypatch, capsys):
     monkeypatch.delenv("SLURM_JOB_ID")
     assert main([*RUN.split(), "--out", str(tmp_path / "run")]) == 2
     assert "--requeue does nothing outside of a job of SLURM" in capsys.readouterr().err
+
+
+def test_a_sweep_is_requeued_as_a_whole(tmp_path, calls, monkeypatch, capsys):
+    argv = ["sweep", *RUN.split()[1:], "--seeds", "1", "--out", str(tmp_path / "runs")]
+    assert stopped(monkeypatch, signal.SIGUSR1, argv) == 128 + signal.SIGUSR1
+    assert calls() == ["show job 7", "requeue 7"] and "job 7 is requeued" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main(argv) == 0 and len(calls()) == 2

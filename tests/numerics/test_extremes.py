@@ -44,7 +44,7 @@ LOST = 0.1
 
 
 @pytest.fixture(params=COUNTS)
-def room(request):
+def backend(request):
     """The implementation, which says how many cases are drawn for it."""
     if request.param == "cpp" and (reason := cpu.unavailable()):
         pytest.skip(reason)
@@ -196,10 +196,10 @@ def compare(case: Extreme, fused: Callable, eager: Callable, arguments: tuple) -
         assert_same_places(*four, bar, f"tensor {index}", whole=case.wrong_gradient and index > 0)
 
 
-def for_drawn(room: str, check: Callable, **options: bool) -> None:
-    """Run ``check`` on as many drawn cases as the room can bear, the same ones every time."""
+def for_drawn(backend: str, check: Callable, **options: bool) -> None:
+    """Run ``check`` on as many drawn cases as the backend can bear, the same ones every time."""
 
-    @settings(few_examples, max_examples=COUNTS[room], phases=[Phase.generate])
+    @settings(few_examples, max_examples=COUNTS[backend], phases=[Phase.generate])
     @given(extremes(**options))
     def run(case):
         note(repr(case))
@@ -232,7 +232,7 @@ def moved(value):
 
 
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
-def test_residual_blocks(room, shortcut):
+def test_residual_blocks(backend, shortcut):
     def check(case):
         x = case.image(2, 6, 5, 8)
         outputs = 8 if shortcut == "identity" else 12
@@ -253,10 +253,10 @@ def test_residual_blocks(room, shortcut):
 
         compare(case, fused, eager, moved([x, layers, added]))
 
-    for_drawn(room, check)
+    for_drawn(backend, check)
 
 
-def test_preactivation_blocks(room):
+def test_preactivation_blocks(backend):
     def check(case):
         x = case.image(2, 6, 5, 8)
         layers = [
@@ -278,10 +278,10 @@ def test_preactivation_blocks(room):
 
         compare(case, fused, eager, moved([x, layers]))
 
-    for_drawn(room, check)
+    for_drawn(backend, check)
 
 
-def test_stems(room):
+def test_stems(backend):
     def check(case):
         pool = 3, 2, (1, 1, 1, 1)
 
@@ -295,10 +295,10 @@ def test_stems(room):
 
         compare(case, fused, eager, moved([case.image(2, 9, 8, 3), case.layer(3, 8, 3, 2)]))
 
-    for_drawn(room, check)
+    for_drawn(backend, check)
 
 
-def test_batchnorm_and_relu(room):
+def test_batchnorm_and_relu(backend):
     def check(case):
         def fused(x, norm):
             out, used = ops.bn_relu(x, norm)
@@ -310,11 +310,11 @@ def test_batchnorm_and_relu(room):
 
         compare(case, fused, eager, moved([case.image(2, 6, 5, 8), case.norm(8, case.x_scale)]))
 
-    for_drawn(room, check)
+    for_drawn(backend, check)
 
 
 @torch.no_grad()
-def test_folded_convolutions(room):
+def test_folded_convolutions(backend):
     def check(case):
         x, conv = case.image(2, 6, 5, 8), case.layer(8, 12, 3)
         bias, added = torch.randn(12) * case.x_scale * case.weight_scale, case.image(2, 6, 5, 12)
@@ -333,7 +333,7 @@ def test_folded_convolutions(room):
             again = eager(*(cast(a, case.dtype) for a in arguments)).double()
         assert_same_places(ours, theirs, again, exact, 2 * FLOOR[case.dtype], "result")
 
-    for_drawn(room, check)
+    for_drawn(backend, check)
 
 
 FROZEN = {
@@ -366,7 +366,7 @@ def frozen_layers(*outputs: int, before: bool = False) -> list[Layer]:
 
 @pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("name", FROZEN)
-def test_a_frozen_norms_gradient_does_not_read_what_it_normalised(room, name, wrong):
+def test_a_frozen_norms_gradient_does_not_read_what_it_normalised(backend, name, wrong):
     """It is A*dz, finite where y is not: in A*dz + B*y + C with B = 0 it would be NaN."""
     torch.manual_seed(0)
     x = torch.randn(2, 5, 6, 8)
@@ -380,7 +380,7 @@ def test_a_frozen_norms_gradient_does_not_read_what_it_normalised(room, name, wr
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0])
 @pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
-def test_running_statistics_keep_what_is_not_finite_apart(room, momentum, wrong):
+def test_running_statistics_keep_what_is_not_finite_apart(backend, momentum, wrong):
     coef = torch.rand(5, 4).to(device())
     coef[0, 1] = coef[1, 2] = wrong
     mean, var = torch.zeros(4).to(device()), torch.ones(4).to(device())

@@ -71,11 +71,11 @@ class TestAgainstFp64:
         assert_close(both("bn_add_relu_backward", dout, out, y, first, shortcut, second), dtype)
         assert_close(both("bn_sums", dout, y, first), dtype)
         apart = passes.bn_add_relu_backward(dout, out, y, first, shortcut, second)
-        for room in (passes, aten):
+        for backend in (passes, aten):
             ours = dout.clone()
-            dz, *sums = room.bn_add_relu_backward(ours, out, y, first, shortcut, second, in_place=True)
+            dz, *sums = backend.bn_add_relu_backward(ours, out, y, first, shortcut, second, in_place=True)
             assert dz is ours and torch.equal(dz, apart[0])
-            if room is passes:
+            if backend is passes:
                 assert all(map(torch.equal, sums, apart[1:]))
 
     @pytest.mark.parametrize("training", [True, False])

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 320 << 10;  // of a unit's packed input; the weights' panel and the output want room too
 constexpr int64_t kWeightBytes = 384 << 10;   // of panels that are taken in turn
+constexpr int64_t kDirectPitch = 256;         // bytes of a pixel that is read where it is, at most
 constexpr int64_t kUnitPixels = 256;          // few enough that sums in fp32 stay accurate
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -up(-a, b); }
@@ -348,6 +349,14 @@ void multiply_panels(const Plan& p, const std::vector<Phase>& phases, const char
   }
 }
 
+// Whether a unit's input needs no packing: plain single pixels, whose lines do not share few places in the cache, and tiles that
+// end before the tensor does.
+bool reads_directly(const Plan& p, const Unit& u, const Source& source) {
+  const int64_t tiled = up(u.rows.count, p.group) * p.group;
+  return source.prologue == Prologue::kPlain && p.dense && p.s.stride == 1 && p.depth == p.in_channels &&
+         2 * p.depth <= kDirectPitch && u.rows.first + tiled <= p.rows.out;
+}
+
 Workspace& workspace() {
   thread_local Workspace memory;
   return memory;
@@ -374,16 +383,20 @@ void multiply_all(const Plan& p, const Source& source, const uint16_t* weights, 
       char* gathered = packed + spatial;
       Source of_part = source;
       if (part) of_part.copy = nullptr;
-      pack_unit(of_part, p, u, packed);
+      const bool direct = reads_directly(p, u, source);
+      Plan plan = p;
+      if (direct) plan.pitch = 2 * p.depth;
+      const char* const input = direct ? reinterpret_cast<const char*>(source.x + u.rows.first * p.in_channels) : packed;
+      if (!direct) pack_unit(of_part, p, u, packed);
       std::vector<Phase> phases;
       for (int64_t row = 0; row < std::min(p.rows.phases(), u.rows.count); ++row)
         for (int64_t column = 0; column < std::min(p.columns.phases(), p.columns.out); ++column)
-          phases.push_back(phase_of(p, u, row, column, packed, gathered));
+          phases.push_back(phase_of(plan, u, row, column, input, gathered));
       const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts;
       std::vector<State> states(end - begin);
       Ahead next;
       if (job + 1 < last && (job + 1) / parts != index) next = ahead_of(p, p.unit(index + 1), source);
-      multiply_panels<Tiles>(p, phases, b, {begin, end - begin}, epilogue, states.data(), next);
+      multiply_panels<Tiles>(plan, phases, b, {begin, end - begin}, epilogue, states.data(), next);
       for (int64_t panel = begin; panel < end; ++panel)
         epilogue.finish(states[panel - begin], index, panel * kColumns, std::min(kColumns, p.out_channels - panel * kColumns));
     }

@@ -138,8 +138,11 @@ def main(argv: list[str] | None = None) -> None:
         "fine-tuned": f"4 other shapes, {args.few} photos each, `--weights` of that run",
         "anew": f"4 other shapes, {args.few} photos each, new weights",
     }
-    rows = [[what[name], f"{run['epochs']}", f"{run['accuracy']:.1%}"] for name, run in found.items()]
-    print(markdown(["trained on", "epochs", "best accuracy"], rows))
+    rows = [
+        [what[name], f"{run['epochs']}", f"{run['accuracy']:.1%}", f"{run['last_accuracy']:.1%}"]
+        for name, run in found.items()
+    ]
+    print(markdown(["trained on", "epochs", "best accuracy", "of the last epoch"], rows))
     write_results(args.out, {"options": OPTIONS, "photos": args.photos, "few": args.few, "runs": found})
 
 

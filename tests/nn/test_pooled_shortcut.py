@@ -59,7 +59,7 @@ def test_only_the_pool_is_called():
     with Called() as called:
         fused(torch.randn(2, 8, 7, 6, dtype=torch.float64)).sum().backward()
     assert called.names.count("aten::avg_pool2d") == 1
-    assert called.names.count("fastres::residual_forward") == called.names.count("fastres::residual_backward") == 2
+    assert called.names.count("fastres::fused_forward") == called.names.count("fastres::fused_backward") == 2
     assert not [name for name in called.names if "conv" in name or "batch_norm" in name]
 
 

@@ -15,7 +15,13 @@ from fastres.nn import structure
 ROOT = Path(__file__).parent.parent
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]
 # pages, or a section of one, whose blocks of Python run in order
-RUN = ["README.md", "docs/derivation.md", "docs/tutorial.md", "CONTRIBUTING.md#a-new-network-in-three-steps"]
+RUN = [
+    "README.md",
+    "docs/derivation.md",
+    "docs/fusing.md",
+    "docs/tutorial.md",
+    "CONTRIBUTING.md#a-new-network-in-three-steps",
+]
 OTHERS = {"volume", "steps"}  # filled in by bench.scaling, see tests/bench/test_scaling.py
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastres.atomic import atomic_write
 from fastres.errors import FastresError
 from fastres.export.formats import write_bytes
-from fastres.train.pretrained import HUB_CONFIG, HUB_WEIGHTS, METADATA, digest_of
+from fastres.train.pretrained import HUB_CONFIG, HUB_WEIGHTS, METADATA, seal
 from fastres.train.trained import Trained
 
 HUB_FILES = HUB_WEIGHTS, HUB_CONFIG, "README.md"
@@ -56,7 +56,7 @@ def facts(trained: Trained, model: str, options: Mapping[str, Any]) -> dict[str,
 
 
 def to_safetensors(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> bytes:
-    """The bytes of a safetensors file, with a digest of the weights in its metadata, as the format has no checksum.
+    """The bytes of a safetensors file, with a checksum in its metadata, as the format has none.
 
     Args:
         known: the network's `facts`, kept there too.
@@ -68,7 +68,7 @@ def to_safetensors(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> b
         from safetensors.torch import save
     except ImportError:
         raise FastresError("safetensors is not installed: pip install 'fastres[export]'") from None
-    metadata = {"format": "pt", METADATA: json.dumps({**known, "sha256": digest_of(weights)}, sort_keys=True)}
+    metadata = {"format": "pt", METADATA: json.dumps({**known, "sha256": seal(known, weights)}, sort_keys=True)}
     return save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata=metadata)
 
 

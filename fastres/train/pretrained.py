@@ -27,6 +27,7 @@ from fastres.models.registry import accepted_options, create_model
 from fastres.train.checkpoint import FORMAT, load_checkpoint, read_tensors
 from fastres.train.config import TrainConfig
 from fastres.train.content import NETWORK, check_content
+from fastres.train.identity import checksum
 from fastres.train.layers import Frozen, head_name
 from fastres.train.trained import evaluated_weights
 
@@ -49,6 +50,11 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def seal(known: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of weights and of what is known of them."""
+    return checksum([dict(known), digest_of(tensors)])
 
 
 @dataclass(frozen=True)
@@ -208,10 +214,10 @@ def _metadata(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any] | Non
         return None
     try:
         known = json.loads(text)
-        if known["sha256"] != digest_of(tensors):
-            raise ValueError("its weights are not those that were written")
+        if known.pop("sha256") != seal(known, tensors):
+            raise ValueError("it is not what was written")
         return known
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FastresError(f"{path} is damaged ({first_line(error)}): export it again") from error
 
 

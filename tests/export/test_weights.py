@@ -40,6 +40,19 @@ def test_safetensors(run, tmp_path, capsys):
     assert "same 3 classes" in load_pretrained(model, weights, tuple(best["classes"]), "resnet18")
 
 
+@pytest.mark.parametrize("change", ["weight", "fact"])
+def test_safetensors_that_were_changed(run, tmp_path, change):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "w.safetensors"
+    assert main(["export", str(run), "--out", str(path)]) == 0
+    raw = path.read_bytes()
+    path.write_bytes(
+        raw[:-9] + b"\x01" + raw[-8:] if change == "weight" else raw.replace(b"architecture", b"brchitecture")
+    )
+    with pytest.raises(ValueError, match=r"w.safetensors is damaged \(it is not what was written\): export it again"):
+        read_weights(str(path), "")
+
+
 def test_a_hub_folder_for_fastres(run, tmp_path, capsys):
     pytest.importorskip("safetensors")
     for _ in range(2):  # its own files are written again

@@ -58,4 +58,4 @@ def test_a_wheel_has_all_that_runs_and_nothing_else(tmp_path):
     }
     assert names == expected
     metadata = zipfile.ZipFile(wheel).read(f"{wheel.name.rsplit('-', 3)[0]}.dist-info/METADATA").decode()
-    assert "License-Expression: Apache-2.0" in metadata and "Author: fastres developers" in metadata
+    assert "License: Apache-2.0" in metadata and "Author: fastres developers" in metadata

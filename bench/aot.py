@@ -35,6 +35,7 @@ from bench.machine.shares import fault, occupancy, share
 from bench.record import write_results
 from bench.sass import SHARED_LIMIT, Resources, resources
 from fastres.atomic import atomic_write
+from fastres.kernels.configs import has_warp_groups
 from fastres.kernels.resources import shared_memory_of
 from fastres.models import create_model
 from fastres.models.fused import create_fused_model
@@ -92,7 +93,11 @@ class Row:
 
 
 def specialisations(
-    network: str, precision: str, ranks: Iterable[int] = range(RANKS), shared: int | None = None
+    network: str,
+    precision: str,
+    ranks: Iterable[int] = range(RANKS),
+    shared: int | None = None,
+    arch: int | None = None,
 ) -> set[Specialisation]:
     """All that a training step (also with the memory mode, and with frozen BatchNorm) and inference launch.
 
@@ -100,22 +105,28 @@ def specialisations(
         network, precision: keys of `NETWORKS` and `PRECISIONS`.
         shared: bytes of shared memory that a program can have on the device, by which configurations are chosen; None:
             any.
+        arch: the device's compute capability, by which they are chosen too; None: an H100's.
     """
-    return set(launches_of(network, precision, ranks, shared))
+    return set(launches_of(network, precision, ranks, shared, arch))
 
 
 def launches_of(
-    network: str, precision: str, ranks: Iterable[int] = range(RANKS), shared: int | None = None
+    network: str,
+    precision: str,
+    ranks: Iterable[int] = range(RANKS),
+    shared: int | None = None,
+    arch: int | None = None,
 ) -> dict[Specialisation, Launch]:
     """`specialisations`, each with the launch of it at the lowest rank that has the most programs."""
     name, shape, options = NETWORKS[network]
     dtype, tf32 = PRECISIONS[precision]
     images = torch.empty(shape).contiguous(memory_format=torch.channels_last)
     found: dict[Specialisation, Launch] = {}
-    with _convolutions_in_tf32(tf32), shared_memory_of(shared):
-        for rank in ranks:
+    with _convolutions_in_tf32(tf32), shared_memory_of(shared, arch):
+        each = [(0, False)] if 0 in ranks else []
+        for rank, dy_once in [*((rank, True) for rank in ranks), *each]:
             for run in _runs(name, options):
-                with recorded(rank) as launches:
+                with recorded(rank, dy_once) as launches:
                     run(images, dtype)
                 for launch in launches:
                     known = found.get(launch.specialisation, launch)
@@ -319,15 +330,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def launched(options: argparse.Namespace) -> Iterator[tuple[dict[Specialisation, Launch], list[int]]]:
-    """What devices of the same shared memory launch, with their architectures."""
-    limit_of = SHARED_LIMIT.__getitem__
-    for limit, archs in itertools.groupby(sorted(options.arch, key=limit_of), limit_of):
+    """What devices of the same shared memory and kind of tensor cores launch, with their architectures."""
+
+    def kind(arch: int) -> tuple[int, bool]:
+        return SHARED_LIMIT[arch], has_warp_groups(arch)
+
+    for (limit, _), archs in itertools.groupby(sorted(options.arch, key=kind), kind):
+        alike = list(archs)
         found: dict[Specialisation, Launch] = {}
         for network, precision in itertools.product(options.network, options.precision):
-            found |= launches_of(network, precision, options.rank, limit)
+            found |= launches_of(network, precision, options.rank, limit, alike[0])
         if options.kernel:
             found = {one: found[one] for one in found if one.kernel.startswith(tuple(options.kernel))}
-        yield found, list(archs)
+        yield found, alike
 
 
 def main(argv: list[str] | None = None) -> int:

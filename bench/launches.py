@@ -35,6 +35,7 @@ from fastres.ops import implementation
 from fastres.ops.backends import vendor
 from fastres.ops.backends.aten import pixel_tiles
 from fastres.ops.backends.protocol import Normalised
+from fastres.ops.backends.timed import RANKS
 from fastres.ops.backends.triton import Triton, Vendor
 
 # What a launch asks of the compiler beside the kernel's own arguments.
@@ -109,19 +110,20 @@ class Launch:
 
 
 @contextmanager
-def recorded(rank: int | None = 0) -> Iterator[list[Launch]]:
+def recorded(rank: int | None = 0, dy_once: bool = True) -> Iterator[list[Launch]]:
     """Fused operations on CPU tensors take the Triton launchers; their launches are listed, their results undefined.
 
     Args:
         rank: which configuration the launchers that offer several take, the first at 0; None: convolutions are the
             library's, which are not run, between Triton's passes.
+        dy_once: see `Triton`; launches without it are of the rank behind the last.
 
     Raises:
         RuntimeError: under ``TRITON_INTERPRET``.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels are neither specialised nor compiled")
-    backend = _Recorded() if rank is None else Triton(rank)
+    backend = _Recorded() if rank is None else Triton(rank, dy_once)
     launches: list[Launch] = []
 
     def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -129,7 +131,7 @@ def recorded(rank: int | None = 0) -> Iterator[list[Launch]]:
         size = grid(bound) if callable(grid) else grid
         integers = {name: int(value) for name, value in bound.items() if isinstance(value, int)}
         tensors = {name: (one.data_ptr(), one.nbytes) for name, one in bound.items() if isinstance(one, Tensor)}
-        launches.append(Launch(specialisation, tuple(size), integers, tensors, rank))
+        launches.append(Launch(specialisation, tuple(size), integers, tensors, rank if dy_once else RANKS))
 
     with (
         mock.patch.object(JITFunction, "run", run),

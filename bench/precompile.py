@@ -44,6 +44,8 @@ class Job:
     rank: int | None  # see `recorded`
     training: bool = True
     shared: int | None = None  # bytes of shared memory that a program can have; None: any
+    arch: int | None = None  # compute capability of the device, as 90; None: an H100's
+    dy_once: bool = True  # see `recorded`
 
 
 def jobs(workload: Workload, dtype: torch.dtype, evaluation: Iterable[int] = ()) -> list[Job]:
@@ -51,6 +53,7 @@ def jobs(workload: Workload, dtype: torch.dtype, evaluation: Iterable[int] = ())
     workload = replace(workload, model=SHALLOWER.get(workload.model, workload.model))
     ranks = (*range(RANKS), None)
     found = [Job(workload, dtype, recompute, rank) for recompute in (False, True) for rank in ranks]
+    found += [replace(job, dy_once=False) for job in found if job.rank == 0]
     for batch in evaluation:
         found += [Job(replace(workload, batch=batch), dtype, False, rank, training=False) for rank in ranks]
     return found
@@ -70,7 +73,11 @@ def launched(job: Job) -> set[Specialisation]:
     images = torch.empty(work.batch, 3, work.image_size, work.image_size)
     images = images.contiguous(memory_format=torch.channels_last)
     model.train(job.training)
-    with shared_memory_of(job.shared), recorded(job.rank) as launches, torch.set_grad_enabled(job.training):
+    with (
+        shared_memory_of(job.shared, job.arch),
+        recorded(job.rank, job.dy_once) as launches,
+        torch.set_grad_enabled(job.training),
+    ):
         with torch.autocast("cpu", job.dtype, enabled=job.dtype != torch.float32):
             logits = model(images)
         if job.training:
@@ -113,7 +120,7 @@ class Compiler:
         start = time.monotonic()
         limit = SHARED_LIMIT.get(self._arch)
         found: set[Specialisation] = set()
-        for one in self._pool.map(launched, [replace(job, shared=limit) for job in work]):
+        for one in self._pool.map(launched, [replace(job, shared=limit, arch=self._arch) for job in work]):
             found |= one
         found -= self._done
         recorded_in = time.monotonic() - start

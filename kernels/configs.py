@@ -52,24 +52,109 @@ class Config(NamedTuple):
         )
 
 
-def conv_configs(rows: int, columns: int, depth: int, dtype: torch.dtype, least_registers: int = 0) -> list[Config]:
-    """Configurations of a convolution's product, the one to take first.
-
-    Args:
-        rows: pixels of the result.
-        columns: its channels.
-        depth: channels summed over, of one tap.
-        dtype: of the operands.
-        least_registers: a thread's limit is no lower.
-    """
-    block_n = power_of_2(columns, LEAST, 128 if dtype.itemsize == 2 else 64)
-    tiles = _distinct([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))], dtype)
-    full = [tile for tile in tiles if cdiv(rows, tile[0]) * cdiv(columns, tile[1]) >= PROGRAMS]
-    first = full[0] if full else tiles[-1]
-    return [_config(*tile, depth, dtype, least_registers) for tile in sorted(tiles, key=lambda tile: tile != first)]
+def has_warp_groups(arch: int) -> bool:
+    """Whether an architecture multiplies by wgmma, from the shared memory; others' operands are registers."""
+    return arch == 90
 
 
-def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype, least_registers: int = 0) -> list[Config]:
+class Product(NamedTuple):
+    """A convolution's product or its input gradient's, as far as its tiles depend on it."""
+
+    rows: int  # pixels of the result
+    columns: int  # its channels
+    depth: int  # channels summed over, of one tap
+    dtype: torch.dtype  # of the operands
+    arch: int = 90  # compute capability
+    taps: int = 1  # that a pixel of the result has
+    loaded: int = 1  # tensors that the operand of pixels is made of
+    made: bool = False  # whether that operand is computed, not loaded as it is
+    flat: bool = False  # whether its columns are gathered one by one, from all taps in a row
+    least_registers: int = 0  # a thread's limit is no lower
+
+
+def conv_configs(product: Product) -> list[Config]:
+    """Configurations of a convolution, the one to take first: on an H100 as its model ranks them."""
+    if not _on_warp_groups(product):
+        return _plain_configs(product)
+    if product.flat:  # bound by its addresses: many small programs
+        return _ordered([Config(64, 64, 32, 4, 4, 128), *_plain_configs(product)], product)
+    if product.taps == 1 and (product.loaded == 2 or product.depth <= 64):  # bound by memory: many small programs
+        sizes = [(128, 64), (128, 128), (64, 64)]
+    elif product.columns >= 256 and (product.taps > 1 or not product.made or product.depth >= 512):
+        sizes = [(128, 256), (128, 128), (128, 64)]  # bound by the L2: few large programs
+    else:
+        sizes = [(128, 128), (128, 64), (64, 64)]
+    of_size = {
+        (128, 256): Config(128, 256, 64, 16, 3, 128),
+        (128, 128): Config(128, 128, 64, 8, 3, 128 if product.loaded == 1 else 255),
+        (128, 64): Config(128, 64, 64, 8, 3, 128),
+        (64, 64): Config(64, 64, 64, 8, 3, 168),
+    }
+    return _ordered([of_size[size] for size in sizes], product)
+
+
+def dgrad_configs(product: Product) -> list[Config]:
+    """Configurations of an input gradient, the one to take first: on an H100 as its model ranks them."""
+    if not _on_warp_groups(product) or (product.loaded == 1 and product.made):
+        return _plain_configs(product)
+    if product.loaded == 1:
+        found = [Config(128, 128, 64, 8, 3, 128 if product.taps == 1 else MORE_REGISTERS)]
+        return _ordered([*found, Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 8, 3, 168)], product)
+    if product.taps == 1 and product.depth <= 64 and product.columns > 64:  # a single step: many small programs
+        found = [Config(64, 64, 64, 4, 3, 128), Config(64, 128, 64, 8, 3, 128), Config(128, 128, 64, 8, 3, 128)]
+    elif product.columns <= 64:
+        found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
+    else:  # both tensors of the prologue in shallow steps, so that two programs have room
+        found = [Config(128, 128, 32, 8, 3, 128), Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
+        if product.taps == 1:  # a window's places would spill
+            found[0] = found[0]._replace(num_stages=4)
+            if product.columns > 128:
+                found[:0] = [Config(64, 256, 32, 8, 4, 128)]
+    return _ordered(found[:3], product)
+
+
+def _on_warp_groups(product: Product) -> bool:
+    return has_warp_groups(product.arch) and product.dtype.itemsize == 2 and product.columns > 32
+
+
+def _plain_configs(product: Product) -> list[Config]:
+    block_n = power_of_2(product.columns, LEAST, 128 if product.dtype.itemsize == 2 else 64)
+    tiles = _distinct([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))], product.dtype)
+    least = MORE_REGISTERS if product.made or product.flat else 0
+    if product.loaded == 2:
+        least = 255
+    depth = min(product.depth, 32) if product.flat else product.depth
+    return _ordered([_config(*tile, depth, product.dtype, least) for tile in tiles], product)
+
+
+def _ordered(configs: list[Config], product: Product) -> list[Config]:
+    """The first that fills a large GPU, or else the smallest, then the others; none exceeds the channels by half."""
+    widest, deepest = power_of_2(product.columns, LEAST, 256), power_of_2(product.depth, LEAST, 64)
+    configs = [
+        one._replace(block_k=min(one.block_k, deepest), most_registers=max(one.most_registers, product.least_registers))
+        for one in configs
+        if one.block_n <= widest
+    ]
+
+    def programs(one: Config) -> int:
+        return cdiv(product.rows, one.block_m) * cdiv(product.columns, one.block_n)
+
+    # Of the programs that run one at a time so many that the last ones count little.
+    full = [one for one in configs if programs(one) >= (2 if one.num_warps == 16 else 1) * PROGRAMS]
+    first = full[0] if full else configs[-1]
+    return sorted(dict.fromkeys(configs), key=lambda one: one != first)
+
+
+def wgrad_configs(
+    rows: int,
+    columns: int,
+    pixels: int,
+    dtype: torch.dtype,
+    least_registers: int = 0,
+    arch: int = 90,
+    made: bool = True,
+    flat: bool = False,
+) -> list[Config]:
     """Configurations of a weight gradient, the one to take first.
 
     Args:
@@ -78,10 +163,20 @@ def wgrad_configs(rows: int, columns: int, pixels: int, dtype: torch.dtype, leas
         pixels: summed over.
         dtype: of the operands.
         least_registers: a thread's limit is no lower.
+        arch: compute capability, as 90.
+        made: whether the gradient is computed here, not loaded as it is.
+        flat: whether the columns are gathered one by one, from all taps in a row.
     """
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
     tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype)
-    return [_config(*tile, pixels, dtype, least_registers) for tile in tiles]
+    configs = [_config(*tile, pixels, dtype, least_registers) for tile in tiles]
+    if has_warp_groups(arch) and dtype.itemsize == 2 and flat and block_m >= 64:
+        configs = [Config(64, 64, 32, 4, 4, MORE_REGISTERS), *configs]
+    elif has_warp_groups(arch) and dtype.itemsize == 2 and not made:  # so lean that several programs run at once
+        lean = {(128, 128): Config(128, 128, 64, 8, 3, 128), (64, 64): Config(64, 64, 64, 4, 3, 128)}
+        configs = [lean.get((one.block_m, one.block_n), one) for one in configs]
+        configs = [one._replace(block_k=min(one.block_k, power_of_2(pixels, LEAST, 64))) for one in configs]
+    return configs
 
 
 def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -143,9 +238,10 @@ def taken() -> Iterator[list[Config]]:
         _listening.reset(token)
 
 
-def splits(programs: int, pixels: int, block_k: int) -> int:
+def splits(programs: int, pixels: int, config: Config) -> int:
     """Parts of a sum over pixels: what fits a GPU at once, as each costs a copy of the result, none below 8 steps."""
-    return max(1, min(PROGRAMS // programs, pixels // (8 * block_k)))
+    at_once = min(4, max(1, 65536 // (config.most_registers * 32 * config.num_warps)))  # by registers
+    return max(1, min(at_once * PROGRAMS // programs, pixels // (8 * config.block_k)))
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import LEAST, at_rank, conv_configs, precision
+from fastres.kernels.configs import LEAST, Product, at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv, output_hw
-from fastres.kernels.resources import Demand, falling_back, fitting
-from fastres.kernels.tiles import bn, relu, store_moments, within
+from fastres.kernels.resources import Demand, architecture, falling_back, fitting
+from fastres.kernels.tiles import bn, relu, store_moments, within, zero_outside
 from fastres.kernels.types import Moments
 
 
@@ -52,8 +52,10 @@ def conv_kernel(
 ):
     """``y = conv2d(relu(x*scale + shift), w) + bias + residual``, then ReLU; and each tile's count, mean and M2 of y.
 
-    The product's rows are the result's M = N*OH*OW pixels, its columns the COUT channels; it sums over the taps and the
-    CIN channels: tap by tap, or, where the channels would not fill a tensor core (FLAT), over both as one axis.
+    The product's rows are the COUT channels, its columns the result's M = N*OH*OW pixels; it sums over the taps and the
+    CIN channels: tap by tap, or, where the channels would not fill a tensor core (FLAT), over both as one axis. So
+    wgmma reads both operands from the shared memory, and a channel's statistics are in one warp. Of fewer than 64
+    channels, too few for wgmma's rows, the pixels are the rows.
     Padding is zero behind the prologue. Statistics are those of the stored, rounded y. Moves x about once (its taps and
     column tiles come from the L2), w, y once.
 
@@ -68,11 +70,14 @@ def conv_kernel(
         bias_ptr: [COUT] fp32 or None. residual_ptr: or None.
         count_ptr, mean_ptr, m2_ptr: [T], [T, COUT], [T, COUT] fp32, T tiles of BLOCK_M rows; or None.
         k_blocks: trips of the loop; an argument, since a loop of known length would be unrolled.
+        BLOCK_M, BLOCK_N: pixels and channels of a tile.
     """
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
+    CHANNEL_ROWS: tl.constexpr = BLOCK_N >= 64
     N_TILES: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
     C_BLOCKS: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
     DEPTH: tl.constexpr = KH * KW * CIN
+    # 1. The tile: BLOCK_M pixels, BLOCK_N channels.
     tile = tl.program_id(0) // N_TILES
     row = tl.arange(0, BLOCK_M)
     first = tile * BLOCK_M
@@ -81,7 +86,7 @@ def conv_kernel(
     n = (tl.program_id(0) % N_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = within(n, COUT, BLOCK_N)
 
-    # Pixels and offsets inside a tile fit 32 bits, the offset of the tile itself may not.
+    # 2. Where the window of each pixel begins in x. Offsets inside a tile fit 32 bits, that of the tile may not.
     if POINTWISE:
         x_first = first.to(tl.int64) * CIN
         pixel = row
@@ -95,8 +100,9 @@ def conv_kernel(
         left = (m % OW) * STRIDE - LEFT
         pixel = ((m // OW // OH) * H + top) * W + left
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if CHANNEL_ROWS else (BLOCK_M, BLOCK_N), tl.float32)
     for block in range(k_blocks):
+        # 3. The taps and channels of this step.
         if FLAT:
             k = block * BLOCK_K + tl.arange(0, BLOCK_K)
             c = k % CIN
@@ -105,7 +111,7 @@ def conv_kernel(
             k_ok = k < DEPTH
             h = top[:, None] + kh[None, :]
             v = left[:, None] + kw[None, :]
-            ok = row_ok[:, None] & k_ok[None, :] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            inside = row_ok[:, None] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
             offset = (pixel[:, None] + (kh * W + kw)[None, :]) * CIN + c[None, :]
         else:
             c = (block % C_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -113,16 +119,18 @@ def conv_kernel(
             k = tap * CIN + c
             k_ok = within(c, CIN, BLOCK_K)
             if POINTWISE:
-                ok = row_ok[:, None] & k_ok[None, :]
+                inside = row_ok[:, None]
                 offset = (pixel * CIN)[:, None] + c[None, :]
             else:
                 kh = tap // KW * DILATION
                 kw = tap % KW * DILATION
-                ok = row_ok & (top + kh >= 0) & (top + kh < H) & (left + kw >= 0) & (left + kw < W)
-                ok = ok[:, None] & k_ok[None, :]
+                inside = row_ok & (top + kh >= 0) & (top + kh < H) & (left + kw >= 0) & (left + kw < W)
+                inside = inside[:, None]
                 offset = ((pixel + kh * W + kw) * CIN)[:, None] + c[None, :]
+        ok = inside & k_ok[None, :]
         a = tl.load(x_ptr + x_first + offset, mask=ok, other=0.0)
-        b = tl.load(w_ptr + (n * DEPTH)[None, :] + k[:, None], mask=k_ok[:, None] & n_ok[None, :], other=0.0)
+        b = tl.load(w_ptr + (n * DEPTH)[:, None] + k[None, :], mask=n_ok[:, None] & k_ok[None, :], other=0.0)
+        # 4. The prologue. Channels that do not exist have coefficients of 0, pixels that do not exist are not stored.
         if coef_ptr is not None:
             z = bn(a, coef_ptr, c, k_ok, CIN)
             if shortcut_ptr is not None:
@@ -131,16 +139,25 @@ def conv_kernel(
                     z += bn(shortcut, shortcut_coef_ptr, c, k_ok, CIN)
                 else:
                     z += shortcut.to(tl.float32)
-            a = tl.where(ok, relu(z), 0.0).to(a.dtype)
+            if not POINTWISE:
+                z = zero_outside(z, inside)
+            a = relu(z).to(a.dtype)
             if out_ptr is not None:
                 tl.store(out_ptr + x_first + offset, a, mask=ok & (tl.program_id(0) % N_TILES == 0))
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        # 5. The product.
+        if CHANNEL_ROWS:
+            acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
 
+    # 6. The epilogue, channels as rows: what is added, ReLU, the result and its statistics.
+    if not CHANNEL_ROWS:
+        acc = tl.trans(acc)
     y_first = first.to(tl.int64) * COUT
-    y_offset = (row * COUT)[:, None] + n[None, :]
-    y_ok = row_ok[:, None] & n_ok[None, :]
+    y_offset = n[:, None] + (row * COUT)[None, :]
+    y_ok = n_ok[:, None] & row_ok[None, :]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0)[None, :]
+        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0)[:, None]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + y_first + y_offset, mask=y_ok, other=0.0).to(tl.float32)
     if RELU:
@@ -251,7 +268,19 @@ def _launch(
         made_columns=False,
         depth=kh * kw * cin,
     )
-    config = at_rank(conv_configs(rows, cout, depth, x.dtype), rank, fitting(demand))
+    taps = 1 if flat else kh * kw
+    product = Product(
+        rows=rows,
+        columns=cout,
+        depth=depth,
+        dtype=x.dtype,
+        arch=architecture(x.device),
+        taps=taps,
+        loaded=demand.rows,
+        made=demand.made_rows,
+        flat=flat,
+    )
+    config = at_rank(conv_configs(product), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     y = buffers.empty(x, n, out_height, out_width, cout)
     count = mean = m2 = None
@@ -259,24 +288,24 @@ def _launch(
         count = buffers.empty(x, tiles, dtype=torch.float32)
         mean, m2 = (buffers.empty(x, tiles, cout, dtype=torch.float32) for _ in range(2))
     conv_kernel[(tiles * cdiv(cout, config.block_n),)](
-        x,
-        w,
-        y,
-        coef,
-        shortcut,
-        shortcut_coef,
-        out,
-        bias,
-        residual,
-        count,
-        mean,
-        m2,
-        height,
-        width,
-        out_height,
-        out_width,
-        rows,
-        cdiv(depth, config.block_k) * (1 if flat else kh * kw),
+        x_ptr=x,
+        w_ptr=w,
+        y_ptr=y,
+        coef_ptr=coef,
+        shortcut_ptr=shortcut,
+        shortcut_coef_ptr=shortcut_coef,
+        out_ptr=out,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        count_ptr=count,
+        mean_ptr=mean,
+        m2_ptr=m2,
+        H=height,
+        W=width,
+        OH=out_height,
+        OW=out_width,
+        M=rows,
+        k_blocks=cdiv(depth, config.block_k) * taps,
         CIN=cin,
         COUT=cout,
         KH=kh,

@@ -12,18 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import MORE_REGISTERS, at_rank, conv_configs, precision
-from fastres.kernels.geometry import Pad, cdiv
-from fastres.kernels.resources import Demand, falling_back, fitting
+from fastres.kernels.configs import MORE_REGISTERS, Product, at_rank, dgrad_configs, precision
+from fastres.kernels.geometry import Pad, cdiv, is_pointwise
+from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.tiles import (
     MEAN,
-    bn,
+    RSTD,
+    SCALE,
+    SHIFT,
     bn_backward,
     frozen_bn_backward,
     relu_backward,
-    store_sums,
     subsample,
     within,
+    zero_outside,
 )
 
 
@@ -39,6 +41,7 @@ def conv_dgrad_kernel(
     mask_ptr,
     residual_ptr,
     sums_ptr,
+    dy_ptr,
     H,
     W,
     OH,
@@ -77,6 +80,7 @@ def conv_dgrad_kernel(
         w_ptr: [COUT, KH, KW, CIN]. dx_ptr, residual_ptr, x_ptr: [N, H, W, CIN]. residual_ptr: or None.
         x_ptr, coef_ptr, sums_ptr: the BatchNorm below: its input, its [5, CIN], and [T, 2, CIN] fp32 for each tile's
             sums of dx and dx * xhat; or None: no BatchNorm and no ReLU.
+        dy_ptr: like dz, receives what is computed of it and y, or None; for a window of one pixel without padding.
         mask_ptr: [N, H, W, CIN], the rectified tensor where it is not ``relu(x*scale + shift)`` but the end of a block;
             or None.
         c_blocks: blocks of COUT, an argument so that the loop is not unrolled.
@@ -86,6 +90,9 @@ def conv_dgrad_kernel(
             RESIDUAL_STRIDE), RESIDUAL_C], whose first CIN channels are added to every RESIDUAL_STRIDE-th pixel.
     """
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
+    CHANNEL_ROWS: tl.constexpr = BLOCK_N >= 64
+    HALVES: tl.constexpr = BLOCK_N >= 128
+    C_BLOCKS: tl.constexpr = (COUT + BLOCK_K - 1) // BLOCK_K
     N_TILES: tl.constexpr = (CIN + BLOCK_N - 1) // BLOCK_N
     DEPTH: tl.constexpr = KH * KW * CIN
     COMMON: tl.constexpr = STRIDE // TAP_STEP
@@ -98,7 +105,8 @@ def conv_dgrad_kernel(
     # Offsets count from the tile's first image (or row), whose own offset may need 64 bits.
     if POINTWISE:
         first = tile * BLOCK_M
-        row_ok = row < N * H * W - first
+        rows = N * H * W - first
+        image = 0
         dz_first = first.to(tl.int64) * COUT
         x_first = first.to(tl.int64) * CIN
         x_pixel = row
@@ -115,7 +123,7 @@ def conv_dgrad_kernel(
         rows_h = (H - rh + STRIDE - 1) // STRIDE
         rows_w = (W - rw + STRIDE - 1) // STRIDE
         first = (tile % tiles) * BLOCK_M
-        row_ok = row < N * rows_h * rows_w - first
+        rows = N * rows_h * rows_w - first
         image = first // tl.maximum(rows_h * rows_w, 1)
         m = first - image * (rows_h * rows_w) + row
         h = m // tl.maximum(rows_w, 1) % tl.maximum(rows_h, 1)
@@ -126,6 +134,9 @@ def conv_dgrad_kernel(
         taps_h = (KH - kh0 + TAP_STEP - 1) // TAP_STEP
         taps_w = (KW - kw0 + TAP_STEP - 1) // TAP_STEP
         trips = taps_h * taps_w * c_blocks
+        of_a_tap = (
+            65536 // tl.maximum(taps_w, 1) + 1
+        )  # so that (tap * of_a_tap) >> 16 is tap // taps_w, up to windows of 40x40
         if COMMON > 1:
             trips = tl.where(((rh + TOP) % COMMON == 0) & ((rw + LEFT) % COMMON == 0), trips, 0)
         oh = h + (rh + TOP - kh0 * DILATION) // STRIDE
@@ -135,60 +146,142 @@ def conv_dgrad_kernel(
         dz_pixel = (i * OH + oh) * OW + ow
         x_pixel = (i * H + h * STRIDE + rh) * W + v * STRIDE + rw
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    row_ok = row < rows
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if CHANNEL_ROWS else (BLOCK_M, BLOCK_N), tl.float32)
     for block in range(trips):
-        c = (block % c_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        # 4. The channels and the tap of this step.
+        c = (block % C_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
         c_ok = within(c, COUT, BLOCK_K)
         if POINTWISE:
-            ok = row_ok[:, None] & c_ok[None, :]
+            inside = row_ok
             offset = (dz_pixel * COUT)[:, None] + c[None, :]
             w_tap = 0
         else:
-            tap = block // c_blocks
-            th = tap // taps_w * PIXEL_STEP
-            tw = tap % taps_w * PIXEL_STEP
-            ok = row_ok & (oh >= th) & (oh - th < OH) & (ow >= tw) & (ow - tw < OW)
-            ok = ok[:, None] & c_ok[None, :]
+            tap = block // C_BLOCKS
+            tap_h = (tap * of_a_tap) >> 16 if STRIDE > 1 else tap // KW
+            tap_w = tap - tap_h * taps_w
+            th = tap_h * PIXEL_STEP
+            tw = tap_w * PIXEL_STEP
+            inside = row_ok & (oh >= th) & (oh - th < OH) & (ow >= tw) & (ow - tw < OW)
             offset = ((dz_pixel - th * OW - tw) * COUT)[:, None] + c[None, :]
-            w_tap = ((kh0 + tap // taps_w * TAP_STEP) * KW + kw0 + tap % taps_w * TAP_STEP) * CIN
+            w_tap = ((kh0 + tap_h * TAP_STEP) * KW + kw0 + tap_w * TAP_STEP) * CIN
+        ok = inside[:, None] & c_ok[None, :]
         a = tl.load(dz_ptr + dz_first + offset, mask=ok, other=0.0)
         b = tl.load(w_ptr + w_tap + (c * DEPTH)[:, None] + n[None, :], mask=c_ok[:, None] & n_ok[None, :], other=0.0)
+        # 5. The prologue. Channels that do not exist have coefficients of 0, pixels that do not exist are not stored.
         if abc_ptr is not None:
             if y_ptr is not None:
                 y = tl.load(y_ptr + dz_first + offset, mask=ok, other=0.0)
                 dy = bn_backward(a, y, abc_ptr, c, c_ok, COUT)
             else:
                 dy = frozen_bn_backward(a, abc_ptr, c, c_ok)
-            a = tl.where(ok, dy, 0.0).to(a.dtype)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            if not POINTWISE:
+                dy = zero_outside(dy, inside[:, None])
+            a = dy.to(a.dtype)
+            if dy_ptr is not None:
+                tl.store(dy_ptr + dz_first + offset, a, mask=ok & (tl.program_id(0) % N_TILES == 0))
+        # 6. The product.
+        if CHANNEL_ROWS:
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    offset = (x_pixel * CIN)[:, None] + n[None, :]
-    ok = row_ok[:, None] & n_ok[None, :]
+    # 7. The epilogue, channels as rows; of many channels in halves of the pixels, each with half the registers.
+    if not CHANNEL_ROWS:
+        acc = tl.trans(acc)
+    shift = 0
+    if RESIDUAL_STRIDE is not None and POINTWISE:
+        image = first // (H * W)
+        shift = first - image * (H * W)
+    if HALVES:
+        HALF: tl.constexpr = BLOCK_M // 2
+        acc, second_acc = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        x_pixel, second_pixel = tl.split(tl.trans(tl.reshape(x_pixel, (2, HALF))))
+        row = tl.arange(0, HALF)
+        second_sums = store_gradient(
+            second_acc, second_pixel, row + HALF < rows, x_first, image, shift, n, n_ok, dx_ptr, x_ptr, coef_ptr,
+            mask_ptr, residual_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE,
+        )  # fmt: skip
+    sums = store_gradient(
+        acc, x_pixel, row < rows, x_first, image, shift, n, n_ok, dx_ptr, x_ptr, coef_ptr, mask_ptr, residual_ptr, H,
+        W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE,
+    )  # fmt: skip
+    # 8. The tile's sums.
+    if coef_ptr is not None:
+        sum_dz, sum_dz_y = sums
+        if HALVES:
+            sum_dz += second_sums[0]
+            sum_dz_y += second_sums[1]
+        rstd = tl.load(coef_ptr + RSTD * CIN + n, mask=n_ok, other=0.0)
+        sums_row = sums_ptr + tile.to(tl.int64) * (2 * CIN) + n
+        tl.store(sums_row, sum_dz, mask=n_ok)
+        tl.store(sums_row + CIN, sum_dz_y * rstd, mask=n_ok)
+
+
+@triton.jit
+def store_gradient(
+    acc,
+    x_pixel,
+    row_ok,
+    x_first,
+    image,
+    shift,
+    n,
+    n_ok,
+    dx_ptr,
+    x_ptr,
+    coef_ptr,
+    mask_ptr,
+    residual_ptr,
+    H,
+    W,
+    CIN: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    RESIDUAL_C: tl.constexpr,
+    POINTWISE: tl.constexpr,
+):
+    """A product ``acc`` [BN, BM] with the residual, through the ReLU below, is stored to dx; see `conv_dgrad_kernel`.
+
+    Args:
+        x_pixel, row_ok: [BM]: the pixels, counted from x_first, and which of them there are.
+        image, shift: the image that x_first is in, and how many of its pixels come before.
+        n, n_ok: [BN]: the channels, and which of them there are.
+
+    Returns:
+        Sums over the pixels of dx and of ``dx * (x - mean)`` [BN]; zeros where there is no BatchNorm below.
+    """
+    offset = n[:, None] + (x_pixel * CIN)[None, :]
+    ok = n_ok[:, None] & row_ok[None, :]
     if residual_ptr is not None:
         if RESIDUAL_STRIDE is None:
             acc += tl.load(residual_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
         else:
-            if POINTWISE:
-                image = first // (H * W)
-                x_pixel += first - image * (H * W)
-            pixel, added = subsample(x_pixel, H, W, RESIDUAL_STRIDE)
+            pixel, added = subsample(x_pixel + shift, H, W, RESIDUAL_STRIDE)
             size = ((H + RESIDUAL_STRIDE - 1) // RESIDUAL_STRIDE) * ((W + RESIDUAL_STRIDE - 1) // RESIDUAL_STRIDE)
             source = residual_ptr + image.to(tl.int64) * (size * RESIDUAL_C)
-            source += (pixel * RESIDUAL_C)[:, None] + n[None, :]
-            acc += tl.load(source, mask=ok & added[:, None], other=0.0).to(tl.float32)
+            source += n[:, None] + (pixel * RESIDUAL_C)[None, :]
+            acc += tl.load(source, mask=ok & added[None, :], other=0.0).to(tl.float32)
+    # Rounded before the ReLU: the same values, and half the registers while x is there.
+    dx = acc.to(dx_ptr.dtype.element_ty).to(tl.float32)
     if coef_ptr is not None:
         x = tl.load(x_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
         if mask_ptr is not None:
             out = tl.load(mask_ptr + x_first + offset, mask=ok, other=0.0).to(tl.float32)
         else:
-            out = bn(x, coef_ptr, n, n_ok, CIN)
-        acc = relu_backward(acc, out)
-    dx = acc.to(dx_ptr.dtype.element_ty)
-    tl.store(dx_ptr + x_first + offset, dx, mask=ok)
+            scale = tl.load(coef_ptr + SCALE * CIN + n, mask=n_ok, other=0.0)
+            shift = tl.load(coef_ptr + SHIFT * CIN + n, mask=n_ok, other=0.0)
+            out = x * scale[:, None] + shift[:, None]
+        dx = relu_backward(dx, out)
+        if POINTWISE:  # behind the last pixel the product is of C alone, elsewhere of zeros
+            dx = zero_outside(dx, row_ok[None, :])
+    tl.store(dx_ptr + x_first + offset, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+    sum_dx = tl.zeros((n.shape[0],), tl.float32)
+    sum_dx_x = sum_dx
     if coef_ptr is not None:
         mean = tl.load(coef_ptr + MEAN * CIN + n, mask=n_ok, other=0.0)
-        dz = dx.to(tl.float32)  # zero outside, as the products are
-        store_sums(dz, dz * (x - mean[None, :]), coef_ptr, sums_ptr, tile, n, n_ok, CIN)
+        sum_dx = tl.sum(dx, 1)
+        sum_dx_x = tl.sum(dx * (x - mean[:, None]), 1)
+    return sum_dx, sum_dx_x
 
 
 @falling_back
@@ -206,6 +299,7 @@ def conv_dgrad(
     residual_stride: int = 1,
     rank: int = 0,
     dilation: int = 1,
+    dy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
 
@@ -220,14 +314,22 @@ def conv_dgrad(
             BatchNorm.
         residual: [N, H, W, CIN], added to the gradient; or [N, H', W', C'], whose first CIN channels are added to every
             ``residual_stride``-th pixel, H' x W' of them.
-        rank: which of `conv_configs`, the first at 0; the last where there are fewer.
+        rank: which of `dgrad_configs`, the first at 0; the last where there are fewer.
         dilation: pixels from one tap of w to the next, both ways.
+        dy: like dz: receives ``A*dz + B*y + C``, for the weight gradient, which then need not compute it again.
 
     Returns:
         dx [N, H, W, CIN], and the sums [T, 2, CIN] fp32 of dx and of dx * xhat by tiles, or None.
+
+    Raises:
+        ValueError: for a dy of a window of several pixels, which would compute it several times, or without abc.
     """
     n, out_height, out_width, cout = dz.shape
     _, kh, kw, cin = w.shape
+    if dy is not None and (abc is None or not is_pointwise((kh, kw), pad)):
+        raise ValueError(
+            f"dy is stored by a 1x1 convolution behind a BatchNorm alone, not by {kh}x{kw} with padding {pad}"
+        )
     height, width = input_hw
     rows = n * cdiv(height, stride) * cdiv(width, stride)  # in the largest group
     demand = Demand(
@@ -241,9 +343,18 @@ def conv_dgrad(
         made_columns=False,
         depth=kh * kw * cout,
     )
-    frozen = abc is not None and y is None
-    configs = conv_configs(rows * stride**2, cin, cout, dz.dtype, MORE_REGISTERS if frozen and stride > 1 else 0)
-    config = at_rank(configs, rank, fitting(demand))
+    product = Product(
+        rows=rows * stride**2,
+        columns=cin,
+        depth=cout,
+        dtype=dz.dtype,
+        arch=architecture(dz.device),
+        taps=kh * kw,
+        loaded=demand.rows,
+        made=demand.made_rows,
+        least_registers=MORE_REGISTERS if abc is not None and stride > 1 else 0,
+    )
+    config = at_rank(dgrad_configs(product), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     dx = buffers.empty(dz, n, height, width, cin)
     common = math.gcd(stride, dilation)
@@ -253,23 +364,24 @@ def conv_dgrad(
         x, coef = below
         sums = buffers.empty(dz, tiles * stride**2, 2, cin, dtype=torch.float32)
     conv_dgrad_kernel[(tiles * stride**2 * cdiv(cin, config.block_n),)](
-        dz,
-        y,
-        abc,
-        w,
-        dx,
-        x,
-        coef,
-        mask,
-        residual,
-        sums,
-        height,
-        width,
-        out_height,
-        out_width,
-        n,
-        tiles,
-        cdiv(cout, config.block_k),
+        dz_ptr=dz,
+        y_ptr=y,
+        abc_ptr=abc,
+        w_ptr=w,
+        dx_ptr=dx,
+        x_ptr=x,
+        coef_ptr=coef,
+        mask_ptr=mask,
+        residual_ptr=residual,
+        sums_ptr=sums,
+        dy_ptr=dy,
+        H=height,
+        W=width,
+        OH=out_height,
+        OW=out_width,
+        N=n,
+        tiles=tiles,
+        c_blocks=cdiv(cout, config.block_k),
         CIN=cin,
         COUT=cout,
         KH=kh,

@@ -15,17 +15,17 @@ from fastres.kernels.tiles import MEAN, bn, relu, relu_backward, store_sums
 _MOST_TAPS = 256  # a winning tap is a byte
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["M"])
 def bn_relu_max_pool_kernel(
     y_ptr,
     coef_ptr,
     out_ptr,
     index_ptr,
     M,
-    H,
-    W,
-    OH,
-    OW,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     TOP: tl.constexpr,
@@ -111,7 +111,7 @@ def bn_relu_max_pool(y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad
     return out, index
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["M", "tiles"])
 def bn_relu_max_pool_backward_kernel(
     dout_ptr,
     index_ptr,
@@ -121,10 +121,10 @@ def bn_relu_max_pool_backward_kernel(
     sums_ptr,
     M,
     tiles,
-    H,
-    W,
-    OH,
-    OW,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     TOP: tl.constexpr,

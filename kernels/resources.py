@@ -51,13 +51,14 @@ def shared_memory(config: Config, demand: Demand) -> int:
     return max(steps * step + made * config.block_k * demand.dtype.itemsize, result)
 
 
-_told: ContextVar[int | None] = ContextVar("told", default=None)
+_told: ContextVar[tuple[int | None, int | None]] = ContextVar("told", default=(None, None))
 
 
 @contextmanager
-def shared_memory_of(size: int | None) -> Iterator[None]:
-    """Configurations are chosen inside as if programs could have ``size`` bytes of shared memory; None: as ever."""
-    token = _told.set(size)
+def shared_memory_of(size: int | None, arch: int | None = None) -> Iterator[None]:
+    """Configurations are chosen inside as if every program could have ``size`` bytes of shared memory, on a GPU of the
+    compute capability ``arch``, as 90; None: as ever."""
+    token = _told.set((size, arch))
     try:
         yield
     finally:
@@ -66,13 +67,27 @@ def shared_memory_of(size: int | None) -> Iterator[None]:
 
 def shared_memory_limit(device: torch.device) -> int | None:
     """Bytes of shared memory that a program can have on a device; None: any, as in the interpreter."""
-    told = _told.get()
+    told, _ = _told.get()
     return told if told is not None or device.type != "cuda" else _limit(device)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability, as 90 for 9.0; of a device without one, as the interpreter's, that of an H100."""
+    _, told = _told.get()
+    if told is not None:
+        return told
+    return _capability(device) if device.type == "cuda" and torch.version.cuda else 90
 
 
 @functools.cache
 def _limit(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 _refused: set[tuple[Demand, Config]] = set()

@@ -56,21 +56,32 @@ def relu_backward(dout, out):
 
 
 @triton.jit
+def zero_outside(z, inside):
+    """fp32 ``z`` where ``inside``, else 0, whatever z is there: ``tl.where`` in one instruction a value.
+
+    A minimum of the bits as unsigned integers. LLVM moves a select behind the rounding to 16 bits, where it costs
+    several instructions a pair of values.
+    """
+    most = tl.where(inside, 0xFFFFFFFF, 0).to(tl.uint32)
+    return tl.minimum(z.to(tl.uint32, bitcast=True), most).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def store_moments(values, rows, count_ptr, mean_ptr, m2_ptr, tile, channel, channel_ok, C, first):
-    """Reduce a tile ``values`` [BM, BN], of which ``rows`` rows count, to count, mean and M2 of each column.
+    """Reduce a tile ``values`` [BN, BM] of BM rows of the matrix, of which ``rows`` count, to count, mean and M2.
 
     Args:
         rows: int, number of leading rows that are inside the matrix.
         count_ptr, mean_ptr, m2_ptr: [T], [T, C], [T, C]; row ``tile`` is written.
-        channel, channel_ok: [BN] column of each value, and whether it exists.
+        channel, channel_ok: [BN] channel of each value, and whether it exists.
         first: whether this program is the one of its tile that writes the count.
     """
-    inside = (tl.arange(0, values.shape[0]) < rows)[:, None]
+    inside = (tl.arange(0, values.shape[1]) < rows)[None, :]
     count = rows.to(tl.float32)
-    mean = tl.sum(tl.where(inside, values, 0.0), 0) / count
-    deviation = tl.where(inside, values - mean[None, :], 0.0)
+    mean = tl.sum(tl.where(inside, values, 0.0), 1) * (1.0 / count)
+    deviation = tl.where(inside, values - mean[:, None], 0.0)
     tl.store(mean_ptr + tile * C + channel, mean, mask=channel_ok)
-    tl.store(m2_ptr + tile * C + channel, tl.sum(deviation * deviation, 0), mask=channel_ok)
+    tl.store(m2_ptr + tile * C + channel, tl.sum(deviation * deviation, 1), mask=channel_ok)
     if first:
         tl.store(count_ptr + tile, count)
 
@@ -81,7 +92,7 @@ def bn_backward(dz, y, abc_ptr, channel, channel_ok, C):
     a = tl.load(abc_ptr + channel, mask=channel_ok, other=0.0)
     b = tl.load(abc_ptr + C + channel, mask=channel_ok, other=0.0)
     c = tl.load(abc_ptr + 2 * C + channel, mask=channel_ok, other=0.0)
-    return a[None, :] * dz.to(tl.float32) + b[None, :] * y.to(tl.float32) + c[None, :]
+    return a[None, :] * dz.to(tl.float32) + (b[None, :] * y.to(tl.float32) + c[None, :])  # two fused operations
 
 
 @triton.jit
@@ -100,14 +111,14 @@ def bn(y, coef_ptr, channel, channel_ok, C):
 
 
 @triton.jit
-def store_sums(dz, dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C):
+def store_sums(dz, dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C, AXIS: tl.constexpr = 0):
     """Row ``part`` of the sums [T, 2, C] of BatchNorm's backward: of dz and dz*xhat.
 
     Args:
-        dz, dz_y: tiles [BM, BC] of terms dz and dz*(y - mean).
+        dz, dz_y: tiles [BM, BC] of terms dz and dz*(y - mean), or [BC, BM] with an AXIS of 1.
         coef_ptr: [5, C]; its rstd is the factor that xhat has more.
     """
     rstd = tl.load(coef_ptr + RSTD * C + channel, mask=channel_ok, other=0.0)
     row = sums_ptr + part.to(tl.int64) * (2 * C) + channel
-    tl.store(row, tl.sum(dz, 0), mask=channel_ok)
-    tl.store(row + C, tl.sum(dz_y, 0) * rstd, mask=channel_ok)
+    tl.store(row, tl.sum(dz, AXIS), mask=channel_ok)
+    tl.store(row + C, tl.sum(dz_y, AXIS) * rstd, mask=channel_ok)

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, MORE_REGISTERS, at_rank, precision, splits, wgrad_configs
 from fastres.kernels.geometry import Pad, cdiv
-from fastres.kernels.resources import Demand, falling_back, fitting
-from fastres.kernels.tiles import SCALE, SHIFT, bn_backward, frozen_bn_backward, relu
+from fastres.kernels.resources import Demand, architecture, falling_back, fitting
+from fastres.kernels.tiles import SCALE, SHIFT, bn_backward, frozen_bn_backward, relu, within, zero_outside
 
 
 @triton.jit
@@ -22,12 +22,12 @@ def conv_wgrad_kernel(
     x_ptr,
     coef_ptr,
     dw_ptr,
-    H,
-    W,
-    OH,
-    OW,
     M,
     steps,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
     KH: tl.constexpr,
@@ -59,8 +59,9 @@ def conv_wgrad_kernel(
     COLUMNS: tl.constexpr = DEPTH if FLAT else CIN
     C_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     N_TILES: tl.constexpr = C_TILES if FLAT else C_TILES * KH * KW
+    # 1. The tile: BLOCK_M channels of the gradient, BLOCK_N of what the convolution read, at one tap or at all.
     o = (tl.program_id(0) // N_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_ok = o < COUT
+    o_ok = within(o, COUT, BLOCK_M)
     n_tile = tl.program_id(0) % N_TILES
     if FLAT:
         n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -72,20 +73,22 @@ def conv_wgrad_kernel(
         tap = n_tile // C_TILES
         c = (n_tile % C_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
         n = tap * CIN + c
-        n_ok = c < CIN
+        n_ok = within(c, CIN, BLOCK_N)
         kh = tap // KW * DILATION
         kw = tap % KW * DILATION
+    # 2. The coefficients of what it read, in registers.
     if coef_ptr is not None:
         scale = tl.load(coef_ptr + SCALE * CIN + c, mask=n_ok, other=0.0)
         shift = tl.load(coef_ptr + SHIFT * CIN + c, mask=n_ok, other=0.0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(steps):
+        # 3. Where this step's pixels are in x. Divisors are compiled in.
         first = (tl.program_id(1) * steps + step) * BLOCK_K
         row = tl.arange(0, BLOCK_K)
         row_ok = row < M - first
-        ok = row_ok[:, None] & n_ok[None, :]
         if POINTWISE:
+            inside = row_ok[:, None]
             x_first = first.to(tl.int64) * CIN
             offset = (row * CIN)[:, None] + c[None, :]
         else:
@@ -94,12 +97,16 @@ def conv_wgrad_kernel(
             m = first - image * (OH * OW) + row
             h = (m // OW % OH * STRIDE - TOP)[:, None] + kh
             v = (m % OW * STRIDE - LEFT)[:, None] + kw
-            ok = ok & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            inside = row_ok[:, None] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
             offset = (((m // OW // OH) * H)[:, None] + h) * (W * CIN) + v * CIN + c[None, :]
-        a = tl.load(x_ptr + x_first + offset, mask=ok, other=0.0)
+        # 4. What the convolution read. Channels that do not exist have coefficients of 0.
+        a = tl.load(x_ptr + x_first + offset, mask=inside & n_ok[None, :], other=0.0)
         if coef_ptr is not None:
-            z = relu(a.to(tl.float32) * scale[None, :] + shift[None, :])
-            a = tl.where(ok, z, 0.0).to(a.dtype)
+            z = a.to(tl.float32) * scale[None, :] + shift[None, :]
+            if not POINTWISE:
+                z = zero_outside(z, inside)
+            a = relu(z).to(a.dtype)
+        # 5. The convolution's gradient. One factor is 0 for pixels that do not exist: this one if none has padding.
         dz_first = first.to(tl.int64) * COUT
         dz_offset = (row * COUT)[:, None] + o[None, :]
         dz_ok = row_ok[:, None] & o_ok[None, :]
@@ -110,9 +117,12 @@ def conv_wgrad_kernel(
                 wide = bn_backward(dy, y, abc_ptr, o, o_ok, COUT)
             else:
                 wide = frozen_bn_backward(dy, abc_ptr, o, o_ok)
-            dy = tl.where(dz_ok, wide, 0.0).to(dy.dtype)
+            wide = zero_outside(wide, row_ok[:, None])
+            dy = wide.to(dy.dtype)
+        # 6. The product.
         acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
 
+    # 7. This part's tile of dw.
     part = tl.program_id(1).to(tl.int64) * (COUT * DEPTH)
     tl.store(dw_ptr + part + (o * DEPTH)[:, None] + n[None, :], acc, mask=o_ok[:, None] & n_ok[None, :])
 
@@ -172,25 +182,37 @@ def conv_wgrad(
         depth=pixels,
     )
     needy = flat or (kh * kw > 1 and y is not None and coef is not None)
-    configs = wgrad_configs(cout, columns, pixels, dz.dtype, MORE_REGISTERS if needy else 0)
+    configs = wgrad_configs(
+        cout,
+        columns,
+        pixels,
+        dz.dtype,
+        least_registers=MORE_REGISTERS if needy else 0,
+        arch=architecture(dz.device),
+        made=abc is not None,
+        flat=flat,
+    )
     config = at_rank(configs, rank, fitting(demand))
     programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)
-    steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config.block_k))
+    steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config))
     parts = cdiv(pixels, config.block_k * steps)
     dw = buffers.empty(dz, parts, cout, kh, kw, cin, dtype=torch.float32)
+    pointwise = (kh, kw, stride) == (1, 1, 1) and not any(pad[:2])
+    # A pointwise kernel does not read the sizes: one is compiled for all.
+    sizes = (1, 1, 1, 1) if pointwise else (height, width, out_height, out_width)
     conv_wgrad_kernel[(programs, parts)](
-        dz,
-        y,
-        abc,
-        x,
-        coef,
-        dw,
-        height,
-        width,
-        out_height,
-        out_width,
-        pixels,
-        steps,
+        dz_ptr=dz,
+        y_ptr=y,
+        abc_ptr=abc,
+        x_ptr=x,
+        coef_ptr=coef,
+        dw_ptr=dw,
+        M=pixels,
+        steps=steps,
+        H=sizes[0],
+        W=sizes[1],
+        OH=sizes[2],
+        OW=sizes[3],
         CIN=cin,
         COUT=cout,
         KH=kh,

@@ -32,7 +32,7 @@ def predicted(
         sensitivity: also with the assumptions of `variants`.
     """
     began, programs, chip = time.perf_counter(), Compiler(arch), CHIPS[arch]
-    recorded = [step(network, rank) for rank in range(ranks)]
+    recorded = [step(network, rank, arch) for rank in range(ranks)]
     of_rank = []
     for rank, launches in enumerate(recorded):
         of_rank.append(timed(launches, programs, chip))

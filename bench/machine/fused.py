@@ -139,7 +139,8 @@ def _candidates(step: list[Timed], end: str, arch: int, chip: Chip) -> Iterator[
         if len(pair) == 1:
             yield triton, library
             continue
-        both = library + _library(one, "dgrad", end, arch, chip) + _passes(_behind_dgrad(one), chip)
+        applied = [] if _size(wgrad, "abc_ptr") else _applied(one)  # dgrad keeps dy for wgrad
+        both = library + _library(one, "dgrad", end, arch, chip) + _passes(applied + _behind_dgrad(one), chip)
         yield triton, min(one.seconds + library, both)
 
 
@@ -177,8 +178,12 @@ def _around_forward(one: Timed) -> list[int]:
 
 def _before_gradients(wgrad: Timed) -> list[int]:
     """BatchNorm's backward, and the normalised input again."""
-    applied = [2 * _size(wgrad, "dz_ptr") + _size(wgrad, "y_ptr")] if _size(wgrad, "abc_ptr") else []
-    return applied + ([2 * _size(wgrad, "x_ptr")] if _size(wgrad, "coef_ptr") else [])
+    return _applied(wgrad) + ([2 * _size(wgrad, "x_ptr")] if _size(wgrad, "coef_ptr") else [])
+
+
+def _applied(one: Timed) -> list[int]:
+    """BatchNorm's backward, where the kernel has it in its prologue."""
+    return [2 * _size(one, "dz_ptr") + _size(one, "y_ptr")] if _size(one, "abc_ptr") else []
 
 
 def _behind_dgrad(dgrad: Timed) -> list[int]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from bench.launches import Launch, recorded
+from bench.sass import SHARED_LIMIT
+from fastres.kernels.resources import shared_memory_of
 from fastres.models.fused import create_fused_model
 
 BATCH = 256
@@ -21,17 +23,18 @@ NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
 _SHARED_BY_ALL = ("global_avg_pool",)
 
 
-def step(network: str, rank: int = 0, batch: int = BATCH) -> list[Launch]:
+def step(network: str, rank: int = 0, arch: int = 90, batch: int = BATCH) -> list[Launch]:
     """Triton's launches in a training step in bf16 of the stem and the blocks, in order.
 
     Args:
         network: key of `NETWORKS`.
         rank: of the configurations that the launchers offer, the first at 0.
+        arch: compute capability of the GPU, as 90, by which they choose.
     """
     name, size, options = NETWORKS[network]
     model = create_fused_model(name, recompute=False, **options)
     images = torch.empty(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-    with recorded(rank) as launches:
+    with shared_memory_of(SHARED_LIMIT[arch], arch), recorded(rank) as launches:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(images)
         logits.float().sum().backward()

@@ -62,14 +62,14 @@ def probe() -> list[dict]:
     ]
 
 
-def dilated(shared: int) -> list[Specialisation]:
+def dilated(shared: int, arch: int) -> list[Specialisation]:
     """Launches of the 3x3 convolution in a bottleneck of dilation 2, forward and backward, in bf16; see
     `specialisations`.
 
     Moreover the weight gradients that make both operands in tiles of 128x64 and 64x128, which spill with 128 registers.
     """
     block = fuse(torchvision.models.resnet.Bottleneck(1024, 256, dilation=2)).bfloat16()
-    with shared_memory_of(shared), recorded() as launches:
+    with shared_memory_of(shared, arch), recorded() as launches:
         block(torch.empty(16, 1024, 28, 28, dtype=torch.bfloat16).requires_grad_()).sum().backward()
         for inputs, outputs in ((64, 128), (128, 64)):
             x, dz = (torch.empty(16, 28, 28, channels, dtype=torch.bfloat16) for channels in (inputs, outputs))
@@ -165,23 +165,34 @@ def main() -> None:
     that could not have their first tiles there, each once.
     """
     network, least = ("resnet50 ImageNet", "bf16"), min(SHARED_LIMIT.values())
-    made = launches_of(*network, ranks=[0])
-    found = set(made)
-    second = filter(_is_strided_and_frozen, specialisations(*network, ranks=[1]))
-    chosen = {(one.kernel, "shortcut_ptr" in one.pointers): one for one in sorted(found, key=_demand)}
-    needy = {*filter(_is_stems_gradient, found), max(second, key=lambda one: one.constants["CIN"])}
-    rows = [*compile_all({*chosen.values(), *needy}, [arch for arch in ARCHITECTURES if SHARED_LIMIT[arch] > least])]
-    smaller = specialisations(*network, ranks=[0], shared=least) - found
-    chosen = {one.kernel: one for one in sorted(smaller, key=_demand)}
-    rows += compile_all(chosen.values(), [arch for arch in ARCHITECTURES if SHARED_LIMIT[arch] == least])
-    apart = [row for arch in ARCHITECTURES for row in compile_all(dilated(SHARED_LIMIT[arch]), [arch])]
-    rows = [modelled(row, made[row.specialisation]) if _is_modelled(row, made) else row for row in rows]
+    rows, made = [], {}
+    for arch in ARCHITECTURES:
+        limit = SHARED_LIMIT[arch]
+        if limit == least:
+            continue
+        of_arch = launches_of(*network, ranks=[0], shared=limit, arch=arch)
+        made |= {(arch, one): launch for one, launch in of_arch.items()}
+        strided = filter(_is_strided_and_frozen, of_arch)
+        chosen = {
+            (one.kernel, "shortcut_ptr" in one.pointers, of_arch[one].rank): one for one in sorted(of_arch, key=_demand)
+        }
+        needy = {*filter(_is_stems_gradient, of_arch), max(strided, key=lambda one: one.constants["CIN"])}
+        rows += compile_all({*chosen.values(), *needy}, [arch])
+    for arch in ARCHITECTURES:
+        if SHARED_LIMIT[arch] == least:
+            roomy = specialisations(*network, ranks=[0], arch=arch)
+            smaller = specialisations(*network, ranks=[0], shared=least, arch=arch) - roomy
+            chosen = {one.kernel: one for one in sorted(smaller, key=_demand)}
+            rows += compile_all(chosen.values(), [arch])
+    apart = [row for arch in ARCHITECTURES for row in compile_all(dilated(SHARED_LIMIT[arch], arch), [arch])]
+    rows = [modelled(row, made[row.arch, row.specialisation]) if _is_modelled(row, made) else row for row in rows]
     records = {name: [as_record(row) for row in of] for name, of in (("rows", rows), ("dilated", apart))}
     print(json.dumps({"probe": probe(), "products": products(), **records, "keys": [*keys().values()], "hits": hits()}))
 
 
-def _is_modelled(row: Row, made: dict[Specialisation, Launch]) -> bool:
-    return row.arch in MODELLED and row.specialisation in made
+def _is_modelled(row: Row, made: dict[tuple[int, Specialisation], Launch]) -> bool:
+    launch = made.get((row.arch, row.specialisation))
+    return row.arch in MODELLED and launch is not None and launch.rank == 0
 
 
 def _is_stems_gradient(one: Specialisation) -> bool:

@@ -23,7 +23,7 @@ GOOD = Resources(
 )
 CONVOLUTIONS = ("conv_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel")
 PASSES = ("bn_add_relu_kernel", "bn_add_relu_backward_kernel")
-TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA, A in registers", 100: "tcgen05"}
+TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "tcgen05"}
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +73,12 @@ def test_activations_move_in_sixteen_bytes_a_thread(subset):
 
 
 def test_the_3x3_convolution_has_registers_to_spare(subset):
-    """256 channels, prologue and statistics, sm_90: 163 of 255 in a bare prototype, a few more with all its options."""
+    """256 channels, prologue and statistics, sm_90: with at most 128 two programs run at once."""
     (row,) = [row for row in _convolutions(subset, 90) if row["constants"]["KH"] == 3]
     assert {"coef_ptr", "mean_ptr"} <= row["tensors"].keys()
     names = ("CIN", "COUT", "KH", "KW", "STRIDE", "BLOCK_M", "BLOCK_N", "BLOCK_K")
     assert [row["constants"][name] for name in names] == [256, 256, 3, 3, 1, 128, 128, 64]
-    assert row["registers"] <= 176 and row["spills"] == 0
+    assert row["registers"] <= 128 and row["spills"] == 0
 
 
 def test_what_needs_more_than_128_registers_has_them(subset):
@@ -88,7 +88,7 @@ def test_what_needs_more_than_128_registers_has_them(subset):
         rows = [row for row in subset["rows"] if row["kernel"] == kernel and row["constants"][name] == value]
         rows = [row for row in rows if "y_ptr" not in row["tensors"]]
         assert {row["arch"] for row in rows} == {80, 90, 100}
-        assert all(row["spills"] == row["stack"] == 0 and row["options"]["maxnreg"] == 168 for row in rows)
+        assert all(row["spills"] == row["stack"] == 0 and row["options"]["maxnreg"] >= 168 for row in rows)
 
 
 def test_a_device_of_little_shared_memory_takes_tiles_that_fit(subset):

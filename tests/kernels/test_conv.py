@@ -86,3 +86,11 @@ def test_nan_passes_the_prologue():
     x[0, 1, 1, 3] = torch.nan
     y, _ = conv(x, randn(16, 1, 1, 16, seed=1), 1, (0, 0, 0, 0), coef)
     assert y[0, 1, 1].isnan().all() and y.isnan().sum() == 16
+
+
+@pytest.mark.parametrize("outputs", [16, 64])
+def test_padding_is_zero_whatever_the_coefficients(outputs):
+    """A window of nothing but padding gives 0, where those with a pixel give NaN."""
+    x, w = randn(1, 4, 4, 16, seed=0), randn(outputs, 3, 3, 16, seed=1)
+    y, _ = conv(x, w, 1, (3, 3, 3, 3), torch.full((5, 16), torch.nan, device=x.device))
+    assert (y[0, 0] == 0).all() and (y[0, :, -1] == 0).all() and y[0, 1:-1, 1:-1].isnan().all()

@@ -1,6 +1,7 @@
 """Data gradient with BatchNorm's backward before and the ReLU mask and sums behind, against fp64."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support_conv import BACKWARDS, exact, problems
@@ -80,3 +81,33 @@ def test_pixels_that_no_tap_reaches_get_the_residual_alone():
     assert_same_bits(dx[:, 1::2], residual[:, 1::2])
     assert_same_bits(dx[:, :, 1::2], residual[:, :, 1::2])
     assert (dx[:, ::2, ::2] != residual[:, ::2, ::2]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride, inputs", [(1, 24), (1, 72), (2, 40)])
+def test_the_gradient_of_a_pointwise_convolution_is_kept(stride, inputs, dtype):
+    """As it is multiplied, rounded: the very values that the pass makes. Over several tiles of channels, too."""
+    dz, y = (randn(2, 5, 4, 40, seed=seed, dtype=dtype) for seed in (0, 1))
+    w, abc, dy = randn(40, 1, 1, inputs, seed=2, dtype=dtype), randn(3, 40, seed=3), torch.empty_like(dz)
+    arguments = dz, y, abc, w, stride, (0, 0, 0, 0), (5 * stride, 4 * stride)
+    dx, _ = guarded(conv_dgrad, *arguments, dy=dy, mutates=(dy,))
+    assert_same_bits(dx, conv_dgrad(*arguments)[0])
+    exact = abc.double()[0] * dz.double() + abc.double()[1] * y.double() + abc.double()[2]
+    assert_as_good(dy, exact.to(dtype), exact)
+
+
+@pytest.mark.parametrize(
+    "kernel, pad, behind", [(3, (1, 1, 1, 1), True), (1, (1, 1, 1, 1), True), (1, (0,) * 4, False)]
+)
+def test_a_gradient_that_cannot_be_kept(kernel, pad, behind):
+    dz, w = randn(1, 4, 4, 16, seed=0), randn(16, kernel, kernel, 16, seed=1)
+    with pytest.raises(ValueError, match=f"not by {kernel}x{kernel} with padding"):
+        conv_dgrad(dz, dz, randn(3, 16, seed=2) if behind else None, w, 1, pad, (4, 4), dy=dz.clone())
+
+
+def test_padding_is_zero_whatever_the_coefficients():
+    """Pixels that no pixel of dz reaches get 0, where those of dz are NaN."""
+    dz, w = randn(1, 2, 2, 16, seed=0), randn(16, 3, 3, 64, seed=1)
+    abc = torch.full((3, 16), torch.nan, device=dz.device)
+    dx, _ = conv_dgrad(dz, dz, abc, w, 3, (0, 0, 0, 0), (9, 9))
+    assert dx[:, :6, :6].isnan().all() and (dx[:, 6:] == 0).all() and (dx[:, :, 6:] == 0).all()

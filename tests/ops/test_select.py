@@ -215,11 +215,17 @@ def test_an_error_leaves_the_current_device_as_it_was(monkeypatch):
     assert current.index == 0
 
 
-def test_joint_backward_is_dgrad_and_wgrad():
-    aten, triton = Aten(), Triton()
-    x, w, dz = torch.randn(2, 5, 5, 3), torch.randn(4, 3, 3, 3), torch.randn(2, 5, 5, 4)
-    activation, conv = Activation(x, aten.finalize(aten.moments(x), None, None, 1e-5)), Convolution(w, 1, (1, 1, 1, 1))
-    gradient = Gradient(dz, aten.conv(activation, conv)[0], torch.randn(3, 4))
+@pytest.mark.parametrize("dy_once", [True, False])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("trained", [True, False])
+def test_joint_backward_is_dgrad_and_wgrad(kernel, dy_once, trained):
+    aten, triton = Aten(), Triton(dy_once=dy_once)
+    x, w, dz = torch.randn(2, 5, 5, 3), torch.randn(4, kernel, kernel, 3), torch.randn(2, 5, 5, 4)
+    activation = Activation(x, aten.finalize(aten.moments(x), None, None, 1e-5))
+    conv = Convolution(w, 1, (kernel // 2,) * 4)
+    gradient = Gradient(dz, aten.conv(activation, conv)[0] if trained else None, torch.randn(3, 4))
     ours, theirs = triton.conv_backward(gradient, activation, conv), aten.conv_backward(gradient, activation, conv)
     torch.testing.assert_close((ours[0], ours[1].sum(0), ours[2]), (theirs[0], theirs[1].sum(0), theirs[2]))
     assert triton.conv_backward(gradient, activation, conv, need_dx=False, need_dw=False) == (None, None, None)
+    alone = triton.conv_backward(gradient, activation, conv, need_dx=False)
+    torch.testing.assert_close(alone[2], theirs[2])

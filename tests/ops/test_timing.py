@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastres.kernels.configs import at_rank, conv_configs, taken
+from fastres.kernels.configs import Product, at_rank, conv_configs, taken
 from fastres.ops.timing import TimedChoices, choices_path
 
 
@@ -61,7 +61,7 @@ def test_a_failing_candidate_loses_and_its_error_is_kept(tmp_path):
 
 def test_the_same_tiles_are_timed_once(tmp_path):
     """A rank beyond the last configuration repeats it; candidates that take none are all timed."""
-    few = conv_configs(4096, 64, 64, torch.bfloat16)
+    few = conv_configs(Product(4096, 64, 64, torch.bfloat16))
     assert len(few) == 2
 
     def launch(name, ranks):
@@ -78,7 +78,7 @@ def test_the_same_tiles_are_timed_once(tmp_path):
 
 
 def test_configurations_are_listed_for_all_who_ask():
-    few = conv_configs(4096, 64, 64, torch.bfloat16)
+    few = conv_configs(Product(4096, 64, 64, torch.bfloat16))
     with taken() as outer:
         at_rank(few, 0)
         with taken() as inner:

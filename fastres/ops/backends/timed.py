@@ -20,7 +20,8 @@ RANKS = 3  # tile configurations of a convolution that are timed, see `fastres.k
 def gpu_candidates() -> list[Backend]:
     """What a convolution on a GPU chooses among, Triton with its first tiles first."""
     vendor = Vendor()
-    return [Triton(), vendor, TritonVendorWeights(vendor), *(Triton(rank) for rank in range(1, RANKS))]
+    tiles = (Triton(rank) for rank in range(1, RANKS))
+    return [Triton(), vendor, TritonVendorWeights(vendor), *tiles, Triton(dy_once=False)]
 
 
 class Timed(Triton):

@@ -5,10 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastres import kernels
+from fastres.kernels import buffers
+from fastres.kernels.geometry import is_pointwise
 from fastres.kernels.types import Moments
 from fastres.ops.backends.aten import Aten
 from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient, Normalised, Shortcut, Window
 from fastres.ops.backends.vendor import VendorConvolutions
+
+# Channels on both sides of a window from which the gradient behind its BatchNorm is made by a pass of its own.
+PASS_CHANNELS = 128
 
 
 class Triton(Backend):
@@ -16,6 +21,7 @@ class Triton(Backend):
 
     Args:
         rank: which of their tile configurations the convolutions take, the first at 0.
+        dy_once: whether the gradient that both gradients of a convolution read is computed once, not in each of them.
     """
 
     moments = staticmethod(kernels.moments)
@@ -24,9 +30,12 @@ class Triton(Backend):
     global_avg_pool = staticmethod(kernels.global_avg_pool)
     global_avg_pool_backward = staticmethod(kernels.global_avg_pool_backward)
 
-    def __init__(self, rank: int = 0):
+    def __init__(self, rank: int = 0, dy_once: bool = True):
         self.rank = rank
         self.name = "triton" if rank == 0 else f"triton, tiles {rank + 1}"
+        if not dy_once:
+            self.name += ", dy in each"
+        self._dy_once = dy_once
 
     def bn_backward_coef(self, sums: Tensor, coef: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         return kernels.bn_backward_coef(sums, coef, None, count, training)
@@ -82,17 +91,28 @@ class Triton(Backend):
         need_dx: bool = True,
         need_dw: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Two kernels that each compute dy as they read it; ``joined`` is left alone: to be timed they run again."""
-        dx = sums = dw = None
+        """Two kernels; ``joined`` is left alone: to be timed they run again.
+
+        What both read of the BatchNorm's backward, dy, the data gradient of a 1x1 convolution stores while it computes
+        it, so that no more bytes move than if each kernel computed it; a window would compute it once a tap, so that of
+        many channels a pass of its own is quicker by the model (`bench.machine`), though it moves a tensor more.
+        """
+        dx = sums = dw = dy = None
+        weight, stride, pad, dilation = conv
+        if self._dy_once and need_dx and need_dw and gradient.abc is not None:
+            if is_pointwise((weight.shape[1], weight.shape[2]), pad):
+                dy = buffers.empty(gradient.dz, *gradient.dz.shape)
+            elif min(weight.shape[0], weight.shape[3]) >= PASS_CHANNELS:
+                gradient = Gradient(self.bn_backward_apply(gradient), None, None)
         if need_dx:
-            weight, stride, pad, dilation = conv
             y, coef = activation
             below, mask = (Normalised(y, coef), None) if coef is not None else (end, None if end is None else y)
             tensor, _, joined_stride = joined or (None, None, 1)
             hw, options = tuple(y.shape[1:3]), dict(residual_stride=joined_stride, rank=self.rank, dilation=dilation)
-            dx, sums = kernels.conv_dgrad(*gradient, weight, stride, pad, hw, below, tensor, mask, **options)
+            dx, sums = kernels.conv_dgrad(*gradient, weight, stride, pad, hw, below, tensor, mask, dy=dy, **options)
         if need_dw:
-            dw = self.conv_wgrad(gradient, activation, conv)
+            made = gradient if dy is None else Gradient(dy, None, None)
+            dw = self.conv_wgrad(made, activation, conv)
         return dx, sums, dw
 
     def conv_dgrad(self, gradient: Gradient, conv: Convolution, hw: tuple[int, int]) -> Tensor:

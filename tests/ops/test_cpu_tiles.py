@@ -75,7 +75,7 @@ def assert_good_data_grad(problem, backward, mask, added):
         for args in (given, exact(given))
     )
     masked = {"none": (None, None, None), "end": (x, None, (out, coef)), "below": (x, coef, (x, coef))}[mask]
-    dx, sums = guarded(tiles.data_grad, dz, y, abc, w, sizes(problem), residual, *masked)
+    dx, sums = guarded(tiles.data_grad, dz, y, abc, w, sizes(problem), residual, *masked[:2], below=masked[2])
     assert_as_good(dx, eager[0], exactly[0])
     assert (sums is None) == (mask == "none")
     if sums is not None:
@@ -135,7 +135,7 @@ def test_joined_with_the_end_of_a_block(shortcut, normalised):
     y, w, coef, other = problem.x(), problem.w(), problem.coef(), problem._replace(seed=30).coef()
     added, added_coef = problem.x(5) if shortcut else None, other if normalised else None
     out = torch.full_like(y, torch.nan)
-    got, _ = tiles.conv(y, w, 1, problem.pad, 1, coef, None, True, added, added_coef, out)
+    got, _ = tiles.conv(y, w, 1, problem.pad, 1, coef, None, True, shortcut=added, shortcut_coef=added_coef, out=out)
     assert torch.equal(out, cpu.passes.bn_add_relu(y, coef, added, added_coef))
     assert torch.equal(got, tiles.conv(out, w, 1, problem.pad)[0])
 
@@ -164,7 +164,7 @@ def test_results_do_not_depend_on_the_number_of_threads(of):
         for threads in (1, 2, 5, 11):
             torch.set_num_threads(threads)
             out, moments = tiles.conv(x, w, *geometry(problem), coef)
-            dx, sums = tiles.data_grad(dz, y, abc, w, sizes(problem), None, x, coef, (x, coef))
+            dx, sums = tiles.data_grad(dz, y, abc, w, sizes(problem), None, x, coef, below=(x, coef))
             results.append([out, *moments, dx, sums])
             assert (
                 relative_error(

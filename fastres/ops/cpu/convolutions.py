@@ -37,7 +37,7 @@ class PartedConvolutions(VendorConvolutions):
         output = _Output(x, conv, moments)
         for images in output.parts:
             a = x[images] if coef is None else passes.bn_add_relu(x[images], coef)
-            output.take(images, products.forward(a, w, stride, pad, output.at(images), dilation), residual)
+            output.take(images, products.forward(a, conv, output.at(images)), residual)
         return output.result()
 
     def conv_bias_act(
@@ -61,11 +61,13 @@ class PartedConvolutions(VendorConvolutions):
         added, added_coef, _ = shortcut or (None, None, 1)
         out, pad = torch.empty_like(y), (0, 0, 0, 0)
         if tiles.takes(y.dtype):
-            return out, *tiles.conv(y, weight, 1, pad, 1, coef, None, moments, added, added_coef, out)
+            return out, *tiles.conv(
+                y, weight, 1, pad, 1, coef, None, moments, shortcut=added, shortcut_coef=added_coef, out=out
+            )
         output = _Output(out, Convolution(weight), moments)
         for images in output.parts:
             a = passes.store_bn_add_relu(y[images], coef, _at(added, images), added_coef, True, out[images])
-            output.take(images, products.forward(a, weight, 1, pad, output.at(images)))
+            output.take(images, products.forward(a, Convolution(weight), output.at(images)))
         return out, *output.result()
 
     def conv_backward(
@@ -110,11 +112,11 @@ def _tiled_data_grad(
         return dx, sums
     mask, mask_coef = (None, None) if below is None else activation
     if joined is None:
-        return tiles.data_grad(dz, y, abc, w, problem, None, mask, mask_coef, below)
+        return tiles.data_grad(dz, y, abc, w, problem, None, mask, mask_coef, below=below)
     added = joined.tensor
     apart = added.untyped_storage().data_ptr() == dz.untyped_storage().data_ptr()  # dz is read until the end
     out = None if apart else added
-    dx, reduced = tiles.data_grad(dz, y, abc, w, problem, added, mask, mask_coef, below, out)
+    dx, reduced = tiles.data_grad(dz, y, abc, w, problem, added, mask, mask_coef, below=below, out=out)
     return added.copy_(dx) if apart else dx, reduced
 
 
@@ -128,9 +130,9 @@ def _parted_backward(
     need_dw: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`conv_backward` around PyTorch's convolution."""
-    (dz, y, abc), (x, coef), (w, stride, pad, dilation) = gradient, activation, conv
+    (dz, y, abc), (x, coef) = gradient, activation
     below, sums, dw = end if coef is None else Normalised(x, coef), [], None
-    parts = _parts(x, dz, w)
+    parts = _parts(x, dz, conv.weight)
     in_place = joined is not None and joined.tensor.shape == x.shape and joined.stride == 1
     dx = None
     if need_dx and len(parts) > 1:
@@ -140,7 +142,7 @@ def _parted_backward(
         dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], _at(y, images), abc)
         to = _at(dx, images)
         out = None if in_place else to
-        dx_part, dw_part = products.backward(dy, x[images], coef, w, stride, pad, out, need_dx, need_dw, dilation)
+        dx_part, dw_part = products.backward(dy, x[images], coef, conv, out, need_dx, need_dw)
         if dw_part is not None:
             dw = dw_part if dw is None else dw.add_(dw_part)
         if dx_part is None:

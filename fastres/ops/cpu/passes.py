@@ -118,14 +118,14 @@ def bn_add_relu_backward(
     dz, sums = dout if in_place else torch.empty_like(dout), new_sums(dout)
     shortcut_sums = None if shortcut_coef is None else torch.empty_like(sums)
     second = (None, None) if shortcut_coef is None else (shortcut, shortcut_coef)
-    _backward_sums(dout, None, out, None, (y, coef), second, dz, sums, shortcut_sums)
+    _backward_sums(dout, None, out, None, (y, coef), second, dz, sums=sums, second_sums=shortcut_sums)
     return dz, sums, shortcut_sums
 
 
 def bn_sums(dz: Tensor, y: Tensor, coef: Tensor) -> Tensor:
     """``[T, 2, C]``: the sums over each block of rows of dz and of dz * xhat."""
     sums = new_sums(dz)
-    _backward_sums(dz, None, None, None, (y, coef), (None, None), None, sums, None)
+    _backward_sums(dz, None, None, None, (y, coef), (None, None), None, sums=sums, second_sums=None)
     return sums
 
 
@@ -147,7 +147,7 @@ def store_relu_backward(
     """``dz = (dx + residual) * (relu > 0)`` and its BatchNorm's sums; the ReLU of ``a * scale + shift``, or ``a``
     itself.
     """
-    _backward_sums(dx, residual, a, a_coef, below, (None, None), dz, sums, None)
+    _backward_sums(dx, residual, a, a_coef, below, (None, None), dz, sums=sums, second_sums=None)
 
 
 def bn_backward_coef(
@@ -198,7 +198,7 @@ def bn_relu_max_pool_backward(
     dz, sums = torch.empty_like(y), new_sums(y)
     index_at, window = pointer(index, torch.uint8, dout.numel()), _window(y, dout, kernel, stride, pad)
     _pass("max_pool_backward", y, pointer(dout, y.dtype, index.numel()), index_at, window, _pointers(y)(dz))
-    _backward_sums(dz, None, y, coef, (y, coef), (None, None), dz, sums, None)
+    _backward_sums(dz, None, y, coef, (y, coef), (None, None), dz, sums=sums, second_sums=None)
     return dz, sums
 
 
@@ -218,6 +218,7 @@ def _backward_sums(
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor | None, Tensor | None],
     dz: Tensor | None,
+    *,
     sums: Tensor,
     second_sums: Tensor | None,
 ) -> None:

@@ -20,33 +20,26 @@ from fastres.ops.cpu import passes
 _GATHER_CHANNELS = 256
 
 
-def forward(a: Tensor, w: Tensor, stride: int, pad: Pad, y: Tensor | None, dilation: int = 1) -> Tensor:
+def forward(a: Tensor, conv: Convolution, y: Tensor | None) -> Tensor:
     """The convolution of a: in y where it can be, else in a tensor of its own."""
-    if not _is_product(w, pad):
-        return convolve(a, Convolution(w, stride, pad, dilation))
-    a = _strided(a, stride)
+    w = conv.weight
+    if not _is_product(w, conv.pad):
+        return convolve(a, conv)
+    a = _strided(a, conv.stride)
     y = a.new_empty(*a.shape[:3], w.shape[0]) if y is None else y
     torch.mm(_matrix(a), _matrix(w).t(), out=_matrix(y))
     return y
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    coef: Tensor | None,
-    w: Tensor,
-    stride: int,
-    pad: Pad,
-    dx: Tensor | None,
-    need_dx: bool,
-    need_dw: bool,
-    dilation: int = 1,
+    dy: Tensor, x: Tensor, coef: Tensor | None, conv: Convolution, dx: Tensor | None, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the convolution of ``relu(x*scale + shift)``, or of x without ``coef``: (at its input, of w in
-    fp32).
+    """Gradients of the convolution of ``relu(x*scale + shift)``, or of x without ``coef``.
 
-    The first is in dx where it can be, else in a tensor of its own.
+    Returns:
+        That at its input, in dx where it can be, else in a tensor of its own; that of the weight in fp32.
     """
+    w, stride, pad, dilation = conv
     product = _is_product(w, pad)
     if product:
         if need_dx:
@@ -58,11 +51,11 @@ def backward(
         a = _matrix(a if coef is None else passes.bn_add_relu(a, coef))
     elif need_dw and dilation == 1 and _is_gathered(w, stride):
         if need_dx:
-            dx, _ = convolve_backward(dy, x, Convolution(w, stride, pad), True, False)
+            dx, _ = convolve_backward(dy, x, conv, True, False)
         a = passes.patches(x, coef, dy, w.shape[1], stride, pad)
     else:
         a = x if coef is None or not need_dw else passes.bn_add_relu(x, coef)
-        return convolve_backward(dy, a, Convolution(w, stride, pad, dilation), need_dx, need_dw)
+        return convolve_backward(dy, a, conv, need_dx, need_dw)
     return dx, torch.mm(_matrix(dy).t(), a).float().view(w.shape)
 
 

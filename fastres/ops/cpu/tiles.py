@@ -104,6 +104,7 @@ def conv(
     coef: Tensor | None = None,
     residual: Tensor | None = None,
     moments: bool = True,
+    *,
     shortcut: Tensor | None = None,
     shortcut_coef: Tensor | None = None,
     out: Tensor | None = None,
@@ -170,6 +171,7 @@ def data_grad(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     mask_coef: Tensor | None = None,
+    *,
     below: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:

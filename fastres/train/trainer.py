@@ -80,7 +80,7 @@ class Trainer:
         self.say = say if ranks.first else lambda line: None
         self.device = machine.pick_device(rank_device(config.device, ranks))
         goes_on = config.weights is not None and ranks.of_first(folder.begun)  # it has weights, and options, of its own
-        if not goes_on:
+        if config.weights is not None and not goes_on:
             config = ranks.of_first(lambda: pretrained.settled(config))
         self.config = config = machine.settled(config, self.device, ranks.of_first)
         self.dataset = dataset = with_statistics(config, dataset)

@@ -84,9 +84,12 @@ def conv_configs(product: Product) -> list[Config]:
         sizes = [(128, 256), (128, 128), (128, 64)]  # bound by the L2: few large programs
     else:
         sizes = [(128, 128), (128, 64), (64, 64)]
+    square = Config(128, 128, 64, 8, 3, 128 if product.loaded == 1 else 255)
+    if product.taps == 1 and not product.made and product.columns > 128:  # Triton 3.6 would spill 8 bytes
+        square = square._replace(block_k=32, num_stages=4)
     of_size = {
         (128, 256): Config(128, 256, 64, 16, 3, 128),
-        (128, 128): Config(128, 128, 64, 8, 3, 128 if product.loaded == 1 else 255),
+        (128, 128): square,
         (128, 64): Config(128, 64, 64, 8, 3, 128),
         (64, 64): Config(64, 64, 64, 8, 3, 168),
     }
@@ -105,7 +108,7 @@ def dgrad_configs(product: Product) -> list[Config]:
     elif product.columns <= 64:
         found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     else:  # both tensors of the prologue in shallow steps, so that two programs have room
-        found = [Config(128, 128, 32, 8, 3, 128), Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
+        found = [Config(128, 128, 32, 8, 3, 128), Config(128, 64, 32, 8, 4, 128), Config(64, 64, 64, 4, 3, 128)]
         if product.taps == 1:  # a window's places would spill
             found[0] = found[0]._replace(num_stages=4)
             if product.columns > 128:

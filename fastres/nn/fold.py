@@ -27,7 +27,7 @@ from fastres.nn.structure import (
     structure_of,
     tell,
 )
-from fastres.ops import Conv, bn_relu, conv_bias_act, conv_bias_act_again
+from fastres.ops import Conv, bn_relu, conv_bias_act, repeat_conv_bias_act
 from fastres.ops.cpu import PackedConv
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class FoldedConv(_Inference):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, C, H, W] and residual [N, C', H', W'] to channels-last [N, C', H', W']."""
         if type(x) is Tensor and not _is_differentiated(x, residual):
-            y = conv_bias_act_again(x, self.weight, self.bias, residual, self.relu, self.packed)
+            y = repeat_conv_bias_act(x, self.weight, self.bias, residual, self.relu, self.packed)
             if y is not None:
                 return y
         if watched(x) or _is_differentiated(x, residual):

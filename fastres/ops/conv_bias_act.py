@@ -73,7 +73,7 @@ def _plain(x: Tensor, conv: Conv, bias: Tensor, residual: Tensor | None, relu: b
     return nhwc(torch.relu(y) if relu else y)
 
 
-def conv_bias_act_again(
+def repeat_conv_bias_act(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, packed: cpu.PackedConv
 ) -> Tensor | None:
     """`conv_bias_act` of what is like the last call with ``packed``, without looking at it twice.
@@ -89,7 +89,7 @@ def conv_bias_act_again(
         return None
     if is_recorded(x, weight, bias, residual) or plain.is_transformed():
         return None
-    return packed.again(x, weight, bias, residual, relu)
+    return packed.repeat(x, weight, bias, residual, relu)
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastres.nn import repack
 from fastres.nn.fold import FoldedConv
-from fastres.ops import Conv, conv_bias_act, conv_bias_act_again, cpu, implementation
+from fastres.ops import Conv, conv_bias_act, cpu, implementation, repeat_conv_bias_act
 from fastres.ops.cpu import PackedConv, onednn, packed
 
 pytestmark = pytest.mark.skipif(
@@ -75,24 +75,24 @@ def test_a_repeated_call_is_not_looked_at_twice(monkeypatch, stride, pad):
     first = conv_bias_act(x, conv, bias, packed=kept)
     monkeypatch.setattr(sys.modules["fastres.ops.conv_bias_act"], "conv_shape", None)
     image = x.permute(0, 3, 1, 2)
-    again = conv_bias_act_again(image, conv.weight, bias, None, True, kept)
-    torch.testing.assert_close(again.permute(0, 2, 3, 1), first, rtol=0, atol=0)
-    assert again.is_contiguous(memory_format=torch.channels_last)
+    repeated = repeat_conv_bias_act(image, conv.weight, bias, None, True, kept)
+    torch.testing.assert_close(repeated.permute(0, 2, 3, 1), first, rtol=0, atol=0)
+    assert repeated.is_contiguous(memory_format=torch.channels_last)
     others = {
         "batch": (image[:1], None, True),
         "layout": (image.contiguous(), None, True),
         "dtype": (image.bfloat16(), None, True),
-        "residual": (image, torch.zeros_like(again), True),
+        "residual": (image, torch.zeros_like(repeated), True),
         "relu": (image, None, False),
     }
     for what, (x, residual, relu) in others.items():
-        assert conv_bias_act_again(x, conv.weight, bias, residual, relu, kept) is None, what
+        assert repeat_conv_bias_act(x, conv.weight, bias, residual, relu, kept) is None, what
     with torch.autocast("cpu", torch.bfloat16):
-        assert conv_bias_act_again(image, conv.weight, bias, None, True, kept) is None
+        assert repeat_conv_bias_act(image, conv.weight, bias, None, True, kept) is None
     with implementation("aten"):
-        assert conv_bias_act_again(image, conv.weight, bias, None, True, kept) is None
+        assert repeat_conv_bias_act(image, conv.weight, bias, None, True, kept) is None
     bias.add_(1)
-    assert conv_bias_act_again(image, conv.weight, bias, None, True, kept) is None
+    assert repeat_conv_bias_act(image, conv.weight, bias, None, True, kept) is None
 
 
 def test_a_folded_convolution_refuses_the_second_time_what_it_refuses_the_first():

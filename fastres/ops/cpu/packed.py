@@ -62,10 +62,10 @@ class PackedConv:
         return self._ready is not None
 
     @torch.no_grad()
-    def first(
+    def prepare(
         self, x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, residual: Tensor | None, relu: bool
     ) -> Tensor:
-        """The same as `again`, with what is to be prepared for it."""
+        """The same as `repeat`, with what is to be prepared for it."""
         stride, pad, dilation = geometry
         whole = nhwc(x)
         inner, padding = padded(whole, pad)
@@ -86,7 +86,7 @@ class PackedConv:
         return call(x, residual)
 
     @torch.no_grad()
-    def again(
+    def repeat(
         self,
         x: Tensor,
         weight: Tensor,
@@ -158,5 +158,5 @@ def packed_conv_bias_act(
 ) -> Tensor:
     """`Backend.conv_bias_act` of the weight [C', C, KH, KW]."""
     x, residual = nchw(x), None if residual is None else nchw(residual)
-    y = packed.again(x, weight, bias, residual, relu, geometry)
-    return nhwc(packed.first(x, weight, bias, geometry, residual, relu) if y is None else y)
+    y = packed.repeat(x, weight, bias, residual, relu, geometry)
+    return nhwc(packed.prepare(x, weight, bias, geometry, residual, relu) if y is None else y)

@@ -191,7 +191,7 @@ def test_a_folded_convolution_has_eagers_gradients(packed):
     assert_close(ours, found(CASES["conv_bias_act"].eager), torch.float32)
     if packed:
         nchw = x.permute(0, 3, 1, 2), frozen[0].weight, frozen[1], added.detach().permute(0, 3, 1, 2)
-        assert ops.conv_bias_act_again(*nchw, True, options["packed"]) is None
+        assert ops.repeat_conv_bias_act(*nchw, True, options["packed"]) is None
 
 
 @pytest.mark.parametrize("name", CASES)

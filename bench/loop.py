@@ -26,6 +26,7 @@ from bench.rate import make_trainer
 from bench.record import RESULTS, write_results
 from bench.tables import markdown
 from fastres.train import Trainer, machine
+from fastres.train.loss import cross_entropy
 from fastres.train.signals import StopRequest
 
 PARTS = ("forward", "backward", "optimizer", "batches")
@@ -76,7 +77,7 @@ def clocked_epoch(trainer: Trainer, epoch: int) -> dict[str, Any]:
     trainer.epoch, trainer.batch, trainer.step = epoch, 0, 0
     patches = [
         mock.patch.object(update, "network", clocks.around("forward", update.network)),
-        mock.patch("fastres.train.update.F.cross_entropy", clocks.around("forward", torch.nn.functional.cross_entropy)),
+        mock.patch("fastres.train.update.cross_entropy", clocks.around("forward", cross_entropy)),
         mock.patch.object(torch.Tensor, "backward", clocks.around("backward", torch.Tensor.backward)),
         mock.patch.object(update.optimizer, "step", clocks.around("optimizer", update.optimizer.step)),
         mock.patch.object(batches, "epoch", clocks.around_iterator("batches", batches.epoch)),

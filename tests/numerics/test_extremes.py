@@ -192,8 +192,10 @@ def compare(case: Extreme, fused: Callable, eager: Callable, arguments: tuple) -
     exact = with_case(eager, arguments, torch.float64)
     bar = granted(case, tracked)
     for index, four in enumerate(zip(ours, theirs, again, exact, strict=True)):
-        # whether a zero of the padding meets an infinite gradient, and makes NaN of it, is the convolution's own affair
-        assert_same_places(*four, bar, f"tensor {index}", whole=case.wrong_gradient and index > 0)
+        # Whether a padding's zero meets an infinite gradient, and makes NaN of it, is the convolution's own affair;
+        # and where a far constant's normalised value is lost in rounding, whether its ReLU lets a NaN through is luck.
+        whole = index > 0 and (case.wrong_gradient or bar >= LOST)
+        assert_same_places(*four, bar, f"tensor {index}", whole)
 
 
 def for_drawn(backend: str, check: Callable, **options: bool) -> None:

@@ -88,7 +88,7 @@ class Timed(Triton):
         calls = {
             name: getattr(backend, primitive)
             for name, backend in self._candidates.items()
-            if primitive == "conv_backward" or not isinstance(backend, TritonVendorWeights)  # elsewhere plain Triton
+            if primitive == "conv_backward" or not _differs_in_backward(backend)
         }
         if torch.cuda.is_current_stream_capturing():  # a graph cannot hold the timing; an eager call may still decide
             return calls[self._choices.known(text, calls) or next(iter(calls))]
@@ -96,6 +96,11 @@ class Timed(Triton):
         self._calls[key] = calls[name]
         self.chosen[text] = name
         return calls[name]
+
+
+def _differs_in_backward(backend: Backend) -> bool:
+    """Whether a candidate is plain Triton but for a convolution's joint gradients."""
+    return isinstance(backend, TritonVendorWeights) or (isinstance(backend, Triton) and not backend.dy_once)
 
 
 def _signature(values: tuple) -> tuple:

@@ -35,7 +35,7 @@ class Triton(Backend):
         self.name = "triton" if rank == 0 else f"triton, tiles {rank + 1}"
         if not dy_once:
             self.name += ", dy in each"
-        self._dy_once = dy_once
+        self.dy_once = dy_once
 
     def bn_backward_coef(self, sums: Tensor, coef: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         return kernels.bn_backward_coef(sums, coef, None, count, training)
@@ -99,7 +99,7 @@ class Triton(Backend):
         """
         dx = sums = dw = dy = None
         weight, stride, pad, dilation = conv
-        if self._dy_once and need_dx and need_dw and gradient.abc is not None:
+        if self.dy_once and need_dx and need_dw and gradient.abc is not None:
             if is_pointwise((weight.shape[1], weight.shape[2]), pad):
                 dy = buffers.empty(gradient.dz, *gradient.dz.shape)
             elif min(weight.shape[0], weight.shape[3]) >= PASS_CHANNELS:

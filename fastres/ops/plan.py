@@ -113,10 +113,11 @@ class Plan:
 
 def decode(code: Code) -> Plan:
     """The plan of which `Plan.encode` made the code."""
-    structure, integers, numbers = code
-    if all(type(value) is int for value in integers) and all(type(value) is float for value in numbers):
-        return _decoded(structure, tuple(integers), tuple(numbers))
-    return _decoded.__wrapped__(structure, tuple(integers), tuple(numbers))  # torch.compile's, which have no hash
+    key = code.structure, tuple(code.integers), tuple(code.numbers)
+    try:
+        return _decoded(*key)
+    except TypeError:  # torch.compile's numbers have no hash
+        return _decoded.__wrapped__(*key)
 
 
 @lru_cache(maxsize=4096)

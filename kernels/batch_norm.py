@@ -307,15 +307,12 @@ def bn_backward_coef_kernel(
     tl.store(dbeta_ptr + channel, dbeta.to(tl.float32), mask=channel_ok)
 
 
-def bn_backward_coef(
-    sums: Tensor, coef: Tensor, gamma: Tensor | None, count: int, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def bn_backward_coef(sums: Tensor, coef: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm's backward as ``dy = A*dz + B*y + C``: abc [3, C]; and the gradients of gamma and beta [C]; fp32.
 
     Args:
         sums: [T, 2, C] fp32, partial sums of dz and of dz * xhat.
         coef: [5, C] fp32.
-        gamma: unused, as coef's scale has it.
         count: pixels, over which the statistics were taken.
         training: whether they are of this batch and so depend on y.
     """

@@ -17,11 +17,8 @@ class Flat:
     def __init__(self, backend: Any):
         self.backend = backend
         self.moments, self.finalize, self.running_coef = backend.moments, backend.finalize, backend.running_coef
-        self.global_avg_pool = backend.global_avg_pool
+        self.bn_backward_coef, self.global_avg_pool = backend.bn_backward_coef, backend.global_avg_pool
         self.global_avg_pool_backward = backend.global_avg_pool_backward
-
-    def bn_backward_coef(self, sums: Tensor, coef: Tensor, gamma: Tensor | None, count: int, training: bool) -> Any:
-        return self.backend.bn_backward_coef(sums, coef, count, training)
 
     def bn_sums(self, dz: Tensor, y: Tensor, coef: Tensor) -> Tensor:
         return self.backend.bn_sums(dz, Normalised(y, coef))

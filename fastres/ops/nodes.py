@@ -17,7 +17,7 @@ from torch import Tensor
 from fastres.kernels.geometry import Pad, is_pointwise
 from fastres.kernels.types import Moments
 from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Normalised, Shortcut, Window
-from fastres.ops.batch_norm import backward_coefficients, coefficients
+from fastres.ops.batch_norm import Vectors, backward_coefficients, coefficients
 
 if TYPE_CHECKING:
     from fastres.ops.plain import Plain
@@ -174,6 +174,24 @@ class Node:
     def plain(self, run: Plain, y: Tensor) -> Tensor:
         """Its result in PyTorch's own functions, [N, C, H, W] in and out, the ReLU behind a BatchNorm left out."""
         raise NotImplementedError
+
+
+class Reader:
+    """A walk's parameters, in the order of the nodes: a convolution's weight, the four `Vectors` of a BatchNorm."""
+
+    def __init__(self, parameters: Sequence[Tensor | None]):
+        self._parameters = iter(parameters)
+
+    def weight(self) -> Tensor:
+        """The next convolution's."""
+        weight = next(self._parameters)
+        assert weight is not None
+        return weight
+
+    def vectors(self) -> Vectors:
+        """The next BatchNorm's."""
+        left = self._parameters
+        return Vectors(next(left), next(left), next(left), next(left))
 
 
 @dataclass(frozen=True)

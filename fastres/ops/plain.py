@@ -20,7 +20,7 @@ from fastres.ops.backends.aten import coefficients_of
 from fastres.ops.backends.protocol import statistics_dtype
 from fastres.ops.backends.vendor import nchw, nhwc
 from fastres.ops.batch_norm import Vectors
-from fastres.ops.nodes import End, Node, Norm
+from fastres.ops.nodes import End, Node, Norm, Reader
 from fastres.ops.operation import no_autocast, without_autocast
 from fastres.ops.plan import Plan
 
@@ -51,11 +51,11 @@ def is_differentiated(dout: Tensor) -> bool:
     return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(dout)
 
 
-class Plain:
+class Plain(Reader):
     """A walk over a plan's nodes.
 
     Args:
-        parameters: of each node in order: a convolution's weight [Cout, Cin, KH, KW], the `Vectors` of a BatchNorm.
+        parameters: see `Reader`; weights are [Cout, Cin, KH, KW].
         added: a tensor [N, C, H, W] that is the first block's shortcut.
         result: the first block's, where the values of ``added`` are not known; derivatives are as if they were.
         group: name of a process group.
@@ -68,21 +68,11 @@ class Plain:
         result: Tensor | None = None,
         group: str | None = None,
     ):
+        super().__init__(parameters)
         self.added = added
         self.shortcuts: list[Tensor] = []
         self.coefs: list[Tensor] = []
-        self._parameters, self._result, self._group = iter(parameters), result, group
-
-    def weight(self) -> Tensor:
-        """The next convolution's."""
-        weight = next(self._parameters)
-        assert weight is not None
-        return weight
-
-    def vectors(self) -> Vectors:
-        """The next BatchNorm's."""
-        left = self._parameters
-        return Vectors(next(left), next(left), next(left), next(left))
+        self._result, self._group = result, group
 
     def run(self, nodes: Sequence[Node], y: Tensor) -> Tensor:
         """The result of the nodes, [N, C, H, W] in and out."""
@@ -116,10 +106,15 @@ class Plain:
 
 @without_autocast
 def run(
-    plan: Plan, x: Tensor, parameters: Sequence[Tensor | None], added: Tensor | None = None
+    plan: Plan,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    added: Tensor | None = None,
+    result: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """See `fastres.ops.fused.fused`."""
-    walk = Plain(parameters, None if added is None else nchw(added), group=plan.group)
+    """See `fastres.ops.fused.fused`; ``result`` of `Plain`, [N, H, W, C]."""
+    added, result = (None if t is None else nchw(t) for t in (added, result))
+    walk = Plain(parameters, added, result, plan.group)
     return nhwc(walk.run(plan.nodes, nchw(x))), walk.coefs
 
 
@@ -175,9 +170,7 @@ def plan_gradients(
     check_alone(plan.group if any(norm.training for norm in plan.norms) else None)
 
     def form(x: Tensor, added: Tensor | None, *parameters: Tensor | None) -> Tensor:
-        known = None if result is None else nchw(result)
-        walk = Plain(parameters, None if added is None else nchw(added), known)
-        return nhwc(walk.run(plan.nodes, nchw(x)))
+        return run(plan, x, parameters, added, result)[0]
 
     return gradients(form, inputs, needs, dout)
 

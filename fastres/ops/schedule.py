@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 
 from fastres.ops.backends.protocol import Backend, Gradient, Shortcut
-from fastres.ops.batch_norm import Vectors
-from fastres.ops.nodes import End, Node, Open, Opened, Output, Step, Tail, Value, shortcut_gradient
+from fastres.ops.nodes import End, Node, Open, Opened, Output, Reader, Step, Tail, Value, shortcut_gradient
 from fastres.ops.plan import Plan
 
 
-class Forward:
+class Forward(Reader):
     """A walk forward.
 
     Args:
         p: the backend.
-        parameters: of each node in order: a convolution's weight [Cout, KH, KW, Cin], the four `Vectors` of a
-            BatchNorm.
+        parameters: see `Reader`; weights are [Cout, KH, KW, Cin].
         added: a tensor that is the first block's shortcut.
         recording: whether backward will need what is kept.
 
@@ -41,22 +39,12 @@ class Forward:
         added: Tensor | None = None,
         recording: bool = False,
     ):
+        super().__init__(parameters)
         self.p, self.group, self.added = p, group, added
         self.shortcuts: list[Opened] = []
         self.kept: list[Tensor] = []
         self.coefs: list[Tensor] = []
-        self._parameters, self._recording = iter(parameters), recording
-
-    def weight(self) -> Tensor:
-        """The next convolution's."""
-        weight = next(self._parameters)
-        assert weight is not None
-        return weight
-
-    def vectors(self) -> Vectors:
-        """The next BatchNorm's."""
-        left = self._parameters
-        return Vectors(next(left), next(left), next(left), next(left))
+        self._recording = recording
 
     def keep(self, tensor: Tensor) -> None:
         """For backward."""

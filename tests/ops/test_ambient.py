@@ -174,7 +174,7 @@ class TestPointers:
             lambda: passes.bn_add_relu_backward(y, y, spoil(y), coef),
             lambda: passes.bn_add_relu_backward(y, y, y, spoil(coef)),
             lambda: passes.bn_backward_apply(y, y, spoil(abc)),
-            lambda: passes.bn_backward_coef(sums, spoil(coef), None, 24, True),
+            lambda: passes.bn_backward_coef(sums, spoil(coef), 24, True),
             lambda: passes.bn_relu_max_pool(y, spoil(coef), 2, 2, (0, 0, 0, 0)),
             lambda: passes.bn_relu_max_pool_backward(out, spoil(index), y, coef, 2, 2, (0, 0, 0, 0)),
             lambda: passes.patches(y, spoil(coef), y, 1, 1, (0, 0, 0, 0)),

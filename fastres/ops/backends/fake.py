@@ -79,9 +79,7 @@ class Fake(Backend):
     def conv(
         self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
     ) -> tuple[Tensor, Moments | None]:
-        x, (weight, stride, pad, dilation) = activation.y, conv
-        hw = output_hw((x.shape[1], x.shape[2]), (weight.shape[1], weight.shape[2]), stride, pad, dilation)
-        y = x.new_empty(x.shape[0], *hw, weight.shape[0])
+        y = activation.y.new_empty(conv.shape_of(activation.y))
         return y, self.moments(y) if moments else None
 
     def bn_add_relu_conv(

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastres.kernels.geometry import Pad
+from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
 
 MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
@@ -61,6 +61,12 @@ class Convolution(NamedTuple):
     stride: int = 1
     pad: Pad = (0, 0, 0, 0)  # top, left, bottom, right
     dilation: int = 1
+
+    def shape_of(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Shape [N, OH, OW, Cout] of the convolution of x [N, H, W, Cin]."""
+        kernel = self.weight.shape[1], self.weight.shape[2]
+        hw = output_hw((x.shape[1], x.shape[2]), kernel, self.stride, self.pad, self.dilation)
+        return x.shape[0], *hw, self.weight.shape[0]
 
 
 class Window(NamedTuple):

@@ -9,14 +9,15 @@ from fastres.kernels import buffers
 from fastres.kernels.geometry import is_pointwise
 from fastres.kernels.types import Moments
 from fastres.ops.backends.aten import Aten
-from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient, Normalised, Shortcut, Window
+from fastres.ops.backends.passes import Passes
+from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Normalised, Shortcut
 from fastres.ops.backends.vendor import VendorConvolutions
 
 # Channels on both sides of a window from which the gradient behind its BatchNorm is made by a pass of its own.
 PASS_CHANNELS = 128
 
 
-class Triton(Backend):
+class Triton(Passes):
     """See `fastres.ops.backends.protocol.Backend` for each method.
 
     Args:
@@ -24,7 +25,9 @@ class Triton(Backend):
         dy_once: whether the gradient that both gradients of a convolution read is computed once, not in each of them.
     """
 
+    functions = kernels
     moments = staticmethod(kernels.moments)
+    bn_backward_coef = staticmethod(kernels.bn_backward_coef)
     finalize = staticmethod(kernels.finalize)
     running_coef = staticmethod(kernels.running_coef)
     global_avg_pool = staticmethod(kernels.global_avg_pool)
@@ -36,37 +39,6 @@ class Triton(Backend):
         if not dy_once:
             self.name += ", dy in each"
         self.dy_once = dy_once
-
-    def bn_backward_coef(self, sums: Tensor, coef: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels.bn_backward_coef(sums, coef, None, count, training)
-
-    def bn_add_relu(self, normalised: Normalised, shortcut: Shortcut | None = None, relu: bool = True) -> Tensor:
-        tensor, coef, stride = shortcut or (None, None, 1)
-        return kernels.bn_add_relu(*normalised, tensor, coef, relu, stride)
-
-    def bn_add_relu_backward(
-        self,
-        dout: Tensor,
-        out: Tensor | None,
-        normalised: Normalised,
-        shortcut: Shortcut | None = None,
-        in_place: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        tensor, coef, _ = shortcut or (None, None, 1)
-        return kernels.bn_add_relu_backward(dout, out, *normalised, tensor, coef, in_place)
-
-    def bn_backward_apply(self, gradient: Gradient, residual: Tensor | None = None) -> Tensor:
-        dz, y, abc = gradient
-        assert abc is not None
-        return kernels.bn_backward_apply(dz, y, abc, residual)
-
-    def bn_relu_max_pool(self, normalised: Normalised, window: Window) -> tuple[Tensor, Tensor]:
-        return kernels.bn_relu_max_pool(*normalised, window.kernel, window.stride, window.pad)
-
-    def bn_relu_max_pool_backward(
-        self, dout: Tensor, index: Tensor, normalised: Normalised, window: Window
-    ) -> tuple[Tensor, Tensor]:
-        return kernels.bn_relu_max_pool_backward(dout, index, *normalised, window.kernel, window.stride, window.pad)
 
     def conv(
         self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True

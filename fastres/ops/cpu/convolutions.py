@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres.kernels.geometry import output_hw
 from fastres.kernels.types import Moments
 from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Normalised, Shortcut
 from fastres.ops.backends.vendor import VendorConvolutions, add_gradient, nchw, nhwc, padded
@@ -170,10 +169,8 @@ class _Output:
     """A convolution's output, put together part by part, and its statistics."""
 
     def __init__(self, x: Tensor, conv: Convolution, moments: bool):
-        w, stride, pad, dilation = conv
-        hw = output_hw((x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]), stride, pad, dilation)
-        shape = x.shape[0], *hw, w.shape[0]
-        self.parts = _parts(x, x.new_empty(1).expand(shape), w)
+        shape = conv.shape_of(x)
+        self.parts = _parts(x, x.new_empty(1).expand(shape), conv.weight)
         self._y: Tensor | None = x.new_empty(shape) if len(self.parts) > 1 else None
         self._moments: list[Moments] | None = [] if moments else None
 

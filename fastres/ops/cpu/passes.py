@@ -150,9 +150,7 @@ def store_relu_backward(
     _backward_sums(dx, residual, a, a_coef, below, (None, None), dz, sums=sums, second_sums=None)
 
 
-def bn_backward_coef(
-    sums: Tensor, coef: Tensor, gamma: Tensor | None, count: int, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def bn_backward_coef(sums: Tensor, coef: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm's backward as ``dy = A*dz + B*y + C``, and the gradients of gamma and beta; added up in fp64."""
     blocks, _, channels = sums.shape
     abc, dgamma, dbeta = empty(sums, 3, channels), empty(sums, channels), empty(sums, channels)

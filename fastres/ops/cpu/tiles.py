@@ -162,6 +162,16 @@ def folded_conv(
     return y
 
 
+def _gradient(
+    dz: Tensor, y: Tensor | None, abc: Tensor | None, problem: Sizes
+) -> tuple[int | None, int | None, int | None]:
+    """Pointers to what dy, ``A*dz + B*y + C``, is made of; without ``abc`` y is not read."""
+    n, _, _, _, out_height, out_width, outputs = problem[:7]
+    size = n * out_height * out_width * outputs
+    read = None if abc is None else y
+    return pointer(dz, BF16, size), pointer(read, BF16, size), pointer(abc, torch.float32, 3 * outputs)
+
+
 def data_grad(
     dz: Tensor,
     y: Tensor | None,
@@ -183,21 +193,18 @@ def data_grad(
     Args:
         out: where the gradient goes, which may be the residual's memory, but not that of dz.
     """
-    n, height, width, channels, out_height, out_width, outputs = problem[:7]
+    n, height, width, channels = problem[:4]
     dx = buffers.empty(dz, n, height, width, channels) if out is None else out
     sums, below_y, below_coef = None, None, None
     if below is not None:
         units = len(_counts(problem, True, _form()))
         sums = buffers.empty(dz, units, 2, channels, dtype=torch.float32)
         below_y, below_coef = below
-    size = n * out_height * out_width * outputs
     call(
         "data_grad",
         _form(),
         _native(problem),
-        pointer(dz, BF16, size),
-        pointer(y if abc is not None else None, BF16, size),
-        pointer(abc, torch.float32, 3 * outputs),
+        *_gradient(dz, y, abc, problem),
         pointer(weights := packed(w, problem, True), BF16, weights.numel()),
         pointer(residual, BF16, dx.numel()),
         pointer(mask, BF16, dx.numel()),
@@ -215,16 +222,13 @@ def weight_grad(
     x: Tensor, coef: Tensor | None, dz: Tensor, y: Tensor | None, abc: Tensor | None, problem: Sizes
 ) -> Tensor:
     """Gradient in fp32 of w [K, KH, KW, C] in the convolution of relu(x*scale + shift) or x, of `data_grad`'s dy."""
-    n, height, width, channels, out_height, out_width, outputs = problem[:7]
-    dw = buffers.empty(x, outputs, *problem[7:9], channels, dtype=torch.float32)
-    size = n * out_height * out_width * outputs
+    n, height, width, channels = problem[:4]
+    dw = buffers.empty(x, *problem[6:9], channels, dtype=torch.float32)
     call(
         "weight_grad",
         _form(),
         _native(problem),
-        pointer(dz, BF16, size),
-        pointer(y if abc is not None else None, BF16, size),
-        pointer(abc, torch.float32, 3 * outputs),
+        *_gradient(dz, y, abc, problem),
         pointer(x, BF16, n * height * width * channels),
         pointer(coef, torch.float32, 5 * channels),
         pointer(dw, torch.float32, dw.numel()),

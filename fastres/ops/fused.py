@@ -12,7 +12,7 @@ from fastres.ops import plain
 from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Backend
 from fastres.ops.layers import contiguous, dense, in_autocast, nhwc_weight, weight_grad
-from fastres.ops.nodes import End
+from fastres.ops.nodes import End, Norm
 from fastres.ops.operation import isolated, operation
 from fastres.ops.plan import Code, Plan, decode
 from fastres.ops.schedule import Backward, Forward
@@ -131,16 +131,28 @@ def fused_forward(
         x, added, known: see `fused`.
         parameters: see `fused`, but weights are [Cout, KH, KW, Cin] in x's dtype.
     """
-    plan = decode(Code(structure, integers, numbers))
     with isolated(x):
-        walk = Forward(backend_for(x), plan.group, parameters, added, recording)
-        return [walk.run(plan.nodes, x, known), *walk.kept, *walk.coefs]
+        p, code = backend_for(x), Code(structure, integers, numbers)
+        key, inputs = ("forward", *code.key, recording), [x, added, known, *parameters]
+        return p.repeated(key, inputs, lambda: _results(p, code, x, added, known, parameters, recording))
 
 
 @fused_forward.register_fake
 def _(structure, integers, numbers, x, added, known, parameters, recording):
-    plan = decode(Code(structure, integers, numbers))
-    walk = Forward(Fake(), plan.group, parameters, added, recording)
+    return _results(Fake(), Code(structure, integers, numbers), x, added, known, parameters, recording)
+
+
+def _results(
+    p: Backend,
+    code: Code,
+    x: Tensor,
+    added: Tensor | None,
+    known: Tensor | None,
+    parameters: Sequence[Tensor | None],
+    recording: bool,
+) -> list[Tensor]:
+    plan = decode(code)
+    walk = Forward(p, plan.group, parameters, added, recording)
     return [walk.run(plan.nodes, x, known), *walk.kept, *walk.coefs]
 
 
@@ -163,12 +175,21 @@ def fused_backward(
         needs: whether the gradients of x, of the shortcut that is a tensor and of each weight are needed.
     """
     with isolated(x):
-        return _gradients(backend_for(x), Code(structure, integers, numbers), dout, x, out, saved, needs)
+        p, code = backend_for(x), Code(structure, integers, numbers)
+        key, inputs = ("backward", *code.key, *needs), [dout, x, out, *saved]
+        return _joined(code, p.repeated(key, inputs, lambda: _gradients(p, code, dout, x, out, saved, needs)))
 
 
 @fused_backward.register_fake
 def _(structure, integers, numbers, dout, x, out, saved, needs):
-    return _gradients(Fake(), Code(structure, integers, numbers), dout, x, out, saved, needs)
+    code = Code(structure, integers, numbers)
+    return _joined(code, _gradients(Fake(), code, dout, x, out, saved, needs))
+
+
+def _joined(code: Code, gradients: list[Tensor]) -> list[Tensor]:
+    """With those of all gammas and betas in one vector."""
+    vectors = 2 * code.nodes.count(Norm.code)
+    return [torch.cat(gradients[:vectors]), *gradients[vectors:]]
 
 
 def _gradients(

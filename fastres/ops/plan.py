@@ -21,6 +21,11 @@ class Code(NamedTuple):
     numbers: list[float]
 
     @property
+    def key(self) -> tuple[str, tuple[int, ...], tuple[float, ...]]:
+        """The same, with a hash where the numbers have one."""
+        return self.structure, tuple(self.integers), tuple(self.numbers)
+
+    @property
     def nodes(self) -> str:
         """The structure without the process group."""
         return self.structure.partition("|")[0]
@@ -113,11 +118,10 @@ class Plan:
 
 def decode(code: Code) -> Plan:
     """The plan of which `Plan.encode` made the code."""
-    key = code.structure, tuple(code.integers), tuple(code.numbers)
     try:
-        return _decoded(*key)
+        return _decoded(*code.key)
     except TypeError:  # torch.compile's numbers have no hash
-        return _decoded.__wrapped__(*key)
+        return _decoded.__wrapped__(*code.key)
 
 
 @lru_cache(maxsize=4096)

@@ -6,6 +6,7 @@ for fp64 activations. A BatchNorm's coefficients ``coef`` are [5, C]: mean, bias
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -189,6 +190,20 @@ class Backend(Protocol):
         self, x: Tensor, conv: Convolution, bias: Tensor, residual: Tensor | None = None, relu: bool = True
     ) -> Tensor:
         """``relu(conv2d(x) + bias (+ residual))``, for inference."""
+
+    # -- walks over the primitives --
+
+    def repeated(
+        self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """The results of ``walk()``, which calls primitives; a backend may remember what a walk did and do that again.
+
+        Args:
+            key: all that the walk depends on beside its inputs.
+            inputs: all tensors that it reads.
+            walk: makes every result anew.
+        """
+        return walk()
 
     # -- process groups --
 

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "conv.h"
+#include "slots.h"
 
 namespace fastres {
 namespace {
@@ -305,3 +306,10 @@ extern "C" void fastres_weight_grad(int64_t form, const int64_t* sizes, const ui
   if (coef) source.prologue = Prologue::kNorm, source.scale = coef + 3 * s.in_channels, source.shift = coef + 4 * s.in_channels;
   weight_grad(Form(form), s, source, gradient_source(dz, y, abc, s.out_channels), dw, threads);
 }
+
+FASTRES_SLOTS(unit_pixels)
+FASTRES_SLOTS(pack)
+FASTRES_SLOTS(conv)
+FASTRES_SLOTS(folded_conv)
+FASTRES_SLOTS(data_grad)
+FASTRES_SLOTS(weight_grad)

@@ -103,7 +103,7 @@ def _tiled_data_grad(
     below = end if coef is None else Normalised(x, coef)
     if joined is not None and (joined.stride > 1 or joined.tensor.shape != x.shape):
         dx, _ = tiles.data_grad(dz, y, abc, w, problem)
-        add_gradient(dx, joined)
+        passes.add_gradient(dx, joined.tensor, joined.stride)
         if below is None:
             return dx, None
         sums = passes.new_sums(dx)

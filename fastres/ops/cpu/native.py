@@ -1,38 +1,74 @@
-"""Calls of the compiled passes: here, and nowhere else, a tensor becomes an address."""
+"""Calls of the compiled passes: here, and nowhere else, a tensor becomes an address.
+
+A `Recorder` is told of every tensor whose address is taken and of every call, see `fastres.ops.cpu.tape`.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastres.ops.cpu.build import library
 
-# What each function takes, in C++: p a pointer, i int64, d double, b bool.
-_SIGNATURES = {
-    "finalize": "pppppdiip",
-    "backward_coef": "ppiidbppp",
-    "moments": "pppiiippi",
-    "normalise": "ppppbpiiii",
-    "backward_sums": "pppppppppppiiii",
-    "backward_apply": "pppppiiii",
-    "max_pool": "pppppi",
-    "max_pool_backward": "ppppi",
-    "patches": "ppppi",
-    "weight_grad": "ipppppppi",
-    "unit_pixels": "ipbp",
-    "pack": "ipbppi",
-    "conv": "ipppppppppppi",
-    "folded_conv": "ipppppbpi",
-    "data_grad": "ippppppppppppi",
+# What each function takes, in C++: p a pointer to what it reads, o to what it may write, i int64, d double, b bool.
+SIGNATURES = {
+    "finalize": "pppppdiio",
+    "running_coef": "ppppdio",
+    "backward_coef": "ppiidbooo",
+    "moments": "ppoiiiooi",
+    "normalise": "ppppboiiii",
+    "normalise_apart": "ppppboi",
+    "add_apart": "ppoi",
+    "backward_sums": "ppppppppoooiiii",
+    "backward_apply": "ppppoiiii",
+    "max_pool": "pppooi",
+    "max_pool_backward": "pppoi",
+    "patches": "pppoi",
+    "weight_grad": "ippppppoi",
+    "unit_pixels": "ipbo",
+    "pack": "ipbpoi",
+    "conv": "ipppppoppoooi",
+    "folded_conv": "ipppppboi",
+    "data_grad": "ippppppppppooi",
+    "program": "pip",
 }
 # What returns an int64.
 _ANSWERS = {"form": "", "units": "ipb", "packed_size": "ipb"}
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double, "b": ctypes.c_bool}
+_TYPES = {"p": ctypes.c_void_p, "o": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double, "b": ctypes.c_bool}
 _functions: dict[str, Any] = {}
+
+
+class Recorder(Protocol):
+    """Who is told what happens in a thread."""
+
+    def address_taken(self, tensor: Tensor, address: int) -> None:
+        """A tensor is an argument of the next call."""
+
+    def called(self, name: str, arguments: Sequence[Any], suffix: str) -> None:
+        """A function was called."""
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def recorded_by(recorder: Recorder) -> Iterator[None]:
+    """In this context the recorder is told of all that this thread calls."""
+    _thread.recorder = recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = None
 
 
 def pointer(tensor: Tensor | None, dtype: torch.dtype, size: int) -> int | None:
@@ -50,6 +86,8 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype, size: int) -> int | None:
         and tensor.numel() >= size
         and ((address := tensor.data_ptr()) or not size)
     ):
+        if (recorder := _thread.recorder) is not None:
+            recorder.address_taken(tensor, address)
         return address
     raise RuntimeError(
         f"a compiled pass takes a contiguous {dtype} tensor of at least {size} elements on the CPU, but got a "
@@ -67,6 +105,8 @@ def call(name: str, *arguments: Any, suffix: str = "") -> None:
     """Call a function of the library: pointers as `pointer` and `integers` make them, plain numbers otherwise."""
     function = _functions.get(name + suffix) or _declared(name, suffix)
     function(*arguments)
+    if (recorder := _thread.recorder) is not None:
+        recorder.called(name, arguments, suffix)
 
 
 def answer(name: str, *arguments: Any) -> int:
@@ -77,6 +117,13 @@ def answer(name: str, *arguments: Any) -> int:
 def _declared(name: str, suffix: str) -> Any:
     function = getattr(library(), f"fastres_{name}{suffix}")
     function.restype = ctypes.c_int64 if name in _ANSWERS else None
-    function.argtypes = [_TYPES[letter] for letter in {**_SIGNATURES, **_ANSWERS}[name]]
+    function.argtypes = [_TYPES[letter] for letter in {**SIGNATURES, **_ANSWERS}[name]]
     _functions[name + suffix] = function
     return function
+
+
+def with_slots(name: str, suffix: str) -> int:
+    """Address of the form of a function that takes its arguments in slots, see slots.h."""
+    address = ctypes.cast(getattr(library(), f"fastres_{name}{suffix}_slots"), ctypes.c_void_p).value
+    assert address is not None
+    return address

@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "slots.h"
+
 namespace {
 
 struct bf16 {
@@ -304,6 +306,50 @@ void patches(const T* x, const float* scale, const float* shift, const Window& s
   }
 }
 
+// A tensor [n, height, width, c] and every stride-th of its pixels, which are those of [n, out_height, out_width, out_c].
+struct Apart {
+  int64_t n, height, width, c, out_height, out_width, out_c, stride;
+};
+
+// relu(y * scale + shift + shortcut) for every stride-th pixel of a shortcut, added to as many of the first channels as both have.
+template <typename T, bool kRelu>
+void normalise_apart(const T* y, const float* scale, const float* shift, const T* shortcut, const Apart& s, T* out,
+                     int64_t threads) {
+  const int64_t shared = std::min(s.c, s.out_c);
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t line = 0; line < s.n * s.out_height; ++line) {
+    const T* added = shortcut + (line / s.out_height * s.height + line % s.out_height * s.stride) * s.width * s.c;
+    for (int64_t pixel = line * s.out_width; pixel < (line + 1) * s.out_width; ++pixel, added += s.stride * s.c) {
+      const T* in = y + pixel * s.out_c;
+      T* to = out + pixel * s.out_c;
+#pragma omp simd
+      for (int64_t i = 0; i < shared; ++i) {
+        const float value = load(in[i]) * scale[i] + shift[i] + load(added[i]);
+        store(to + i, kRelu ? relu(value) : value);
+      }
+#pragma omp simd
+      for (int64_t i = shared; i < s.out_c; ++i) {
+        const float value = load(in[i]) * scale[i] + shift[i];
+        store(to + i, kRelu ? relu(value) : value);
+      }
+    }
+  }
+}
+
+// Adds the first channels of a gradient [n, out_height, out_width, out_c] to every stride-th pixel of dx.
+template <typename T>
+void add_apart(const T* gradient, const Apart& s, T* dx, int64_t threads) {
+  const int64_t shared = std::min(s.c, s.out_c);
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t line = 0; line < s.n * s.out_height; ++line) {
+    T* to = dx + (line / s.out_height * s.height + line % s.out_height * s.stride) * s.width * s.c;
+    const T* from = gradient + line * s.out_width * s.out_c;
+    for (int64_t column = 0; column < s.out_width; ++column, to += s.stride * s.c, from += s.out_c)
+#pragma omp simd
+      for (int64_t i = 0; i < shared; ++i) store(to + i, load(to[i]) + load(from[i]));
+  }
+}
+
 template <typename Function>
 void with(bool flag, Function function) {
   flag ? function(std::true_type{}) : function(std::false_type{});
@@ -402,6 +448,20 @@ extern "C" void fastres_finalize(const float* count, const float* mean, const fl
   }
 }
 
+// Coefficients [5, C] of a mean and a biased variance, in fp64.
+extern "C" void fastres_running_coef(const float* mean, const float* var, const float* gamma, const float* beta, double eps,
+                                     int64_t c, float* coef) {
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) {
+    const double rstd = 1 / std::sqrt(var[i] + eps), scale = gamma ? rstd * gamma[i] : rstd;
+    coef[i] = mean[i];
+    coef[c + i] = var[i];
+    coef[2 * c + i] = float(rstd);
+    coef[3 * c + i] = float(scale);
+    coef[4 * c + i] = float((beta ? beta[i] : 0) - mean[i] * scale);
+  }
+}
+
 // A, B, C of dy = A*dz + B*y + C, and the gradients of gamma and beta, from blocks' sums [T, 2, C]; added up in fp64.
 extern "C" void fastres_backward_coef(const float* sums, const float* coef, int64_t blocks, int64_t c, double count,
                                       bool training, float* abc, float* dgamma, float* dbeta) {
@@ -458,6 +518,19 @@ extern "C" void fastres_backward_coef(const float* sums, const float* coef, int6
     const bool apart = s.kernel == s.stride && s.top == 0 && s.left == 0;                                              \
     (apart ? max_pool_backward_apart<T> : max_pool_backward<T>)(dout, index, s, grad, threads);                        \
   }                                                                                                                    \
+  extern "C" void fastres_normalise_apart_##NAME(const T* y, const float* coef, const T* shortcut, const int64_t* sizes, \
+                                                 bool relu, T* out, int64_t threads) {                                 \
+    Apart s;                                                                                                           \
+    std::memcpy(&s, sizes, sizeof s);                                                                                  \
+    with(relu, [&](auto with_relu) {                                                                                   \
+      normalise_apart<T, with_relu>(y, coef + 3 * s.out_c, coef + 4 * s.out_c, shortcut, s, out, threads);             \
+    });                                                                                                                \
+  }                                                                                                                    \
+  extern "C" void fastres_add_apart_##NAME(const T* gradient, const int64_t* sizes, T* dx, int64_t threads) {          \
+    Apart s;                                                                                                           \
+    std::memcpy(&s, sizes, sizeof s);                                                                                  \
+    add_apart(gradient, s, dx, threads);                                                                               \
+  }                                                                                                                    \
   extern "C" void fastres_patches_##NAME(const T* x, const float* coef, const int64_t* window, T* out,                 \
                                          int64_t threads) {                                                            \
     Window s;                                                                                                          \
@@ -467,5 +540,21 @@ extern "C" void fastres_backward_coef(const float* sums, const float* coef, int6
     });                                                                                                                \
   }
 
+#define FASTRES_PASSES_SLOTS(NAME)        \
+  FASTRES_SLOTS(moments_##NAME)           \
+  FASTRES_SLOTS(normalise_##NAME)         \
+  FASTRES_SLOTS(backward_sums_##NAME)     \
+  FASTRES_SLOTS(backward_apply_##NAME)    \
+  FASTRES_SLOTS(max_pool_##NAME)          \
+  FASTRES_SLOTS(max_pool_backward_##NAME) \
+  FASTRES_SLOTS(normalise_apart_##NAME)   \
+  FASTRES_SLOTS(add_apart_##NAME)         \
+  FASTRES_SLOTS(patches_##NAME)
+
 FASTRES_PASSES(float, float32)
 FASTRES_PASSES(bf16, bfloat16)
+FASTRES_PASSES_SLOTS(float32)
+FASTRES_PASSES_SLOTS(bfloat16)
+FASTRES_SLOTS(finalize)
+FASTRES_SLOTS(running_coef)
+FASTRES_SLOTS(backward_coef)

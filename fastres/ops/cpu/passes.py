@@ -12,7 +12,6 @@ from torch import Tensor
 from fastres.kernels.buffers import empty, filled
 from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.types import Moments
-from fastres.ops.backends.vendor import add_shortcut
 from fastres.ops.cpu.native import call, integers, pointer
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -78,6 +77,19 @@ def finalize(moments: Moments, gamma: Tensor | None, beta: Tensor | None, eps: f
     return coef
 
 
+def running_coef(
+    running_mean: Tensor, running_var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """The coefficients [5, C] of a BatchNorm by the given statistics, in fp64."""
+    mean, var, gamma, beta = (_vector(t) for t in (running_mean, running_var, gamma, beta))
+    assert mean is not None
+    channels = mean.shape[0]
+    coef = empty(mean, 5, channels)
+    vectors = [_floats(vector, channels) for vector in (mean, var, gamma, beta)]
+    call("running_coef", *vectors, eps, channels, _floats(coef, 5 * channels))
+    return coef
+
+
 def bn_add_relu(
     y: Tensor,
     coef: Tensor,
@@ -88,9 +100,11 @@ def bn_add_relu(
 ) -> Tensor:
     """``relu(y*scale + shift + shortcut)``, see `fastres.ops.backends.protocol.Backend.bn_add_relu`."""
     if shortcut is not None and (shortcut_stride > 1 or shortcut.shape[3] != y.shape[3]):
-        out = bn_add_relu(y, coef, relu=False)
-        add_shortcut(out, shortcut, shortcut_stride)
-        return out.relu_() if relu else out
+        out, of_out, of_shortcut = torch.empty_like(y), _pointers(y), _pointers(shortcut)
+        sizes = _apart(shortcut, y, shortcut_stride)
+        coef_at = _floats(coef, 5 * y.shape[3])
+        _pass("normalise_apart", y, of_out(y), coef_at, of_shortcut(shortcut), sizes, relu, of_out(out))
+        return out
     return store_bn_add_relu(y, coef, shortcut, shortcut_coef, relu, torch.empty_like(y))
 
 
@@ -178,6 +192,12 @@ def bn_backward_apply(dz: Tensor, y: Tensor | None, abc: Tensor, residual: Tenso
     return out
 
 
+def add_gradient(dx: Tensor, gradient: Tensor, stride: int) -> None:
+    """In place: add the first channels of a gradient to every ``stride``-th pixel of dx."""
+    sizes = _apart(dx, gradient, stride)
+    _pass("add_apart", dx, _pointers(gradient)(gradient), sizes, pointer(dx, gradient.dtype, dx.numel()))
+
+
 def bn_relu_max_pool(y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad) -> tuple[Tensor, Tensor]:
     """Max-pool of ``relu(y*scale + shift)``; index uint8: the winning tap, row by row, the first among equals."""
     n, height, width, channels = y.shape
@@ -255,6 +275,13 @@ def _sizes(y: Tensor) -> tuple[int, int, int]:
 
 def _window(y: Tensor, out: Tensor, kernel: int, stride: int, pad: Pad) -> ctypes.Array:
     return integers([*y.shape, *out.shape[1:3], kernel, stride, pad[0], pad[1]])
+
+
+def _apart(tensor: Tensor, pixels: Tensor, stride: int) -> ctypes.Array:
+    """Sizes of a tensor whose every ``stride``-th pixel is one of the other's."""
+    if pixels.shape[:3] != (tensor.shape[0], *(-(-size // stride) for size in tensor.shape[1:3])):
+        raise RuntimeError(f"shape {list(pixels.shape)} is not that of every {stride}th pixel of {list(tensor.shape)}")
+    return integers([*tensor.shape, *pixels.shape[1:], stride])
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:

@@ -1,0 +1,170 @@
+"""Walks over small tensors as programs: recorded once, then done in one call of C++ with one piece of memory.
+
+Of a small network's step most is not arithmetic but what is between the calls: Python, checks, memory of a few kilobytes.
+A walk's calls depend on nothing but its key, the shapes and dtypes of its inputs, the tiles and the number of threads. So
+the second walk of a kind is recorded, see `fastres.ops.cpu.tape`, and those that follow repeat its calls: the same ones in
+the same order, so with the same bits. What no list of calls can do, PyTorch's convolutions or exchange between ranks,
+stays a walk, and so does what needs much memory, whose calls are long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres.kernels import buffers
+from fastres.ops.cpu import tiles
+from fastres.ops.cpu.native import call, integers, with_slots
+from fastres.ops.cpu.tape import Place, Tape, Unrecordable, apart
+
+# Programs and notes of walks that are kept; what one walk's memory beside its results may be.
+MOST_PROGRAMS, MOST_BYTES = 256, 16 * 2**20
+_ALIGNMENT = 64
+
+
+class _Span(NamedTuple):
+    """When memory is used: from the ``first`` call to the ``last``."""
+
+    first: int
+    last: int
+    begin: int
+    size: int
+
+
+class _Result(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Program:
+    """The calls of a walk.
+
+    Args:
+        tape: that recorded them.
+        results, inputs: of that walk.
+
+    Raises:
+        Unrecordable: where a result is no memory of its own, or the walk's own memory is too large.
+    """
+
+    def __init__(self, tape: Tape, results: Sequence[Tensor], inputs: Sequence[Tensor | None]):
+        self._results = [_Result(tuple(t.shape), t.dtype) for t in results]
+        self._constants = tape.constants
+        places = [_result_place(tape, result) for result in results]
+        count = len(inputs)
+        bases = {place.index: count + number for number, place in enumerate(places)}
+        if len(bases) < len(places):
+            raise Unrecordable("results share memory")
+        self._arena, offsets = _layout(_spans(tape, set(bases)))
+        if self._arena > MOST_BYTES:
+            raise Unrecordable(f"it takes {self._arena} bytes")
+        arena, words = count + len(places), []
+        for name, suffix, arguments in tape.calls:
+            words += [with_slots(name, suffix), len(arguments)]
+            for argument in arguments:
+                if isinstance(argument, int):
+                    words += [-1, argument]
+                elif argument.is_input:
+                    words += [argument.index, argument.offset]
+                elif argument.index in bases:
+                    words += [bases[argument.index], argument.offset]
+                else:
+                    words += [arena, offsets[argument.index] + argument.offset]
+        self._words, self._bases = integers(words), ctypes.c_int64 * (arena + 1)
+
+    def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+        """The walk's results for other inputs of the same shapes and dtypes, contiguous and on the CPU."""
+        like = next(t for t in inputs if t is not None)
+        results = [buffers.empty(like, *shape, dtype=dtype) for shape, dtype in self._results]
+        arena = buffers.empty(like, self._arena, dtype=torch.uint8)
+        tensors = [*inputs, *results, arena]
+        bases = self._bases(*[0 if t is None else t.data_ptr() for t in tensors])
+        call("program", self._words, len(self._words), bases)
+        return results
+
+
+def _result_place(tape: Tape, result: Tensor) -> Place:
+    place = tape.place(result)
+    if place is None or place.is_input or tape.sizes[place.index] != result.nbytes or not result.is_contiguous():
+        raise Unrecordable("a result is no memory of its own")
+    return place
+
+
+def _spans(tape: Tape, results: set[int]) -> dict[int, _Span]:
+    """When each piece of memory but the results is used; none begins anywhere yet."""
+    spans: dict[int, _Span] = {}
+    for number, (_, _, arguments) in enumerate(tape.calls):
+        for place in arguments:
+            if isinstance(place, Place) and not place.is_input and place.index not in results:
+                first = spans[place.index].first if place.index in spans else number
+                spans[place.index] = _Span(first, number, 0, tape.sizes[place.index])
+    return spans
+
+
+def _layout(spans: dict[int, _Span]) -> tuple[int, dict[int, int]]:
+    """Bytes of memory for all, and where in it each begins: the largest first, in the first gap that is free meanwhile."""
+    placed: list[_Span] = []
+    offsets: dict[int, int] = {}
+    total = 0
+    for index, span in sorted(spans.items(), key=lambda item: -item[1].size):
+        begin = 0
+        for other in sorted((o for o in placed if o.first <= span.last and span.first <= o.last), key=lambda o: o.begin):
+            if begin + span.size <= other.begin:
+                break
+            begin = max(begin, -(-(other.begin + other.size) // _ALIGNMENT) * _ALIGNMENT)
+        placed.append(span._replace(begin=begin))
+        offsets[index] = begin
+        total = max(total, begin + span.size)
+    return total, offsets
+
+
+class Programs:
+    """The walks of late by key: how often they were seen, and their programs."""
+
+    def __init__(self):
+        self._known: OrderedDict[Hashable, Program | bool] = OrderedDict()  # True: seen once; False: it stays a walk
+        self._lock = threading.Lock()
+
+    def repeated(
+        self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """See `fastres.ops.backends.protocol.Backend.repeated`."""
+        forms = [None if t is None else (t.shape, t.dtype) for t in inputs]
+        whole = (key, tuple(forms), torch.get_num_threads(), tiles.form())
+        known = self._known.get(whole)
+        if known is None:
+            self._keep(whole, True)
+        if not known or not all(t is None or (t.is_contiguous() and t.is_cpu) for t in inputs):
+            return walk()
+        if known is not True:
+            return known.run(inputs)
+        return self._recorded(whole, inputs, walk) if apart(inputs) else walk()
+
+    def _recorded(
+        self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        tape, results = Tape(inputs), None
+        try:
+            with tape:
+                results = walk()
+            self._keep(key, Program(tape, results, inputs))
+        except Unrecordable:
+            self._keep(key, False)
+        return walk() if results is None else results
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._known.clear()
+
+    def _keep(self, key: Hashable, what: Program | bool) -> None:
+        with self._lock:
+            self._known[key] = what
+            self._known.move_to_end(key)
+            while len(self._known) > MOST_PROGRAMS:
+                self._known.popitem(last=False)

@@ -24,7 +24,7 @@ from fastres.nn.structure import (
     projection_of,
     structure_of,
 )
-from fastres.ops import Identity, Layer, Statistics, preact_block, residual_chain
+from fastres.ops import Conv, Identity, Layer, Statistics, preact_chain, residual_chain
 from fastres.ops.layers import output_hw
 
 LONGEST = 8  # blocks in a chain
@@ -140,8 +140,8 @@ class Link(NamedTuple):
 def chains(blocks: Sequence[nn.Module]) -> list[Link]:
     """The blocks in order, grouped into what runs at once.
 
-    A block joins the one before if its shortcut is an `Identity`, both keep the same for backward, take statistics over
-    the same ranks and nothing waits for the call of either. Chains are at most `LONGEST` blocks, so that gradients come
+    A block joins the one before if its shortcut is an `Identity`, or both are pre-activation blocks; if both keep the
+    same for backward, take statistics over the same ranks and nothing waits for the call of either. Chains are at most `LONGEST` blocks, so that gradients come
     early enough to be exchanged meanwhile.
     """
     links: list[Link] = []
@@ -161,7 +161,7 @@ def in_chains(blocks: Sequence[nn.Module], x: Any) -> Any:
     """Apply blocks in order, chains of them at once.
 
     Args:
-        x: [N, C, H, W]; or a pair of it and the ``coef`` of `fastres.ops.preact_block`, or None: then the result is
+        x: [N, C, H, W]; or a pair of it and the ``coef`` of `fastres.ops.preact_chain`, or None: then the result is
             such a pair too, for what begins with the BatchNorm of x.
     """
     paired = isinstance(x, tuple)
@@ -175,7 +175,7 @@ def in_chains(blocks: Sequence[nn.Module], x: Any) -> Any:
         if not structures:
             x, coef = members[0](x), None
         elif structures[0].preactivation:
-            x, coef = _preactivation(x, structures[0], coef, paired or index < len(links) - 1)
+            x, coef = _preactivation(x, structures, coef, paired or index < len(links) - 1)
         else:
             x, coef = _chain(x, members, structures), None
     return (x, coef) if paired else x
@@ -200,14 +200,19 @@ def _structure(block: nn.Module, running: bool = False) -> Block | None:
 
 def _joins(link: Link, block: nn.Module, structure: Block) -> bool:
     before = link.structures[-1]
+    if before.preactivation:
+        suits = structure.preactivation
+    else:
+        suits = (
+            not structure.preactivation
+            and before.relu
+            and structure.residual
+            and identity_of(structure.shortcut) is not None
+        )
     return (
-        not before.preactivation
-        and not structure.preactivation
-        and before.relu
-        and structure.residual
+        suits
         and link.blocks[-1].recompute == block.recompute
         and group_of(before.layers[0][1]) == group_of(structure.layers[0][1])
-        and identity_of(structure.shortcut) is not None
     )
 
 
@@ -219,22 +224,26 @@ def _chain(x: Tensor, blocks: Sequence[Any], structures: Sequence[Block]) -> Ten
     return _fused_residual(x, pairs, first.shortcut, first.residual, relu, blocks[0].recompute, identities)
 
 
-def _preactivation(x: Tensor, block: Block, coef: Tensor | None, next_coef: bool) -> tuple[Tensor, Tensor | None]:
-    """A pre-activation block of [N, C, H, W], and with ``next_coef`` what the next BatchNorm needs to know of the
-    result.
-    """
+def _preactivation(
+    x: Tensor, blocks: Sequence[Block], coef: Tensor | None, next_coef: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Pre-activation blocks of [N, C, H, W], and with ``next_coef`` what the next BatchNorm needs to know of the result."""
     nhwc = to_nhwc(x)
-    first = hw = tuple(nhwc.shape[1:3])
-    layers = []
-    for conv, bn in block.layers:
-        layers.append(layer_of(conv, bn, hw))
-        hw = output_hw(hw, conv.kernel_size, *layers[-1][2:])
-    shortcut = None
-    if block.residual:
-        shortcut = nhwc if block.shortcut is None else conv_of(block.shortcut, first)
-    by_batch = norm_of(block.layers[0][1]).running_mean is None
-    out, coef, statistics = preact_block(nhwc, layers, shortcut, coef, next_coef and by_batch)
-    track([bn for _, bn in block.layers], statistics)
+    hw = tuple(nhwc.shape[1:3])
+    chain: list[list[Layer]] = []
+    shortcuts: list[Identity | Conv | None] = []
+    for block in blocks:
+        first = hw
+        chain.append([])
+        for conv, bn in block.layers:
+            layer = layer_of(conv, bn, hw)
+            hw = output_hw(hw, conv.kernel_size, *layer[2:])
+            chain[-1].append(layer)
+        identity = Identity() if block.shortcut is None else conv_of(block.shortcut, first)
+        shortcuts.append(identity if block.residual else None)
+    by_batch = chain[-1][0].norm.running_mean is None
+    out, coef, statistics = preact_chain(nhwc, chain, shortcuts, coef, next_coef and by_batch)
+    track([bn for block in blocks for _, bn in block.layers], statistics)
     return to_nchw(out), coef
 
 
@@ -256,5 +265,5 @@ class FusedBlock(Fused):
         if structure is None:
             return super().forward(x)
         if structure.preactivation:
-            return _preactivation(x, structure, None, False)[0]
+            return _preactivation(x, [structure], None, False)[0]
         return _chain(x, [self], [structure])

@@ -5,7 +5,7 @@ from fastres.ops.bn_relu import bn_relu
 from fastres.ops.conv_bias_act import conv_bias_act, repeat_conv_bias_act
 from fastres.ops.global_avg_pool import global_avg_pool
 from fastres.ops.layers import Conv, Identity, Layer, Norm, Statistics, symmetric
-from fastres.ops.preact import preact_block
+from fastres.ops.preact import preact_block, preact_chain
 from fastres.ops.residual import residual_block, residual_chain
 from fastres.ops.running import update_running
 from fastres.ops.select import implementation, selection
@@ -23,6 +23,7 @@ __all__ = [
     "global_avg_pool",
     "implementation",
     "preact_block",
+    "preact_chain",
     "residual_block",
     "residual_chain",
     "selection",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastres.nn.bypass import first_reason, say_once, watched
 from fastres.nn.classes import Fused, form
-from fastres.nn.norm import conv_of, group_of, layer_of, norm_of, to_nchw, to_nhwc, track
+from fastres.nn.norm import conv_of, group_of, layer_of, to_nchw, to_nhwc, track
 from fastres.nn.roles import has_hooks, identity_of
 from fastres.nn.structure import (
     Block,
@@ -141,8 +141,8 @@ def chains(blocks: Sequence[nn.Module]) -> list[Link]:
     """The blocks in order, grouped into what runs at once.
 
     A block joins the one before if its shortcut is an `Identity`, or both are pre-activation blocks; if both keep the
-    same for backward, take statistics over the same ranks and nothing waits for the call of either. Chains are at most `LONGEST` blocks, so that gradients come
-    early enough to be exchanged meanwhile.
+    same for backward, take statistics over the same ranks and nothing waits for the call of either. Chains are at most
+    `LONGEST` blocks, so that gradients come early enough to be exchanged meanwhile.
     """
     links: list[Link] = []
     for block in blocks:
@@ -227,7 +227,9 @@ def _chain(x: Tensor, blocks: Sequence[Any], structures: Sequence[Block]) -> Ten
 def _preactivation(
     x: Tensor, blocks: Sequence[Block], coef: Tensor | None, next_coef: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Pre-activation blocks of [N, C, H, W], and with ``next_coef`` what the next BatchNorm needs to know of the result."""
+    """Pre-activation blocks of [N, C, H, W], and with ``next_coef`` what the next BatchNorm needs to know of the
+    result.
+    """
     nhwc = to_nhwc(x)
     hw = tuple(nhwc.shape[1:3])
     chain: list[list[Layer]] = []

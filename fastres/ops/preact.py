@@ -2,8 +2,8 @@
 
 ``shortcut + conv_n(relu(bn_n(... conv_1(relu(bn_1(x))))))``: BatchNorm and ReLU stand before each convolution, so all
 of them are prologues, and the shortcut is added in the last convolution's epilogue, which also reduces the statistics
-that the next block's first BatchNorm needs. Kept for backward: x and y1 ... y(n-1) of each block. Blocks that follow one
-another may be one operation too, which moves the same bytes in fewer calls.
+that the next block's first BatchNorm needs. Kept for backward: x and y1 ... y(n-1) of each block. Blocks that follow
+one another may be one operation too, which moves the same bytes in fewer calls.
 """
 
 from collections.abc import Sequence
@@ -54,11 +54,10 @@ def preact_block(
         RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for no layer
             and for a shortcut that is another tensor than x.
     """
-    if isinstance(shortcut, Tensor):
-        if shortcut is not x:
-            raise ValueError("the shortcut of a pre-activation block is x itself, a Conv or None")
-        shortcut = Identity()
-    return preact_chain(x, [layers], [shortcut], coef, next_coef)
+    if not (shortcut is None or shortcut is x or isinstance(shortcut, Conv)):
+        raise ValueError("the shortcut of a pre-activation block is x itself, a Conv or None")
+    opened = Identity() if isinstance(shortcut, Tensor) else shortcut
+    return preact_chain(x, [layers], [opened], coef, next_coef)
 
 
 def preact_chain(

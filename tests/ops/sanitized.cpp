@@ -1,6 +1,7 @@
 // Runs the compiled passes and convolutions over odd sizes on buffers of exactly their size, for the sanitizers to watch.
 // Built by test_cpu_sanitizers.py with the sources of fastres/ops/cpu.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -32,6 +33,12 @@ void fastres_backward_apply_bfloat16(const uint16_t*, const uint16_t*, const flo
                                      int64_t, int64_t, int64_t);
 void fastres_max_pool_bfloat16(const uint16_t*, const float*, const int64_t*, uint16_t*, uint8_t*, int64_t);
 void fastres_max_pool_backward_bfloat16(const uint16_t*, const uint8_t*, const int64_t*, uint16_t*, int64_t);
+void fastres_normalise_apart_bfloat16(const uint16_t*, const float*, const uint16_t*, const int64_t*, bool, uint16_t*, int64_t);
+void fastres_add_apart_bfloat16(const uint16_t*, const int64_t*, uint16_t*, int64_t);
+void fastres_running_coef(const float*, const float*, const float*, const float*, double, int64_t, float*);
+void fastres_backward_coef_slots(const int64_t*);
+void fastres_normalise_bfloat16_slots(const int64_t*);
+void fastres_program(const int64_t*, int64_t, const int64_t*);
 void fastres_finalize(const float*, const float*, const float*, const float*, const float*, double, int64_t, int64_t, float*);
 void fastres_backward_coef(const float*, const float*, int64_t, int64_t, double, bool, float*, float*, float*);
 }
@@ -100,6 +107,23 @@ void convolve(int64_t form, int64_t n, int64_t height, int64_t width, int64_t c,
   add(sums.get(), dx_units * 2 * c), add(dw.get(), k * kernel * kernel * c);
 }
 
+// Two calls by a program, the second reading what the first wrote to the shared memory.
+void program(int64_t c, int64_t blocks, int64_t m, int64_t rows, int64_t threads) {
+  const auto sums = made<float>(blocks * 2 * c), coef = made<float>(5 * c), grads = made<float>(2 * c);
+  const auto y = made<uint16_t>(m * c), out = made<uint16_t>(m * c);
+  const auto memory = made<float>(5 * c);
+  double pixels = double(m);
+  int64_t pixels_slot;
+  __builtin_memcpy(&pixels_slot, &pixels, 8);
+  const int64_t bases[] = {int64_t(sums.get()), int64_t(coef.get()), int64_t(grads.get()), int64_t(y.get()), int64_t(out.get()),
+                           int64_t(memory.get())};
+  const int64_t code[] = {
+      int64_t(fastres_backward_coef_slots), 9, 0, 0, 1, 0, -1, blocks, -1, c, -1, pixels_slot, -1, 1, 5, 0, 2, 0, 2, 4 * c,
+      int64_t(fastres_normalise_bfloat16_slots), 10, 3, 0, 1, 0, -1, 0, -1, 0, -1, 1, 4, 0, -1, m, -1, c, -1, rows, -1, threads};
+  fastres_program(code, sizeof code / sizeof *code, bases);
+  add(grads.get(), 2 * c), add(memory.get(), 3 * c);
+}
+
 void pass(int64_t n, int64_t height, int64_t width, int64_t c, int64_t rows, int64_t threads) {
   const int64_t m = n * height * width, size = m * c, blocks = (m + rows - 1) / rows;
   const auto y = made<uint16_t>(size), other = made<uint16_t>(size), out = made<uint16_t>(size);
@@ -120,6 +144,17 @@ void pass(int64_t n, int64_t height, int64_t width, int64_t c, int64_t rows, int
   const std::unique_ptr<uint8_t[]> index(new uint8_t[n * out_height * out_width * c]);
   fastres_max_pool_bfloat16(y.get(), coef.get(), window, pooled.get(), index.get(), threads);
   fastres_max_pool_backward_bfloat16(pooled.get(), index.get(), window, out.get(), threads);
+  // every second pixel of it, with fewer and with more channels
+  for (int64_t narrow : {c - 3, c + 2}) {
+    const int64_t sizes[] = {n, height, width, c, out_height, out_width, narrow, 2};
+    const auto thin = made<uint16_t>(n * out_height * out_width * narrow);
+    const auto ended = made<uint16_t>(n * out_height * out_width * narrow);
+    const auto its_coef = made<float>(5 * narrow);
+    fastres_normalise_apart_bfloat16(thin.get(), its_coef.get(), y.get(), sizes, true, ended.get(), threads);
+    fastres_add_apart_bfloat16(ended.get(), sizes, out.get(), threads);
+  }
+  fastres_running_coef(mean.get(), count.get(), dgamma.get(), nullptr, 1e-5, std::min(c, blocks), coef.get());
+  program(c, blocks, m, rows, threads);
   add(dgamma.get(), c);
 }
 

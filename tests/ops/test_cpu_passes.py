@@ -49,6 +49,16 @@ class TestAgainstFp64:
         ours = passes.finalize(passes.moments(y), gamma, beta, 1e-5)
         assert relative_error(ours, aten.finalize(aten.moments(y.double()), gamma, beta, 1e-5)) < 2e-6
 
+    def test_coefficients_of_given_statistics(self, shape, dtype):
+        mean, var, gamma, beta = (
+            torch.randn(shape[3]),
+            torch.rand(shape[3]),
+            torch.rand(shape[3]),
+            torch.randn(shape[3]),
+        )
+        for given in ((gamma, beta), (None, None)):
+            assert_close(both("running_coef", mean.to(dtype), var.to(dtype), *given, 1e-5), torch.float32)
+
     @pytest.mark.parametrize("relu", [True, False])
     def test_normalise(self, shape, dtype, relu):
         y, shortcut = torch.randn(2, *shape, dtype=dtype)
@@ -57,10 +67,21 @@ class TestAgainstFp64:
         assert_close(both("bn_add_relu", y, first, shortcut, None, relu), dtype)
         assert_close(both("bn_add_relu", y, first, shortcut, second, relu), dtype)
 
-    def test_strided_and_narrower_shortcut(self, shape, dtype):
+    @pytest.mark.parametrize("relu", [True, False])
+    def test_strided_and_narrower_shortcut(self, shape, dtype, relu):
         y, (n, h, w, c) = torch.randn(shape, dtype=dtype), shape
         shortcut = torch.randn(n, 2 * h, 2 * w - 1, (c + 1) // 2, dtype=dtype)
-        assert_close(both("bn_add_relu", y, coef(c), shortcut, None, True, 2), dtype)
+        assert_close(both("bn_add_relu", y, coef(c), shortcut, None, relu, 2), dtype)
+
+    def test_gradient_of_a_strided_and_narrower_shortcut(self, shape, dtype):
+        n, h, w, c = shape
+        dx, gradient = torch.randn(n, 3 * h, 3 * w - 2, (c + 1) // 2, dtype=dtype), torch.randn(shape, dtype=dtype)
+        expected = dx.clone()
+        expected[:, ::3, ::3] += gradient[..., : dx.shape[3]]
+        passes.add_gradient(dx, gradient, 3)
+        assert torch.equal(dx, expected)
+        with pytest.raises(RuntimeError, match="not that of pixels 2 apart"):
+            passes.add_gradient(torch.empty(n, 5 * h, w, c, dtype=dtype), gradient, 2)
 
     def test_backward(self, shape, dtype):
         dout, y, shortcut = torch.randn(3, *shape, dtype=dtype)

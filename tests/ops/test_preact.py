@@ -12,7 +12,7 @@ from support_fused import (
 )
 from support_ops import opcheck
 
-from fastres.ops import Conv, Layer, preact_block
+from fastres.ops import Conv, Identity, Layer, preact_block, preact_chain
 
 
 def block(shortcut: str, stride: int = 1, channels: int = 20, **norm):
@@ -60,6 +60,65 @@ def test_statistics_handed_on_are_those_of_the_result():
     torch.testing.assert_close(handed, preact_block(out, layers, out)[0])
     assert [used.count for used in statistics] == [126, 126, 126]
     torch.testing.assert_close(statistics[0].coef[0], x.mean((0, 1, 2)))
+
+
+def chain(first: str, *kinds: dict):
+    """x, blocks and shortcuts: a first block as `block` makes it, then one with an identity a kind of BatchNorms."""
+    x, layers, projection = block(first, 2 if first == "projection" else 1)
+    channels = layers[-1].weight.shape[0]
+    blocks, shortcuts = [layers], [projection if first == "projection" else Identity() if first == "identity" else None]
+    for kind in kinds:
+        wide = Layer(random_weight(channels, 10, 3), random_norm(channels, **kind), 1, (1, 1, 1, 1))
+        blocks.append([wide, Layer(random_weight(10, channels, 1), random_norm(10, **kind))])
+        shortcuts.append(Identity())
+    return x, blocks, shortcuts
+
+
+def eager_chain(x, blocks, shortcuts):
+    for layers, shortcut in zip(blocks, shortcuts):
+        x = eager_preact(x, layers, x if isinstance(shortcut, Identity) else shortcut)
+    return x
+
+
+def fused_chain(x, blocks, shortcuts):
+    return preact_chain(x, blocks, shortcuts)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", ["identity", "projection", "none"])
+def test_chain(first, dtype):
+    arguments = chain(first, {}, {"gamma": False})
+    assert_as_good_as_eager(fused_chain, eager_chain, arguments, dtype)
+
+
+@pytest.mark.parametrize("kinds", [({"frozen": True}, {}), ({}, {"frozen": True})], ids=str)
+def test_chain_of_frozen_and_other_blocks(kinds):
+    assert_as_good_as_eager(fused_chain, eager_chain, chain("projection", *kinds), torch.float64)
+
+
+def test_chain_is_its_blocks_one_after_the_other():
+    x, blocks, shortcuts = chain("projection", {}, {})
+    out, coef, statistics = preact_chain(x, blocks, shortcuts, next_coef=True)
+    y, known, used = x, None, []
+    for layers, shortcut in zip(blocks, shortcuts):
+        y, known, more = preact_block(y, layers, y if isinstance(shortcut, Identity) else shortcut, known, True)
+        used += more
+    torch.testing.assert_close(out, y)
+    torch.testing.assert_close(coef, known)
+    for ours, exact in zip(statistics, used, strict=True):
+        assert ours.count == exact.count
+        torch.testing.assert_close(ours.coef, exact.coef)
+
+
+def test_chain_that_means_nothing():
+    x, blocks, shortcuts = chain("identity", {})
+    with pytest.raises(ValueError, match="1 shortcuts for 2 pre-activation blocks"):
+        preact_chain(x, blocks, shortcuts[:1])
+    with pytest.raises(ValueError, match="has no stride and adds no channels"):
+        preact_chain(x, blocks, [Identity(2), Identity()])
+    for nothing in ([], [[]]):
+        with pytest.raises(ValueError, match="at least one layer"):
+            preact_chain(x, nothing, [])
 
 
 def test_gradcheck():

@@ -116,7 +116,7 @@ def _tiled_data_grad(
     apart = added.untyped_storage().data_ptr() == dz.untyped_storage().data_ptr()  # dz is read until the end
     out = None if apart else added
     dx, reduced = tiles.data_grad(dz, y, abc, w, problem, added, mask, mask_coef, below=below, out=out)
-    return added.copy_(dx) if apart else dx, reduced
+    return passes.copy(dx, added) if apart else dx, reduced
 
 
 def _parted_backward(

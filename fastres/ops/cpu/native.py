@@ -21,6 +21,7 @@ SIGNATURES = {
     "finalize": "pppppdiio",
     "running_coef": "ppppdio",
     "backward_coef": "ppiidbooo",
+    "copy": "poi",
     "moments": "ppoiiiooi",
     "normalise": "ppppboiiii",
     "normalise_apart": "ppppboi",

@@ -480,6 +480,8 @@ extern "C" void fastres_backward_coef(const float* sums, const float* coef, int6
   }
 }
 
+extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::memcpy(to, from, bytes); }
+
 #define FASTRES_PASSES(T, NAME)                                                                                        \
   extern "C" void fastres_moments_##NAME(const T* x, const T* residual, T* out, int64_t m, int64_t c, int64_t rows,    \
                                          float* mean, float* m2, int64_t threads) {                                    \
@@ -557,4 +559,5 @@ FASTRES_PASSES_SLOTS(float32)
 FASTRES_PASSES_SLOTS(bfloat16)
 FASTRES_SLOTS(finalize)
 FASTRES_SLOTS(running_coef)
+FASTRES_SLOTS(copy)
 FASTRES_SLOTS(backward_coef)

@@ -192,6 +192,13 @@ def bn_backward_apply(dz: Tensor, y: Tensor | None, abc: Tensor, residual: Tenso
     return out
 
 
+def copy(y: Tensor, out: Tensor) -> Tensor:
+    """``out``, which takes y's values."""
+    like = _pointers(y)
+    call("copy", like(y), like(out), y.nbytes)
+    return out
+
+
 def add_gradient(dx: Tensor, gradient: Tensor, stride: int) -> None:
     """In place: add the first channels of a gradient to every ``stride``-th pixel of dx."""
     sizes = _apart(dx, gradient, stride)
@@ -280,7 +287,7 @@ def _window(y: Tensor, out: Tensor, kernel: int, stride: int, pad: Pad) -> ctype
 def _apart(tensor: Tensor, pixels: Tensor, stride: int) -> ctypes.Array:
     """Sizes of a tensor whose every ``stride``-th pixel is one of the other's."""
     if pixels.shape[:3] != (tensor.shape[0], *(-(-size // stride) for size in tensor.shape[1:3])):
-        raise RuntimeError(f"shape {list(pixels.shape)} is not that of every {stride}th pixel of {list(tensor.shape)}")
+        raise RuntimeError(f"shape {list(pixels.shape)} is not that of pixels {stride} apart of {list(tensor.shape)}")
     return integers([*tensor.shape, *pixels.shape[1:], stride])
 
 

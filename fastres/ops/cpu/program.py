@@ -1,10 +1,10 @@
 """Walks over small tensors as programs: recorded once, then done in one call of C++ with one piece of memory.
 
-Of a small network's step most is not arithmetic but what is between the calls: Python, checks, memory of a few kilobytes.
-A walk's calls depend on nothing but its key, the shapes and dtypes of its inputs, the tiles and the number of threads. So
-the second walk of a kind is recorded, see `fastres.ops.cpu.tape`, and those that follow repeat its calls: the same ones in
-the same order, so with the same bits. What no list of calls can do, PyTorch's convolutions or exchange between ranks,
-stays a walk, and so does what needs much memory, whose calls are long.
+Much of a small network's step is not arithmetic but what is between the calls: Python, checks, memory of a few
+kilobytes. A walk's calls depend on nothing but its key, its inputs' shapes and dtypes, the tiles and the number of
+threads. So the second walk of a kind is recorded, see `fastres.ops.cpu.tape`, and those that follow repeat its calls:
+the same ones in the same order, so with the same bits. What no list of calls can do, PyTorch's convolutions or exchange
+between ranks, stays a walk, and so does what needs much memory, whose calls are long.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Program:
         self._constants = tape.constants
         places = [_result_place(tape, result) for result in results]
         count = len(inputs)
-        bases = {place.index: count + number for number, place in enumerate(places)}
+        bases = {place.number: count + number for number, place in enumerate(places)}
         if len(bases) < len(places):
             raise Unrecordable("results share memory")
         self._arena, offsets = _layout(_spans(tape, set(bases)))
@@ -71,11 +71,11 @@ class Program:
                 if isinstance(argument, int):
                     words += [-1, argument]
                 elif argument.is_input:
-                    words += [argument.index, argument.offset]
-                elif argument.index in bases:
-                    words += [bases[argument.index], argument.offset]
+                    words += [argument.number, argument.offset]
+                elif argument.number in bases:
+                    words += [bases[argument.number], argument.offset]
                 else:
-                    words += [arena, offsets[argument.index] + argument.offset]
+                    words += [arena, offsets[argument.number] + argument.offset]
         self._words, self._bases = integers(words), ctypes.c_int64 * (arena + 1)
 
     def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -91,7 +91,7 @@ class Program:
 
 def _result_place(tape: Tape, result: Tensor) -> Place:
     place = tape.place(result)
-    if place is None or place.is_input or tape.sizes[place.index] != result.nbytes or not result.is_contiguous():
+    if place is None or place.is_input or tape.sizes[place.number] != result.nbytes or not result.is_contiguous():
         raise Unrecordable("a result is no memory of its own")
     return place
 
@@ -101,20 +101,22 @@ def _spans(tape: Tape, results: set[int]) -> dict[int, _Span]:
     spans: dict[int, _Span] = {}
     for number, (_, _, arguments) in enumerate(tape.calls):
         for place in arguments:
-            if isinstance(place, Place) and not place.is_input and place.index not in results:
-                first = spans[place.index].first if place.index in spans else number
-                spans[place.index] = _Span(first, number, 0, tape.sizes[place.index])
+            if isinstance(place, Place) and not place.is_input and place.number not in results:
+                first = spans[place.number].first if place.number in spans else number
+                spans[place.number] = _Span(first, number, 0, tape.sizes[place.number])
     return spans
 
 
 def _layout(spans: dict[int, _Span]) -> tuple[int, dict[int, int]]:
-    """Bytes of memory for all, and where in it each begins: the largest first, in the first gap that is free meanwhile."""
+    """Bytes for all, and where in them each begins: the largest first, in the first gap that is free meanwhile."""
     placed: list[_Span] = []
     offsets: dict[int, int] = {}
     total = 0
     for index, span in sorted(spans.items(), key=lambda item: -item[1].size):
         begin = 0
-        for other in sorted((o for o in placed if o.first <= span.last and span.first <= o.last), key=lambda o: o.begin):
+        for other in sorted(
+            (o for o in placed if o.first <= span.last and span.first <= o.last), key=lambda o: o.begin
+        ):
             if begin + span.size <= other.begin:
                 break
             begin = max(begin, -(-(other.begin + other.size) // _ALIGNMENT) * _ALIGNMENT)

@@ -8,27 +8,23 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.ops.cpu.native import SIGNATURES, recorded_by
 
+# Operations of PyTorch that make memory, that make views, and that may do either: then they compute.
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty"}
-_VIEWS = {
-    "aten::" + name
-    for name in "alias detach expand permute select slice split split_with_sizes t transpose unbind unsqueeze view".split()
-}
-
-
-_PERHAPS_VIEWS = {"aten::" + name for name in "contiguous flatten reshape to".split()}
+_VIEWS = {f"aten::{name}" for name in ("alias", "detach", "expand", "permute", "select", "slice", "split", "view")}
+_VIEWS |= {f"aten::{name}" for name in ("split_with_sizes", "t", "transpose", "unbind", "unsqueeze")}
+_PERHAPS_VIEWS = {f"aten::{name}" for name in ("contiguous", "flatten", "reshape", "to")}
 
 
 class Place(NamedTuple):
-    """Where an argument lies: ``offset`` bytes behind the begin of the ``index``-th input, or of what the walk made."""
+    """Where an argument lies: ``offset`` bytes behind the begin of an input, or of memory that the walk made."""
 
     is_input: bool
-    index: int
+    number: int  # among the inputs, or among what was made
     offset: int
 
 
@@ -110,9 +106,9 @@ class Tape(TorchDispatchMode):
     def _place(self, tensor: Tensor, address: int) -> Place | None:
         before = bisect_right(self._ranges, address, key=lambda entry: entry[0]) - 1
         if before >= 0:
-            first, size, index = self._ranges[before]
+            first, size, number = self._ranges[before]
             if address < first + size:
-                return Place(True, index, address - first)
+                return Place(True, number, address - first)
         begin = tensor.untyped_storage().data_ptr()
         made = self._newest.get(begin)
         return None if made is None else Place(False, made, address - begin)

@@ -12,7 +12,7 @@ from fastres.ops import plain
 from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Backend
 from fastres.ops.layers import contiguous, dense, in_autocast, nhwc_weight, weight_grad
-from fastres.ops.nodes import End, Norm
+from fastres.ops.nodes import End
 from fastres.ops.operation import isolated, operation
 from fastres.ops.plan import Code, Plan, decode
 from fastres.ops.schedule import Backward, Forward
@@ -177,19 +177,12 @@ def fused_backward(
     with isolated(x):
         p, code = backend_for(x), Code(structure, integers, numbers)
         key, inputs = ("backward", *code.key, *needs), [dout, x, out, *saved]
-        return _joined(code, p.repeated(key, inputs, lambda: _gradients(p, code, dout, x, out, saved, needs)))
+        return p.repeated(key, inputs, lambda: _gradients(p, code, dout, x, out, saved, needs))
 
 
 @fused_backward.register_fake
 def _(structure, integers, numbers, dout, x, out, saved, needs):
-    code = Code(structure, integers, numbers)
-    return _joined(code, _gradients(Fake(), code, dout, x, out, saved, needs))
-
-
-def _joined(code: Code, gradients: list[Tensor]) -> list[Tensor]:
-    """With those of all gammas and betas in one vector."""
-    vectors = 2 * code.nodes.count(Norm.code)
-    return [torch.cat(gradients[:vectors]), *gradients[vectors:]]
+    return _gradients(Fake(), Code(structure, integers, numbers), dout, x, out, saved, needs)
 
 
 def _gradients(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastres.ops.backends.protocol import Backend, Gradient, Shortcut
@@ -164,7 +165,7 @@ class Backward:
         return shortcut_gradient(self, opens, joined) if isinstance(joined, Tail) else joined
 
     def gradients(self) -> list[Tensor]:
-        """Those of the gammas and betas, then those of the input, the shortcut and the weights needed."""
+        """Those of all gammas and betas in one vector, then those of the input, the shortcut and the weights needed."""
         found = [self.dx if self.need_x else None, self.dadded if self._need_added else None, *self.dws]
         norm_grads = [self.norm_grads[place] for place in range(len(self.norm_grads))]
-        return [*norm_grads, *(grad for grad in found if grad is not None)]
+        return [torch.cat(norm_grads), *(grad for grad in found if grad is not None)]

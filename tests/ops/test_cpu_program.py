@@ -338,6 +338,8 @@ def test_memory_is_shared_only_by_what_is_not_used_at_once():
         lambda x: [x + 1],
         lambda x: [x.contiguous().mul_(2)],
         lambda x: [x.float().bfloat16().clone()],
+        lambda x: torch.cat([x, x]),
+        lambda x: torch.cat([torch.empty(2, dtype=BF16), torch.empty(2)]),
         lambda x: cpu.passes.add_gradient(x, torch.empty_like(x), 1),
     ],
 )

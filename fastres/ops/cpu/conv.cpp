@@ -2,6 +2,9 @@
 
 #include <omp.h>
 
+#include <type_traits>
+#include <utility>
+
 namespace fastres {
 namespace {
 
@@ -63,11 +66,15 @@ struct Group {
   int64_t count;
 };
 
-// A phase's part of a unit: the outputs' pixels in the order of the groups.
+// A phase's part of a unit: the outputs' pixels in the order of the groups. A thread's next unit takes the same memory.
 struct Phase {
   std::vector<Run> runs;
   std::vector<Group> groups;
   std::vector<int64_t> pixels;
+  std::vector<std::pair<int64_t, int64_t>> taps;
+  std::vector<int64_t> offsets;  // of the taps from the first
+
+  void clear() { runs.clear(), groups.clear(), pixels.clear(), taps.clear(), offsets.clear(); }
 };
 
 struct Unit {
@@ -154,9 +161,37 @@ struct Plan {
 
 // ---- packing of the input ----
 
+// 16 channels, or `lanes`, of `count` pixels.
+template <Prologue kPrologue, class Lanes>
+void pack_column(const Source& s, int64_t at, int64_t step, int64_t count, int64_t channel, Lanes lanes, int64_t pitch, char* to) {
+  const Factors factors = factors_of<kPrologue>(s, channel, lanes);
+  at += channel, to += 2 * channel;
+  for (int64_t pixel = 0; pixel < count; ++pixel, at += step, to += pitch) {
+    const Floats value = value_of<kPrologue>(s, at, factors, lanes);
+    store(reinterpret_cast<uint16_t*>(to), value, lanes);
+    if constexpr (kPrologue == Prologue::kJoin) {
+      if (s.copy) store(s.copy + at, value, lanes);
+    }
+  }
+}
+
 // `count` pixels, `step` channels apart in x from the `at`-th element; behind the channels there are zeros up to the depth.
 template <Prologue kPrologue>
 void pack_pixels(const Source& s, int64_t at, int64_t step, int64_t count, int64_t channels, const Plan& p, char* to) {
+  if (kPrologue == Prologue::kPlain && step == channels && p.pitch == 2 * channels) {
+    copy(reinterpret_cast<uint16_t*>(to), s.x + at, count * channels);
+    return;
+  }
+  if (kPrologue != Prologue::kPlain && channels == p.depth && channels <= kColumns) {  // few lines, which stay in the cache
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      if (c + kLanes <= channels) {
+        pack_column<kPrologue>(s, at, step, count, c, std::integral_constant<int64_t, kLanes>{}, p.pitch, to);
+      } else {
+        pack_column<kPrologue>(s, at, step, count, c, channels - c, p.pitch, to);
+      }
+    }
+    return;
+  }
   for (int64_t pixel = 0; pixel < count; ++pixel, at += step, to += p.pitch) {
     uint16_t* out = reinterpret_cast<uint16_t*>(to);
     int64_t c = 0;
@@ -250,18 +285,18 @@ Ahead ahead_of(const Plan& p, const Unit& u, const Source& source) {
   return ahead;
 }
 
-// The runs, groups and pixels of a phase of a unit. Where outputs are gathered, their taps are copied to `gathered`, which
-// moves on.
-Phase phase_of(const Plan& p, const Unit& u, int64_t row_phase, int64_t column_phase, const char* packed, char*& gathered) {
-  Phase phase;
+// Sets the runs, groups and pixels of a phase of a unit. Where outputs are gathered, their taps are copied to `gathered`,
+// which moves on.
+void set_phase(Phase& phase, const Plan& p, const Unit& u, int64_t row_phase, int64_t column_phase, const char* packed,
+               char*& gathered) {
+  phase.clear();
   const Span rows = p.packed_rows(u.rows), columns = p.packed_columns();
   const int64_t line = columns.count * p.pitch, row_step = p.rows.phases(), column_step = p.columns.phases();
   const auto input = [&](int64_t image, int64_t row, int64_t column, int64_t r, int64_t t) {
     if (p.dense) return (image * rows.count + row - u.rows.first) * line + column * p.pitch;
     return (image * rows.count + p.rows.at(row, r) - rows.first) * line + (p.columns.at(column, t) - columns.first) * p.pitch;
   };
-  std::vector<std::pair<int64_t, int64_t>> taps;
-  std::vector<int64_t> offsets;  // of the taps from the first
+  auto& [runs, groups, pixels, taps, offsets] = phase;
   for (int64_t r = 0; r < p.s.kernel_h; ++r)
     for (int64_t t = 0; t < p.s.kernel_w; ++t)
       if (p.rows.reads(row_phase, r) && p.columns.reads(column_phase, t)) {
@@ -271,13 +306,15 @@ Phase phase_of(const Plan& p, const Unit& u, int64_t row_phase, int64_t column_p
         };
         offsets.push_back(at(taps.size() - 1) - at(0));
         const int64_t a = p.gathered ? 2 * p.depth * int64_t(taps.size() - 1) : offsets.back();
-        phase.runs.push_back({a, (r * p.s.kernel_w + t) * p.tap_bytes});
+        runs.push_back({a, (r * p.s.kernel_w + t) * p.tap_bytes});
       }
   const int64_t width = up(p.columns.out - column_phase, column_step);
   for (int64_t image = 0; image < u.images.count; ++image) {
     for (int64_t row = u.rows.first + row_phase; row < u.rows.first + u.rows.count; row += row_step) {
       const int64_t pixel = ((u.images.first + image) * p.rows.out + row) * p.columns.out + column_phase;
-      for (int64_t i = 0; i < width; ++i) phase.pixels.push_back(pixel + i * column_step);
+      const int64_t taken = int64_t(pixels.size());
+      pixels.resize(taken + width);
+      for (int64_t i = 0; i < width; ++i) pixels[taken + i] = pixel + i * column_step;
       if (p.dense) continue;
       const char* const from = packed + (taps.empty() ? 0 : input(image, row, column_phase, taps[0].first, taps[0].second));
       const int64_t apart = p.columns.step() * p.pitch;
@@ -287,27 +324,32 @@ Phase phase_of(const Plan& p, const Unit& u, int64_t row_phase, int64_t column_p
             std::memcpy(gathered + 2 * p.depth * tap, from + i * apart + offsets[tap], 2 * p.depth);
         continue;
       }
-      for (int64_t i = 0; i < width; i += p.group) phase.groups.push_back({from + i * apart, std::min(p.group, width - i)});
+      for (int64_t i = 0; i < width; i += p.group) groups.push_back({from + i * apart, std::min(p.group, width - i)});
     }
   }
   if (p.dense || p.gathered) {  // outputs lie side by side
-    const int64_t count = int64_t(phase.pixels.size()), apart = p.gathered ? p.gathered_pitch() : p.pitch;
+    const int64_t count = int64_t(pixels.size()), apart = p.gathered ? p.gathered_pitch() : p.pitch;
     const char* const from = p.gathered ? gathered - count * apart : packed;
-    for (int64_t i = 0; i < count; i += p.group) phase.groups.push_back({from + i * apart, std::min(p.group, count - i)});
+    for (int64_t i = 0; i < count; i += p.group) groups.push_back({from + i * apart, std::min(p.group, count - i)});
   }
-  return phase;
+}
+
+// Groups of a tile: more of them where all outputs are one vector.
+template <class Tiles>
+int64_t groups_of(const Plan& p) {
+  return p.out_channels <= kLanes ? Tiles::kMostGroups : Tiles::kGroups;
 }
 
 // Multiplies a tile's groups from the `first` by a panel; the pixels that it took.
 template <class Tiles>
 int64_t multiply_tile(const Plan& p, const Phase& phase, int64_t first, const int64_t* pixels, const char* panel, int64_t channel,
                       const Epilogue& epilogue, State& state) {
-  alignas(64) float sums[Tiles::kGroups * Tiles::kGroup * kColumns];
+  alignas(64) float sums[Tiles::kMostGroups * Tiles::kGroup * kColumns];
   const int64_t channels = std::min(kColumns, p.out_channels - channel), vectors = up(channels, kLanes);
   const int64_t apart = p.gathered ? p.gathered_pitch() : p.dense ? p.pitch : p.columns.step() * p.pitch;
   const Product product{apart, phase.runs.data(), int64_t(phase.runs.size()), p.depth / 2, kLine};
-  const int64_t groups = std::min(Tiles::kGroups, int64_t(phase.groups.size()) - first);
-  const char* at[Tiles::kGroups];
+  const int64_t groups = std::min(groups_of<Tiles>(p), int64_t(phase.groups.size()) - first);
+  const char* at[Tiles::kMostGroups];
   for (int64_t g = 0; g < groups; ++g) at[g] = phase.groups[first + g].at;
   Tiles::multiply(product, at, groups, panel, vectors, sums);
   int64_t taken = 0;
@@ -327,8 +369,9 @@ template <class Tiles>
 void multiply_panels(const Plan& p, const std::vector<Phase>& phases, const char* b, Span panels, const Epilogue& epilogue,
                      State* states, Ahead& next) {
   const int64_t panel_bytes = p.taps() * p.tap_bytes, at_once = std::max<int64_t>(1, kWeightBytes / panel_bytes);
+  const int64_t groups = groups_of<Tiles>(p);
   int64_t tiles = 0;
-  for (const Phase& phase : phases) tiles += up(int64_t(phase.groups.size()), Tiles::kGroups);
+  for (const Phase& phase : phases) tiles += up(int64_t(phase.groups.size()), groups);
   next.divide(tiles * up(panels.count, at_once));
   for (int64_t first = 0; first < panels.count; first += at_once) {
     const int64_t end = std::min(first + at_once, panels.count);
@@ -338,7 +381,7 @@ void multiply_panels(const Plan& p, const std::vector<Phase>& phases, const char
       epilogue.expect(pixels, int64_t(phase.pixels.size()), channel,
                       std::min(p.out_channels - channel, (end - first) * kColumns));
       int64_t taken = 0;
-      for (int64_t group = 0; group < int64_t(phase.groups.size()); group += Tiles::kGroups, pixels += taken) {
+      for (int64_t group = 0; group < int64_t(phase.groups.size()); group += groups, pixels += taken) {
         next.step();
         for (int64_t panel = first; panel < end; ++panel) {
           const int64_t index = panels.first + panel;
@@ -371,6 +414,8 @@ void multiply_all(const Plan& p, const Source& source, const uint16_t* weights, 
 #pragma omp parallel num_threads(int(threads))
   {
     Tiles::begin();
+    std::vector<Phase> phases;
+    std::vector<State> states;
     const int64_t jobs = units * parts, team = omp_get_num_threads(), thread = omp_get_thread_num();
     const int64_t last = jobs * (thread + 1) / team;
     for (int64_t job = jobs * thread / team; job < last; ++job) {
@@ -388,12 +433,12 @@ void multiply_all(const Plan& p, const Source& source, const uint16_t* weights, 
       if (direct) plan.pitch = 2 * p.depth;
       const char* const input = direct ? reinterpret_cast<const char*>(source.x + u.rows.first * p.in_channels) : packed;
       if (!direct) pack_unit(of_part, p, u, packed);
-      std::vector<Phase> phases;
-      for (int64_t row = 0; row < std::min(p.rows.phases(), u.rows.count); ++row)
-        for (int64_t column = 0; column < std::min(p.columns.phases(), p.columns.out); ++column)
-          phases.push_back(phase_of(plan, u, row, column, input, gathered));
+      const int64_t row_phases = std::min(p.rows.phases(), u.rows.count), column_phases = std::min(p.columns.phases(), p.columns.out);
+      phases.resize(row_phases * column_phases);
+      for (int64_t i = 0; i < row_phases * column_phases; ++i)
+        set_phase(phases[i], plan, u, i / column_phases, i % column_phases, input, gathered);
       const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts;
-      std::vector<State> states(end - begin);
+      states.assign(end - begin, State{});
       Ahead next;
       if (job + 1 < last && (job + 1) / parts != index) next = ahead_of(p, p.unit(index + 1), source);
       multiply_panels<Tiles>(plan, phases, b, {begin, end - begin}, epilogue, states.data(), next);

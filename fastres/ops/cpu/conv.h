@@ -32,20 +32,40 @@ struct Source {
   uint16_t* copy;
 };
 
+// What 16 channels are multiplied by and what is added.
+struct Factors {
+  Floats scale, shift, second_scale, second_shift;
+};
+
 template <Prologue kPrologue>
-inline Floats value_of(const Source& s, int64_t at, int64_t channel, int64_t count) {
+inline Factors factors_of(const Source& s, int64_t channel, int64_t count) {
+  Factors f{};
+  if constexpr (kPrologue == Prologue::kPlain) return f;
+  f.scale = load(s.scale + channel, count);
+  if (s.shift) f.shift = load(s.shift + channel, count);
+  if (s.second_scale) f.second_scale = load(s.second_scale + channel, count);
+  if (s.second_shift) f.second_shift = load(s.second_shift + channel, count);
+  return f;
+}
+
+template <Prologue kPrologue>
+inline Floats value_of(const Source& s, int64_t at, const Factors& f, int64_t count) {
   const Floats x = load(s.x + at, count);
   if constexpr (kPrologue == Prologue::kPlain) return x;
-  const Floats scale = load(s.scale + channel, count);
-  if constexpr (kPrologue == Prologue::kNorm) return relu(x * scale + load(s.shift + channel, count));
+  if constexpr (kPrologue == Prologue::kNorm) return relu(x * f.scale + f.shift);
   if constexpr (kPrologue == Prologue::kJoin) {
     Floats added{};
     if (s.second) added = load(s.second + at, count);
-    if (s.second_scale) added = added * load(s.second_scale + channel, count) + load(s.second_shift + channel, count);
-    return relu(x * scale + load(s.shift + channel, count) + added);
+    if (s.second_scale) added = added * f.second_scale + f.second_shift;
+    return relu(x * f.scale + f.shift + added);
   }
-  if (!s.second) return x * scale;
-  return x * scale + (load(s.second + at, count) * load(s.second_scale + channel, count) + load(s.shift + channel, count));
+  if (!s.second) return x * f.scale;
+  return x * f.scale + (load(s.second + at, count) * f.second_scale + f.shift);
+}
+
+template <Prologue kPrologue>
+inline Floats value_of(const Source& s, int64_t at, int64_t channel, int64_t count) {
+  return value_of<kPrologue>(s, at, factors_of<kPrologue>(s, channel, count), count);
 }
 
 // Fetches what will be read soon, in values from the `at`-th on; the processor alone follows few tensors at once.

@@ -13,12 +13,13 @@ inline void with(bool flag, Function function) {
   flag ? function(std::true_type{}) : function(std::false_type{});
 }
 
-// Calls `function` with each vector of a panel's channels: its index, its first channel and its lanes, a constant where the
-// panel is whole.
+// Calls `function` with the number of vectors and of channels of a panel, constants where it is whole or one whole vector.
 template <class Function>
 inline void for_vectors(int64_t channels, Function function) {
   if (channels >= kColumns) {
     function(std::integral_constant<int64_t, 2>{}, std::integral_constant<int64_t, kColumns>{});
+  } else if (channels == kLanes) {
+    function(std::integral_constant<int64_t, 1>{}, std::integral_constant<int64_t, kLanes>{});
   } else {
     function(up(channels, kLanes), channels);
   }

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres.ops.cpu.native import SIGNATURES, recorded_by
+from fastres.ops.cpu.native import SIGNATURES, pointer, recorded_by
 
 # Operations of PyTorch that make memory, that make views, and that may do either: then they compute.
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty"}
@@ -54,8 +54,8 @@ def _ranges(inputs: Sequence[Tensor | None]) -> list[tuple[int, int, int]]:
 class Tape(TorchDispatchMode):
     """Notes the calls, and the memory that they are given, while it is entered.
 
-    Memory that is there already and no input is a constant, which the tape holds: the tables that calls of the same
-    sizes share.
+    The one operation of PyTorch that it knows as calls is to join vectors. Memory that is there already and no input is a
+    constant, which the tape holds: the tables that calls of the same sizes share.
 
     Args:
         inputs: contiguous tensors on the CPU that are `apart`.
@@ -92,12 +92,24 @@ class Tape(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         if name in _ALLOCATIONS:
-            storage = result.untyped_storage()
-            self._newest[storage.data_ptr()] = len(self.sizes)
-            self.sizes.append(storage.nbytes())
+            self._made(result)
+        elif name == "aten::cat" and all(t.dim() == 1 and t.dtype == result.dtype for t in args[0]):
+            self._made(result)
+            self._joined(args[0], result)
         elif not (name in _VIEWS or (name in _PERHAPS_VIEWS and _shares_memory(result, args[0]))):
             raise Unrecordable(f"{func} is computed")
         return result
+
+    def _made(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._newest[storage.data_ptr()] = len(self.sizes)
+        self.sizes.append(storage.nbytes())
+
+    def _joined(self, vectors: Sequence[Tensor], result: Tensor) -> None:
+        """Vectors one after the other, as copies."""
+        for vector, part in zip(vectors, result.split([len(vector) for vector in vectors])):
+            addresses = [pointer(tensor, result.dtype, part.numel()) for tensor in (vector, part)]
+            self.called("copy", (*addresses, part.nbytes), "")
 
     def place(self, tensor: Tensor) -> Place | None:
         """Where a tensor's memory begins; None: neither in an input nor in what was made."""

@@ -208,7 +208,8 @@ struct Product {
 
 // The same in plain C++, in the geometry of the AMX form.
 struct PlainTiles {
-  static constexpr int64_t kGroup = 16, kGroups = 2, kGranule = 32;  // rows, groups a tile, channels that a run is made up of
+  // Rows of a group, groups of a tile, those of one vector, channels that a run is made up of.
+  static constexpr int64_t kGroup = 16, kGroups = 2, kMostGroups = 2, kGranule = 32;
   static void begin() {}
   static void end() {}
 
@@ -242,28 +243,30 @@ struct PlainTiles {
 // AVX512-BF16: kRows rows a group, so that neither widths of 8 and 16 nor of 7 and 14 leave sums unused.
 template <int kRows>
 struct Avx512Tiles {
-  static constexpr int64_t kGroup = kRows, kGroups = kRows == 7 ? 2 : 3, kGranule = 4;
+  static constexpr int64_t kGroup = kRows, kGroups = kRows == 7 ? 2 : 3, kMostGroups = kRows == 7 ? 3 : 6, kGranule = 4;
   static void begin() {}
   static void end() {}
 
   static void multiply(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors, float* sums) {
     using Tile = void (*)(const Product&, const char* const*, const char*, float*);
-    static constexpr Tile kTiles[2][3] = {{tile<1, 1>, tile<2, 1>, tile<kGroups, 1>}, {tile<1, 2>, tile<2, 2>, tile<kGroups, 2>}};
-    kTiles[vectors - 1][groups - 1](p, a, b, sums);
+    static constexpr Tile kOne[6] = {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<std::min<int>(4, kMostGroups), 1>,
+                                     tile<std::min<int>(5, kMostGroups), 1>, tile<kMostGroups, 1>};
+    static constexpr Tile kTwo[3] = {tile<1, 2>, tile<2, 2>, tile<kGroups, 2>};
+    (vectors == 1 ? kOne : kTwo)[groups - 1](p, a, b, sums);
   }
 
  private:
   template <int kMany, int kVectors>
   static void tile(const Product& p, const char* const* a, const char* b, float* sums) {
     __m512 sum[kMany * kRows][kVectors];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int row = 0; row < kMany * kRows; ++row)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[row][v] = _mm512_setzero_ps();
     const int64_t one = p.pitch, three = 3 * one, five = 5 * one;
     for (int64_t r = 0; r < p.count; ++r) {
       const char* in[kMany];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int g = 0; g < kMany; ++g) in[g] = a[g] + p.runs[r].a;
       const char* line = b + p.runs[r].b;
       for (int64_t pair = 0; pair < p.pairs; pair += 2) {  // a granule has an even number of them
@@ -272,7 +275,7 @@ struct Avx512Tiles {
           __m512bh columns[kVectors];
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_load_si512(line + v * 64);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int g = 0; g < kMany; ++g) {
 #pragma GCC unroll 8
             for (int row = 0; row < kRows; ++row) {
@@ -287,14 +290,14 @@ struct Avx512Tiles {
             }
           }
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int g = 0; g < kMany; ++g) {
           in[g] += 8;
           asm("" : "+r"(in[g]));  // so that the rows stay sums of few registers
         }
       }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int row = 0; row < kMany * kRows; ++row)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums + row * kColumns + v * kLanes, sum[row][v]);
@@ -307,11 +310,12 @@ struct Avx512LineTiles {
   static void begin() {}
   static void end() {}
 
-  // A group may have fewer rows: 4, 8 or 13 are summed.
+  // A group may have fewer rows: 4, 8 or 13 are summed; or 16 where there is one vector.
   static void multiply(const Product& p, const char* const* a, int64_t rows, const char* b, int64_t vectors, float* sums) {
     using Tile = void (*)(const Product&, const char*, const char*, float*);
-    static constexpr Tile kTiles[2][3] = {{tile<4, 1>, tile<8, 1>, tile<13, 1>}, {tile<4, 2>, tile<8, 2>, tile<13, 2>}};
-    kTiles[vectors - 1][rows <= 4 ? 0 : rows <= 8 ? 1 : 2](p, a[0], b, sums);
+    static constexpr Tile kOne[4] = {tile<4, 1>, tile<8, 1>, tile<13, 1>, tile<16, 1>};
+    static constexpr Tile kTwo[3] = {tile<4, 2>, tile<8, 2>, tile<13, 2>};
+    (vectors == 1 ? kOne : kTwo)[rows <= 4 ? 0 : rows <= 8 ? 1 : rows <= 13 ? 2 : 3](p, a[0], b, sums);
   }
 
  private:
@@ -349,7 +353,7 @@ struct Avx512LineTiles {
 #if FASTRES_AMX
 // AMX: 2 x 2 tiles of 16 x 16 sums, tiles 0 to 3, of two tiles of A and two of B.
 struct AmxTiles {
-  static constexpr int64_t kGroup = 16, kGroups = 2, kGranule = 32;
+  static constexpr int64_t kGroup = 16, kGroups = 2, kMostGroups = 2, kGranule = 32;
 
   // The thread's configuration of tiles is ours from `begin` to `end`, then what it was: other libraries may rely on theirs.
   // The intrinsics do not tell the compiler which memory they read, so it is told here and in `tile`.

@@ -29,12 +29,14 @@ struct Unit {  // pairs of images, and rows of dy
 template <class Tiles>
 struct Plan {
   static constexpr bool kLines = Tiles::kGroups == 1;  // A lies in lines of a pair of each output, else in rows of one's pairs
-  static constexpr int64_t kRows = Tiles::kGroup * Tiles::kGroups, kPanel = kLines ? kRows : kLanes;  // outputs: of a tile, packed
+  static constexpr int64_t kRows = Tiles::kGroup * Tiles::kGroups;  // outputs of a tile
   const Source x, dy;
   Shape s;
   Pixels of_x, of_dy;
   int64_t images, tail;  // of them all; columns of the last one
   int64_t packed_width, k_panels, c_panels, taps, line_pairs, fit, rows;
+  int64_t panel;     // outputs that are packed together: those of a tile, or a vector of them
+  int64_t x_line;    // bytes of a pair of x in a panel: a line has half the columns where that is all
 
   Plan(const Shape& shape, const Source& x, const Source& dy) : x(x), dy(dy), s(shape) {
     of_x = {s.in_height * s.in_width * s.in_channels, s.in_width * s.in_channels, s.in_channels, s.in_channels};
@@ -54,9 +56,11 @@ struct Plan {
     }
     taps = s.kernel_h * s.kernel_w;
     packed_width = (s.out_width - 1) * s.stride + (s.kernel_w - 1) * s.dilation + 1;
-    k_panels = up(s.out_channels, kPanel), c_panels = up(s.in_channels, kColumns);
+    panel = kLines && s.out_channels > kLanes ? kRows : kLanes;
+    x_line = kLines && s.in_channels <= kLanes ? kLine / 2 : kLine;
+    k_panels = up(s.out_channels, panel), c_panels = up(s.in_channels, kColumns);
     line_pairs = kLines ? s.out_width : up(s.out_width, kLanes) * kLanes;
-    const int64_t x_bytes = s.stride * packed_width * c_panels * kLine, dy_bytes = line_pairs * k_panels * 64;  // of a row
+    const int64_t x_bytes = s.stride * packed_width * c_panels * x_line, dy_bytes = line_pairs * k_panels * 64;  // of a row
     fit = std::max<int64_t>(1, std::min(kUnitBytes / (x_bytes + dy_bytes), kGradBytes / dy_bytes));
     rows = up(images, 2) * s.out_height;
   }
@@ -78,8 +82,8 @@ struct Plan {
   int64_t x_lines(const Unit& u) const { return u.pairs * packed_rows(u) * packed_width; }  // of a panel
   int64_t dy_pairs(const Unit& u) const { return u.pairs * u.rows * line_pairs; }           // of an output
   // A tile of AMX may read further columns, which count for nothing but must not be NaN.
-  int64_t slack() const { return kLines ? 0 : kLanes * s.stride * kLine; }
-  int64_t x_bytes(const Unit& u) const { return c_panels * x_lines(u) * kLine + slack(); }
+  int64_t slack() const { return kLines ? 0 : kLanes * s.stride * x_line; }
+  int64_t x_bytes(const Unit& u) const { return c_panels * x_lines(u) * x_line + slack(); }
   int64_t bytes(const Unit& u) const { return x_bytes(u) + k_panels * dy_pairs(u) * 64; }
   int64_t most_bytes() const {
     const Unit u{0, std::max<int64_t>(1, fit / s.out_height), 0, std::min(fit, s.out_height)};
@@ -103,8 +107,8 @@ struct Plan {
     }
     const int64_t in_row = u.first_row * s.stride - s.top + row, line = (pair * rows_of_x + row) * packed_width;
     if (in_row < 0 || in_row >= s.in_height) {
-      for (int64_t panel = 0; panel < c_panels; ++panel)
-        std::memset(to + (panel * x_lines(u) + line) * kLine, 0, packed_width * kLine);
+      for (int64_t c_panel = 0; c_panel < c_panels; ++c_panel)
+        std::memset(to + (c_panel * x_lines(u) + line) * x_line, 0, packed_width * x_line);
     } else {
       const int64_t at = even * of_x.image_pitch + in_row * of_x.row_pitch;
       x.prologue == Prologue::kPlain ? pack_x<Prologue::kPlain>(u, even, at, line, to, of_x_pairs)
@@ -139,9 +143,12 @@ struct Plan {
     for (int64_t column = 0; column < packed_width; ++column) {
       const int64_t i = column - s.left, from = at + i * of_x.column_pitch;
       const bool inside = column >= begin && column < end;
-      pair_pixels<kPrologue>(x, from, from + of_x.image_pitch, inside && i < width[0], inside && i < width[1], s.in_channels, pairs);
-      for (int64_t panel = 0; panel < c_panels; ++panel)
-        std::memcpy(to + (panel * x_lines(u) + line + column) * kLine, pairs + panel * kColumns, kLine);
+      uint32_t* const line_of_all = reinterpret_cast<uint32_t*>(to + (line + column) * x_line);  // where there is one vector
+      pair_pixels<kPrologue>(x, from, from + of_x.image_pitch, inside && i < width[0], inside && i < width[1], s.in_channels,
+                             x_line < kLine ? line_of_all : pairs);
+      if (x_line < kLine) continue;
+      for (int64_t c_panel = 0; c_panel < c_panels; ++c_panel)
+        std::memcpy(to + (c_panel * x_lines(u) + line + column) * kLine, pairs + c_panel * kColumns, kLine);
     }
   }
 
@@ -156,12 +163,12 @@ struct Plan {
         pair_pixels<kPrologue>(dy, from, from + of_dy.image_pitch, column < width[0], column < width[1], s.out_channels,
                                pairs + i * pitch);
       }
-      for (int64_t panel = 0; panel < k_panels; ++panel) {
-        const uint32_t* const from = pairs + panel * kPanel;
+      for (int64_t k_panel = 0; k_panel < k_panels; ++k_panel) {
+        const uint32_t* const from = pairs + k_panel * panel;
         if constexpr (kLines) {
-          std::memcpy(to + (panel * dy_pairs(u) + line + block) * 64, from, 64);
+          std::memcpy(to + (k_panel * dy_pairs(u) + line + block) * 64, from, 64);
         } else {
-          uint32_t* rows = reinterpret_cast<uint32_t*>(to) + panel * kPanel * dy_pairs(u) + line + block;
+          uint32_t* rows = reinterpret_cast<uint32_t*>(to) + k_panel * panel * dy_pairs(u) + line + block;
           transpose(reinterpret_cast<const uint16_t*>(from), 2 * pitch, kLanes, 2 * kLanes, kLanes, rows, dy_pairs(u));
         }
       }
@@ -169,7 +176,7 @@ struct Plan {
   }
 
   // Of a pixel's channels and what is copied behind them, which is 0.
-  int64_t pairs_of_pixel() const { return std::max(c_panels * kColumns, k_panels * kPanel + kLanes); }
+  int64_t pairs_of_pixel() const { return std::max(c_panels * kColumns, k_panels * panel + kLanes); }
   // For `pack`: a block of pixels, zeros behind their channels.
   std::vector<uint32_t> row_memory() const { return std::vector<uint32_t>(kLanes * pairs_of_pixel() + kLanes); }
 
@@ -177,7 +184,7 @@ struct Plan {
 
   // Adds to a tap's tiles of a panel of channels, or stores the first unit's.
   void multiply(const Unit& u, int64_t job, const char* packed, bool is_first, float* dw) const {
-    const int64_t panel = job / taps, r = job % taps / s.kernel_w, t = job % taps % s.kernel_w;
+    const int64_t c_panel = job / taps, r = job % taps / s.kernel_w, t = job % taps % s.kernel_w;
     int64_t begin = 0, end = line_pairs;  // columns of dy whose tap is inside of x
     if (kLines) {
       const int64_t moved = t * s.dilation - s.left;
@@ -190,22 +197,23 @@ struct Plan {
         const int64_t from = row * s.stride + r * s.dilation, at = u.first_row * s.stride - s.top + from;
         if (at < 0 || at >= s.in_height) continue;
         runs.push_back({((pair * u.rows + row) * line_pairs + begin) * (kLines ? 64 : 4),
-                        ((pair * packed_rows(u) + from) * packed_width + t * s.dilation + begin * s.stride) * kLine});
+                        ((pair * packed_rows(u) + from) * packed_width + t * s.dilation + begin * s.stride) * x_line});
       }
-    const Product product{4 * dy_pairs(u), runs.data(), int64_t(runs.size()), end - begin, s.stride * kLine};
+    const Product product{4 * dy_pairs(u), runs.data(), int64_t(runs.size()), end - begin, s.stride * x_line};
     const char* const of_dy = packed + x_bytes(u);
-    const int64_t vectors = up(std::min(kColumns, s.in_channels - panel * kColumns), kLanes);
-    const int64_t channels = std::min(kColumns, s.in_channels - panel * kColumns), pitch = taps * s.in_channels;
-    alignas(64) float sums[kRows * kColumns];
-    for (int64_t k = 0; k < s.out_channels; k += kRows) {
-      const int64_t outputs = std::min(kRows, s.out_channels - k), groups = up(outputs, Tiles::kGroup);
+    const int64_t vectors = up(std::min(kColumns, s.in_channels - c_panel * kColumns), kLanes);
+    const int64_t channels = std::min(kColumns, s.in_channels - c_panel * kColumns), pitch = taps * s.in_channels;
+    alignas(64) float sums[std::max(kRows, kLanes) * kColumns];
+    const int64_t tile = !kLines || panel == kRows ? kRows : vectors == 1 ? kLanes : kLanes / 2;
+    for (int64_t k = 0; k < s.out_channels; k += tile) {
+      const int64_t outputs = std::min(tile, s.out_channels - k), groups = up(outputs, Tiles::kGroup);
       const char* a[Tiles::kGroups];
       for (int64_t g = 0; g < groups; ++g)
-        a[g] = of_dy + (kLines ? k / kRows * 64 : (k + g * Tiles::kGroup) * 4) * dy_pairs(u);
-      float* to = dw + k * pitch + job % taps * s.in_channels + panel * kColumns;
+        a[g] = of_dy + (kLines ? k / panel * 64 : (k + g * Tiles::kGroup) * 4) * dy_pairs(u) + (kLines ? k % panel * 4 : 0);
+      float* to = dw + k * pitch + job % taps * s.in_channels + c_panel * kColumns;
       for (int64_t row = 0; row < outputs; ++row)
         for (int64_t v = 0; v < vectors; ++v) __builtin_prefetch(to + row * pitch + v * kLanes, 1, 3);
-      Tiles::multiply(product, a, kLines ? outputs : groups, packed + panel * x_lines(u) * kLine, vectors, sums);
+      Tiles::multiply(product, a, kLines ? outputs : groups, packed + c_panel * x_lines(u) * x_line, vectors, sums);
       for (int64_t row = 0; row < outputs; ++row, to += pitch)
         for (int64_t v = 0; v < vectors; ++v) {
           const Floats sum = load(sums + row * kColumns + v * kLanes, kLanes);

@@ -13,7 +13,7 @@ from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Backend
 from fastres.ops.layers import contiguous, dense, in_autocast, nhwc_weight, weight_grad
 from fastres.ops.nodes import End
-from fastres.ops.operation import isolated, operation
+from fastres.ops.operation import direct, isolated, operation
 from fastres.ops.plan import Code, Plan, decode
 from fastres.ops.schedule import Backward, Forward
 from fastres.ops.select import backend_for
@@ -60,7 +60,7 @@ class _Fused(torch.autograd.Function):
         given = [
             nhwc_weight(t, x.dtype) if kind == "w" and t is not None else t for kind, t in zip(letters, parameters)
         ]
-        out, *rest = fused_forward(*code, x, added, known, given, recording)
+        out, *rest = direct(fused_forward, x)(*code, x, added, known, given, recording)
         coefs, kept = rest[len(rest) - n_coefs :], rest[: len(rest) - n_coefs]
         weights = [t for kind, t in zip(letters, given) if kind == "w"]
         last = plan.nodes[-1]
@@ -81,7 +81,7 @@ class _Fused(torch.autograd.Function):
             dx, dadded, *grads = _differentiable(ctx, x, out, saved, dout)
             return None, None, dx, dadded, None, *grads
         need_weights = [need for kind, need in zip(ctx.letters, need_parameters) if kind == "w"]
-        found = iter(fused_backward(*ctx.code, dout, x, out, saved, [need_x, need_added, *need_weights]))
+        found = iter(direct(fused_backward, x)(*ctx.code, dout, x, out, saved, [need_x, need_added, *need_weights]))
         first = len(need_weights)
         channels = [coef.shape[1] for coef in saved[first : first + ctx.code.nodes.count("n")] for _ in range(2)]
         vectors = iter(next(found).split(channels))

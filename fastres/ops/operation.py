@@ -15,7 +15,31 @@ Body = TypeVar("Body", bound=Callable)
 
 def operation(name: str) -> Callable[[Callable], Any]:
     """Decorator: register a body that changes none of its arguments as the custom operation ``fastres::name``."""
-    return torch.library.custom_op(f"fastres::{name}", mutates_args=())
+
+    def register(body: Callable) -> Any:
+        registered: Any = torch.library.custom_op(f"fastres::{name}", mutates_args=())(body)
+        registered.body = body
+        return registered
+
+    return register
+
+
+def is_watched() -> bool:
+    """Whether something wants to see PyTorch's operations: a compiler, a transform, a dispatch mode, a profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def direct(registered: Any, x: Tensor) -> Callable:
+    """What to call for a registered operation on tensors like x: where nothing watches its body, which costs less.
+
+    For callers within an autograd Function, which PyTorch does not differentiate further.
+    """
+    return getattr(registered, "body", registered) if type(x) is Tensor and not is_watched() else registered
 
 
 def isolated(x: Tensor) -> AbstractContextManager:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastres.ops import cpu
 from fastres.ops.backends.protocol import MEAN, VAR
 from fastres.ops.batch_norm import COUNT
 from fastres.ops.layers import Statistics, check_device
+from fastres.ops.operation import is_watched
 
 
 @torch.no_grad()
@@ -21,7 +23,7 @@ def update_running(
 ) -> None:
     """In place: move each running mean, and unbiased variance, towards the batch's by its momentum.
 
-    On a GPU as many launches as for one BatchNorm, where the momenta are equal numbers.
+    On a GPU as many launches as for one BatchNorm, on a CPU one call, where the momenta are equal numbers.
 
     Args:
         running_means, running_vars: [C] of each BatchNorm.
@@ -43,8 +45,14 @@ def update_running(
         statistics, momenta = [statistics[i] for i in filled], [momenta[i] for i in filled]
     if not statistics:
         return
-    biased, factors = [coef[VAR] for coef, _ in statistics], [_correction(one) for one in statistics]
+    factors = [_correction(one) for one in statistics]
     numbers = [factor for factor in factors if not isinstance(factor, Tensor)]
+    alike = len(set(momenta)) == 1 and not isinstance(momenta[0], Tensor)
+    if alike and len(numbers) == len(factors) and not is_watched():
+        coefs = [coef for coef, _ in statistics]
+        if cpu.update_running(running_means, running_vars, coefs, numbers, momenta[0]):
+            return
+    biased = [coef[VAR] for coef, _ in statistics]
     if len(numbers) == len(factors):
         unbiased = list(torch._foreach_mul(biased, numbers))
     else:
@@ -54,7 +62,7 @@ def update_running(
         value.to(tensor.dtype).view_as(tensor)
         for tensor, value in zip(running, [*(coef[MEAN] for coef, _ in statistics), *unbiased], strict=True)
     ]
-    if len(set(momenta)) == 1 and not isinstance(momenta[0], Tensor):
+    if alike:
         torch._foreach_lerp_(running, batch, momenta[0])
         return
     for tensor, value, momentum in zip(running, batch, [*momenta, *momenta], strict=True):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from support_flat import aten
 
-from fastres.ops import Statistics, update_running
+from fastres.ops import Statistics, cpu, running, update_running
 
 MOMENTA = [0.3, torch.tensor(0.3), torch.tensor(0.3).double(), 0.0, 1.0]
 
@@ -43,3 +43,33 @@ def test_several_at_once_are_each_by_itself():
     update_running([], [], [], [])
     with pytest.raises(ValueError, match="shorter"):
         update_running(means, variances[:2], [used for _, used in batches], momenta)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("momentum", [0.1, 0.9, 1.0])
+def test_one_compiled_call_is_pytorchs_operations(momentum, monkeypatch):
+    """Version counters move too, so that autograd notices."""
+    batches = [batch(channels, scale) for channels, scale in ((5, 1.0), (3, 10.0), (33, 0.1))]
+    used, before = [one for _, one in batches], [torch.rand(2, y.shape[1]) for y, _ in batches]
+    ours, theirs = ([t.clone() for t in before] for _ in range(2))
+    update_running([t[0] for t in ours], [t[1] for t in ours], used, [momentum] * 3)
+    assert [t._version for t in ours] == [2, 2, 2]  # a row each
+    monkeypatch.setattr(running.cpu, "update_running", lambda *_: False)
+    update_running([t[0] for t in theirs], [t[1] for t in theirs], used, [momentum] * 3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.rand(5).double(),
+        torch.rand(10)[::2],
+        torch.nn.Parameter(torch.rand(5), False),
+        torch.rand(5, device="meta"),
+    ],
+    ids=["fp64", "gaps", "a subclass", "another device"],
+)
+def test_other_tensors_are_left_to_pytorch(other):
+    plain, coef = torch.rand(5), torch.rand(5, 5)
+    assert not cpu.update_running([plain], [other], [coef], [1.0], 0.1)
+    assert not cpu.update_running([other], [plain], [coef], [1.0], 0.1)

@@ -37,6 +37,7 @@ SIGNATURES = {
     "conv": "ipppppoppoooi",
     "folded_conv": "ipppppboi",
     "data_grad": "ippppppppppooi",
+    "update_running": "pid",
     "program": "pip",
 }
 # What returns an int64.

@@ -480,6 +480,30 @@ extern "C" void fastres_backward_coef(const float* sums, const float* coef, int6
   }
 }
 
+// Of many BatchNorms, each in a table: a running mean and variance [C], coefficients that begin with the batch's mean and biased
+// variance, C, and the bits of the factor to the unbiased variance.
+extern "C" void fastres_update_running(const int64_t* table, int64_t count, double momentum) {
+  struct Norm {
+    float *mean, *var;
+    const float* coef;
+    int64_t c;
+    double correction;
+  };
+  const float share = float(momentum);
+  const auto move = [share](float* running, float value) {
+    *running = share < 0.5f ? *running + share * (value - *running) : value - (value - *running) * (1 - share);
+  };
+  for (int64_t n = 0; n < count; ++n) {
+    Norm norm;
+    std::memcpy(&norm, table + n * 5, sizeof norm);
+    const float correction = float(norm.correction);
+    for (int64_t i = 0; i < norm.c; ++i) {
+      move(norm.mean + i, norm.coef[i]);
+      move(norm.var + i, norm.coef[norm.c + i] * correction);
+    }
+  }
+}
+
 extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::memcpy(to, from, bytes); }
 
 #define FASTRES_PASSES(T, NAME)                                                                                        \

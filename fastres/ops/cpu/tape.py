@@ -54,8 +54,8 @@ def _ranges(inputs: Sequence[Tensor | None]) -> list[tuple[int, int, int]]:
 class Tape(TorchDispatchMode):
     """Notes the calls, and the memory that they are given, while it is entered.
 
-    The one operation of PyTorch that it knows as calls is to join vectors. Memory that is there already and no input is a
-    constant, which the tape holds: the tables that calls of the same sizes share.
+    The one operation of PyTorch that it knows as calls is to join vectors. Memory that is there already and no input is
+    a constant, which the tape holds: the tables that calls of the same sizes share.
 
     Args:
         inputs: contiguous tensors on the CPU that are `apart`.

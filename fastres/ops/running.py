@@ -47,10 +47,11 @@ def update_running(
         return
     factors = [_correction(one) for one in statistics]
     numbers = [factor for factor in factors if not isinstance(factor, Tensor)]
-    alike = len(set(momenta)) == 1 and not isinstance(momenta[0], Tensor)
-    if alike and len(numbers) == len(factors) and not is_watched():
+    first = momenta[0]
+    momentum = None if isinstance(first, Tensor) or len(set(momenta)) > 1 else first  # where it is one number
+    if momentum is not None and len(numbers) == len(factors) and not is_watched():
         coefs = [coef for coef, _ in statistics]
-        if cpu.update_running(running_means, running_vars, coefs, numbers, momenta[0]):
+        if cpu.update_running(running_means, running_vars, coefs, numbers, momentum):
             return
     biased = [coef[VAR] for coef, _ in statistics]
     if len(numbers) == len(factors):
@@ -62,11 +63,11 @@ def update_running(
         value.to(tensor.dtype).view_as(tensor)
         for tensor, value in zip(running, [*(coef[MEAN] for coef, _ in statistics), *unbiased], strict=True)
     ]
-    if alike:
-        torch._foreach_lerp_(running, batch, momenta[0])
+    if momentum is not None:
+        torch._foreach_lerp_(running, batch, momentum)
         return
-    for tensor, value, momentum in zip(running, batch, [*momenta, *momenta], strict=True):
-        tensor.lerp_(value, momentum)
+    for tensor, value, weight in zip(running, batch, [*momenta, *momenta], strict=True):
+        tensor.lerp_(value, weight)
 
 
 def _correction(statistics: Statistics) -> float | Tensor:

@@ -173,6 +173,7 @@ int main(int count, char**) {
       convolve(form, 1, 1, 1, 5, 2, 1, 1, 0, 1, threads);
       convolve(form, 2, 9, 12, 33, 65, 1, 3, 0, 1, threads);
       convolve(form, 2, 40, 38, 96, 16, 3, 1, 1, 1, threads);  // several units of rows
+      convolve(form, 3, 9, 16, 16, 13, 3, 1, 1, 1, threads);   // one vector of channels
       pass(3, 5, 7, 19, 8, threads);
     }
   std::printf("done %d\n", std::isfinite(checksum));

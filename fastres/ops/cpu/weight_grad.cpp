@@ -206,7 +206,7 @@ struct Plan {
     alignas(64) float sums[std::max(kRows, kLanes) * kColumns];
     const int64_t tile = !kLines || panel == kRows ? kRows : vectors == 1 ? kLanes : kLanes / 2;
     for (int64_t k = 0; k < s.out_channels; k += tile) {
-      const int64_t outputs = std::min(tile, s.out_channels - k), groups = up(outputs, Tiles::kGroup);
+      const int64_t outputs = std::min(tile, s.out_channels - k), groups = kLines ? 1 : up(outputs, Tiles::kGroup);
       const char* a[Tiles::kGroups];
       for (int64_t g = 0; g < groups; ++g)
         a[g] = of_dy + (kLines ? k / panel * 64 : (k + g * Tiles::kGroup) * 4) * dy_pairs(u) + (kLines ? k % panel * 4 : 0);

@@ -242,14 +242,16 @@ class Conv(Node):
 
     def backward(self, run: Backward, step: Step, tail: Tail, joined: Shortcut | None) -> Tail:
         """The gradient goes on through the end of the block that it read."""
-        value, place = step.input, step.place
+        value, place, gradient = step.input, step.place, tail.gradient
         if self.adds:
-            run.joined.append(Tail(tail.gradient))  # a branch waits: its gradient takes memory, and this one is there
+            if gradient.abc is not None:  # the shortcut's gradient too, which is to be there
+                gradient = Gradient(run.p.bn_backward_apply(gradient))
+            run.joined.append(Tail(gradient))  # a branch waits: its gradient takes memory, and this one is there
         # an end with a projection has two BatchNorms whose sums are needed: it has a pass of its own
         end = value.normalised if value.ends and not value.has_projection else None
         need_dx = run.is_needed(value)
         dx, sums, run.dws[place] = run.p.conv_backward(
-            tail.gradient, value.read, step.convolution, joined, end, need_dx, run.need_weights[place]
+            gradient, value.read, step.convolution, joined, end, need_dx, run.need_weights[place]
         )
         step.value.output.drop()
         return tail if dx is None else Tail(Gradient(dx), sums)  # where it is not needed nothing comes before

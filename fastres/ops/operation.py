@@ -39,7 +39,8 @@ def direct(registered: Any, x: Tensor) -> Callable:
 
     For callers within an autograd Function, which PyTorch does not differentiate further.
     """
-    return getattr(registered, "body", registered) if type(x) is Tensor and not is_watched() else registered
+    plain = type(x) is Tensor and (x.is_cpu or x.is_cuda) and not is_watched()
+    return getattr(registered, "body", registered) if plain else registered
 
 
 def isolated(x: Tensor) -> AbstractContextManager:

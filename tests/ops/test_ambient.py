@@ -8,6 +8,7 @@ import pytest
 import torch
 from support_ops import CASES, DIFFERENTIABLE, arguments, gradients
 from support_triton import on_triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres import ops
 from fastres.ops import Conv, cpu
@@ -183,3 +184,21 @@ class TestPointers:
             with pytest.raises(RuntimeError, match="a compiled pass takes a contiguous"):
                 call()
                 raise AssertionError(f"call {number} went through")
+
+
+def test_a_profiler_and_a_mode_see_the_operations():
+    """Where nothing watches only their bodies run."""
+    seen = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    values = arguments("basic", torch.float32)
+    with Seen():
+        CASES["basic"].fused(*values).sum().backward()
+    with torch.autograd.profiler.profile() as profile:
+        CASES["basic"].fused(*values).sum().backward()
+    names = {"fastres::fused_forward", "fastres::fused_backward"}
+    assert names <= seen and names <= {event.name for event in profile.function_events}

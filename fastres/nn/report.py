@@ -12,6 +12,7 @@ from fastres.nn.classes import Fused
 from fastres.nn.networks import AVERAGE, BIASED, BLOCKS, CALL, NORM, STEM, opened_containers, parts_of
 from fastres.nn.roles import CONTAINERS, CONVS, NORMS
 from fastres.nn.structure import entry_of, is_block, is_network, structure_of, tell
+from fastres.nn.wrapped import calls_its_class
 
 LISTED = 3  # of what was left, in one line
 PASSING = ("has hooks", "is active")  # ends of reasons that may pass without another module or class
@@ -104,9 +105,12 @@ def survey(model: nn.Module, planned: bool) -> Report:
 def _block_left(block: nn.Module, planned: bool) -> str | None:
     if not planned and not isinstance(block, FusedBlock):
         return structure_of(block)[1] or "it is not fused yet"
-    if planned and "forward" in block.__dict__:
-        return f"a {type(block).__name__} has an instance's forward"
-    return structure_of(block)[1]
+    return structure_of(block, _is_reached(block))[1]
+
+
+def _is_reached(module: nn.Module) -> bool:
+    """Whether it has a fused forward that runs though one of the instance, such as accelerate's, is in front of it."""
+    return isinstance(module, Fused) and calls_its_class(module)
 
 
 def _add_network(found: Report, name: str, network: nn.Module, planned: bool) -> list[nn.Module]:
@@ -114,7 +118,7 @@ def _add_network(found: Report, name: str, network: nn.Module, planned: bool) ->
     container = CONTAINERS.of(type(network)) is not None
     if container and not (isinstance(network, Fused) or planned and is_worthwhile(network)):
         return []
-    steps, reason = tell(network)
+    steps, reason = tell(network, _is_reached(network))
     if reason is None and not (planned or isinstance(network, Fused)):
         reason = "it is not fused yet"
     if reason is not None:

@@ -99,7 +99,7 @@ class Draws:
     hole_y: Tensor | None
     hole_x: Tensor | None
 
-    def of(self, images: slice) -> Draws:
+    def of(self, images: slice | Tensor) -> Draws:
         """Those for some of the images."""
         return Draws(*(None if choice is None else choice[images] for choice in vars(self).values()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -23,10 +23,22 @@ from fastres.data.augment import (
 from fastres.data.dataset import DataError, Labelled, Split, take_images
 from fastres.data.feed import Feed, default_workers
 from fastres.data.files import FileSplit
-from fastres.data.mixing import mix
+from fastres.data.mixing import mix, partners
 from fastres.data.sampling import SAMPLINGS, balanced, shuffled
 from fastres.data.streams import CHOICES, FIRST_FLIPS, MIX, ORDER, stream
 from fastres.data.views import Views
+
+
+class _Part(NamedTuple):
+    """A rank's part of a batch.
+
+    Attributes:
+        places: in the batch of all ranks, of the images that are needed, in ascending order.
+        pairs: int64 [B, 2], of mixed images: which of those are mixed in, and which they are mixed with.
+    """
+
+    places: slice | Tensor
+    pairs: Tensor | None = None
 
 
 class Batches:
@@ -37,8 +49,9 @@ class Batches:
 
     Several ranks may share them: of each batch that one process would have, a rank yields every ``ranks``-th image, the
     same to the bit, so together they see each image once, their numbers of images differ by one at most, and
-    micro-batches are of the same images too; only `mix` mixes
-    a rank's images among themselves. A rank whose part of the last test batch is empty leaves it out.
+    micro-batches are of the same images too. Mixed images are mixed with the same ones on any number of ranks: where
+    half a batch does not divide over them, a rank takes those of its pairs that are another's besides its own. A rank
+    whose part of the last test batch is empty leaves it out.
 
     Images that are held on the device and those that worker processes feed to it make the same batches, bit for bit.
 
@@ -173,31 +186,39 @@ class Batches:
         on_device = self._send(order)
         steps = range(start_step, len(self))
         ends = [(step * self.batch_size, min((step + 1) * self.batch_size, count)) for step in steps]
-        parts = [slice(first + self.rank, last, self.ranks) for first, last in ends if first + self.rank < last]
-        for step, (first, last), part, (images, index) in zip(
-            steps, ends, parts, self._pixels(epoch, order, on_device, parts)
-        ):
+        parts = [self._part(last - first) for first, last in ends if first + self.rank < last]
+        numbers = [order[first:last][part.places] for (first, last), part in zip(ends, parts)]
+        for step, (first, last), part, wanted, images in zip(steps, ends, parts, numbers, self._pixels(epoch, numbers)):
+            # where they are evenly spaced nothing is copied
+            index = on_device[first:last][part.places] if isinstance(part.places, slice) else self._send(wanted)
             draws = draw(self.augment, last - first, *self._size(), stream(self.seed, CHOICES, epoch, step))
-            draws = draws.of(slice(self.rank, None, self.ranks))
-            mirror = draws.mirror if self._first_flips is None else self._first_flips[order[part]] ^ bool(epoch % 2)
-            batch, labels = self._augmented(images, index, draws, mirror, size_at(step)), self.labels[on_device[part]]
-            if self.augment.mixup or self.augment.cutmix:
+            draws = draws.of(part.places)
+            mirror = draws.mirror if self._first_flips is None else self._first_flips[wanted] ^ bool(epoch % 2)
+            picked = index if self._feed is None else None
+            batch, labels = self._augmented(images, picked, draws, mirror, size_at(step)), self.labels[index]
+            if part.pairs is not None:
                 assert self.classes is not None
-                key = self.seed, MIX, epoch, step
-                batch, labels = mix(batch, labels, self.classes, self.augment.mixup, self.augment.cutmix, key)
+                pairs, key = self._send(part.pairs), (self.seed, MIX, epoch, step)
+                batch, labels = mix(batch, labels, pairs, self.classes, self.augment.mixup, self.augment.cutmix, key)
             yield batch, labels
 
-    def _pixels(
-        self, epoch: int, order: Tensor, on_device: Tensor, parts: list[slice]
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """For each part of the order uint8 images [N, 3, H, W] on the device, and which of them it is; None: all."""
+    def _part(self, count: int) -> _Part:
+        """This rank's part of a batch of ``count`` images of all ranks."""
+        own = slice(self.rank, count, self.ranks)
+        if not (self.augment.mixup or self.augment.cutmix):
+            return _Part(own)
+        places = torch.arange(count)[own]
+        needed, pairs = torch.stack([partners(places, count), places], 1).unique(return_inverse=True)
+        return _Part(own if len(needed) == len(places) else needed, pairs)
+
+    def _pixels(self, epoch: int, numbers: list[Tensor]) -> Iterator[Tensor]:
+        """For each part, which are the ``numbers`` of its images, those that are fed; or all images of the split."""
         if self._feed is not None:
-            for images in self._feed.batches([order[part] for part in parts], epoch):
-                yield images, None
+            yield from self._feed.batches(numbers, epoch)
         else:
             assert isinstance(self.split, Split)
-            for part in parts:
-                yield self.split.images, on_device[part]
+            for _ in numbers:
+                yield self.split.images
 
     def _size(self) -> tuple[int, int]:
         """Height and width of the images in the end."""

@@ -17,8 +17,8 @@ _NO_CODE = (nn.Module, Tensor, type, types.ModuleType, str, bytes, int, float, t
 def calls_its_class(module: nn.Module) -> bool:
     """Whether the instance's own forward can reach that of its class; True where it has none.
 
-    What the wrapper's code can reach is followed: its closures, defaults, globals, bound arguments, and what it names of
-    the module. So are torch.autocast's and torch.compile's wrappers of a forward, accelerate's, and a function that
+    What the wrapper's code can reach is followed: its closures, defaults, globals, bound arguments, and what it names
+    of the module. So are torch.autocast's and torch.compile's wrappers of a forward, accelerate's, and a function that
     calls the former ``module.forward``. What a decorator only notes (``__wrapped__``) is not taken for a call.
     """
     if "forward" not in module.__dict__:
@@ -48,7 +48,7 @@ def _reached(item: Any, module: nn.Module) -> Iterator[Any]:
     elif isinstance(item, (list, tuple, set)):
         yield from item
     else:
-        yield getattr(type(item), "__call__", None)
+        yield type(item).__dict__.get("__call__")
         yield from (value for name, value in getattr(item, "__dict__", {}).items() if name != "__wrapped__")
 
 

@@ -73,12 +73,28 @@ def test_files_and_memory_show_the_same(photos, name):
     assert same(streamed, resident)
 
 
-@pytest.mark.parametrize("name", ["crop", "jitter", "trivial", "erasing"])
-def test_ranks_see_their_share_of_one_process_batch(photos, name):
-    whole = [images for images, _ in make(photos[0], KINDS[name]).epoch(1)]
-    ranks = [[images for images, _ in make(photos[0], KINDS[name], share=(rank, 2)).epoch(1)] for rank in range(2)]
-    for step, images in enumerate(whole):
-        assert torch.equal(torch.stack([part[step] for part in ranks], 1).flatten(0, 1), images)
+@pytest.mark.parametrize("name", ["crop", "jitter", "trivial", "erasing", "mixup", "cutmix", "all"])
+@pytest.mark.parametrize("ranks, batch_size", [(2, 6), (3, 6), (2, 8), (3, 7), (4, 12)])
+def test_ranks_see_their_share_of_one_process_batch(photos, name, ranks, batch_size):
+    """Mixed with the same images, too, and with an uneven last batch."""
+    source, options = photos["crop" not in name and name != "all"], dict(drop_last=False)
+    whole = list(make(source, KINDS[name], batch_size, **options).epoch(1))
+    parts = [list(make(source, KINDS[name], batch_size, share=(r, ranks), **options).epoch(1)) for r in range(ranks)]
+    for step, (images, labels) in enumerate(whole):
+        for rank, part in enumerate(parts):
+            if rank < len(images):
+                assert torch.equal(part[step][0], images[rank::ranks]) and torch.equal(
+                    part[step][1], labels[rank::ranks]
+                )
+
+
+def test_ranks_decode_no_more_where_half_a_batch_divides_over_them(photos, monkeypatch):
+    decoded, own = [], FileSplit.square
+    monkeypatch.setattr(FileSplit, "square", lambda split, number: (decoded.append(number), own(split, number))[1])
+    for ranks, batch_size, count in ((1, 6, 6), (2, 8, 4), (3, 6, 2), (2, 6, 6)):
+        decoded.clear()
+        next(make(photos[0], KINDS["mixup"], batch_size, share=(ranks - 1, ranks)).epoch(0))
+        assert len(decoded) == len(set(decoded)) == count
 
 
 def test_validation_images_are_left_alone(photos):
@@ -145,11 +161,11 @@ def test_mixup_adds_pairs_by_the_shares_of_their_labels(photos):
     plain, labels = next(make(split, Augment(0)).epoch(1))
     hot = torch.nn.functional.one_hot(labels, 2).float()
     assert shares.shape == (6, 2) and torch.allclose(shares.sum(1), torch.ones(6))
-    differ = (hot != hot.roll(1, 0)).any(1)
-    share = ((shares - hot.roll(1, 0)) / (hot - hot.roll(1, 0)).where(hot != hot.roll(1, 0), torch.nan))[differ]
+    differ = (hot != hot.roll(3, 0)).any(1)
+    share = ((shares - hot.roll(3, 0)) / (hot - hot.roll(3, 0)).where(hot != hot.roll(3, 0), torch.nan))[differ]
     share = share[:, 0].unique()
     assert share.max() - share.min() < 1e-5 and 0 < share[0] < 1
-    torch.testing.assert_close(mixed, plain * share[0] + plain.roll(1, 0) * (1 - share[0]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mixed, plain * share[0] + plain.roll(3, 0) * (1 - share[0]), atol=1e-4, rtol=1e-4)
 
 
 def test_cutmix_pastes_a_rectangle_as_large_as_its_share(photos):
@@ -158,8 +174,8 @@ def test_cutmix_pastes_a_rectangle_as_large_as_its_share(photos):
         mixed, shares = next(make(photos[1], augment).epoch(1, step))
         plain, labels = next(make(photos[1], Augment(0)).epoch(1, step))
         pasted = (mixed != plain).any(1)
-        assert torch.equal(mixed, torch.where((mixed != plain), plain.roll(1, 0), plain))
-        kept = shares[torch.arange(6), labels][labels != labels.roll(1)]
+        assert torch.equal(mixed, torch.where((mixed != plain), plain.roll(3, 0), plain))
+        kept = shares[torch.arange(6), labels][labels != labels.roll(3)]
         if len(kept):
             assert abs(1 - pasted.float().mean((1, 2)).max() - kept[0]) < 0.1
 
@@ -170,7 +186,7 @@ def test_both_mixtures_take_turns(photos):
     kinds = set()
     for epoch in range(6):
         for (mixed, _), (images, _) in zip(batches.epoch(epoch), plain.epoch(epoch)):
-            kinds.add(bool(((mixed == images) | (mixed == images.roll(1, 0))).all()))
+            kinds.add(bool(((mixed == images) | (mixed == images.roll(3, 0))).all()))
     assert kinds == {True, False}
 
 

@@ -23,7 +23,7 @@ from fastres.train.pretrained import read_weights
 OPTIONS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 DATA_OPTIONS = (  # those that `load_data` reads
     "data", "data_root", "image_size", "val_share", "val_seed", "skip_bad", "limit_train", "limit_test",
-    "memory_budget", "crop_scale", "center_share",
+    "memory_budget", "crop_scale", "center_share", "weights",
 )  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def load_data(config: TrainConfig, ranks: Ranks = ALONE) -> data.Dataset:
             budget=memory_budget(config.memory_budget, machine.pick_device(rank_device(config.device, ranks))),
             from_files=config.crop_scale is not None,
             center_share=config.center_share,
+            of_photos_alone=config.weights is not None,  # which it may be of, whatever the data
         )
     )
     dataset = data.limit(dataset, config.limit_train, config.limit_test)

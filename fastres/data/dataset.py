@@ -184,6 +184,7 @@ class Dataset:
 
     ``val``: images that pick the best epoch, where ``test`` shall pick nothing; None: ``test`` picks.
     ``image_size``: pixels a side that the images are meant to be seen at, which may be more than are stored; None: any.
+    ``center_share``: part of a photo's shorter side that its image has; None: the images are of no photos in files.
     """
 
     train: Labelled
@@ -195,6 +196,7 @@ class Dataset:
     val: Labelled | None = None
     image_size: int | None = None
     digest: str = ""
+    center_share: float | None = None
 
     def __post_init__(self):
         if not self.digest:
@@ -325,7 +327,8 @@ def limit(dataset: Dataset, train: int | None = None, test: int | None = None) -
         val, label = limit_split(val, test, "validation", label)
     if label == dataset.label:
         return dataset
-    return make_dataset(train_split, test_split, dataset.classes, label, val, dataset.image_size)
+    limited = make_dataset(train_split, test_split, dataset.classes, label, val, dataset.image_size)
+    return replace(limited, center_share=dataset.center_share)
 
 
 def divide(split: AnySplit, share: float, seed: int, classes: tuple[str, ...]) -> tuple[AnySplit, AnySplit]:

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -312,7 +312,8 @@ def load(
     skip_bad: bool = False,
     budget: Budget | None = None,
     from_files: bool = False,
-    center_share: float = 1.0,
+    center_share: float | None = None,
+    of_photos_alone: bool = False,
 ) -> Dataset:
     """Load labelled images to train with.
 
@@ -335,17 +336,22 @@ def load(
         skip_bad: go on without the files that cannot be read.
         budget: memory for a folder's decoded images; larger sets are `FileSplit`s, whose pixels, statistics and digest
             are the same. None: a third of the host's free memory.
-        center_share: part of a photo's shorter side that its central square has, such as 224 / 256.
         from_files: a folder's training images are in a `FileSplit` in any case, which has them at their full size too.
+        center_share: part of a photo's shorter side that its central square has, such as 224 / 256; None: all of it.
+        of_photos_alone: images of no photos in files, such as CIFAR-10's, are seen whole; else a share of them is an
+            error.
 
     Raises:
         DataError: when the source is missing or damaged; the message names the files and the remedy.
     """
-    loader = _loader(Wanted(image_size, None, val_share, skip_bad, True, budget, from_files, center_share), cache, say)
+    share = 1.0 if center_share is None else center_share
+    loader = _loader(Wanted(image_size, None, val_share, skip_bad, True, budget, from_files, share), cache, say)
     found = loader.find(source, Path(root))
-    if center_share != 1 and found.image_size is None:
-        raise DataError(f"--center-share {center_share:g} is of photos in files, not of {found.label}: leave it out")
-    return _dataset(found, val_share, val_seed, from_files, budget or memory_budget())
+    of_photos = found.image_size is not None
+    if share != 1 and not of_photos and not of_photos_alone:
+        raise DataError(f"--center-share {share:g} is of photos in files, not of {found.label}: leave it out")
+    dataset = _dataset(found, val_share, val_seed, from_files, budget or memory_budget())
+    return replace(dataset, center_share=share if of_photos else None)
 
 
 def _loader(wanted: Wanted, cache: bool | str | os.PathLike, say: Callable[[str], None]) -> Loader:

@@ -39,6 +39,20 @@ def image_size(config: TrainConfig, dataset: Dataset) -> int:
     return config.image_size or dataset.image_size or dataset.train.size[-1]
 
 
+def check_center_share(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse photos that were loaded with another share of them than the configuration asks for.
+
+    Raises:
+        DataError: names both.
+    """
+    wanted, found = config.center_share, dataset.center_share
+    if None not in (wanted, found) and wanted != found:
+        raise DataError(
+            f"{dataset.label} was loaded with a share of {found:g} of each photo, but --center-share is {wanted:g}: "
+            f"load it with center_share={wanted:g}, or set center_share to {found:g}"
+        )
+
+
 def model_options(config: TrainConfig, size: int) -> dict[str, Any]:
     """The constructor's options that the configuration asks for, for images of ``size`` pixels."""
     options: dict[str, Any] = {}

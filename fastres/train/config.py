@@ -118,9 +118,9 @@ class TrainConfig:
         low=8,
         high=1024,
     )
-    center_share: float = option(
-        1.0, "part of a photo's shorter side that its central square has, such as 0.875 beside --crop-scale",
-        kind=float, low=0.1, high=1.0,
+    center_share: float | None = option(
+        None, "part of a photo's shorter side that its central square has, such as 0.875 beside --crop-scale; none: "
+        "that of --weights, or all of it", kind=float, low=0.1, high=1.0,
     )  # fmt: skip
     val_share: float | None = option(
         None, "share of each class kept from training to pick the best epoch; a test set then picks nothing",

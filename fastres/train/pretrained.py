@@ -1,6 +1,7 @@
 """Weights that a run starts from: torchvision's, timm's, a file's or another run's, with what their pixels meant.
 
-What a run takes over of them (size, mean, deviation, stem) becomes options of its own, so that it goes on without them.
+What a run takes over of them (size, share of a photo, mean, deviation, stem) becomes options of its own, so that it
+goes on without them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastres.train.config import TrainConfig
 from fastres.train.content import NETWORK, check_content
 from fastres.train.identity import checksum
 from fastres.train.layers import Frozen, head_name
-from fastres.train.trained import evaluated_weights
+from fastres.train.trained import center_share, evaluated_weights
 
 TORCHVISION = "torchvision"
 HUB_WEIGHTS, HUB_CONFIG, METADATA = "model.safetensors", "config.json", "fastres"
@@ -68,6 +69,7 @@ class Weights:
         classes: of the logits; None: not known.
         mean, std: of the pixels, per channel, on the scale 0..1; None: not known.
         image_size: pixels a side; None: not known.
+        center_share: part of a photo's shorter side that they were evaluated on; None: not known.
     """
 
     source: str
@@ -77,6 +79,7 @@ class Weights:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: int | None = None
+    center_share: float | None = None
 
     @property
     def digest(self) -> str:
@@ -138,7 +141,7 @@ def _torchvision(model: str, version: str) -> Weights:
     preset = weights.transforms()
     return Weights(
         str(weights), tensors, model, tuple(weights.meta["categories"]), tuple(preset.mean), tuple(preset.std),
-        preset.crop_size[0],
+        preset.crop_size[0], min(1.0, preset.crop_size[0] / preset.resize_size[0]),
     )  # fmt: skip
 
 
@@ -169,10 +172,12 @@ def _timm(name: str) -> Weights:
     )
 
 
-def _timm_pixels(config: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Mean, deviation and size in the words of timm's configurations."""
-    mean, std, size = (config.get(key) for key in ("mean", "std", "input_size"))
-    return tuple(mean) if mean else None, tuple(std) if std else None, size[-1] if size else None
+def _timm_pixels(config: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Mean, deviation, size and share of a photo in the words of timm's configurations."""
+    mean, std, size, share = (config.get(key) for key in ("mean", "std", "input_size", "crop_pct"))
+    if config.get("crop_mode") == "border":  # the whole photo with a border, of which no square is a share
+        share = None
+    return tuple(mean) if mean else None, tuple(std) if std else None, size[-1] if size else None, share
 
 
 def _hub_folder(path: Path) -> Weights:
@@ -256,7 +261,10 @@ def _run(path: Path) -> Weights:
     check_content(saved, NETWORK, path, "no run can start from it")
     mean, std = (tuple(value / 255 for value in saved[name]) for name in ("mean", "std"))
     tensors, _ = evaluated_weights(saved)
-    return Weights(str(path), dict(tensors), saved["model"], tuple(saved["classes"]), mean, std, saved["image_size"])
+    return Weights(
+        str(path), dict(tensors), saved["model"], tuple(saved["classes"]), mean, std, saved["image_size"],
+        center_share(saved, path),
+    )  # fmt: skip
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -287,7 +295,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def settled(config: TrainConfig) -> TrainConfig:
-    """The configuration with the weights' own size, mean, deviation and stem where it does not say others.
+    """The configuration with the weights' own size, share of a photo, mean, deviation and stem where it does not say
+    others.
 
     Raises:
         FastresError: see `read_weights`.
@@ -296,8 +305,9 @@ def settled(config: TrainConfig) -> TrainConfig:
         return config
     weights = read_weights(config.weights, config.model)
     changes: dict[str, Any] = {}
-    if config.image_size is None and weights.image_size is not None:
-        changes["image_size"] = weights.image_size
+    for name in ("image_size", "center_share"):
+        if getattr(config, name) is None:
+            changes[name] = getattr(weights, name)
     if config.mean is None and weights.mean is not None and weights.std is not None:
         changes |= {name: ",".join(f"{value:.8g}" for value in getattr(weights, name)) for name in ("mean", "std")}
     first = weights.tensors.get("conv1.weight")

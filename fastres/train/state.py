@@ -29,6 +29,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         "std": list(dataset.std),
         "image_size": trainer.image_size,
         "stored_size": dataset.train.size[-1],
+        "center_share": dataset.center_share,
         "data": dataset.label,
         "epoch": trainer.epoch,
         "step": trainer.step,

@@ -24,8 +24,9 @@ class Trained:
     """A network in evaluation mode with what its inputs and outputs mean.
 
     ``mean`` and ``std`` are per channel on the scale 0..255 of the pixels; ``data`` labels its training images, which
-    were decoded to ``stored_size`` pixels a side and brought to ``image_size``, which the network sees. ``averaged``:
-    the weights are the average of a run with ``--ema``, which is what its accuracies are of.
+    were decoded to ``stored_size`` pixels a side and brought to ``image_size``, which the network sees; of a photo's
+    shorter side it sees the part ``center_share``. ``averaged``: the weights are the average of a run with ``--ema``,
+    which is what its accuracies are of.
     """
 
     model: nn.Module
@@ -39,11 +40,7 @@ class Trained:
     epoch: int
     options: dict[str, Any]
     averaged: bool = False
-
-    @property
-    def center_share(self) -> float:
-        """Part of a photo's shorter side that the network saw of it."""
-        return self.options.get("center_share", 1.0)
+    center_share: float = 1.0
 
 
 def find_checkpoint(path: str | os.PathLike | None) -> Path:
@@ -81,7 +78,22 @@ def load_trained(path: Path, device: torch.device) -> Trained:
         model = fold(model)
     facts = {name: saved[name] for name in ("classes", "mean", "std", "image_size", "data", "epoch", "options")}
     facts["stored_size"] = saved.get("stored_size", saved["image_size"])
+    facts["center_share"] = center_share(saved, path)
     return Trained(model, path, **facts, averaged=averaged)
+
+
+def center_share(saved: dict[str, Any], path: Path) -> float:
+    """Part of a photo's shorter side that a checkpoint's network saw; early checkpoints have it among the options.
+
+    Raises:
+        CheckpointError: for what is no share.
+    """
+    share = saved.get("center_share", saved["options"].get("center_share"))
+    if share is None:
+        return 1.0
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise CheckpointError(f"checkpoint {path} has no right value of 'center_share': take another one")
+    return float(share)
 
 
 def evaluated_weights(saved: dict[str, Any]) -> tuple[dict[str, torch.Tensor], bool]:

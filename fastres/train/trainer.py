@@ -19,7 +19,15 @@ from fastres.errors import FastresError
 from fastres.train import machine, pretrained, report, state
 from fastres.train.average import WeightAverage
 from fastres.train.best import held_epoch
-from fastres.train.build import build_batches, build_model, build_optimizer, image_size, model_options, with_statistics
+from fastres.train.build import (
+    build_batches,
+    build_model,
+    build_optimizer,
+    check_center_share,
+    image_size,
+    model_options,
+    with_statistics,
+)
 from fastres.train.callbacks import Callback, call_all
 from fastres.train.config import TrainConfig
 from fastres.train.distributed import ALONE, Onlooker, Ranks, rank_device
@@ -83,6 +91,7 @@ class Trainer:
         if config.weights is not None and not goes_on:
             config = ranks.of_first(lambda: pretrained.settled(config))
         self.config = config = machine.settled(config, self.device, ranks.of_first)
+        check_center_share(config, dataset)
         self.dataset = dataset = with_statistics(config, dataset)
         self.dtype = machine.pick_dtype(config.precision, self.device)
         machine.check_cuda_graph(config.cuda_graph, self.device, self.dtype)

@@ -8,15 +8,17 @@ import shutil
 import pytest
 import torch
 import torchvision
-from support_data import write_image_folder
+from support_data import write_batches, write_image_folder
 from support_train import CLASSES, tiny_config, tiny_dataset, tiny_trainer
 
+from fastres import data
 from fastres.cli import main
 from fastres.errors import FastresError
 from fastres.train import Trainer
 from fastres.train.checkpoint import load_checkpoint
 from fastres.train.pretrained import load_pretrained, read_weights, settled
 from fastres.train.run_folder import RunFolder, read_config, saved_config
+from fastres.train.trained import load_trained
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -61,7 +63,8 @@ def test_torchvision(tmp_path, torch_home):
     torch.save(state, torch_home / kept.url.rsplit("/", 1)[1])
     for name in ("torchvision", "torchvision:IMAGENET1K_V1"):
         config = settled(tiny_config(model="resnet18", weights=name))
-        assert (config.image_size, config.stem) == (224, "imagenet")
+        assert (config.image_size, config.center_share, config.stem) == (224, 224 / 256, "imagenet")
+        assert settled(config.replace(center_share=0.5)).center_share == 0.5
         assert (config.mean, config.std) == ("0.485,0.456,0.406", "0.229,0.224,0.225")
         run, said = started(tmp_path / name, weights=name)
         assert same(run, state) and run.model.fc.weight.shape == (3, 512)
@@ -104,6 +107,8 @@ def test_a_network_of_timms_from_its_cache(tmp_path, monkeypatch):
     safetensors.save_file(state, entry / "snapshots" / "abc" / "model.safetensors")
     found = read_weights("resnet18.a1_in1k", "resnet20")
     assert (found.model, found.mean, found.std, found.image_size) == ("resnet18", *IMAGENET, 224)
+    known = timm.get_pretrained_cfg("resnet18.a1_in1k")
+    assert found.center_share == known.crop_pct and known.crop_mode == "center"
     run, _ = started(tmp_path / "run", weights="resnet18.a1_in1k")
     assert same(run, state)
     with pytest.raises(
@@ -243,6 +248,32 @@ def test_the_command_takes_network_size_and_pixels_from_a_run_and_goes_on_withou
     assert main(["train", "--resume", str(tmp_path / "run"), "--epochs", "2"]) == 2
     assert "has 9 steps already, more than the 6 that are asked for" in capsys.readouterr().err
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0 and saved_config(tmp_path / "run").epochs == 3
+
+
+def test_the_command_takes_the_weights_share_of_a_photo(tmp_path, monkeypatch, capsys):
+    """Unless another one is given; images that are no photos in files are seen whole."""
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
+    write_image_folder(tmp_path / "photos", train=6, test=4, size=(40, 30))
+    write_batches(tmp_path / "batches")
+    quick = "--epochs 1 --batch-size 4 --device cpu --precision fp32 --backend eager".split()
+
+    def kept(name, *more):
+        assert main(["train", *quick, "--out", str(tmp_path / name), *more]) == 0
+        saved = load_checkpoint(tmp_path / name / "best.pt")
+        trained = load_trained(tmp_path / name / "best.pt", torch.device("cpu"))
+        return saved["options"]["center_share"], trained.center_share, saved["stored_size"]
+
+    photos, first = ["--data", str(tmp_path / "photos")], ["--weights", str(tmp_path / "first")]
+    assert kept("first", *photos, "--model", "resnet8", "--center-share", "0.6") == (0.6, 0.6, 18)
+    assert kept("second", *photos, *first) == (0.6, 0.6, 18)
+    assert kept("other", *photos, *first, "--center-share", "0.5") == (0.5, 0.5, 15)
+    assert kept("batches-run", "--data", str(tmp_path / "batches"), *first) == (0.6, 1.0, 32)
+    assert main(["train", "--resume", str(tmp_path / "batches-run"), "--epochs", "2"]) == 0
+    loaded = data.load(tmp_path / "photos", image_size=30, center_share=0.5)
+    with pytest.raises(
+        data.DataError, match="share of 0.5 of each photo, but --center-share is 0.6: load it with cent"
+    ):
+        Trainer(tiny_config(model="resnet8", weights=first[1]), loaded, RunFolder(tmp_path / "api"))
 
 
 def test_what_does_not_fit_is_known_before_the_data_is_read(tmp_path, capsys):

@@ -13,19 +13,20 @@ import numpy as np
 import torch
 
 from fastres.cache import cache_folder
-from fastres.data import cifar, decode, download, layout, table
+from fastres.data import cifar, decode, layout, table
 from fastres.data.archive import SUFFIXES as ARCHIVES
 from fastres.data.archive import is_archive, open_archive
 from fastres.data.budget import Budget, in_gib, memory_budget, square_bytes
 from fastres.data.cache import Cache, Facts, Survey, digest
 from fastres.data.dataset import DataError, Dataset, Labelled, Parts, Split, divide, make_dataset, make_parts
 from fastres.data.files import Files, FileSplit
-from fastres.data.registry import DATASETS
+from fastres.data.published import read_folder
+from fastres.data.registry import CIFAR10, DATASETS
 from fastres.data.size import LARGE, Sides, seen_side, stored_side
-from fastres.data.tree import Member, entries, named, normal, plain, stamp, walk
+from fastres.data.tree import Member, entries, named, normal, plain, walk
 
 logger = logging.getLogger(__name__)
-SOURCES = ("auto", "cifar10", "cifar100", *DATASETS)
+SOURCES = ("auto", *DATASETS)
 
 
 @dataclass(frozen=True)
@@ -67,42 +68,15 @@ class Loader:
     def __init__(self, wanted: Wanted, cache: Cache, say: Callable[[str], None]):
         self.wanted, self.cache, self.say = wanted, cache, say
 
-    def published(self, root: Path, kind: cifar.Kind = cifar.CIFAR10) -> Found:
-        """CIFAR-10 or CIFAR-100 as published, from ``root`` or from the network."""
-        batches = root / kind.folder
-        why = f"{kind.name} is not under {root}"
-        if kind.is_in(batches):
-            try:
-                found = self.batches(batches, kind)
-                if found.label == kind.name:
-                    return found
-                why = f"{batches} has not the checksums of {kind.name}"
-            except DataError as error:
-                why = str(error)
-        download.download(root, why, self.say, kind)
-        return self.batches(batches, kind)
-
     def batches(self, path: Path, kind: cifar.Kind, place: Path | None = None) -> Found:
         """A ``cifar-10-batches-py`` or ``cifar-100-python`` folder; only with its checksums has it the set's name.
 
         Args:
             place: where they come from, if not from ``path``.
         """
-
-        def build() -> Parts:
-            train, test, classes = cifar.read_batches(path, kind)
-            return make_parts({"train": train, "test": test}, classes, genuine=cifar.is_genuine(path, kind))
-
-        files = [path / name for name in kind.files]
-        for file in files:
-            if not file.is_file():
-                raise DataError(f"{file} is missing: {kind.remedy}")
-        place = (place or path).resolve()
-        state = digest(*(f"{file.name} {stamp(file.stat())}" for file in files))
-        facts = self.cache.facts(str(place), state, lambda: Facts(digest(*(file.read_bytes() for file in files))))
-        parts = self.cache.parts(facts.content, "32", build)
-        other = f"batches {plain(place.name)} ({len(parts.splits['train'])} images)"
-        return Found(parts, kind.name if parts.genuine else other)
+        parts = read_folder(path, kind, self.cache, place)
+        name = plain((place or path).resolve().name)
+        return Found(parts, kind.name if parts.genuine else f"batches {name} ({len(parts.splits['train'])} images)")
 
     def archive(self, path: Path) -> Found:
         """An image folder, images with a table, or one of CIFAR's sets, in a zip or tar file."""
@@ -193,7 +167,8 @@ class Loader:
 
     def named(self, name: str, root: Path) -> Found:
         """A set of `fastres.data.registry`."""
-        return Found(DATASETS[name].read(root), DATASETS[name].label)
+        found = DATASETS[name]
+        return Found(found.load(root, self.cache, self.say), found.label)
 
     def path(self, path: Path) -> Found:
         """What lies at a path: images in a folder, an archive or a table, or CIFAR's batches there or under it."""
@@ -225,7 +200,7 @@ class Loader:
         """
         missing = []
         try:
-            found = self.published(root)
+            found = self.named(CIFAR10, root)
         except DataError as error:
             missing.append(str(error))
             if has_splits(root):
@@ -243,9 +218,6 @@ class Loader:
         """Any source by name or path."""
         if source == "auto":
             return self.auto(root)
-        for kind in cifar.KINDS:
-            if source == kind.name.lower().replace("-", ""):
-                return self.published(root, kind)
         return self.named(str(source), root) if str(source) in DATASETS else self.path(Path(source))
 
 
@@ -324,7 +296,7 @@ def load(
             split; ``cifar-10-batches-py``, ``cifar-100-python`` or the folder it is in. ``auto``: the first that is
             there of CIFAR-10, an image folder ``root``, ``root/cifar-10-batches-py`` and the synthetic set; ``say``
             hears which one and why not those before it.
-        root: where ``auto`` and ``cifar10`` look.
+        root: where ``auto``, ``cifar10`` and ``cifar100`` look.
         image_size: side in pixels that an image folder's images are to be seen at; None: their median shorter side, or
             224 where that is less. They are decoded to it, or to what the largest has where that is less. CIFAR-10
             and the synthetic set always have 32, see `Augment.resize`.

@@ -109,7 +109,7 @@ class TrainConfig:
         None, "parts that stay as they are, BatchNorm's statistics too: stem, layer1, ..., or backbone", kind=str
     )
     # data
-    data: str = option("auto", "auto, cifar10, synthetic, or a path, see README.md", kind=str)
+    data: str = option("auto", "auto, cifar10, cifar100, synthetic, or a path, see docs/data.md", kind=str)
     data_root: str = option("data", "folder that CIFAR-10 is looked for in and downloaded to", kind=str)
     image_size: int | None = option(
         None,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from fastres.data.registry import DATASETS
 from fastres.errors import FastresError
 from fastres.train.config import ADAPTIVE, TrainConfig
 
+_ROOTED = ["auto", *(name for name, source in DATASETS.items() if source.reads_root)]
 # option -> (what makes it work, whether it does)
 _NEEDS: dict[str, tuple[str, Callable[[TrainConfig], bool]]] = {
     **dict.fromkeys(
@@ -25,7 +27,10 @@ _NEEDS: dict[str, tuple[str, Callable[[TrainConfig], bool]]] = {
     "magnitude": ("--auto-augment rand", lambda config: config.auto_augment == "rand"),
     "crop_pad": ("the padded crop, which --crop-scale replaces", lambda config: config.crop_scale is None),
     "val_seed": ("--val-share", lambda config: config.val_share is not None),
-    "data_root": ("--data auto or cifar10", lambda config: config.data in ("auto", "cifar10")),
+    "data_root": (
+        f"--data {' or '.join(_ROOTED)}",
+        lambda config: config.data == "auto" or config.data in DATASETS and DATASETS[config.data].reads_root,
+    ),
 }  # fmt: skip
 
 

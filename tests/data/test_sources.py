@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 
 import pytest
@@ -7,6 +8,10 @@ from support_data import CIFAR_CLASSES, call_genuine, write_batches, write_image
 from fastres import data
 from fastres.data import DataError, cifar, download, registry, synthetic
 from fastres.data.dataset import make_parts
+from fastres.data.published import Published
+from fastres.errors import FastresError
+from fastres.train import TrainConfig
+from fastres.train.useless import check_given
 
 
 @pytest.fixture
@@ -38,6 +43,26 @@ def test_a_new_set_is_a_line_in_the_registry(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     dataset, _ = load("digits", root=tmp_path)
     assert dataset.label == "Digits" and (len(dataset.train), len(dataset.test)) == (20, 10)
+
+
+def test_a_new_set_that_is_published(tmp_path, monkeypatch):
+    """It takes the cache and says what it does, as CIFAR-10's and CIFAR-100's entries do."""
+    assert {"cifar10", "cifar100"} < registry.DATASETS.keys()
+    kind = dataclasses.replace(cifar.CIFAR10, name="Other-10", folder="other")
+    monkeypatch.setitem(registry.DATASETS, "other", Published(kind))
+    monkeypatch.setattr(cifar, "is_genuine", lambda path, kind: True)
+    write_batches(tmp_path / "other")
+    assert load("other", root=tmp_path)[0].label == "Other-10"
+    monkeypatch.setattr(cifar, "read_batches", None)
+    assert load("other", root=tmp_path)[0].label == "Other-10"
+
+
+@pytest.mark.parametrize("name", ["auto", "cifar10", "cifar100", "mine"])
+def test_a_root_is_of_every_set_that_is_looked_for_there(name, monkeypatch):
+    monkeypatch.setitem(registry.DATASETS, "mine", registry.NamedSet("Mine", synthetic.read))
+    check_given([TrainConfig(data=name)], ["data_root"])
+    with pytest.raises(FastresError, match="--data-root does nothing without --data auto or cifar10 or cifar100: add"):
+        check_given([TrainConfig(data="synthetic")], ["data_root"])
 
 
 def test_an_image_folder_by_path(tmp_path):

@@ -24,7 +24,8 @@ def calls_its_class(module: nn.Module) -> bool:
     if "forward" not in module.__dict__:
         return True
     target = type(module).forward
-    waiting, seen = deque([module.__dict__["forward"]]), {}
+    waiting = deque([module.__dict__["forward"]])
+    seen: dict[int, Any] = {}
     while waiting and len(seen) < MOST:
         item = waiting.popleft()
         if item is target:

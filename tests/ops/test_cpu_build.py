@@ -1,8 +1,10 @@
 """The compiled passes: built once, replaced when damaged, done without where they cannot be built."""
 
 import ctypes
+import errno
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,25 @@ def test_it_is_compiled_once(compiler, tmp_path):
     before = library.stat().st_mtime_ns
     assert again() is None and library.stat().st_mtime_ns == before
     assert os.listdir(library.parent) == [library.name], "temporary files are left"
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_of_several_that_start_together_one_compiles(compiler, tmp_path, monkeypatch, locks):
+    """As ranks do; where the file system has no locks each of them does."""
+    log, script = tmp_path / "log", tmp_path / "cxx"
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] || {{ echo compiling >> {log}; sleep 0.5; }}\n'
+        f'exec {build._compiler()[0]} "$@"\n'
+    )
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    if not locks:
+        monkeypatch.setattr(build.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    with ThreadPoolExecutor(3) as pool:
+        loaded = list(pool.map(lambda _: build._loaded.__wrapped__(), range(3)))
+    assert all(isinstance(one, ctypes.CDLL) for one in loaded)
+    assert (len(log.read_text().split()) == 1) == locks
+    assert all(name.startswith("passes-") for name in os.listdir(tmp_path / "cache"))
 
 
 def test_compiling_is_said_and_loading_is_not(compiler, monkeypatch, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -11,6 +12,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -61,7 +64,9 @@ def _loaded() -> ctypes.CDLL | str:
         compiler = _compiler()
         path = private_folder() / f"passes-{_key(compiler)}.so"
         if not _is_whole(path):  # not there yet, or damaged
-            _compile(compiler, path)
+            with _one_at_a_time(path.parent):  # ranks that start together: one compiles, the others wait for it
+                if not _is_whole(path):
+                    _compile(compiler, path)
         try:
             return ctypes.CDLL(str(path))
         except OSError:  # whole, but of a system whose libraries have changed
@@ -69,6 +74,23 @@ def _loaded() -> ctypes.CDLL | str:
             return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Context that one process of the machine is in, as far as the file system has locks; one that is killed leaves it.
+
+    The lock is on the folder itself, so that no file of it is left.
+    """
+    handle = None
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _is_whole(path: Path) -> bool:

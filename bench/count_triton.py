@@ -4,8 +4,8 @@ Which addresses a kernel touches does not depend on the values there, so the pro
 launches are interpreted once. One image is interpreted, with the tiles of the whole batch; the launchers then tell,
 without running anything, how large every tensor of the same launches is at the batch in question. Of each argument the
 same share is touched there: an activation, a weight or a coefficient is read whole whatever the batch, a strided 1x1
-convolution reads every fourth pixel of all. Launches that only the larger batch needs, such as the merging of many
-partial sums, are small and interpreted at their true size.
+convolution reads every fourth pixel of all. Launches that only the larger batch needs, or makes in other
+tiles, such as the merging of many partial sums, are small and interpreted at their true size.
 
 Needs ``TRITON_INTERPRET=1``.
 """
@@ -17,7 +17,6 @@ import inspect
 import math
 import sys
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -86,16 +85,24 @@ def traffic(step: Callable[[int], Any], batch: int, sample: int = 1) -> list[Lau
     Raises:
         RuntimeError: without ``TRITON_INTERPRET=1``, or where a launch at the batch has no like at the sample.
     """
-    with configs.taken() as tiles:
-        counts = Counter(launch.kernel for launch in _launches(step, batch))
-    with _tiles_given(tiles):
+    with configs.taken() as noted:
+        asked = _by_kernel(_launches(step, batch))
+    with _tiles_given([one for one in noted if isinstance(one, Config)]):
         samples = _launches(step, sample, everything=True)
-    sampled = Counter(launch.kernel for launch in samples)
-    comparable = {kernel for kernel, count in counts.items() if count == sampled[kernel]}
-    found = _launches(step, batch, kernels=counts.keys() - comparable)
+    sampled = _by_kernel(samples)
+    comparable = {kernel for kernel, kinds in asked.items() if kinds == sampled.get(kernel)}
+    found = _launches(step, batch, kernels=asked.keys() - comparable)
     likes = (launch for launch in samples if launch.kernel in comparable)
     for launch, like in zip((launch for launch in found if launch.kernel in comparable), likes):
         _extrapolate(launch, like)
+    return found
+
+
+def _by_kernel(launches: list[LaunchTraffic]) -> dict[str, list[tuple]]:
+    """Of each kernel's launches what an extrapolation needs to be the same: their tiles and the tensors they have."""
+    found: dict[str, list[tuple]] = {}
+    for launch in launches:
+        found.setdefault(launch.kernel, []).append((launch.tile, [*launch.arguments]))
     return found
 
 

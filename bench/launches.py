@@ -36,8 +36,10 @@ from fastres.ops.backends import vendor
 from fastres.ops.backends.aten import pixel_tiles
 from fastres.ops.backends.protocol import Normalised
 from fastres.ops.backends.timed import RANKS
-from fastres.ops.backends.triton import Triton, Vendor
+from fastres.ops.backends.triton import Triton, Vendor, Way
 
+# Behind the ranks of the tiles: the other ways in which a convolution's gradients share what both read.
+WAYS = dict(enumerate((way for way in Way if way is not Way.ONCE), RANKS))
 # What a launch asks of the compiler beside the kernel's own arguments.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
@@ -101,7 +103,7 @@ class Launch:
         default_factory=dict, hash=False
     )  # arguments by name, those that are compiled in too
     tensors: dict[str, tuple[int, int]] = field(default_factory=dict, hash=False)  # by name: address, bytes
-    rank: int | None = 0  # of the configuration; None: around the library's convolutions
+    rank: int | None = 0  # of the configuration, or one of `WAYS`; None: around the library's convolutions
 
     @property
     def programs(self) -> int:
@@ -110,20 +112,19 @@ class Launch:
 
 
 @contextmanager
-def recorded(rank: int | None = 0, dy_once: bool = True) -> Iterator[list[Launch]]:
+def recorded(rank: int | None = 0) -> Iterator[list[Launch]]:
     """Fused operations on CPU tensors take the Triton launchers; their launches are listed, their results undefined.
 
     Args:
-        rank: which configuration the launchers that offer several take, the first at 0; None: convolutions are the
-            library's, which are not run, between Triton's passes.
-        dy_once: see `Triton`; launches without it are of the rank behind the last.
+        rank: which configuration the launchers that offer several take, the first at 0; one of `WAYS`; None:
+            convolutions are the library's, which are not run, between Triton's passes.
 
     Raises:
         RuntimeError: under ``TRITON_INTERPRET``.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels are neither specialised nor compiled")
-    backend = _Recorded() if rank is None else Triton(rank, dy_once)
+    backend = _Recorded() if rank is None else Triton(way=WAYS[rank]) if rank in WAYS else Triton(rank)
     launches: list[Launch] = []
 
     def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -131,7 +132,7 @@ def recorded(rank: int | None = 0, dy_once: bool = True) -> Iterator[list[Launch
         size = grid(bound) if callable(grid) else grid
         integers = {name: int(value) for name, value in bound.items() if isinstance(value, int)}
         tensors = {name: (one.data_ptr(), one.nbytes) for name, one in bound.items() if isinstance(one, Tensor)}
-        launches.append(Launch(specialisation, tuple(size), integers, tensors, rank if dy_once else RANKS))
+        launches.append(Launch(specialisation, tuple(size), integers, tensors, rank))
 
     with (
         mock.patch.object(JITFunction, "run", run),

@@ -21,7 +21,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench.launches import Specialisation, recorded
+from bench.launches import WAYS, Specialisation, recorded
 from bench.sass import SHARED_LIMIT
 from bench.workloads import PARTS, SPEED, Setting
 from fastres.kernels.resources import shared_memory_of
@@ -45,15 +45,13 @@ class Job:
     training: bool = True
     shared: int | None = None  # bytes of shared memory that a program can have; None: any
     arch: int | None = None  # compute capability of the device, as 90; None: an H100's
-    dy_once: bool = True  # see `recorded`
 
 
 def jobs(workload: Workload, dtype: torch.dtype, evaluation: Iterable[int] = ()) -> list[Job]:
     """All that a training step may launch; and inference on batches of the sizes in ``evaluation``."""
     workload = replace(workload, model=SHALLOWER.get(workload.model, workload.model))
     ranks = (*range(RANKS), None)
-    found = [Job(workload, dtype, recompute, rank) for recompute in (False, True) for rank in ranks]
-    found += [replace(job, dy_once=False) for job in found if job.rank == 0]
+    found = [Job(workload, dtype, recompute, rank) for recompute in (False, True) for rank in (*ranks, *WAYS)]
     for batch in evaluation:
         found += [Job(replace(workload, batch=batch), dtype, False, rank, training=False) for rank in ranks]
     return found
@@ -75,7 +73,7 @@ def launched(job: Job) -> set[Specialisation]:
     model.train(job.training)
     with (
         shared_memory_of(job.shared, job.arch),
-        recorded(job.rank, job.dy_once) as launches,
+        recorded(job.rank) as launches,
         torch.set_grad_enabled(job.training),
     ):
         with torch.autocast("cpu", job.dtype, enabled=job.dtype != torch.float32):

@@ -11,14 +11,18 @@ from typing import Any, NamedTuple
 
 import triton
 
-# Shared memory a block can have, bytes (CUDA C++ Programming Guide, technical specifications by compute capability).
-SHARED_LIMIT = {
+Architecture = int | str  # an NVIDIA compute capability, as 90, or the name of an AMD processor
+# Shared memory a block can have, bytes (CUDA C++ Programming Guide, technical specifications by compute capability;
+# AMD's instruction set manuals: the local data share).
+SHARED_LIMIT: dict[Architecture, int] = {
+    75: 64 * 1024,  # T4, GeForce RTX 20
     80: 163 * 1024,  # A100
     86: 99 * 1024,  # GeForce RTX 30, A40
     89: 99 * 1024,  # GeForce RTX 40, L40
     90: 227 * 1024,  # H100
     100: 227 * 1024,  # B200
     120: 99 * 1024,  # GeForce RTX 50
+    "gfx942": 64 * 1024,  # MI300
 }
 
 _LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E\S*")
@@ -46,7 +50,7 @@ class Resources(NamedTuple):
     tensor_cores: dict[str, int]  # instructions by kind
     dots: int  # `tl.dot`s that a tensor core can do: all but fp32 ones of full precision
 
-    def faults(self, arch: int) -> list[str]:
+    def faults(self, arch: Architecture) -> list[str]:
         """Why this kernel must not be shipped; empty: it may."""
         found = []
         if self.stack or self.spills:
@@ -67,16 +71,16 @@ def resources(kernel: Any) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
-        usage, sass = _cuobjdump("-res-usage", path), _cuobjdump("-sass", path)
+        text = _cuobjdump(path, "-res-usage", "-sass")
     return Resources(
-        registers=_usage("REG", usage),
-        stack=_usage("STACK", usage),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        registers=_usage("REG", text),
+        stack=_usage("STACK", text),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", text)),
         shared=kernel.metadata.shared,
-        wide_loads=_wide_share(_LOAD, sass),
-        wide_stores=_wide_share(_STORE, sass),
-        tensor_cores={name: len(found) for name, kind in _TENSOR_CORES.items() if (found := kind.findall(sass))},
-        dots=_tensor_core_dots(kernel.asm["ttir"]),
+        wide_loads=_wide_share(_LOAD, text),
+        wide_stores=_wide_share(_STORE, text),
+        tensor_cores={name: len(found) for name, kind in _TENSOR_CORES.items() if (found := kind.findall(text))},
+        dots=tensor_core_dots(kernel.asm["ttir"]),
     )
 
 
@@ -89,7 +93,7 @@ def registers(cubin: bytes) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return _usage("REG", _cuobjdump("-res-usage", path))
+        return _usage("REG", _cuobjdump(path, "-res-usage"))
 
 
 def _usage(name: str, text: str) -> int:
@@ -109,14 +113,15 @@ def _wide_share(kind: re.Pattern, sass: str) -> float | None:
     return sum(width * count for width, count in widths.items() if width >= 16) / total if total else None
 
 
-def _tensor_core_dots(ttir: str) -> int:
+def tensor_core_dots(ttir: str) -> int:
+    """Products that a tensor core can do: all but fp32 ones of full precision."""
     dots = [line for line in ttir.splitlines() if "tt.dot " in line]
     return sum(not ("xf32>" in line.split(":", 1)[1].split("*")[0] and "tf32" not in line) for line in dots)
 
 
-def _cuobjdump(option: str, path: Path) -> str:
+def _cuobjdump(path: Path, *options: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, option, path], capture_output=True, text=True)
+    done = subprocess.run([tool, *options, path], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"cuobjdump {option}: {done.stderr.strip()}")
+        raise RuntimeError(f"cuobjdump {' '.join(options)}: {done.stderr.strip()}")
     return done.stdout + done.stderr

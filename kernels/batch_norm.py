@@ -1,10 +1,14 @@
 """BatchNorm's per-channel arithmetic: statistics of a tensor, coefficients of both directions, running statistics.
 
-Partial results of row tiles [T, C] are merged in fp64 and in a fixed order, so the same input gives the same bits. Many
-tiles are merged in two launches: the first, of many programs, leaves one partial result for every 128 tiles.
+Partial results of row tiles [T, C] are merged in a fixed order, so the same input gives the same bits, by compensated
+sums (Knuth's two-sum), which lose no more than fp64 would where GPUs have little of that. One launch merges all tiles
+of a layer; of more than `MOST_TILES` a launch of many programs before it leaves one partial result, in fp64, for every
+512. In backward that launch also adds up the parts of the weight gradient that was computed last.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,15 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
+from fastres.kernels.configs import limited
 from fastres.kernels.geometry import cdiv
+from fastres.kernels.parts import PARTS, sum_parts, waiting
 from fastres.kernels.row_tiles import reduction
 from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR
 from fastres.kernels.types import Moments
 
-# Merging reads [tiles, channels] blocks: 16 fp32 channels are 64 bytes, two sectors of a row.
-BLOCK_T, BLOCK_C, WARPS = 128, 16, 4
-# More tiles than a single program a channel block should go through, one block after the other.
-_MANY_TILES = 512
+INFINITY = tl.constexpr(float("inf"))
+# Tiles more than which are merged by two launches.
+MOST_TILES = 8192
 # Channels of a program, and its warps, where there are only [C] vectors: 16 bytes a thread.
 VECTOR, VECTOR_WARPS = 256, 2
 
@@ -86,33 +91,75 @@ def moments(y: Tensor) -> Moments:
     return Moments(count, mean, m2)
 
 
+class _Blocks(NamedTuple):
+    """How a launch merges rows [tiles, columns]: each program some columns, block of rows after block."""
+
+    rows: int
+    columns: int
+    warps: int
+    most_registers: int  # of a thread: told none, the assembler aims low and spills
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """The launch's keyword arguments."""
+        return dict(BLOCK_T=self.rows, BLOCK_C=self.columns, num_warps=self.warps, **limited(self.most_registers))
+
+
+# Of 16 fp32 columns a row is two sectors of the memory; of 8 it is one, and there are twice the programs, each with as
+# many loads in flight as it can have.
+_FEW, _MANY = _Blocks(128, 16, 4, 255), _Blocks(512, 8, 16, 128)
+
+
+def _blocks(tiles: int) -> _Blocks:
+    return _FEW if tiles <= 4 * _FEW.rows else _MANY
+
+
+@triton.jit
+def two_sum(total, lost, value):
+    """``total + value``, and ``lost`` with what the addition rounded away (Knuth 1969, theorem 4.2.2 B)."""
+    added = total + value
+    part = added - total
+    return added, lost + ((total - (added - part)) + (value - part))
+
+
+@triton.jit
+def compensated(total, lost):
+    """The sums [C] over the rows of total + lost [T, C], fp64. What is not finite stays as a plain sum has it."""
+    wide = total.to(tl.float64)
+    return tl.sum(tl.where(tl.abs(lost) < INFINITY, wide + lost.to(tl.float64), wide), 0)
+
+
 @triton.jit
 def chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Count, mean and M2 of T tiles together, fp64: ``mean = sum(n_t*mean_t)/n, M2 = sum(M2_t + n_t*(mean_t-mean)^2)``.
+    """Count, mean and M2 of T tiles together, fp64 (Chan et al. 1979): with deviations ``d_t = mean_t - mean_0`` it is
+    ``mean = mean_0 + sum(n_t*d_t)/n, M2 = sum(M2_t + n_t*d_t^2) - sum(n_t*d_t)^2/n``.
 
-    Two passes, the second mostly from cache. count [T]; mean, M2 [T, C].
+    The first tile's mean is about as far from the mean as others are, so that little cancels. count [T]; mean, M2 [T,
+    C]. Moves each once.
     """
     tile = tl.arange(0, BLOCK_T)
     offset = (tile * C)[:, None] + channel[None, :]
-    counts = tl.zeros((BLOCK_T,), tl.float64)
-    weighted = tl.zeros((BLOCK_T, channel.shape[0]), tl.float64)
+    origin = tl.load(mean_ptr + channel, mask=channel_ok, other=0.0)
+    counts = tl.zeros((BLOCK_T,), tl.int64)
+    weighted = tl.zeros((BLOCK_T, channel.shape[0]), mean_ptr.dtype.element_ty)
+    weighted_lost = weighted
+    squares = weighted
+    squares_lost = weighted
     for start in range(0, T, BLOCK_T):
         ok = start + tile < T
-        count = tl.load(count_ptr + start + tile, mask=ok, other=0.0).to(tl.float64)
-        mean = tl.load(mean_ptr + start * C + offset, mask=ok[:, None] & channel_ok[None, :], other=0.0)
-        counts += count
-        weighted += count[:, None] * mean.to(tl.float64)
-    total = tl.sum(counts, 0)
-    merged = tl.sum(weighted, 0) / total
-    squares = tl.zeros((BLOCK_T, channel.shape[0]), tl.float64)
-    for start in range(0, T, BLOCK_T):
-        ok = start + tile < T
-        count = tl.load(count_ptr + start + tile, mask=ok, other=0.0).to(tl.float64)
-        mean = tl.load(mean_ptr + start * C + offset, mask=ok[:, None] & channel_ok[None, :], other=0.0)
-        m2 = tl.load(m2_ptr + start * C + offset, mask=ok[:, None] & channel_ok[None, :], other=0.0)
-        deviation = mean.to(tl.float64) - merged[None, :]
-        squares += m2.to(tl.float64) + count[:, None] * deviation * deviation
-    return total, merged, tl.sum(squares, 0)
+        inside = ok[:, None] & channel_ok[None, :]
+        count = tl.load(count_ptr + start + tile, mask=ok, other=0.0)
+        mean = tl.load(mean_ptr + start * C + offset, mask=inside, other=0.0)
+        m2 = tl.load(m2_ptr + start * C + offset, mask=inside, other=0.0)
+        counts += count.to(tl.int64)
+        deviation = tl.where(inside, mean - origin[None, :], 0.0)
+        term = count[:, None] * deviation
+        weighted, weighted_lost = two_sum(weighted, weighted_lost, term)
+        squares, squares_lost = two_sum(squares, squares_lost, m2 + term * deviation)
+    total = tl.sum(counts, 0).to(tl.float64)
+    shift = compensated(weighted, weighted_lost)
+    m2 = compensated(squares, squares_lost) - shift * shift / total
+    return total, origin.to(tl.float64) + shift / total, tl.where(m2 < 0.0, 0.0, m2)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -194,17 +241,20 @@ def finalize(moments: Moments, gamma: Tensor | None, beta: Tensor | None, eps: f
         gamma, beta: [C], any floating dtype; None: 1 and 0.
     """
     tiles, channels = moments.mean.shape
-    blocks = dict(C=channels, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=WARPS)
-    if tiles > _MANY_TILES:
-        parts = cdiv(tiles, BLOCK_T)
+    if tiles > MOST_TILES:
+        parts = cdiv(tiles, _MANY.rows)
         merged = Moments(
             buffers.empty(moments.count, parts, dtype=torch.float64),
             *(buffers.empty(moments.mean, parts, channels, dtype=torch.float64) for _ in range(2)),
         )
-        merge_kernel[(parts, cdiv(channels, BLOCK_C))](*moments, *merged, tiles, **blocks)
+        grid = parts, cdiv(channels, _MANY.columns)
+        merge_kernel[grid](*moments, *merged, tiles, C=channels, **_MANY.launch)
         moments, tiles = merged, parts
+    blocks = _blocks(tiles)
     coef = buffers.empty(moments.mean, 5, channels, dtype=torch.float32)
-    finalize_kernel[(cdiv(channels, BLOCK_C),)](*moments, gamma, beta, coef, tiles, eps, **blocks)
+    finalize_kernel[(cdiv(channels, blocks.columns),)](
+        *moments, gamma, beta, coef, tiles, eps, C=channels, **blocks.launch
+    )
     return coef
 
 
@@ -239,18 +289,6 @@ def running_coef(
     return coef
 
 
-@triton.jit
-def sum_rows(x_ptr, T, column, column_ok, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Sums of x [T, COLUMNS] over its rows in the given columns, fp64."""
-    row = tl.arange(0, BLOCK_T)
-    offset = (row * COLUMNS)[:, None] + column[None, :]
-    total = tl.zeros((BLOCK_T, column.shape[0]), tl.float64)
-    for start in range(0, T, BLOCK_T):
-        ok = (start + row < T)[:, None] & column_ok[None, :]
-        total += tl.load(x_ptr + start * COLUMNS + offset, mask=ok, other=0.0).to(tl.float64)
-    return tl.sum(total, 0)
-
-
 @triton.jit(do_not_specialize=["T"])
 def partial_sums_kernel(x_ptr, out_ptr, T, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """Sums of every BLOCK_T rows: x [T, COLUMNS] fp32 to out [S, COLUMNS] fp64. Moves both once."""
@@ -258,13 +296,60 @@ def partial_sums_kernel(x_ptr, out_ptr, T, COLUMNS: tl.constexpr, BLOCK_T: tl.co
     first = part.to(tl.int64) * BLOCK_T
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < COLUMNS
-    rows = tl.minimum(T - part * BLOCK_T, BLOCK_T)
-    total = sum_rows(x_ptr + first * COLUMNS, rows, column, column_ok, COLUMNS, BLOCK_T)
-    tl.store(out_ptr + part * COLUMNS + column, total, mask=column_ok)
+    row = tl.arange(0, BLOCK_T)
+    ok = (row < T - part * BLOCK_T)[:, None] & column_ok[None, :]
+    x = tl.load(x_ptr + first * COLUMNS + (row * COLUMNS)[:, None] + column[None, :], mask=ok, other=0.0)
+    tl.store(out_ptr + part * COLUMNS + column, tl.sum(x.to(tl.float64), 0), mask=column_ok)
 
 
-@triton.jit(do_not_specialize=["T", "count"])
+@triton.jit(do_not_specialize=["T", "count", "parts"])
 def bn_backward_coef_kernel(
+    sums_ptr,
+    coef_ptr,
+    abc_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    parts_ptr,
+    dw_ptr,
+    T,
+    count,
+    size,
+    parts,
+    TRAINING: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``dbeta = sum(dz), dgamma = sum(dz*xhat)``; A = scale, B = -scale*rstd*dgamma/n, C = -scale*dbeta/n - B*mean.
+
+    From ``dy = scale * (dz - mean(dz) - xhat*mean(dz*xhat))``; with statistics that are constants B and C are 0. The
+    programs behind those of the channels are `sum_parts` of another layer's weight gradient.
+
+    Args:
+        sums_ptr: [T, 2, C], fp32 or fp64: sums of dz and of dz*xhat. coef_ptr: [5, C].
+        abc_ptr: [3, C]. dgamma_ptr, dbeta_ptr: [C].
+        parts_ptr, dw_ptr, size, parts: see `sum_parts`; or None both.
+        count: n, pixels.
+    """
+    program = tl.program_id(0)
+    if parts_ptr is None:
+        store_backward_coef(
+            sums_ptr, coef_ptr, abc_ptr, dgamma_ptr, dbeta_ptr, T, count, program, TRAINING, C, BLOCK_T, BLOCK_C
+        )
+    else:
+        CHANNEL_PROGRAMS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+        if program < CHANNEL_PROGRAMS:
+            store_backward_coef(
+                sums_ptr, coef_ptr, abc_ptr, dgamma_ptr, dbeta_ptr, T, count, program, TRAINING, C, BLOCK_T, BLOCK_C
+            )
+        else:
+            sum_parts(parts_ptr, dw_ptr, size, parts, program - CHANNEL_PROGRAMS, PARTS, BLOCK)
+
+
+@triton.jit
+def store_backward_coef(
     sums_ptr,
     coef_ptr,
     abc_ptr,
@@ -272,24 +357,28 @@ def bn_backward_coef_kernel(
     dbeta_ptr,
     T,
     count,
+    program,
     TRAINING: tl.constexpr,
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``dbeta = sum(dz), dgamma = sum(dz*xhat)``; A = scale, B = -scale*rstd*dgamma/n, C = -scale*dbeta/n - B*mean.
-
-    From ``dy = scale * (dz - mean(dz) - xhat*mean(dz*xhat))``; with statistics that are constants B and C are 0.
-
-    Args:
-        sums_ptr: [T, 2, C], fp32 or fp64: sums of dz and of dz*xhat. coef_ptr: [5, C].
-        abc_ptr: [3, C]. dgamma_ptr, dbeta_ptr: [C].
-        count: n, pixels.
-    """
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """A program's BLOCK_C channels of `bn_backward_coef_kernel`."""
+    channel = program * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < C
-    dbeta = sum_rows(sums_ptr, T, channel, channel_ok, 2 * C, BLOCK_T)
-    dgamma = sum_rows(sums_ptr + C, T, channel, channel_ok, 2 * C, BLOCK_T)
+    row = tl.arange(0, BLOCK_T)
+    offset = (row * (2 * C))[:, None] + channel[None, :]
+    dz = tl.zeros((BLOCK_T, BLOCK_C), sums_ptr.dtype.element_ty)
+    dz_lost = dz
+    dz_xhat = dz
+    dz_xhat_lost = dz
+    for start in range(0, T, BLOCK_T):
+        ok = (start + row < T)[:, None] & channel_ok[None, :]
+        of_rows = sums_ptr + start * (2 * C) + offset
+        dz, dz_lost = two_sum(dz, dz_lost, tl.load(of_rows, mask=ok, other=0.0))
+        dz_xhat, dz_xhat_lost = two_sum(dz_xhat, dz_xhat_lost, tl.load(of_rows + C, mask=ok, other=0.0))
+    dbeta = compensated(dz, dz_lost)
+    dgamma = compensated(dz_xhat, dz_xhat_lost)
     scale = tl.load(coef_ptr + SCALE * C + channel, mask=channel_ok, other=0.0)
     if TRAINING:
         mean = tl.load(coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0).to(tl.float64)
@@ -317,16 +406,34 @@ def bn_backward_coef(sums: Tensor, coef: Tensor, count: int, training: bool) -> 
         training: whether they are of this batch and so depend on y.
     """
     tiles, _, channels = sums.shape
-    blocks = dict(BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=WARPS)
-    if tiles > _MANY_TILES:
-        parts = cdiv(tiles, BLOCK_T)
-        partial = buffers.empty(sums, parts, 2, channels, dtype=torch.float64)
-        grid = parts, cdiv(2 * channels, BLOCK_C)
-        partial_sums_kernel[grid](sums, partial, tiles, COLUMNS=2 * channels, **blocks)
-        sums, tiles = partial, parts
+    if tiles > MOST_TILES:
+        rows = cdiv(tiles, _MANY.rows)
+        partial = buffers.empty(sums, rows, 2, channels, dtype=torch.float64)
+        grid = rows, cdiv(2 * channels, _MANY.columns)
+        partial_sums_kernel[grid](sums, partial, tiles, COLUMNS=2 * channels, **_MANY.launch)
+        sums, tiles = partial, rows
+    blocks = _blocks(tiles)
     abc = buffers.empty(coef, 3, channels)
     dgamma, dbeta = (buffers.empty(coef, channels) for _ in range(2))
-    bn_backward_coef_kernel[(cdiv(channels, BLOCK_C),)](
-        sums, coef, abc, dgamma, dbeta, tiles, count, TRAINING=training, C=channels, **blocks
+    parts, dw = waiting()
+    block = 32 * blocks.warps
+    size, count_of_parts = (0, 0) if parts is None or dw is None else (dw.numel(), parts.shape[0])
+    bn_backward_coef_kernel[(cdiv(channels, blocks.columns) + cdiv(size, block),)](
+        sums,
+        coef,
+        abc,
+        dgamma,
+        dbeta,
+        parts,
+        dw,
+        tiles,
+        count,
+        size,
+        count_of_parts,
+        TRAINING=training,
+        C=channels,
+        PARTS=PARTS,
+        BLOCK=block,
+        **blocks.launch,
     )
     return abc, dgamma, dbeta

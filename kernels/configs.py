@@ -1,9 +1,8 @@
 """Tile configurations of the convolution kernels, chosen from plain tables by shape and dtype.
 
-Every entry compiles for sm_80, sm_90 and sm_100 without a spill (``bench/aot.py``): 128x128 tiles with 4 warps do not.
-On sm_86, sm_89 and sm_120, which have less shared memory, those are passed over that do not fit
-(`fastres.kernels.resources`). `triton.autotune` is left out on purpose: it needs a GPU to import under, and times
-inside the first step of training.
+Every entry compiles without a spill for sm_80, 86, 89, 90, 100, 120 and gfx942 (``bench/aot.py``): 128x128 tiles with 4
+warps do not. Where there is less shared memory those are passed over that do not fit (`fastres.kernels.resources`).
+`triton.autotune` is left out on purpose: it needs a GPU to import under, and times inside the first step of training.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from fastres.kernels.geometry import cdiv, power_of_2
 
 # Programs that fill a large GPU once (132 multiprocessors on an H100): with fewer, smaller tiles are taken.
 PROGRAMS = 132
+OTHER = 0  # an architecture that is not NVIDIA's
 # Smallest side of a tile that tl.dot takes.
 LEAST = 16
 # Registers a thread of kernels that spill a few with 128, with Triton 3.6 and not with 3.8: the weight gradient of a
@@ -48,13 +48,23 @@ class Config(NamedTuple):
             BLOCK_K=self.block_k,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
-            maxnreg=self.most_registers,
+            **limited(self.most_registers),
         )
+
+
+def limited(registers: int) -> dict[str, int]:
+    """The keyword arguments that limit a launch's registers a thread; AMD's compiler knows none."""
+    return {} if torch.version.hip else dict(maxnreg=registers)
 
 
 def has_warp_groups(arch: int) -> bool:
     """Whether an architecture multiplies by wgmma, from the shared memory; others' operands are registers."""
     return arch == 90
+
+
+def has_tensor_cores(arch: int) -> bool:
+    """Whether Triton multiplies matrices by tensor cores: on Turing (sm_75) it does not, though the GPU has some."""
+    return arch == OTHER or arch >= 80
 
 
 class Product(NamedTuple):
@@ -122,12 +132,12 @@ def _on_warp_groups(product: Product) -> bool:
 
 def _plain_configs(product: Product) -> list[Config]:
     block_n = power_of_2(product.columns, LEAST, 128 if product.dtype.itemsize == 2 else 64)
-    tiles = _distinct([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))], product.dtype)
+    tiles = _distinct([(128, block_n), (128, min(block_n, 64)), (64, min(block_n, 64))], product.dtype, product.arch)
     least = MORE_REGISTERS if product.made or product.flat else 0
     if product.loaded == 2:
         least = 255
     depth = min(product.depth, 32) if product.flat else product.depth
-    return _ordered([_config(*tile, depth, product.dtype, least) for tile in tiles], product)
+    return _ordered([_config(*tile, depth, product.dtype, least, product.arch) for tile in tiles], product)
 
 
 def _ordered(configs: list[Config], product: Product) -> list[Config]:
@@ -171,8 +181,8 @@ def wgrad_configs(
         flat: whether the columns are gathered one by one, from all taps in a row.
     """
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
-    tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype)
-    configs = [_config(*tile, pixels, dtype, least_registers) for tile in tiles]
+    tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype, arch)
+    configs = [_config(*tile, pixels, dtype, least_registers, arch) for tile in tiles]
     if has_warp_groups(arch) and dtype.itemsize == 2 and flat and block_m >= 64:
         configs = [Config(64, 64, 32, 4, 4, MORE_REGISTERS), *configs]
     elif has_warp_groups(arch) and dtype.itemsize == 2 and not made:  # so lean that several programs run at once
@@ -182,13 +192,17 @@ def wgrad_configs(
     return configs
 
 
-def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[int, int]]:
-    """The tiles, largest first, each once; for fp32 without tensor cores the smallest alone, as others spill."""
+def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype, arch: int) -> list[tuple[int, int]]:
+    """The tiles, largest first, each once; without tensor cores the smallest alone, as others spill."""
     tiles = list(dict.fromkeys(tiles))
-    return tiles[-1:] if precision(dtype) == "ieee" else tiles
+    return tiles[-1:] if _is_without_tensor_cores(dtype, arch) else tiles
 
 
-def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype, least_registers: int) -> Config:
+def _is_without_tensor_cores(dtype: torch.dtype, arch: int) -> bool:
+    return precision(dtype) == "ieee" or not has_tensor_cores(arch)
+
+
+def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype, least_registers: int, arch: int) -> Config:
     """The tile with the step, warps and stages at which it neither spills nor outgrows an A100's shared memory.
 
     Told no limit of registers, the assembler aims low and spills a few bytes for it; told one, it does not. With up to
@@ -202,8 +216,10 @@ def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype, least_re
         block_k, num_warps, num_stages, registers = 32, 8, 4, 128
     else:
         block_k, num_warps, num_stages, registers = 32, 4, 3, 255
-    if dtype.itemsize == 4:  # twice the shared memory for an element, and its registers
-        block_k, num_stages, registers = 16 if precision(dtype) == "ieee" else 32, 3, 255
+    if _is_without_tensor_cores(dtype, arch):
+        block_k, num_stages, registers = 16, 3, 255
+    elif dtype.itemsize == 4:  # twice the shared memory for an element, and its registers
+        block_k, num_stages, registers = 32, 3, 255
     registers = max(registers, least_registers)
     return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages, registers)
 
@@ -216,9 +232,14 @@ def at_rank(configs: list[Config], rank: int, fits: Callable[[Config], bool] = l
     """
     rank = min(rank, len(configs) - 1)
     config = next((one for one in configs[rank:] + configs[:rank] if fits(one)), configs[rank])
-    for listed in _listening.get():
-        listed.append(config)
+    note(config)
     return config
+
+
+def note(what: Config | str) -> None:
+    """List something that tells one way of computing from another, see `taken`."""
+    for listed in _listening.get():
+        listed.append(what)
 
 
 def withdraw(config: Config) -> None:
@@ -227,13 +248,14 @@ def withdraw(config: Config) -> None:
         assert listed.pop() == config
 
 
-_listening: ContextVar[tuple[list[Config], ...]] = ContextVar("listening", default=())
+_listening: ContextVar[tuple[list[Config | str], ...]] = ContextVar("listening", default=())
 
 
 @contextmanager
-def taken() -> Iterator[list[Config]]:
-    """The configurations that launchers take inside, in order: what tells a rank from another one repeated."""
-    listed: list[Config] = []
+def taken() -> Iterator[list[Config | str]]:
+    """The configurations that launchers take inside, and what else is noted, in order: what tells a candidate from
+    another one that does the same."""
+    listed: list[Config | str] = []
     token = _listening.set((*_listening.get(), listed))
     try:
         yield listed
@@ -241,10 +263,19 @@ def taken() -> Iterator[list[Config]]:
         _listening.reset(token)
 
 
-def splits(programs: int, pixels: int, config: Config) -> int:
-    """Parts of a sum over pixels: what fits a GPU at once, as each costs a copy of the result, none below 8 steps."""
+def splits(programs: int, pixels: int, config: Config, light: int) -> int:
+    """Parts of a sum over pixels: what fits a GPU at once, as each costs a copy of the result, none of few steps.
+
+    More than two programs a multiprocessor gain less than the first two, and their copies are to weigh little.
+
+    Args:
+        light: parts that are an eighth of what is read.
+    """
     at_once = min(4, max(1, 65536 // (config.most_registers * 32 * config.num_warps)))  # by registers
-    return max(1, min(at_once * PROGRAMS // programs, pixels // (8 * config.block_k)))
+    parts = at_once * PROGRAMS // programs
+    if at_once > 2:
+        parts = min(parts, max(2 * PROGRAMS // programs, light))
+    return max(1, min(parts, pixels // (8 * min(at_once, 2) * config.block_k)))
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.configs import MORE_REGISTERS, Product, at_rank, dgrad_configs, precision
-from fastres.kernels.geometry import Pad, cdiv, is_pointwise
+from fastres.kernels.geometry import Pad, cdiv, is_centred
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.tiles import (
     MEAN,
@@ -22,6 +22,7 @@ from fastres.kernels.tiles import (
     SHIFT,
     bn_backward,
     frozen_bn_backward,
+    relu,
     relu_backward,
     subsample,
     within,
@@ -42,6 +43,7 @@ def conv_dgrad_kernel(
     residual_ptr,
     sums_ptr,
     dy_ptr,
+    a_ptr,
     H,
     W,
     OH,
@@ -80,7 +82,9 @@ def conv_dgrad_kernel(
         w_ptr: [COUT, KH, KW, CIN]. dx_ptr, residual_ptr, x_ptr: [N, H, W, CIN]. residual_ptr: or None.
         x_ptr, coef_ptr, sums_ptr: the BatchNorm below: its input, its [5, CIN], and [T, 2, CIN] fp32 for each tile's
             sums of dx and dx * xhat; or None: no BatchNorm and no ReLU.
-        dy_ptr: like dz, receives what is computed of it and y, or None; for a window of one pixel without padding.
+        dy_ptr: like dz, receives what is computed of it and y, or None; at the tap by which every STRIDE-th pixel from
+            the first on reads it.
+        a_ptr: like x, receives ``relu(x*scale + shift)``, or None; without mask_ptr.
         mask_ptr: [N, H, W, CIN], the rectified tensor where it is not ``relu(x*scale + shift)`` but the end of a block;
             or None.
         c_blocks: blocks of COUT, an argument so that the loop is not unrolled.
@@ -179,7 +183,8 @@ def conv_dgrad_kernel(
                 dy = zero_outside(dy, inside[:, None])
             a = dy.to(a.dtype)
             if dy_ptr is not None:
-                tl.store(dy_ptr + dz_first + offset, a, mask=ok & (tl.program_id(0) % N_TILES == 0))
+                once = (tl.program_id(0) % N_TILES == 0) & (w_tap == (TOP // DILATION * KW + LEFT // DILATION) * CIN)
+                tl.store(dy_ptr + dz_first + offset, a, mask=ok & once)
         # 6. The product.
         if CHANNEL_ROWS:
             acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
@@ -200,11 +205,11 @@ def conv_dgrad_kernel(
         row = tl.arange(0, HALF)
         second_sums = store_gradient(
             second_acc, second_pixel, row + HALF < rows, x_first, image, shift, n, n_ok, dx_ptr, x_ptr, coef_ptr,
-            mask_ptr, residual_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE,
+            mask_ptr, residual_ptr, a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE,
         )  # fmt: skip
     sums = store_gradient(
-        acc, x_pixel, row < rows, x_first, image, shift, n, n_ok, dx_ptr, x_ptr, coef_ptr, mask_ptr, residual_ptr, H,
-        W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE,
+        acc, x_pixel, row < rows, x_first, image, shift, n, n_ok, dx_ptr, x_ptr, coef_ptr, mask_ptr, residual_ptr,
+        a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE,
     )  # fmt: skip
     # 8. The tile's sums.
     if coef_ptr is not None:
@@ -233,6 +238,7 @@ def store_gradient(
     coef_ptr,
     mask_ptr,
     residual_ptr,
+    a_ptr,
     H,
     W,
     CIN: tl.constexpr,
@@ -271,6 +277,8 @@ def store_gradient(
             scale = tl.load(coef_ptr + SCALE * CIN + n, mask=n_ok, other=0.0)
             shift = tl.load(coef_ptr + SHIFT * CIN + n, mask=n_ok, other=0.0)
             out = x * scale[:, None] + shift[:, None]
+            if a_ptr is not None:
+                tl.store(a_ptr + x_first + offset, relu(out).to(a_ptr.dtype.element_ty), mask=ok)
         dx = relu_backward(dx, out)
         if POINTWISE:  # behind the last pixel the product is of C alone, elsewhere of zeros
             dx = zero_outside(dx, row_ok[None, :])
@@ -300,6 +308,7 @@ def conv_dgrad(
     rank: int = 0,
     dilation: int = 1,
     dy: Tensor | None = None,
+    activation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
 
@@ -317,19 +326,26 @@ def conv_dgrad(
         rank: which of `dgrad_configs`, the first at 0; the last where there are fewer.
         dilation: pixels from one tap of w to the next, both ways.
         dy: like dz: receives ``A*dz + B*y + C``, for the weight gradient, which then need not compute it again.
+        activation: [N, H, W, CIN]: receives the rectified result of ``below``, likewise.
 
     Returns:
         dx [N, H, W, CIN], and the sums [T, 2, CIN] fp32 of dx and of dx * xhat by tiles, or None.
 
     Raises:
-        ValueError: for a dy of a window of several pixels, which would compute it several times, or without abc.
+        ValueError: for a dy without abc, or of a window that is not centred (`fastres.kernels.geometry.is_centred`);
+            for an activation that is not computed here.
     """
     n, out_height, out_width, cout = dz.shape
     _, kh, kw, cin = w.shape
-    if dy is not None and (abc is None or not is_pointwise((kh, kw), pad)):
+    if dy is not None and (
+        abc is None or not is_centred((kh, kw), pad, dilation, stride, input_hw, (out_height, out_width))
+    ):
         raise ValueError(
-            f"dy is stored by a 1x1 convolution behind a BatchNorm alone, not by {kh}x{kw} with padding {pad}"
+            "dy is stored behind a BatchNorm alone, by a convolution of as many pixels as its stride leaves of the "
+            f"input: not by {kh}x{kw} with stride {stride} and padding {pad} of {tuple(input_hw)}"
         )
+    if activation is not None and (below is None or mask is not None):
+        raise ValueError("the activation is stored where it is computed: with the BatchNorm below and without a mask")
     height, width = input_hw
     rows = n * cdiv(height, stride) * cdiv(width, stride)  # in the largest group
     demand = Demand(
@@ -375,6 +391,7 @@ def conv_dgrad(
         residual_ptr=residual,
         sums_ptr=sums,
         dy_ptr=dy,
+        a_ptr=activation,
         H=height,
         W=width,
         OH=out_height,

@@ -24,6 +24,16 @@ def is_pointwise(kernel: Sequence[int], pad: Sequence[int]) -> bool:
     return tuple(kernel) == (1, 1) and not any(pad)
 
 
+def is_centred(
+    kernel: Sequence[int], pad: Sequence[int], dilation: int, stride: int, hw: Sequence[int], out_hw: Sequence[int]
+) -> bool:
+    """Whether a convolution has a tap by which it reads every ``stride``-th pixel from the first on, one for each pixel
+    of its result: so has one with the usual padding, and one of single pixels."""
+    taps = (size * dilation for size in kernel)
+    has_tap = all(side % dilation == 0 and side < most for side, most in zip(pad[:2], taps))
+    return has_tap and all((out - 1) * stride < size for out, size in zip(out_hw, hw))
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastres.kernels.configs import Config, taken, withdraw
+from fastres.kernels.configs import OTHER, Config, taken, withdraw
 
 T = TypeVar("T")
 
@@ -72,11 +72,14 @@ def shared_memory_limit(device: torch.device) -> int | None:
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability, as 90 for 9.0; of a device without one, as the interpreter's, that of an H100."""
+    """Compute capability, as 90 for 9.0; `OTHER` of an AMD GPU; of a device without one, as the interpreter's, that of
+    an H100."""
     _, told = _told.get()
     if told is not None:
         return told
-    return _capability(device) if device.type == "cuda" and torch.version.cuda else 90
+    if device.type != "cuda":
+        return 90
+    return OTHER if torch.version.hip else _capability(device)
 
 
 @functools.cache
@@ -123,10 +126,13 @@ def falling_back(launcher: Callable[..., T]) -> Callable[..., T]:
                 try:
                     return launcher(*args, **options)
                 except (OutOfResources, RuntimeError) as error:
-                    if not tiles or not _is_refusal(error) or (_latest.get(), tiles[-1]) in _refused:
+                    config = tiles[-1] if tiles else None
+                    if not isinstance(config, Config) or not _is_refusal(error):
                         raise
-                    _refuse(_latest.get(), tiles[-1], error)
-                    withdraw(tiles[-1])
+                    if (_latest.get(), config) in _refused:
+                        raise
+                    _refuse(_latest.get(), config, error)
+                    withdraw(config)
 
     return launch
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, MORE_REGISTERS, at_rank, precision, splits, wgrad_configs
 from fastres.kernels.geometry import Pad, cdiv
+from fastres.kernels.parts import total
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.tiles import SCALE, SHIFT, bn_backward, frozen_bn_backward, relu, within, zero_outside
 
@@ -127,23 +128,6 @@ def conv_wgrad_kernel(
     tl.store(dw_ptr + part + (o * DEPTH)[:, None] + n[None, :], acc, mask=o_ok[:, None] & n_ok[None, :])
 
 
-@triton.jit
-def sum_parts_kernel(parts_ptr, out_ptr, size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[i] = sum over p of parts[p, i]``. parts_ptr: [parts, size] fp32. Moves each once.
-
-    A tile has PARTS parts, so that as many loads are in flight as there are, and few columns, so that small weights
-    have programs enough: the sum waits for the memory, not for its rate.
-    """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = i < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        inside = (part < parts)[:, None] & ok[None, :]
-        total += tl.sum(tl.load(parts_ptr + part[:, None] * size + i[None, :], mask=inside, other=0.0), 0)
-    tl.store(out_ptr + i, total, mask=ok)
-
-
 @falling_back
 def conv_wgrad(
     dz: Tensor,
@@ -194,7 +178,8 @@ def conv_wgrad(
     )
     config = at_rank(configs, rank, fitting(demand))
     programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)
-    steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config))
+    light = pixels * (cout + cin) * dz.element_size() // (8 * 2 * 4 * cout * kh * kw * cin)
+    steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config, light))
     parts = cdiv(pixels, config.block_k * steps)
     dw = buffers.empty(dz, parts, cout, kh, kw, cin, dtype=torch.float32)
     pointwise = (kh, kw, stride) == (1, 1, 1) and not any(pad[:2])
@@ -225,8 +210,4 @@ def conv_wgrad(
         PRECISION=precision(dz.dtype),
         **config.launch,
     )
-    if parts == 1:
-        return dw[0]
-    out = buffers.empty(dz, cout, kh, kw, cin, dtype=torch.float32)
-    sum_parts_kernel[(cdiv(out.numel(), 128),)](dw, out, out.numel(), parts, PARTS=16, BLOCK=128)
-    return out
+    return total(dw)

@@ -75,18 +75,19 @@ class FakeCuda:
 
 
 @contextmanager
-def fake_cuda(pick: int = 0, shared_memory: int = 232448) -> Iterator[FakeCuda]:
+def fake_cuda(pick: int = 0, shared_memory: int = 232448, capability: tuple[int, int] = (9, 0)) -> Iterator[FakeCuda]:
     """Run what is inside on fake CUDA devices 0 and 1.
 
     Args:
         pick: which candidate wins each timed choice.
         shared_memory: bytes a program can have.
+        capability: of the devices, major and minor.
     """
     cuda = FakeCuda(pick)
-    caches = select._timed, resources._limit
+    caches = select._timed, resources._limit, resources._capability
     properties = SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
-        shared_memory_per_block_optin=shared_memory,
+        name="NVIDIA H100 80GB HBM3", major=capability[0], minor=capability[1], multi_processor_count=132,
+        total_memory=80 * 2**30, shared_memory_per_block_optin=shared_memory,
     )  # fmt: skip
     with ExitStack() as stack:
         for cache in caches:

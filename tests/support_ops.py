@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -19,6 +20,7 @@ from support_fused import (
     random_norm,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres import ops
 from fastres.ops import Conv, Identity, Layer, fused
@@ -30,6 +32,18 @@ class Case(NamedTuple):
     fused: Callable[..., Tensor]
     eager: Callable[..., Tensor]
     make: Callable[[], list[Any]]
+
+
+class Calls(TorchDispatchMode):
+    """Counts PyTorch's operators: ``found`` by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def image(*shape: int) -> Tensor:

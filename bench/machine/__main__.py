@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, roofline
-from bench.aot import RANKS
+from bench.launches import WAYS
 from bench.machine.chips import CHIPS, LAUNCH, Chip, variants
 from bench.machine.fused import Compiler, Timed, by_kind, is_convolution, quickest, timed, with_library
 from bench.machine.networks import BATCH, NETWORKS, step
 from bench.machine.peers import ENDS, convolution_seconds, convolutions, others_seconds, streaming_seconds
 from bench.machine.tables import convolution_row, summary
 from bench.record import RESULTS, write_results
+from fastres.ops.backends.timed import RANKS
 
 Steps = dict[str, float]
 
@@ -38,12 +39,12 @@ def predicted(
         of_rank.append(timed(launches, programs, chip))
         _say(f"{network}, configurations {rank}: {1e3 * sum(one.seconds for one in of_rank[-1]):.2f} ms", began)
     best = quickest(of_rank)
+    ways = [step(network, way, arch) for way in WAYS]
     steps = {}
     for name, variant in (variants(chip) if sensitivity else {"assumed": chip}).items():
-        first = timed(recorded[0], programs, variant)
-        steps[name] = _steps(
-            network, arch, counted, first, timed([one.launch for one in best], programs, variant), variant
-        )
+        first, others = timed(recorded[0], programs, variant), [timed(way, programs, variant) for way in ways]
+        quick = timed([one.launch for one in best], programs, variant)
+        steps[name] = _steps(network, arch, counted, first, quick, others, variant)
         _say(f"{network}, {name}", began)
     return {
         "kind": "prediction of a model",
@@ -63,7 +64,13 @@ def predicted(
 
 
 def _steps(
-    network: str, arch: int, counted: dict[str, Any], first: list[Timed], best: list[Timed], chip: Chip
+    network: str,
+    arch: int,
+    counted: dict[str, Any],
+    first: list[Timed],
+    best: list[Timed],
+    ways: list[list[Timed]],
+    chip: Chip,
 ) -> Steps:
     """Seconds of a step of every kind, of peers with the library at both ends of its range."""
     others = others_seconds(counted, chip)
@@ -74,7 +81,7 @@ def _steps(
     peers = roofline.steps_of(counted, BATCH)
     sizes = convolutions(*NETWORKS[network], BATCH)
     for end in ENDS:
-        found[f"fused {end}"] = with_library(best, end, arch, chip)[0] + others
+        found[f"fused {end}"] = with_library(best, end, arch, chip, ways)[0] + others
         products = convolution_seconds(sizes, end, arch, chip)
         for kind in ("eager", "compiled"):
             found[f"{kind} {end}"] = streaming_seconds(peers[kind], chip) + products

@@ -8,7 +8,8 @@ times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bench.launches import Launch, Specialisation
@@ -76,11 +77,25 @@ def timed(step: list[Launch], programs: Compiler, chip: Chip) -> list[Timed]:
 
 def _prediction(launch: Launch, program: Program, work: Work, chip: Chip) -> Prediction:
     if launch.specialisation.kernel in MERGING:
-        return Prediction(SMALL + LAUNCH, SMALL * chip.clock, 1, {}, 0.0)
+        seconds = merging_seconds(launch, chip)
+        return Prediction(seconds + LAUNCH, seconds * chip.clock, 1, {}, 0.0)
     if launch.specialisation.kernel in STREAMING:
         seconds = work.bytes / chip.bandwidth + LAUNCH
         return Prediction(seconds, seconds * chip.clock, 1, {"memory": 1.0}, 1.0)
     return launch_seconds(program, work, chip)
+
+
+def merging_seconds(launch: Launch, chip: Chip) -> float:
+    """Dependent trips, and the rows of partial results at the rate of the L2 that the programs which read them have;
+    what another layer's weight gradient has in the launch is read by other programs at the same time."""
+    sizes = {name: size for name, (_, size) in launch.tensors.items()}
+    others = sum(sizes.pop(name, 0) for name in ("parts_ptr", "dw_ptr"))
+    constants = launch.specialisation.constants
+    programs = launch.programs
+    if "parts_ptr" in launch.tensors:
+        programs = math.ceil(constants["C"] / constants["BLOCK_C"])
+    rate = min(min(programs, chip.sms) * chip.l2 * chip.clock, chip.bandwidth)
+    return SMALL + max(sum(sizes.values()) / rate, (sum(sizes.values()) + others) / chip.bandwidth)
 
 
 def is_convolution(one: Timed) -> bool:
@@ -101,47 +116,61 @@ def quickest(ranks: list[list[Timed]]) -> list[Timed]:
     return [next(best) if is_convolution(one) else one for one in ranks[0]]
 
 
-def with_library(step: list[Timed], end: str, arch: int, chip: Chip) -> tuple[float, dict[str, int]]:
-    """Seconds of the step where each convolution takes the quicker of Triton and the library; how many took which.
+def with_library(
+    step: list[Timed], end: str, arch: int, chip: Chip, ways: Sequence[list[Timed]] = ()
+) -> tuple[float, dict[str, int]]:
+    """Seconds of the step where each convolution takes the quickest candidate; how many took which.
 
     Args:
         end: key of `bench.machine.peers.ENDS`, for the library's products.
+        ways: the same step by the other ways in which gradients share what they read.
     """
     total = sum(one.seconds for one in step if not is_convolution(one))
-    chosen = {"Triton": 0, "library": 0}
-    for triton, library in _candidates(step, end, arch, chip):
-        total += min(triton, library)
-        chosen["library" if library < triton else "Triton"] += 1
+    chosen = {"Triton": 0, "another way": 0, "library": 0}
+    others = [gradients(way) for way in ways]
+    for place, group in enumerate(gradients(step)):
+        triton, library = _candidates([one for one in group if is_convolution(one)], end, arch, chip)
+        # The passes of the first way are in the total already.
+        another = min((triton + _seconds(other[place]) - _seconds(group) for other in others), default=triton)
+        best = min(triton, another, library)
+        total += best
+        chosen["Triton" if best == triton else "another way" if best == another else "library"] += 1
     return total, chosen
 
 
-def _candidates(step: list[Timed], end: str, arch: int, chip: Chip) -> Iterator[tuple[float, float]]:
-    """Of each forward convolution, and of each pair of gradients, Triton's time and the library's."""
-    found = [one for one in step if is_convolution(one)]
-    index = 0
-    while index < len(found):
-        one, kernel = found[index], found[index].launch.specialisation.kernel
-        index += 1
-        if kernel == "conv_kernel":
-            yield one.seconds, _library(one, "forward", end, arch, chip) + _passes(_around_forward(one), chip)
+def gradients(step: list[Timed]) -> list[list[Timed]]:
+    """Each forward convolution, and each one's gradients, with the pass right before them that made dy."""
+    found: list[list[Timed]] = []
+    for place, one in enumerate(step):
+        if not is_convolution(one):
             continue
-        pair = [one]
-        if kernel == "conv_dgrad_kernel" and index < len(found) and _is(found[index], "conv_wgrad_kernel"):
-            pair.append(found[index])
-            index += 1
-        triton = sum(each.seconds for each in pair)
-        wgrad = next((each for each in pair if _is(each, "conv_wgrad_kernel")), None)
-        if wgrad is None:
-            yield triton, triton
+        if _is(one, "conv_wgrad_kernel") and found and _is(found[-1][-1], "conv_dgrad_kernel"):
+            found[-1].append(one)
             continue
-        before = _passes(_before_gradients(wgrad), chip)
-        library = before + _library(wgrad, "wgrad", end, arch, chip)
-        if len(pair) == 1:
-            yield triton, library
-            continue
-        applied = [] if _size(wgrad, "abc_ptr") else _applied(one)  # dgrad keeps dy for wgrad
-        both = library + _library(one, "dgrad", end, arch, chip) + _passes(applied + _behind_dgrad(one), chip)
-        yield triton, min(one.seconds + library, both)
+        before = step[place - 1 : place] if _is(one, "conv_dgrad_kernel") else []
+        dy = one.launch.tensors.get("dz_ptr")
+        found.append([*(each for each in before if each.launch.tensors.get("dy_ptr") == dy), one])
+    return found
+
+
+def _seconds(group: list[Timed]) -> float:
+    return sum(one.seconds for one in group)
+
+
+def _candidates(group: list[Timed], end: str, arch: int, chip: Chip) -> tuple[float, float]:
+    """Of a forward convolution, or of a pair of gradients, Triton's time and the library's."""
+    one, triton = group[0], _seconds(group)
+    if _is(one, "conv_kernel"):
+        return triton, _library(one, "forward", end, arch, chip) + _passes(_around_forward(one), chip)
+    wgrad = next((each for each in group if _is(each, "conv_wgrad_kernel")), None)
+    if wgrad is None:
+        return triton, triton
+    library = _passes(_before_gradients(wgrad), chip) + _library(wgrad, "wgrad", end, arch, chip)
+    if len(group) == 1:
+        return triton, library
+    applied = [] if _size(wgrad, "abc_ptr") else _applied(one)  # dgrad keeps dy for wgrad
+    both = library + _library(one, "dgrad", end, arch, chip) + _passes(applied + _behind_dgrad(one), chip)
+    return triton, min(one.seconds + library, both)
 
 
 def _is(one: Timed, kernel: str) -> bool:

@@ -10,12 +10,12 @@ from bench.machine.pipes import unmodelled
 from bench.machine.predict import steady_share
 from bench.machine.program import compiled
 from bench.machine.work import MERGING, work_of
-from bench.sass import Resources
+from bench.sass import Architecture, Resources
 
 
-def occupancy(found: Resources, warps: int, arch: int) -> int | None:
+def occupancy(found: Resources, warps: int, arch: Architecture) -> int | None:
     """Programs that a multiprocessor runs at once; None: none fits, or the GPU is not known."""
-    if arch not in CHIPS:
+    if not isinstance(arch, int) or arch not in CHIPS:
         return None
     try:
         return residents(found.registers, found.shared, warps, CHIPS[arch])
@@ -36,9 +36,9 @@ def share(launch: Launch, arch: int) -> float | None:
         return None
 
 
-def fault(one: Specialisation, arch: int, found: float | None) -> list[str]:
+def fault(one: Specialisation, arch: Architecture, found: float | None) -> list[str]:
     """Why a first configuration is too slow to be shipped; empty: it is not."""
-    floor = floor_of(one, arch)
+    floor = floor_of(one, arch) if isinstance(arch, int) else None
     if found is None or floor is None or found >= floor:
         return []
     return [f"{found:.1%} of its bound by the model, {floor:.1%} is the least"]

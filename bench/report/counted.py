@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 from bench import roofline
 from bench.report.common import Record, read
@@ -101,40 +102,70 @@ def bytes_an_image(results: Path) -> dict[str, dict[str, float]]:
 
 
 def machine_code_section(results: Path) -> str | None:
-    """What the compiled kernels need, by kernel and architecture; read from machine code, nothing ran."""
-    groups: dict[tuple[str, int], list[Record]] = {}
-    for row in _compiled(results):
-        groups.setdefault((row["kernel"].removesuffix("_kernel"), row["arch"]), []).append(row)
-    rows = [[kernel, f"sm_{arch}", *_resources(found)] for (kernel, arch), found in sorted(groups.items())]
-    return markdown(("kernel", "architecture", *AOT_COLUMNS), rows) if rows else None
+    """What the compiled kernels need, by kernel and architecture, of the newest Triton; read from machine code, nothing
+    ran."""
+    records = _compiled(results)
+    if not records:
+        return None
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for row in records[-1]["rows"]:
+        groups.setdefault((row["kernel"], _architecture(row["arch"])), []).append(row)
+    ordered = sorted(groups, key=lambda group: (group[0], _place(group[1])))
+    rows = [[kernel, arch, *_resources(groups[kernel, arch])] for kernel, arch in ordered]
+    return markdown(("kernel", "architecture", *AOT_COLUMNS), rows)
+
+
+def _place(arch: str) -> tuple[bool, int]:
+    return not arch.startswith("sm"), int("".join(filter(str.isdigit, arch)))
 
 
 def architectures_section(results: Path) -> str | None:
-    """`machine_code_section`, all kernels of an architecture in a row."""
-    groups: dict[int, list[Record]] = {}
-    for row in _compiled(results):
-        groups.setdefault(row["arch"], []).append(row)
-    rows = [[f"sm_{arch}", *_resources(found)] for arch, found in sorted(groups.items())]
-    return markdown(("architecture", *AOT_COLUMNS), rows) if rows else None
+    """`machine_code_section`, all kernels of an architecture in a row, of each Triton; what was compiled of what is
+    planned comes first, so that a part is not taken for all."""
+    rows = []
+    for record in _compiled(results):
+        for count in sorted(record["coverage"], key=_order):
+            arch, precision, first = count["arch"], count["precision"], count["configurations"] == "first"
+            found = [row for row in record["rows"] if (row["arch"], row["planned"]) == (arch, precision)]
+            found = [row for row in found if row["first"] == first]
+            covered = f"{count['compiled']} of {count['of']}"
+            rows.append(
+                [_architecture(arch), precision, count["configurations"], record["versions"]["triton"], covered]
+                + (_resources(found)[1:] if found else [""] * (len(AOT_COLUMNS) - 1))
+            )
+    columns = "architecture", "dtype", "configurations", "Triton", "compiled", *AOT_COLUMNS[1:]
+    return markdown(columns, rows) if rows else None
 
 
 def _compiled(results: Path) -> list[Record]:
-    files = sorted(results.glob("aot*.json"))
-    return [row for file in files for row in json.loads(file.read_text())["rows"] if "registers" in row]
+    """The results of `bench.aot`, by version of Triton."""
+    records = [json.loads(file.read_text()) for file in results.glob("aot*.json")]
+    return sorted(records, key=lambda record: [int(part) for part in record["versions"]["triton"].split(".")])
+
+
+def _order(count: Record) -> tuple:
+    return count["configurations"] != "first", count["precision"], _place(_architecture(count["arch"]))
+
+
+def _architecture(arch: int | str) -> str:
+    return f"sm_{arch}" if isinstance(arch, int) else arch
 
 
 AOT_COLUMNS = ("specialisations", "registers", "spills", "shared memory, KB at most", "tensor cores",
-               "not to be shipped")  # fmt: skip
+               "share of its bound, median", "not to be shipped")  # fmt: skip
 
 
-def _resources(found: list[Record]) -> list[str]:
+def _resources(rows: list[Record]) -> list[str]:
+    found = [row for row in rows if "registers" in row]  # others did not compile
     registers = [row["registers"] for row in found]
     cores = sorted({core for row in found for core, count in row["tensor_cores"].items() if count})
+    shares = [row["share"] for row in found if row["share"] is not None]
     return [
         str(len(found)),
-        f"{min(registers)} to {max(registers)}",
+        f"{min(registers)} to {max(registers)}" if found else "",
         str(sum(row["spills"] for row in found)),
-        f"{max(row['shared'] for row in found) / 1000:.0f}",
+        f"{max((row['shared'] for row in found), default=0) / 1000:.0f}",
         ", ".join(cores),
-        str(sum(bool(row["faults"]) for row in found)),
+        f"{median(shares):.0%} of {len(shares)}" if shares else "",
+        str(sum(bool(row["faults"]) for row in rows)),
     ]

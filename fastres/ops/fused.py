@@ -11,7 +11,7 @@ from torch import Tensor
 from fastres.ops import plain
 from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Backend
-from fastres.ops.layers import contiguous, dense, in_autocast, nhwc_weight, weight_grad
+from fastres.ops.layers import contiguous, dense, in_autocast, nhwc_weights, weight_grad
 from fastres.ops.nodes import End
 from fastres.ops.operation import direct, isolated, operation
 from fastres.ops.plan import Code, Plan, decode
@@ -57,23 +57,26 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         code = plan.encode()
         letters, n_coefs = code.parameters, code.counts[1]
-        given = [
-            nhwc_weight(t, x.dtype) if kind == "w" and t is not None else t for kind, t in zip(letters, parameters)
-        ]
+        weights = nhwc_weights([t for kind, t in zip(letters, parameters) if kind == "w" and t is not None], x.dtype)
+        cast = iter(weights)
+        given = [next(cast) if kind == "w" and t is not None else t for kind, t in zip(letters, parameters)]
         out, *rest = direct(fused_forward, x)(*code, x, added, known, given, recording)
         coefs, kept = rest[len(rest) - n_coefs :], rest[: len(rest) - n_coefs]
-        weights = [t for kind, t in zip(letters, given) if kind == "w"]
         last = plan.nodes[-1]
         masks = isinstance(last, End) and last.relu
         ctx.save_for_backward(x, out if masks else None, *weights, *coefs, *kept)
         ctx.mark_non_differentiable(*coefs)
+        if not torch.compiler.is_compiling():  # which has no such method
+            ctx.set_materialize_grads(False)  # of the coefficients there is none: no zeros are to be filled in
         ctx.plan, ctx.code, ctx.letters, ctx.has_added = plan, code, letters, added is not None
         ctx.dtypes = [None if t is None else t.dtype for t in parameters]
         ctx.parameters = plain.Parameters.of(parameters) if recording else None
         return out, *coefs
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
         dout = dense(dout)
         x, out, *saved = contiguous(ctx.saved_tensors)
         _, _, need_x, need_added, _, *need_parameters = ctx.needs_input_grad

@@ -278,6 +278,18 @@ def nhwc_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).permute(0, 2, 3, 1).contiguous()
 
 
+def nhwc_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`nhwc_weight` of each; those of another dtype are cast together, on a GPU by a single launch."""
+    if torch.compiler.is_compiling():  # the compiler has launches of its own
+        return [nhwc_weight(weight, dtype) for weight in weights]
+    cast = [weight for weight in weights if weight.dtype != dtype]
+    made = [torch.empty_like(w.permute(0, 2, 3, 1), dtype=dtype, memory_format=torch.contiguous_format) for w in cast]
+    if made:
+        torch._foreach_copy_([one.permute(0, 3, 1, 2) for one in made], cast)
+    left = iter(made)
+    return [next(left) if weight.dtype != dtype else nhwc_weight(weight, dtype) for weight in weights]
+
+
 def weight_grad(dw: Tensor, dtype: torch.dtype) -> Tensor:
     """[Cout, KH, KW, Cin] as the channels-last gradient of a weight [Cout, Cin, KH, KW]."""
     return dw.permute(0, 3, 1, 2).to(dtype)

@@ -1,8 +1,8 @@
 """Which backend runs a fused operation. ``FASTRES_IMPL`` or `implementation` decide:
 
 ``auto``    on a GPU Triton and the vendor's convolutions, each timed once per shape (``FASTRES_TIMED=0``: Triton
-            untimed); on a CPU the compiled passes, ATen where they cannot be had, or Triton in its interpreter with
-            ``TRITON_INTERPRET=1``.
+            untimed), or ``vendor`` where Triton has no tensor cores (Turing); on a CPU the compiled passes, ATen where
+            they cannot be had, or Triton in its interpreter with ``TRITON_INTERPRET=1``.
 ``triton``  Triton everywhere; an error for CPU tensors without ``TRITON_INTERPRET=1``.
 ``vendor``  on a GPU the vendor's convolutions (cuDNN) between Triton's passes; on a CPU ATen.
 ``cpp``     the compiled passes of `fastres.ops.cpu` for CPU tensors, ATen for others; an error without a compiler.
@@ -82,9 +82,11 @@ def _backend_for(x: Tensor) -> Backend:
     if mode == "cpp":
         return _on_cpu(x, required=True)
     if x.device.type == "cuda":
-        if mode == "auto" and os.environ.get("FASTRES_TIMED", "1") != "0":
-            return _timed(x.device)
-        return _backend("vendor" if mode == "vendor" else "triton")
+        if mode == "vendor" or mode == "auto" and not _triton_has_tensor_cores(x.device):
+            return _backend("vendor")
+        return (
+            _timed(x.device) if mode == "auto" and os.environ.get("FASTRES_TIMED", "1") != "0" else _backend("triton")
+        )
     if mode == "vendor":
         return _backend("aten")
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
@@ -117,6 +119,13 @@ def _backend(name: str) -> Backend:
     from fastres.ops.backends.triton import Triton, Vendor  # Triton is not everywhere
 
     return Vendor() if name == "vendor" else Triton()
+
+
+def _triton_has_tensor_cores(device: torch.device) -> bool:
+    from fastres.kernels.configs import has_tensor_cores
+    from fastres.kernels.resources import architecture  # Triton is not everywhere
+
+    return has_tensor_cores(architecture(device))
 
 
 @cache

@@ -4,10 +4,13 @@ Prints JSON: rows of `bench.aot.as_record`, those of a dilated block, what the r
 the keys in Triton's cache ahead of time and just in time.
 """
 
+import contextlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,9 +22,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench import launches
-from bench.aot import ARCHITECTURES, Row, as_record, compile_all, launches_of, modelled, specialisations
-from bench.launches import Launch, Specialisation, recorded
+from bench import aot, launches
+from bench.aot import Row, as_record, compile_all, modelled
+from bench.aot_plan import Task, launches_of, number_of, planned
+from bench.launches import WAYS, Launch, Specialisation, recorded
 from bench.machine.chips import CHIPS
 from bench.machine.product import TUNED, Tile, product
 from bench.sass import SHARED_LIMIT
@@ -30,6 +34,8 @@ from fastres.kernels.resources import shared_memory_of
 from fastres.nn import fuse
 
 HOPPER = GPUTarget("cuda", 90, 32)
+ARCHITECTURES = 80, 89, 90, 100  # the largest of all kernels; of the others some, see `others`
+OTHERS = 75, 86, 120, "gfx942"
 MODELLED = 80, 90  # the others would double the time
 
 
@@ -60,6 +66,45 @@ def probe() -> list[dict]:
         }
         for launch in launches
     ]
+
+
+def record(row: Row) -> dict[str, Any]:
+    """`as_record`, and all that is compiled in."""
+    one = row.specialisation
+    constants = {name: value for name, value in one.constants.items() if value is not None}
+    return {**as_record(row), "kernel": one.kernel, "tensors": one.pointers, "constants": constants,
+            "options": dict(one.options)}  # fmt: skip
+
+
+def others() -> list[Row]:
+    """Each kernel of a bottleneck in fp16, forward and backward, in the variant that has the most tensors."""
+    rows: list[Row] = []
+    for arch in OTHERS:
+        block = fuse(torchvision.models.resnet.Bottleneck(256, 64)).half()
+        with shared_memory_of(SHARED_LIMIT[arch], number_of(arch)), recorded() as launches:
+            block(torch.empty(128, 256, 28, 28, dtype=torch.float16).requires_grad_()).sum().backward()
+        found = sorted((launch.specialisation for launch in launches), key=_demand)
+        rows += compile_all((one, arch) for one in {one.kernel: one for one in found}.values())
+    return rows
+
+
+def plan() -> list[list]:
+    """Architecture, precision, whether it is taken first, and kernel, of what would be compiled of the smallest
+    network."""
+    tasks = planned(["resnet8"], ["fp16", "bf16"], [80, 75, "gfx942", 86, 89], [0, 1])
+    return [[task.arch, task.precision, task.first, task.specialisation.kernel] for task in tasks]
+
+
+def continued() -> list[dict]:
+    """Results of a run that may compile nothing, of one that ends, and of one that may compile nothing again."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        asked = ["--network", "resnet8", "--precision", "bf16", "--arch", "80", "gfx942", "--rank", "0", "--no-model",
+                 "--kernel", "finalize", "global", "--processes", "1", "--json", f"{folder}/aot.json"]  # fmt: skip
+        for minutes in (["--minutes", "0"], [], ["--minutes", "0"]):
+            code = aot.main([*asked, *minutes])
+            found.append({**json.loads(Path(folder, "aot.json").read_text()), "code": code})
+    return found
 
 
 def dilated(shared: int, arch: int) -> list[Specialisation]:
@@ -116,7 +161,7 @@ def keys() -> dict[str, list[str]]:
 
     with hopper(), mock.patch.object(triton.compiler, "compile", compile_nothing):
         with mock.patch.object(launches, "_specialise", both):
-            specialisations("notebook", "bf16", ranks=[0, 1])
+            launches_of("notebook", "bf16", ranks=[0, 1])
             with recorded():
                 x = torch.empty(64)
                 for mode in ("one", "D", "two"):
@@ -164,35 +209,41 @@ def main() -> None:
     Moreover the variants that spill where they have 128 registers, and on devices of little shared memory the kernels
     that could not have their first tiles there, each once.
     """
-    network, least = ("resnet50 ImageNet", "bf16"), min(SHARED_LIMIT.values())
+    network, least = ("resnet50 ImageNet", "bf16"), min(SHARED_LIMIT[arch] for arch in ARCHITECTURES)
     rows, made = [], {}
     for arch in ARCHITECTURES:
         limit = SHARED_LIMIT[arch]
         if limit == least:
             continue
-        of_arch = launches_of(*network, ranks=[0], shared=limit, arch=arch)
+        of_arch = launches_of(*network, ranks=[0, *WAYS], shared=limit, arch=arch)
         made |= {(arch, one): launch for one, launch in of_arch.items()}
         strided = filter(_is_strided_and_frozen, of_arch)
         chosen = {
             (one.kernel, "shortcut_ptr" in one.pointers, of_arch[one].rank): one for one in sorted(of_arch, key=_demand)
         }
         needy = {*filter(_is_stems_gradient, of_arch), max(strided, key=lambda one: one.constants["CIN"])}
-        rows += compile_all({*chosen.values(), *needy}, [arch])
+        rows += compile_all((one, arch) for one in {*chosen.values(), *needy})
     for arch in ARCHITECTURES:
         if SHARED_LIMIT[arch] == least:
-            roomy = specialisations(*network, ranks=[0], arch=arch)
-            smaller = specialisations(*network, ranks=[0], shared=least, arch=arch) - roomy
+            roomy = launches_of(*network, ranks=[0], arch=arch)
+            smaller = launches_of(*network, ranks=[0], shared=least, arch=arch).keys() - roomy.keys()
             chosen = {one.kernel: one for one in sorted(smaller, key=_demand)}
-            rows += compile_all(chosen.values(), [arch])
-    apart = [row for arch in ARCHITECTURES for row in compile_all(dilated(SHARED_LIMIT[arch], arch), [arch])]
-    rows = [modelled(row, made[row.arch, row.specialisation]) if _is_modelled(row, made) else row for row in rows]
-    records = {name: [as_record(row) for row in of] for name, of in (("rows", rows), ("dilated", apart))}
-    print(json.dumps({"probe": probe(), "products": products(), **records, "keys": [*keys().values()], "hits": hits()}))
+            rows += compile_all((one, arch) for one in chosen.values())
+    apart = [*compile_all((one, arch) for arch in ARCHITECTURES for one in dilated(SHARED_LIMIT[arch], arch))]
+    rows = [modelled(row, _task(row, made)) if _is_modelled(row, made) else row for row in rows]
+    parts = ("rows", rows), ("dilated", apart), ("others", others())
+    records = {name: [record(row) for row in of] for name, of in parts}
+    print(json.dumps({"probe": probe(), "products": products(), **records, "plan": plan(),
+                      "continued": continued(), "keys": [*keys().values()], "hits": hits()}))  # fmt: skip
 
 
 def _is_modelled(row: Row, made: dict[tuple[int, Specialisation], Launch]) -> bool:
     launch = made.get((row.arch, row.specialisation))
     return row.arch in MODELLED and launch is not None and launch.rank == 0
+
+
+def _task(row: Row, made: dict[tuple[int, Specialisation], Launch]) -> Task:
+    return Task(row.specialisation, row.arch, "bf16", made[row.arch, row.specialisation])
 
 
 def _is_stems_gradient(one: Specialisation) -> bool:

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 import triton
 
-from bench.aot import ARCHITECTURES, Row
+from bench.aot import Row, coverage
+from bench.aot_plan import Task
+from bench.launches import Launch
 from bench.machine import floors
 from bench.machine.floors import FLOORS, TRITON
 from bench.machine.shares import fault
@@ -21,9 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 GOOD = Resources(
     registers=168, stack=0, spills=0, shared=100_000, wide_loads=1.0, wide_stores=1.0, tensor_cores={"HGMMA": 4}, dots=1
 )
+ARCHITECTURES = 80, 89, 90, 100  # of `aot_subset`
+OTHERS = 75, 86, 120, "gfx942"
 CONVOLUTIONS = ("conv_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel")
 PASSES = ("bn_add_relu_kernel", "bn_add_relu_backward_kernel")
-TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "tcgen05"}
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "tcgen05", 120: "HMMA", "gfx942": "MFMA"}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,59 @@ def test_every_kernel_compiles_without_faults(subset):
     assert [(row["kernel"], row["arch"], row["faults"]) for row in rows if row["faults"]] == []
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
     assert {row["kernel"] for row in rows} >= {*CONVOLUTIONS, "finalize_kernel", "bn_add_relu_backward_kernel"}
+
+
+def test_the_other_architectures_too(subset):
+    """On Turing, where Triton has no tensor cores, without a spill at least: its convolutions are the library's."""
+    rows = subset["others"]
+    assert {row["arch"] for row in rows} == set(OTHERS)
+    for row in rows:
+        turings = row["arch"] == 75 and row["kernel"] in CONVOLUTIONS
+        assert row["faults"] == (["tl.dot without a tensor core"] if turings else []), row
+        assert row["spills"] == row["stack"] == 0 and row["shared"] <= SHARED_LIMIT[row["arch"]]
+        if row["kernel"] in CONVOLUTIONS and not turings:
+            assert TENSOR_CORES[row["arch"]] in row["tensor_cores"], row
+            assert row["wide_loads"] > 0.5 and row["wide_stores"] > 0.5, row
+
+
+def test_first_configurations_of_all_architectures_come_first(subset):
+    """Turing has fp16 in the place of bf16, and no convolution of Triton's."""
+    plan = [tuple(task) for task in subset["plan"]]
+    places = {
+        key: place for place, key in reversed([*enumerate((first, precision) for _, precision, first, _ in plan)])
+    }
+    assert sorted(places, key=places.get) == [(True, "bf16"), (True, "fp16"), (False, "bf16"), (False, "fp16")]
+    assert {arch for arch, precision, first, _ in plan if precision == "bf16" and first} == {80, 86, 89, "gfx942"}
+    assert not {kernel for arch, _, _, kernel in plan if arch == 75} & set(CONVOLUTIONS)
+    assert "finalize_kernel" in {kernel for arch, _, _, kernel in plan if arch == 75}
+    alike = [[task[1:] for task in plan if task[0] == arch] for arch in (86, 89)]
+    assert alike[0] == alike[1]
+
+
+def test_a_run_goes_on_where_the_last_one_ended(subset):
+    """And says what it covers; the cache of `subset` is its own."""
+    nothing, everything, again = subset["continued"]
+    assert nothing["rows"] == [] and [one["compiled"] for one in nothing["coverage"]] == [0, 0]
+    for one in (everything, again):
+        assert len(one["rows"]) == sum(count["of"] for count in one["coverage"]) > 4
+        assert [count["compiled"] for count in one["coverage"]] == [count["of"] for count in one["coverage"]]
+        assert {row["kernel"] for row in one["rows"]} == {"finalize", "global_avg_pool", "global_avg_pool_backward"}
+    assert everything["rows"] == again["rows"] and {one["code"] for one in subset["continued"]} == {0}
+    assert everything["asked"] == {"networks": ["resnet8"], "precisions": ["bf16"], "ranks": [0]}
+
+
+def test_coverage_is_of_what_was_planned():
+    tasks = [Task(name, arch, "bf16", Launch(name, (1,), rank=rank)) for name, rank in (("a", 0), ("b", 0), ("c", 3))
+             for arch in (80, "gfx942")]  # fmt: skip
+    rows = {
+        ("a", 80): Row("a", 80, GOOD, share=0.5),
+        ("b", 80): Row("b", 80, None, "error"),
+        ("c", 80): Row("c", 80, GOOD),
+    }
+    counts = [[one[name] for name in ("arch", "configurations", "compiled", "of", "modelled")]
+              for one in coverage(tasks, rows)]  # fmt: skip
+    assert counts == [[80, "first", 2, 2, 1], ["gfx942", "first", 0, 2, 0], [80, "further", 1, 1, 0],
+                      ["gfx942", "further", 0, 1, 0]]  # fmt: skip
 
 
 def test_dilated_convolutions_compile_without_faults(subset):

@@ -136,11 +136,30 @@ def test_counts_become_tables(tmp_path):
     assert lines[-1] == "| all | 10 |  | 16 | 8 | 4 | 0.25 | 0.50 | 0.75 | 0.50 |"
     assert counted.bytes_an_image(tmp_path)["resnet20 32"] == {"eager": 2e6, "compile": 1e6, "fused": 5e5}
 
-    row = {"kernel": "conv_kernel", "arch": 90, "spills": 0, "faults": []}
+
+def test_compiled_code_becomes_tables(tmp_path):
+    """Each Triton with what it covers; by kernel that of the newest. What did not compile may not be shipped."""
+    row = {"kernel": "conv", "arch": 90, "planned": "bf16", "first": True, "spills": 0, "faults": [], "share": None}
     rows = [{**row, "registers": n, "shared": 1000 * n, "tensor_cores": {"HGMMA": n}} for n in (64, 128)]
-    (tmp_path / "aot.json").write_text(json.dumps({"rows": [*rows, {**row, "faults": ["did not compile"]}]}))
-    line = counted.machine_code_section(tmp_path).splitlines()[-1]
-    assert line == "| conv | sm_90 | 2 | 64 to 128 | 0 | 128 | HGMMA | 0 |"
+    rows[0]["share"] = 0.5
+    other = {**rows[0], "arch": "gfx942", "registers": 99, "tensor_cores": {"MFMA": 4}, "share": None}
+    count = {"arch": 90, "precision": "bf16", "configurations": "first", "compiled": 3, "of": 3}
+    counts = [{**count, "arch": "gfx942", "compiled": 1, "of": 4}, {**count, "precision": "fp16", "compiled": 0}, count]
+    record = {"coverage": counts, "rows": [*rows, other, {**row, "faults": ["did not compile"]}]}
+    for version, found in (("3.10.0", record), ("3.8.0", {"coverage": [count], "rows": rows[:1]})):
+        path = tmp_path / f"aot-{version}.json"
+        path.write_text(json.dumps({"versions": {"triton": version}, **found}))
+    assert counted.machine_code_section(tmp_path).splitlines()[2:] == [
+        "| conv | sm_90 | 2 | 64 to 128 | 0 | 128 | HGMMA | 50% of 1 | 1 |",
+        "| conv | gfx942 | 1 | 99 to 99 | 0 | 64 | MFMA |  | 0 |",
+    ]
+    assert counted.architectures_section(tmp_path).splitlines()[2:] == [
+        "| sm_90 | bf16 | first | 3.8.0 | 3 of 3 | 64 to 64 | 0 | 64 | HGMMA | 50% of 1 | 0 |",
+        "| sm_90 | bf16 | first | 3.10.0 | 3 of 3 | 64 to 128 | 0 | 128 | HGMMA | 50% of 1 | 1 |",
+        "| gfx942 | bf16 | first | 3.10.0 | 1 of 4 | 99 to 99 | 0 | 64 | MFMA |  | 0 |",
+        "| sm_90 | fp16 | first | 3.10.0 | 0 of 3 |  |  |  |  |  |  |",
+    ]
+    assert counted.machine_code_section(tmp_path / "nowhere") is None
 
 
 def test_growth_measures_its_points(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Every network's launches on fake CUDA tensors: arguments, grids, devices, candidates, and no wait."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support_fakecuda import fake_cuda
+from support_ops import Calls
 
 from fastres import ops
 from fastres.models import create_model
@@ -67,7 +69,7 @@ def test_training_and_inference(name, recompute, dtype, pick):
             if folded is not None:
                 copy.copy(folded).to("cuda", memory_format=torch.channels_last)(x)
         assert cuda.disagreements == [] and cuda.waits == [] and cuda.copies == [] and cuda.devices() == {0}
-        assert {len(names) for names in cuda.choices.values()} >= {4, 6}  # of a convolution, and of its gradients
+        assert {len(names) for names in cuda.choices.values()} >= {4, 8}  # of a convolution, and of its gradients
 
 
 @pytest.mark.parametrize("mode", ["auto", "untimed", "triton"])
@@ -90,6 +92,38 @@ def test_two_devices_in_turn():
             cuda.launches.clear()
             step(model, images("resnet20", f"cuda:{device}"), torch.bfloat16)
             assert cuda.devices() == {device}
+
+
+@pytest.mark.parametrize("name, norms, operations", [("resnet18", 20, 5), ("notebook", 15, 3)])
+def test_small_work_is_a_launch_a_layer_each_way(name, norms, operations):
+    """Of a training step with 256 images: statistics are merged at once, and what joins no other launch is a sum of
+    parts at the end of an operation.
+    """
+    model = network(name)
+    with fake_cuda() as cuda, ops.implementation("triton"):
+        model.to("cuda", memory_format=torch.channels_last)
+        with Calls() as calls:
+            step(model, images(name, "cuda", 256), torch.bfloat16)
+    found = Counter(launch.kernel for launch in cuda.launches)
+    assert found["finalize_kernel"] == found["bn_backward_coef_kernel"] == norms
+    assert not {"merge_kernel", "partial_sums_kernel"} & found.keys()
+    assert found["sum_parts_kernel"] <= operations
+    joined = [launch for launch in cuda.launches if launch.arguments.get("parts_ptr") is not None]
+    assert len({launch.arguments["parts_ptr"] for launch in joined}) == len(joined) > norms - operations
+    assert calls.found["_foreach_copy_"] == calls.found["cat"] == operations and calls.found["_to_copy"] < 10
+
+
+@pytest.mark.parametrize("untimed", [False, True])
+def test_turing_takes_the_librarys_convolutions(untimed, monkeypatch):
+    """Triton has no tensor cores there: its convolutions are not even candidates."""
+    if untimed:
+        monkeypatch.setenv("FASTRES_TIMED", "0")
+    model = network("resnet20")
+    with fake_cuda(shared_memory=64 * 1024, capability=(7, 5)) as cuda:
+        model.to("cuda", memory_format=torch.channels_last)
+        step(model, images("resnet20", "cuda"), torch.float16)
+        assert not {"conv_kernel", *GRADIENTS} & cuda.kernels() and "finalize_kernel" in cuda.kernels()
+        assert not cuda.choices
 
 
 def test_little_shared_memory_means_smaller_tiles():

@@ -17,6 +17,7 @@ from support_kernels import (
 )
 
 from fastres.kernels import batch_norm
+from fastres.kernels.batch_norm import MOST_TILES
 from fastres.kernels.types import Moments
 
 
@@ -66,22 +67,45 @@ def test_a_large_mean_keeps_the_variance(shape):
     assert (coef[1] / var - 1).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("tiles", [1, 3, 130, 700])
+TILES = [1, 3, 130, 700, MOST_TILES + 700]  # the last are merged by two launches
+
+
+@pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("affine", [True, False])
 def test_finalize(tiles, affine):
-    moments = random_moments(tiles, 20, seed=tiles)
-    gamma, beta = randn(2, 20, seed=1) if affine else (None, None)
+    moments = random_moments(tiles, 12, seed=tiles)
+    gamma, beta = randn(2, 12, seed=1) if affine else (None, None)
     arguments = moments, gamma, beta, 1e-3
     exact = aten.finalize(Moments(*widened(*moments)), *widened(gamma, beta), 1e-3)
     assert_as_good(guarded(batch_norm.finalize, *arguments), aten.finalize(*arguments), exact)
 
 
-def test_finalize_takes_tiles_whose_means_are_far_apart_from_zero():
-    moments = random_moments(600, 5, seed=0)
+@pytest.mark.parametrize("tiles", [600, MOST_TILES + 1])
+def test_finalize_takes_tiles_whose_means_are_far_apart_from_zero(tiles):
+    moments = random_moments(tiles, 5, seed=0)
     far = moments._replace(mean=moments.mean + 1000)
     exact = aten.finalize(Moments(*widened(*far)), None, None, 1e-9)
     coef = guarded(batch_norm.finalize, far, None, None, 1e-9)
     assert (coef[1] / exact[1] - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("outlier", [0, 300])
+def test_finalize_takes_a_tile_that_is_far_from_the_others(outlier):
+    """The first, from which deviations are counted, or another: what cancels is as in fp64."""
+    moments = random_moments(600, 5, seed=0)
+    moments.mean[outlier] += 1e4
+    exact = aten.finalize(Moments(*widened(*moments)), None, None, 1e-9)
+    coef = guarded(batch_norm.finalize, moments, None, None, 1e-9)
+    assert (coef[:2] / exact[:2] - 1).abs().max() < 1e-5
+
+
+def test_no_variance_is_below_zero():
+    """Equal tiles, whose common M2 is 0 by a difference."""
+    moments = Moments(torch.full((600,), 128.0), torch.full((600, 3), 0.1), torch.zeros(600, 3))
+    coef = guarded(
+        batch_norm.finalize, Moments(*(part.to(randn(1, seed=0).device) for part in moments)), None, None, 1.0
+    )
+    assert (coef[1] == 0).all() and (coef[0] == torch.tensor(0.1)).all()
 
 
 @pytest.mark.parametrize("channels", [3, 300])
@@ -93,15 +117,37 @@ def test_running_coef(channels, dtype):
         assert_as_good(guarded(batch_norm.running_coef, *arguments), exact.float(), exact)
 
 
-@pytest.mark.parametrize("tiles", [1, 40, 700])
+@pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("training", [True, False])
 def test_bn_backward_coef(tiles, training):
-    sums, coef = randn(tiles, 2, 20, seed=0), random_coef(20, seed=1)
+    sums, coef = randn(tiles, 2, 12, seed=0), random_coef(12, seed=1)
     arguments = sums, coef, 77 * tiles, training
     abc, dgamma, dbeta = guarded(batch_norm.bn_backward_coef, *arguments)
     exact = aten.bn_backward_coef(*widened(*arguments))
     assert_as_good((abc, dgamma, dbeta), aten.bn_backward_coef(*arguments), exact)
     assert training or not abc[1:].any()
+
+
+@pytest.mark.parametrize("tiles", [1, 700, MOST_TILES + 1])
+def test_sums_that_cancel_keep_what_is_left(tiles):
+    """Of terms 10 million times as large as their sum: plain fp32 sums would leave nothing of it."""
+    terms = 1e7 * randn(tiles, 2, 3, seed=0)
+    sums = torch.cat([terms, -terms, randn(tiles, 2, 3, seed=1)]).repeat_interleave(2, 0)
+    exact = sums.double().sum(0)
+    _, dgamma, dbeta = guarded(batch_norm.bn_backward_coef, sums, random_coef(3, seed=2), 99, True)
+    assert (torch.stack([dbeta, dgamma]) - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("tiles", [40, 700])
+def test_what_is_not_finite_is_summed_as_by_pytorch(tiles):
+    sums = randn(tiles, 2, 4, seed=0)
+    sums[3, 0, 1] = sums[5, 1, 2] = float("inf")
+    sums[7, 1, 3] = float("nan")
+    _, dgamma, dbeta = guarded(batch_norm.bn_backward_coef, sums, random_coef(4, seed=1), 99, True)
+    exact = sums.sum(0)
+    for ours, theirs in ((dbeta, exact[0]), (dgamma, exact[1])):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True), (ours, theirs)
 
 
 def test_the_same_bits_from_run_to_run():

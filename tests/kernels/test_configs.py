@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastres.kernels.configs import PROGRAMS, Product, conv_configs, dgrad_configs, splits, wgrad_configs
+from fastres.kernels import configs as tables
+from fastres.kernels.configs import OTHER, PROGRAMS, Product, conv_configs, dgrad_configs, splits, wgrad_configs
 
-OLDER = (75, 80, 86, 89, 100, 120)
+OTHERS = (OTHER, 75, 80, 86, 89, 100, 120)
 
 
 def product(**changes):
@@ -13,7 +14,7 @@ def product(**changes):
 
 
 @pytest.mark.parametrize("configs", [conv_configs, dgrad_configs])
-@pytest.mark.parametrize("arch", [*OLDER, 90])
+@pytest.mark.parametrize("arch", [*OTHERS, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [3, 16, 40, 64, 72, 128, 2048])
 def test_tiles_fit_the_channels_and_are_different(configs, arch, dtype, columns):
@@ -27,10 +28,26 @@ def test_tiles_fit_the_channels_and_are_different(configs, arch, dtype, columns)
             assert all(one.block_m * one.block_n <= 64 * one.num_warps * 32 for one in found)
 
 
-@pytest.mark.parametrize("arch", OLDER)
+@pytest.mark.parametrize("arch", OTHERS)
 def test_only_warp_groups_take_their_tiles(arch):
     hopper, other = conv_configs(product(arch=90)), conv_configs(product(arch=arch))
     assert hopper[0].num_warps == 16 and all(one.num_warps <= 8 for one in other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_without_tensor_cores_only_small_tiles_do_not_spill(dtype):
+    """On Turing, where Triton has none; they are compiled in `tests/bench/test_aot.py`."""
+    (conv,) = conv_configs(product(arch=75, dtype=dtype))
+    (dgrad,) = dgrad_configs(product(arch=75, dtype=dtype, loaded=2))
+    (wgrad,) = wgrad_configs(256, 256, 10**6, dtype, arch=75)
+    assert {one[:3] for one in (conv, dgrad, wgrad)} == {(64, 64, 16)}
+
+
+def test_amds_launches_have_no_limit_of_registers(monkeypatch):
+    (config, *_) = conv_configs(product(arch=OTHER))
+    assert config.launch["maxnreg"] == config.most_registers
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "maxnreg" not in config.launch and tables.limited(128) == {}
 
 
 def test_a_small_batch_takes_smaller_tiles():
@@ -44,5 +61,11 @@ def test_parts_of_a_sum_fill_the_multiprocessors():
     (alone, *_) = wgrad_configs(256, 256, 10**6, torch.bfloat16, arch=80)
     (lean, *_) = wgrad_configs(256, 256, 10**6, torch.bfloat16, arch=90, made=False)
     assert (alone.most_registers, lean.most_registers) == (255, 128)
-    assert (splits(4, 10**6, alone), splits(4, 10**6, lean)) == (PROGRAMS // 4, 2 * PROGRAMS // 4)
-    assert splits(4, 64 * 16, lean) == 2 and splits(10**4, 10**6, lean) == 1
+    assert [splits(4, 10**6, one, 0) for one in (alone, lean)] == [PROGRAMS // 4, 2 * PROGRAMS // 4]
+    assert splits(4, 64 * 32, lean, 0) == 2 and splits(4, 64 * 16, alone, 0) == 2 and splits(10**4, 10**6, lean, 0) == 1
+
+
+def test_parts_beyond_two_a_multiprocessor_weigh_little():
+    (small, *_) = wgrad_configs(64, 64, 10**6, torch.bfloat16, arch=90, made=False)
+    assert small.num_warps == 4 and small.most_registers == 128
+    assert [splits(9, 10**6, small, light) for light in (0, 40, 1000)] == [29, 40, 58]

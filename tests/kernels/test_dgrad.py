@@ -17,6 +17,7 @@ from support_kernels import (
 )
 
 from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.geometry import output_hw
 
 
 def total(result):
@@ -84,25 +85,60 @@ def test_pixels_that_no_tap_reaches_get_the_residual_alone():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("stride, inputs", [(1, 24), (1, 72), (2, 40)])
-def test_the_gradient_of_a_pointwise_convolution_is_kept(stride, inputs, dtype):
-    """As it is multiplied, rounded: the very values that the pass makes. Over several tiles of channels, too."""
-    dz, y = (randn(2, 5, 4, 40, seed=seed, dtype=dtype) for seed in (0, 1))
-    w, abc, dy = randn(40, 1, 1, inputs, seed=2, dtype=dtype), randn(3, 40, seed=3), torch.empty_like(dz)
-    arguments = dz, y, abc, w, stride, (0, 0, 0, 0), (5 * stride, 4 * stride)
-    dx, _ = guarded(conv_dgrad, *arguments, dy=dy, mutates=(dy,))
-    assert_same_bits(dx, conv_dgrad(*arguments)[0])
+@pytest.mark.parametrize(
+    "kernel, stride, dilation, pad, inputs",
+    [(1, 1, 1, 0, 24), (1, 1, 1, 0, 72), (1, 2, 1, 0, 40), (3, 1, 1, 1, 72), (3, 2, 1, 1, 24), (3, 1, 2, 2, 40),
+     (3, 1, 1, 0, 40), (4, 3, 1, 1, 24), (5, 2, 2, 4, 24), (7, 3, 1, 2, 24)],
+)  # fmt: skip
+def test_the_gradient_that_is_multiplied_is_kept(kernel, stride, dilation, pad, inputs, dtype):
+    """Rounded: the very values that the pass makes, each once. Over several tiles of channels, and of pixels, too."""
+    pad, hw = (pad,) * 4, (9, 13)
+    out_hw = output_hw(hw, (kernel, kernel), stride, pad, dilation)
+    dz, y = (randn(2, *out_hw, 40, seed=seed, dtype=dtype) for seed in (0, 1))
+    w, abc, dy = randn(40, kernel, kernel, inputs, seed=2, dtype=dtype), randn(3, 40, seed=3), torch.empty_like(dz)
+    arguments = dz, y, abc, w, stride, pad, hw
+    dx, _ = guarded(conv_dgrad, *arguments, dilation=dilation, dy=dy, mutates=(dy,))
+    assert_same_bits(dx, conv_dgrad(*arguments, dilation=dilation)[0])
     exact = abc.double()[0] * dz.double() + abc.double()[1] * y.double() + abc.double()[2]
     assert_as_good(dy, exact.to(dtype), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel, stride, inputs", [(1, 1, 24), (3, 1, 136), (3, 2, 40), (1, 2, 72)])
+def test_the_activation_below_is_kept(kernel, stride, inputs, dtype):
+    """At all pixels, those that no tap reaches too: what a pass makes of them; the gradient and its sums are the same
+    bits as without it."""
+    pad, hw = (kernel // 2,) * 4, (7, 10)
+    dz = randn(2, *(-(-size // stride) for size in hw), 40, seed=0, dtype=dtype)
+    w, x = randn(40, kernel, kernel, inputs, seed=1, dtype=dtype), randn(2, *hw, inputs, seed=2, dtype=dtype)
+    coef, kept = random_coef(inputs, 3), torch.empty_like(x)
+    arguments = dz, None, None, w, stride, pad, hw, (x, coef)
+    made = guarded(conv_dgrad, *arguments, activation=kept, mutates=(kept,))
+    assert_same_bits(made, conv_dgrad(*arguments))
+    exact = (x.double() * coef.double()[3] + coef.double()[4]).relu()
+    assert_as_good(kept, exact.to(dtype), exact)
+
+
+def test_an_activation_that_is_not_computed_is_refused():
+    dz, w = randn(1, 4, 4, 16, seed=0), randn(16, 1, 1, 16, seed=1)
+    arguments = dz, None, None, w, 1, (0,) * 4, (4, 4)
+    with pytest.raises(ValueError, match="with the BatchNorm below and without a mask"):
+        conv_dgrad(*arguments, activation=dz.clone())
+    with pytest.raises(ValueError, match="with the BatchNorm below and without a mask"):
+        conv_dgrad(*arguments, below=(dz, random_coef(16, 2)), mask=dz, activation=dz.clone())
+
+
 @pytest.mark.parametrize(
-    "kernel, pad, behind", [(3, (1, 1, 1, 1), True), (1, (1, 1, 1, 1), True), (1, (0,) * 4, False)]
+    "kernel, pad, dilation, behind",
+    [(3, 2, 2, False), (1, 1, 1, True), (3, 1, 2, True), (2, 1, 1, True), (3, 3, 1, True)],
 )
-def test_a_gradient_that_cannot_be_kept(kernel, pad, behind):
-    dz, w = randn(1, 4, 4, 16, seed=0), randn(16, kernel, kernel, 16, seed=1)
-    with pytest.raises(ValueError, match=f"not by {kernel}x{kernel} with padding"):
-        conv_dgrad(dz, dz, randn(3, 16, seed=2) if behind else None, w, 1, pad, (4, 4), dy=dz.clone())
+def test_a_gradient_that_cannot_be_kept(kernel, pad, dilation, behind):
+    """Without a BatchNorm, of more pixels than are read, and of a padding that ends between two taps."""
+    pad, hw = (pad,) * 4, (4, 4)
+    dz = randn(1, *output_hw(hw, (kernel, kernel), 1, pad, dilation), 16, seed=0)
+    w, abc = randn(16, kernel, kernel, 16, seed=1), randn(3, 16, seed=2) if behind else None
+    with pytest.raises(ValueError, match=f"not by {kernel}x{kernel} with stride 1 and padding"):
+        conv_dgrad(dz, dz, abc, w, 1, pad, hw, dilation=dilation, dy=dz.clone())
 
 
 def test_padding_is_zero_whatever_the_coefficients():

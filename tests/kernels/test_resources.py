@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from fastres import kernels
 from fastres.kernels import resources
-from fastres.kernels.configs import Product, conv_configs, taken
+from fastres.kernels.configs import OTHER, Product, conv_configs, has_tensor_cores, taken
 from fastres.kernels.resources import Demand, fitting, shared_memory, shared_memory_of
 
 SAME = (1, 1, 1, 1)
@@ -151,6 +151,14 @@ def test_what_does_not_fit_is_not_tried(refusing, monkeypatch):
     assert kernel.tried[0] != (128, 128)
     call()
     assert kernel.tried[1] == (128, 128)
+
+
+def test_an_amd_gpu_is_of_another_kind(monkeypatch):
+    """And has matrix cores; it would have called itself a Hopper of its own version number."""
+    assert resources.architecture(torch.device("cpu")) == 90
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert resources.architecture(torch.device("cuda", 0)) == OTHER and has_tensor_cores(OTHER)
+    assert [has_tensor_cores(arch) for arch in (75, 80, 90, 120)] == [False, True, True, True]
 
 
 def test_the_limit_is_that_of_the_tensors_device(monkeypatch):

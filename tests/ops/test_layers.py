@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support_kernels import device
+from support_ops import Calls
 from torch import nn
 
 from fastres import ops
 from fastres.ops import Conv, Layer, Norm, Statistics, residual_block, symmetric
-from fastres.ops.layers import nhwc_weight, output_hw
+from fastres.ops.layers import nhwc_weight, nhwc_weights, output_hw
 
 
 def layer(**norm):
@@ -251,6 +252,46 @@ def test_an_empty_batch_is_fine_where_no_statistics_are_needed():
 def test_channels_last_weights_are_read_in_place():
     weight = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
     assert nhwc_weight(weight, torch.float32).data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_cast_together(dtype):
+    """Whatever their dtypes and layouts, as one by one: [Cout, KH, KW, Cin], contiguous."""
+    shapes = (4, 3, 3, 3), (8, 4, 1, 1), (5, 1, 2, 1)
+    weights = [torch.randn(shape).to(kind) for shape in shapes for kind in (torch.float32, torch.bfloat16)]
+    weights += [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
+    with Calls() as calls:
+        together = nhwc_weights(weights, dtype)
+    assert calls.found["_foreach_copy_"] == 1 and not calls.found["_to_copy"]
+    for ours, weight in zip(together, weights, strict=True):
+        alone = nhwc_weight(weight, dtype)
+        assert ours.dtype == dtype and ours.is_contiguous() and torch.equal(ours, alone)
+    assert nhwc_weights([], dtype) == []
+
+
+def test_no_gradients_of_coefficients_are_filled_in():
+    """Autograd would make zeros of each BatchNorm's, which nothing reads."""
+    x = torch.randn(2, 8, 8, 3, requires_grad=True)
+    out, _ = residual_block(x, [layer()])
+    with Calls() as calls:
+        out.backward(torch.ones_like(out))
+    assert x.grad is not None and not {"zeros", "zeros_like"} & calls.found.keys()
+
+
+def test_a_result_whose_gradient_is_undefined_passes_none_on():
+    class Ends(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, dout):
+            return None
+
+    x = torch.randn(2, 8, 8, 3, requires_grad=True)
+    made = layer()
+    Ends.apply(residual_block(x, [made])[0]).backward()
+    assert x.grad is None and made.weight.grad is None
 
 
 def test_output_sizes_are_convolutions():

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from fastres import ops
+from fastres.kernels.configs import taken
 from fastres.ops import cpu, select
 from fastres.ops.backends.aten import Aten
 from fastres.ops.backends.cpp import Cpp
 from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient
 from fastres.ops.backends.timed import Timed
-from fastres.ops.backends.triton import Triton, Vendor
+from fastres.ops.backends.triton import PASS_CHANNELS, STORED_CHANNELS, Triton, Vendor, Way
 from fastres.ops.operation import isolated
 from fastres.ops.select import backend_for
 from fastres.ops.timing import TimedChoices
@@ -215,11 +216,11 @@ def test_an_error_leaves_the_current_device_as_it_was(monkeypatch):
     assert current.index == 0
 
 
-@pytest.mark.parametrize("dy_once", [True, False])
+@pytest.mark.parametrize("way", Way)
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("trained", [True, False])
-def test_joint_backward_is_dgrad_and_wgrad(kernel, dy_once, trained):
-    aten, triton = Aten(), Triton(dy_once=dy_once)
+def test_joint_backward_is_dgrad_and_wgrad(kernel, way, trained):
+    aten, triton = Aten(), Triton(way=way)
     x, w, dz = torch.randn(2, 5, 5, 3), torch.randn(4, kernel, kernel, 3), torch.randn(2, 5, 5, 4)
     activation = Activation(x, aten.finalize(aten.moments(x), None, None, 1e-5))
     conv = Convolution(w, 1, (kernel // 2,) * 4)
@@ -229,3 +230,19 @@ def test_joint_backward_is_dgrad_and_wgrad(kernel, dy_once, trained):
     assert triton.conv_backward(gradient, activation, conv, need_dx=False, need_dw=False) == (None, None, None)
     alone = triton.conv_backward(gradient, activation, conv, need_dx=False)
     torch.testing.assert_close(alone[2], theirs[2])
+
+
+@pytest.mark.parametrize(
+    "kernel, channels, ways", [(1, 4, 2), (3, 4, 3), (3, STORED_CHANNELS, 4), (3, PASS_CHANNELS, 3)]
+)
+def test_ways_that_do_the_same_are_told_from_others(kernel, channels, ways):
+    """So that each is timed once: by what it notes beside its tiles."""
+    x, dz = torch.randn(1, 3, 3, channels), torch.randn(1, 3, 3, channels)
+    w, coef, abc = torch.randn(channels, kernel, kernel, channels), torch.rand(5, channels), torch.rand(3, channels)
+    seen = []
+    for way in Way:
+        with taken() as tiles:
+            conv = Convolution(w, 1, (kernel // 2,) * 4)
+            Triton(way=way).conv_backward(Gradient(dz, dz, abc), Activation(x, coef), conv)
+        seen += [] if tiles in seen else [tiles]
+    assert len(seen) == ways

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.geometry import Pad, is_centred, output_hw
 from fastres.kernels.types import Moments
 
 MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
@@ -68,6 +68,11 @@ class Convolution(NamedTuple):
         kernel = self.weight.shape[1], self.weight.shape[2]
         hw = output_hw((x.shape[1], x.shape[2]), kernel, self.stride, self.pad, self.dilation)
         return x.shape[0], *hw, self.weight.shape[0]
+
+    def is_centred(self, x: Tensor) -> bool:
+        """See `fastres.kernels.geometry.is_centred`, for x [N, H, W, Cin]."""
+        kernel = self.weight.shape[1], self.weight.shape[2]
+        return is_centred(kernel, self.pad, self.dilation, self.stride, x.shape[1:3], self.shape_of(x)[1:3])
 
 
 class Window(NamedTuple):
@@ -197,6 +202,7 @@ class Backend(Protocol):
         self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
     ) -> list[Tensor]:
         """The results of ``walk()``, which calls primitives; a backend may remember what a walk did and do that again.
+        What a primitive in it left to a later one is filled in when it ends.
 
         Args:
             key: all that the walk depends on beside its inputs.

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres.kernels.parts import joining
 from fastres.kernels.types import Moments
 from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient, Normalised, Shortcut
-from fastres.ops.backends.triton import Triton, TritonVendorWeights, Vendor
+from fastres.ops.backends.triton import Triton, TritonVendorWeights, Vendor, Way
 from fastres.ops.timing import TimedChoices
 
 RANKS = 3  # tile configurations of a convolution that are timed, see `fastres.kernels.configs`
@@ -21,7 +22,8 @@ def gpu_candidates() -> list[Backend]:
     """What a convolution on a GPU chooses among, Triton with its first tiles first."""
     vendor = Vendor()
     tiles = (Triton(rank) for rank in range(1, RANKS))
-    return [Triton(), vendor, TritonVendorWeights(vendor), *tiles, Triton(dy_once=False)]
+    ways = (Triton(way=way) for way in Way if way is not Way.ONCE)
+    return [Triton(), vendor, TritonVendorWeights(vendor), *tiles, *ways]
 
 
 class Timed(Triton):
@@ -92,7 +94,8 @@ class Timed(Triton):
         }
         if torch.cuda.is_current_stream_capturing():  # a graph cannot hold the timing; an eager call may still decide
             return calls[self._choices.known(text, calls) or next(iter(calls))]
-        name = self._choices.choose(text, {name: partial(call, *arguments) for name, call in calls.items()})
+        with joining(False):  # each candidate's own work, all of it
+            name = self._choices.choose(text, {name: partial(call, *arguments) for name, call in calls.items()})
         self._calls[key] = calls[name]
         self.chosen[text] = name
         return calls[name]
@@ -100,7 +103,7 @@ class Timed(Triton):
 
 def _differs_in_backward(backend: Backend) -> bool:
     """Whether a candidate is plain Triton but for a convolution's joint gradients."""
-    return isinstance(backend, TritonVendorWeights) or (isinstance(backend, Triton) and not backend.dy_once)
+    return isinstance(backend, TritonVendorWeights) or (isinstance(backend, Triton) and backend.way is not Way.ONCE)
 
 
 def _signature(values: tuple) -> tuple:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
+from enum import Enum
+
 from torch import Tensor
 
 from fastres import kernels
-from fastres.kernels import buffers
+from fastres.kernels import buffers, parts
+from fastres.kernels.configs import note
 from fastres.kernels.geometry import is_pointwise
 from fastres.kernels.types import Moments
 from fastres.ops.backends.aten import Aten
@@ -13,8 +17,22 @@ from fastres.ops.backends.passes import Passes
 from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Normalised, Shortcut
 from fastres.ops.backends.vendor import VendorConvolutions
 
-# Channels on both sides of a window from which the gradient behind its BatchNorm is made by a pass of its own.
-PASS_CHANNELS = 128
+# Channels on both sides of a window from which its data gradient stores the gradient behind its BatchNorm, and from
+# which that is made by a pass of its own: by the model (`bench.machine`).
+STORED_CHANNELS, PASS_CHANNELS = 64, 128
+
+
+class Way(Enum):
+    """How the two gradients of a convolution share what both read: dy of the BatchNorm's backward, and the activation.
+
+    Each moves a tensor more or less, and computes dy once or once a tap of a window. The first moves no more than
+    `EACH` but for the passes of wide windows.
+    """
+
+    ONCE = "dy once"  # stored by the data gradient, by a pass for windows of many channels, in each for those of few
+    EACH = "dy in each"
+    PASS = "dy by a pass"  # for all windows
+    STORED = "dy by a pass, activation stored"  # moreover a window's data gradient stores the activation
 
 
 class Triton(Passes):
@@ -22,7 +40,7 @@ class Triton(Passes):
 
     Args:
         rank: which of their tile configurations the convolutions take, the first at 0.
-        dy_once: whether the gradient that both gradients of a convolution read is computed once, not in each of them.
+        way: how a convolution's gradients share what both read.
     """
 
     functions = kernels
@@ -33,12 +51,18 @@ class Triton(Passes):
     global_avg_pool = staticmethod(kernels.global_avg_pool)
     global_avg_pool_backward = staticmethod(kernels.global_avg_pool_backward)
 
-    def __init__(self, rank: int = 0, dy_once: bool = True):
-        self.rank = rank
+    def __init__(self, rank: int = 0, way: Way = Way.ONCE):
+        self.rank, self.way = rank, way
         self.name = "triton" if rank == 0 else f"triton, tiles {rank + 1}"
-        if not dy_once:
-            self.name += ", dy in each"
-        self.dy_once = dy_once
+        if way is not Way.ONCE:
+            self.name += f", {way.value}"
+
+    def repeated(
+        self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """The weights' gradients are filled in by launches of other small work, see `fastres.kernels.parts`."""
+        with parts.joining():
+            return walk()
 
     def conv(
         self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
@@ -65,26 +89,34 @@ class Triton(Passes):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Two kernels; ``joined`` is left alone: to be timed they run again.
 
-        What both read of the BatchNorm's backward, dy, the data gradient of a 1x1 convolution stores while it computes
-        it, so that no more bytes move than if each kernel computed it; a window would compute it once a tap, so that of
-        many channels a pass of its own is quicker by the model (`bench.machine`), though it moves a tensor more.
+        What both read of the BatchNorm's backward, dy, the data gradient stores while it computes it, so that no more
+        bytes move than if each kernel computed it; a window computes it once a tap, so that of many channels a pass of
+        its own is quicker by the model (`bench.machine`), though it moves a tensor more.
         """
-        dx = sums = dw = dy = None
+        dx = sums = dw = dy = a = None
         weight, stride, pad, dilation = conv
-        if self.dy_once and need_dx and need_dw and gradient.abc is not None:
-            if is_pointwise((weight.shape[1], weight.shape[2]), pad):
-                dy = buffers.empty(gradient.dz, *gradient.dz.shape)
-            elif min(weight.shape[0], weight.shape[3]) >= PASS_CHANNELS:
+        pointwise, both = is_pointwise((weight.shape[1], weight.shape[2]), pad), need_dx and need_dw
+        if both and gradient.abc is not None and self.way is not Way.EACH:
+            least = min(weight.shape[0], weight.shape[3])
+            if not pointwise and (self.way is not Way.ONCE or least >= PASS_CHANNELS):
+                note(Way.PASS.value)
                 gradient = Gradient(self.bn_backward_apply(gradient), None, None)
+            elif pointwise or (least >= STORED_CHANNELS and conv.is_centred(activation.y)):
+                note(Way.ONCE.value)
+                dy = buffers.empty(gradient.dz, *gradient.dz.shape)
+        if both and not pointwise and activation.coef is not None and self.way is Way.STORED:
+            note(Way.STORED.value)
+            a = buffers.empty(activation.y, *activation.y.shape)
         if need_dx:
             y, coef = activation
             below, mask = (Normalised(y, coef), None) if coef is not None else (end, None if end is None else y)
             tensor, _, joined_stride = joined or (None, None, 1)
             hw, options = tuple(y.shape[1:3]), dict(residual_stride=joined_stride, rank=self.rank, dilation=dilation)
-            dx, sums = kernels.conv_dgrad(*gradient, weight, stride, pad, hw, below, tensor, mask, dy=dy, **options)
+            kept = dict(dy=dy, activation=a)
+            dx, sums = kernels.conv_dgrad(*gradient, weight, stride, pad, hw, below, tensor, mask, **kept, **options)
         if need_dw:
             made = gradient if dy is None else Gradient(dy, None, None)
-            dw = self.conv_wgrad(made, activation, conv)
+            dw = self.conv_wgrad(made, activation if a is None else Activation(a), conv)
         return dx, sums, dw
 
     def conv_dgrad(self, gradient: Gradient, conv: Convolution, hw: tuple[int, int]) -> Tensor:

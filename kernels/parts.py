@@ -1,0 +1,85 @@
+"""Sums over the parts of a weight gradient, alone or in a launch of other small work.
+
+A part is what some programs of `fastres.kernels.wgrad` made of their pixels. Between two layers of a backward pass both
+this sum and BatchNorm's coefficients are to be computed, neither of which fills a GPU, so that they share a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastres.kernels import buffers
+from fastres.kernels.geometry import cdiv
+
+PARTS, BLOCK = 16, 128  # parts and elements of a tile: as many loads in flight as there are parts
+
+
+@triton.jit
+def sum_parts(parts_ptr, out_ptr, size, parts, program, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[i] = sum over p of parts[p, i]`` for the program's BLOCK of i. parts_ptr: [parts, size] fp32. Moves each
+    once.
+
+    A tile has PARTS parts and few columns, so that small weights have programs enough: the sum waits for the memory,
+    not for its rate.
+    """
+    i = program * BLOCK + tl.arange(0, BLOCK)
+    ok = i < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < parts)[:, None] & ok[None, :]
+        total += tl.sum(tl.load(parts_ptr + part[:, None] * size + i[None, :], mask=inside, other=0.0), 0)
+    tl.store(out_ptr + i, total, mask=ok)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_parts_kernel(parts_ptr, out_ptr, size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """`sum_parts` alone."""
+    sum_parts(parts_ptr, out_ptr, size, parts, tl.program_id(0), PARTS, BLOCK)
+
+
+Waiting = list[tuple[Tensor, Tensor]]
+_waiting: ContextVar[Waiting | None] = ContextVar("waiting", default=None)
+
+
+def total(parts: Tensor) -> Tensor:
+    """The sum of parts [P, ...] fp32; inside `joining` it is computed by a later launch, at the latest by its end."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    out = buffers.empty(parts, *parts.shape[1:])
+    listed = _waiting.get()
+    if listed is None:
+        _launch(parts, out)
+    else:
+        listed.append((parts, out))
+    return out
+
+
+def waiting() -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The parts and the result of the sum that waits longest, for a launch that computes it; or None both."""
+    listed = _waiting.get()
+    return listed.pop(0) if listed else (None, None)
+
+
+@contextmanager
+def joining(joins: bool = True) -> Iterator[None]:
+    """Inside, sums wait for launches that they can join; or, as outside, they are computed at once."""
+    listed: Waiting = []
+    token = _waiting.set(listed if joins else None)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+    for parts, out in listed:
+        _launch(parts, out)
+
+
+def _launch(parts: Tensor, out: Tensor) -> None:
+    grid = (cdiv(out.numel(), BLOCK),)
+    sum_parts_kernel[grid](parts, out, out.numel(), parts.shape[0], PARTS=PARTS, BLOCK=BLOCK)

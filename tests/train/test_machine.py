@@ -154,3 +154,10 @@ def test_a_first_run_on_a_gpu_says_that_it_builds_kernels(tmp_path, monkeypatch)
     assert machine.building_note(gpu, "eager") is None and machine.building_note(torch.device("cpu"), "fused") is None
     (tmp_path / "triton" / "kernel").mkdir(parents=True)
     assert machine.building_note(gpu, "fused") is None
+
+
+def test_a_process_of_the_tests_that_hangs_ends_and_says_where():
+    code = "import time, support_process\nsupport_process.begin(0.5)\ndef stuck():\n    time.sleep(100)\nstuck()"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1 and "Timeout (0:00:00.500000)!" in done.stderr and " in stuck" in done.stderr

@@ -57,7 +57,7 @@ def test_a_streamed_run_is_killed_and_resumed_bit_for_bit(tmp_path):
 
     process = multiprocessing.get_context("forkserver").Process(target=train, args=(tmp_path / "run", photos))
     process.start()
-    last, until = tmp_path / "run" / "last.pt", time.monotonic() + 120
+    last, until = tmp_path / "run" / "last.pt", time.monotonic() + support_process.LIMIT
     while not (last.exists() and load_checkpoint(last)["step"] >= 3) and time.monotonic() < until:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

@@ -18,13 +18,13 @@ from fastres.train import TrainConfig, machine, preset
 from fastres.train.sweep import Outcome, standard_error, summarise, sweep
 
 
-def make_parser(description: str, name: str, data: str, epochs: int, seeds: int) -> argparse.ArgumentParser:
+def make_parser(description: str, name: str, data: str, epochs: int | None, seeds: int) -> argparse.ArgumentParser:
     """A parser of the common arguments with these defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", default=data, help=f"as of `fastres train` [{data}]")
     parser.add_argument("--preset", default="speed")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--epochs", type=int, default=epochs, help="[the preset's]" if epochs is None else None)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--limit-train", type=int)
     parser.add_argument("--limit-test", type=int)
@@ -46,11 +46,15 @@ def train_variants(
     torch.set_num_threads(args.threads)
     machine.keep_freed_memory()
     names = ("data", "epochs", "limit_train", "limit_test", "precision")
-    base = preset(args.preset).replace(**{name: getattr(args, name) for name in names})
+    changes = {name: getattr(args, name) for name in names if name != "epochs" or args.epochs is not None}
+    base = preset(args.preset).replace(**changes)
     if args.batch_size:
         base = base.replace(batch_size=args.batch_size)
     load, variants, load_average = DataCache(), choose(base), os.getloadavg()[0]
-    outcomes = sweep(base, variants, range(args.seeds), args.work, load, lambda line: print(line, flush=True))
+    first = getattr(args, "first_seed", 0)
+    outcomes = sweep(
+        base, variants, range(first, first + args.seeds), args.work, load, lambda line: print(line, flush=True)
+    )
     content = {
         "preset": args.preset,
         "data": load(base).label,

@@ -120,7 +120,7 @@ def _eval(parser: argparse.ArgumentParser, _: str) -> None:
         "--report", type=Path, metavar="FOLDER", help="write accuracy by class and confusion matrix there"
     )
     parser.add_argument("checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
-    data = ("data", "data_root", "val_share", "val_seed", "skip_bad", "limit_test", "eval_batch_size", "tta")
+    data = ("data", "data_root", "val_share", "val_seed", "skip_bad", "limit_test", "eval_batch_size", "tta", "tta_shift")
     add_options(parser, (*data, "memory_budget", "workers", "device", "precision"))
 
 
@@ -136,7 +136,7 @@ def _predict(parser: argparse.ArgumentParser, _: str) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a JSON object a line")
     form.add_argument("--csv", action="store_true", help="print a CSV table")
-    add_options(parser, ("skip_bad", "tta", "device"))
+    add_options(parser, ("skip_bad", "tta", "tta_shift", "device"))
 
 
 def _export(parser: argparse.ArgumentParser, _: str) -> None:

@@ -22,6 +22,7 @@ from fastres.errors import FastresError
 from fastres.train import machine
 from fastres.train.evaluate import predict_logits
 from fastres.train.trained import Trained, find_checkpoint, load_trained
+from fastres.train.views import Views
 
 CHUNK = 64  # images at a time
 
@@ -53,7 +54,7 @@ def image_files(names: Iterable[str]) -> list[str]:
 
 @torch.inference_mode()
 def guesses(
-    trained: Trained, files: list[str], device: torch.device, tta: bool, top: int, faults: list[Fault]
+    trained: Trained, files: list[str], device: torch.device, views: Views | None, top: int, faults: list[Fault]
 ) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     """Each file with its ``top`` classes and their probabilities; files that cannot be read go to ``faults``."""
     for start in range(0, len(files), CHUNK):
@@ -65,7 +66,7 @@ def guesses(
             continue
         images = torch.from_numpy(pixels[good]).permute(0, 3, 1, 2).to(device)
         inputs = data.normalise(data.resize(images, trained.image_size), trained.mean, trained.std)
-        best = predict_logits(trained.model, inputs, tta).softmax(1).topk(min(top, len(trained.classes)))
+        best = predict_logits(trained.model, inputs, views).softmax(1).topk(min(top, len(trained.classes)))
         for number, shares, classes in zip(good, best.values.tolist(), best.indices.tolist()):
             yield members[number].where, [(trained.classes[i], share) for i, share in zip(classes, shares)]
 
@@ -80,7 +81,13 @@ def predict(args: argparse.Namespace) -> int:
     machine.use_device(device)
     trained = load_trained(find_checkpoint(args.checkpoint), device)
     faults: list[Fault] = []
-    found = guesses(trained, image_files(args.images), device, getattr(args, "tta", False), args.top, faults)
+    shift = getattr(args, "tta_shift", 0)
+    views = Views(shift) if getattr(args, "tta", False) else None
+    if shift and views is None:
+        raise FastresError("--tta-shift does nothing without --tta: add it, or leave the option out")
+    if views is not None:
+        views.check(trained.image_size)
+    found = guesses(trained, image_files(args.images), device, views, args.top, faults)
     table = csv.writer(sys.stdout, lineterminator="\n")
     for number, (path, row) in enumerate(found):
         if number == 0:

@@ -83,3 +83,15 @@ def test_nothing_to_predict(run, tmp_path, capsys, monkeypatch, name, complaint)
     assert predict(run, name if name == "-" else tmp_path / name) == 2
     err = capsys.readouterr().err
     assert complaint in err and err.count("\n") == 1
+
+
+def test_views(run, pictures, capsys):
+    assert predict(run, pictures, "--tta", "--tta-shift", "2") == 0
+    assert main(["eval", str(run), "--device", "cpu", "--tta", "--tta-shift", "2"]) == 0
+    assert "over six views, by 2 pixels " in capsys.readouterr().out
+    for argv, words in (
+        (["--tta-shift", "2"], "--tta-shift does nothing without --tta"),
+        (["--tta", "--tta-shift", "64"], "--tta-shift 64 moves images of 32 pixels away"),
+    ):
+        assert predict(run, pictures, *argv) == 2 and words in capsys.readouterr().err
+        assert main(["eval", str(run), "--device", "cpu", *argv]) == 2 and words in capsys.readouterr().err

@@ -48,6 +48,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "runs": training.runs_section(results / "accuracy-cpu.json"),
         "loop": training.loop_section(results / "loop-cpu.json"),
         "time-to-accuracy": training.time_to_accuracy_section(results),
+        "seeds": training.seeds_section(results),
         "ablation": training.ablation_section(results / "ablation-cpu.json"),
         "parity": training.parity_section(results / "parity-cpu.json"),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench import ablation, accuracy, loop, parity
+from bench import ablation, accuracy, loop, parity, seeds
 from bench.report.common import busy, machine_line, read
 from bench.tables import markdown
 from fastres.train.sweep import Outcome
@@ -61,6 +61,18 @@ def runs_section(path: Path) -> str | None:
     versions = sorted({run["versions"]["torch"] for run in record["runs"]})
     where = f"One run each on {record['cpu']}, PyTorch {', '.join(versions)}, collected {record['date'][:10]}"
     return f"{where}, commit {record['commit']}.\n\n{markdown(columns, rows)}"
+
+
+def seeds_section(results: Path) -> str | None:
+    """Presets over seeds, those of one set of data in a table."""
+    records = [read(path) for path in sorted(results.glob("seeds-*-cpu.json"))]
+    tables = []
+    for data in dict.fromkeys(record["data"] for record in records if record):
+        of_data = [record for record in records if record and record["data"] == data]
+        where = "; ".join(dict.fromkeys(f"{machine_line(record)}" for record in of_data))
+        warning = busy(max(record["load"] for record in of_data), of_data[0]["threads"])
+        tables.append(f"{data}, measured on {where}.{warning}\n\n{seeds.table(of_data)}")
+    return "\n\n".join(tables) or None
 
 
 def loop_section(path: Path) -> str | None:

@@ -15,6 +15,7 @@ from fastres.train.confusion import confusion, write_confusion
 from fastres.train.distributed import ALONE
 from fastres.train.evaluate import evaluate
 from fastres.train.trained import find_checkpoint, load_trained
+from fastres.train.useless import check_given
 
 
 def eval_(args: argparse.Namespace) -> int:
@@ -50,13 +51,16 @@ def eval_(args: argparse.Namespace) -> int:
         device=device,
         workers=given.get("workers"),
     )
+    check_given([config], given.keys() & {"tta_shift"})
+    if config.views is not None:
+        config.views.check(trained.image_size)
     start = time.perf_counter()
-    scores = evaluate(trained.model, batches, dtype, config.tta)
+    scores = evaluate(trained.model, batches, dtype, config.views)
     if args.report is not None:
         found = confusion(trained.model, batches, len(trained.classes), dtype)
         write_confusion(args.report, found, trained.classes, f"{label}, {trained.path}")
         print(f"{args.report}: by class, {found.line(trained.classes)}")
-    averaged = "" if scores.tta_accuracy is None else f", with mirror images {scores.tta_accuracy:.2%}"
+    averaged = "" if scores.tta_accuracy is None else f", over {config.views} {scores.tta_accuracy:.2%}"
     rate = len(split) / (time.perf_counter() - start)
     print(
         f"loss {scores.loss:.4f}  accuracy {scores.accuracy:.2%}{averaged}  on {label}, "

@@ -127,7 +127,10 @@ def train_with(ranks: Ranks, args: argparse.Namespace, callbacks: Sequence[Callb
     at = folder or Onlooker(path)
     try:
         with ranks.going_on(path):
-            trainer = Trainer(config, load_data(config, ranks), at, ranks=ranks, callbacks=callbacks)
+            began = time.perf_counter()
+            dataset = load_data(config, ranks)
+            reading = time.perf_counter() - began
+            trainer = Trainer(config, dataset, at, ranks=ranks, callbacks=callbacks)
             if ranks.of_first(at.begun):
                 trainer.resume()
                 if note := going_on_longer(trainer):
@@ -151,9 +154,20 @@ def train_with(ranks: Ranks, args: argparse.Namespace, callbacks: Sequence[Callb
         f"validation accuracy {history[-1]['val_accuracy']:.2%} on {trainer.dataset.label}, "
         f"best {best['val_accuracy']:.2%} in epoch {best['epoch']}; {history[-1]['seconds']:.1f} s; {path}",
     )
+    say(ranks, times(trainer, reading))
     for line in tested:
         say(ranks, line)
     return 0
+
+
+def times(trainer: Trainer, reading: float) -> str:
+    """A line on what the seconds went into; ``reading`` are those of the data, which no other has."""
+    last = trainer.history[-1]
+    first = "" if trainer.first_step is None else f" ({trainer.first_step:.1f} s the first step, with what it compiles)"
+    return (
+        f"{last['train_seconds']:.1f} s of training{first}, {last['seconds'] - last['train_seconds']:.1f} s of "
+        f"validation; before them {reading:.1f} s of reading the data"
+    )
 
 
 def going_on_longer(trainer: Trainer) -> str | None:
@@ -176,6 +190,6 @@ def describe(trainer: Trainer) -> None:
         f"{len(dataset.validation)} images{f', {len(dataset.test)} for the test' if dataset.val is not None else ''}, "
         f"{trainer.image_size}x{trainer.image_size} | {facts['device']}, {facts['dtype']}, {facts['backend']}"
         f"{f', {trainer.ranks.count} ranks' if trainer.ranks.count > 1 else ''} | "
-        f"{trainer.total_steps} steps | {trainer.folder.path}",
+        f"{trainer.total_steps} steps, {facts['flops'] / 1e15:.3g} PFLOP | {trainer.folder.path}",
         flush=True,
     )

@@ -15,13 +15,14 @@ from fastres.reference.resnet import BasicBlock, conv3x3, init_weights
 
 
 class WhiteningConv(nn.Conv2d):
-    """3x3 convolution with stride 2 and bias from pixels, whose filters can be fixed to ones that whiten patches.
+    """Convolution with bias from pixels, whose filters can be fixed to ones that whiten patches.
 
-    [N, 3, H, W] to [N, outputs, (H-1)/2, (W-1)/2]; half the filters are meant to be the negatives of the others.
+    [N, 3, H, W] to [N, outputs, (H-patch)/stride+1, (W-patch)/stride+1]; half the filters are meant to be the negatives
+    of the others.
     """
 
-    def __init__(self, outputs: int):
-        super().__init__(3, outputs, 3, stride=2)
+    def __init__(self, outputs: int, patch: int = 3, stride: int = 2):
+        super().__init__(3, outputs, patch, stride)
         nn.init.zeros_(cast(Tensor, self.bias))
 
 
@@ -42,6 +43,25 @@ class Widen(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See above."""
         return self.relu(self.bn1(self.conv1(x)))
+
+
+class ResidualConv(nn.Module):
+    """``relu(bn(conv(x)) + x)`` with a 3x3 convolution: the smallest residual block.
+
+    [N, width, H, W] to the same.
+    """
+
+    residual, downsample = True, None  # its shortcut is the identity
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = conv3x3(width, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See above."""
+        return self.relu(self.bn1(self.conv1(x)) + x)
 
 
 class HalvingPool(nn.MaxPool2d):

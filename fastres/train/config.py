@@ -13,6 +13,7 @@ from typing import Any
 from fastres.errors import FastresError
 from fastres.train.progressive import parse_progressive
 from fastres.train.schedule import parse_milestones
+from fastres.train.views import Views
 
 
 def option(
@@ -213,6 +214,9 @@ class TrainConfig:
     clip: float | None = option(None, "largest norm of the whole gradient", kind=float, low=0.0)
     ema: float | None = option(None, "decay of the weight average that is evaluated", kind=float, low=0.0, high=1.0)
     tta: bool = option(False, "report the accuracy over each image and its mirror image too", kind=bool)
+    tta_shift: int = option(
+        0, "with --tta also over both moved by so many pixels, up-left and down-right: six views", kind=int, low=0
+    )
     # machine
     device: str = option("auto", "auto, cpu, cuda or cuda:N", kind=str)
     precision: str = option(
@@ -318,6 +322,11 @@ class TrainConfig:
         if changes.get("epochs") is not None and "steps" not in changes:
             changes["steps"] = None
         return dataclasses.replace(self, **changes).check()
+
+    @property
+    def views(self) -> Views | None:
+        """Those over which the accuracy is reported too; None: none."""
+        return Views(self.tta_shift) if self.tta else None
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, ready for JSON."""

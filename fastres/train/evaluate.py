@@ -17,6 +17,7 @@ from fastres.errors import FastresError
 from fastres.train.distributed import ALONE, Ranks
 from fastres.train.machine import autocast, on_device
 from fastres.train.memory import is_out_of_memory, release_memory
+from fastres.train.views import Views
 
 
 @dataclass
@@ -80,16 +81,16 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(torch.stack(torch._foreach_norm(list(tensors), float("inf"))).isfinite().all())
 
 
-def predict_logits(model: nn.Module, images: Tensor, tta: bool) -> Tensor:
-    """Logits [B, classes] in fp32; with ``tta`` the mean over each image and its mirror image."""
+def predict_logits(model: nn.Module, images: Tensor, views: Views | None) -> Tensor:
+    """Logits [B, classes] in fp32; with ``views`` the mean over them."""
     logits = model(images).float()
-    return (logits + model(images.flip(3)).float()) / 2 if tta else logits
+    return logits if views is None else views.mean_logits(model, images, logits)
 
 
 @dataclass(frozen=True)
 class Scores:
     """Mean cross-entropy and accuracy in [0, 1] of single images; ``tta_accuracy`` is that of the mean logits over
-    each image and its mirror image, None where it was not asked for."""
+    `Views` of each image, None where it was not asked for."""
 
     loss: float
     accuracy: float
@@ -101,7 +102,7 @@ def evaluate(
     model: nn.Module,
     batches: Batches,
     dtype: torch.dtype,
-    tta: bool,
+    views: Views | None,
     *,
     ranks: Ranks = ALONE,
     say: Callable[[str], None] = ...,
@@ -113,7 +114,7 @@ def evaluate(
     model: nn.Module,
     batches: Batches,
     dtype: torch.dtype,
-    tta: bool,
+    views: Views | None,
     stopped: Callable[[], bool],
     ranks: Ranks = ALONE,
     say: Callable[[str], None] = ...,
@@ -124,7 +125,7 @@ def evaluate(
     model: nn.Module,
     batches: Batches,
     dtype: torch.dtype,
-    tta: bool,
+    views: Views | None,
     stopped: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
     say: Callable[[str], None] = warn_once,
@@ -134,7 +135,7 @@ def evaluate(
     Batches that do not fit into memory become smaller, for good.
 
     Args:
-        tta: whether to score the mean over mirror images too, which takes a second forward.
+        views: also score the mean over these, which takes a forward for each.
         stopped: asked after each batch whether to give up; the result is then None.
         ranks: each of them has a share of the batches.
         say: hears of smaller batches.
@@ -148,7 +149,7 @@ def evaluate(
         while True:
             found, reason = None, "memory was short on another rank"
             try:
-                found = _tallies(model, batches, dtype, tta, stopped)
+                found = _tallies(model, batches, dtype, views, stopped)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -161,7 +162,7 @@ def evaluate(
     if found is None or stopped():
         return None
     plain, averaged = found
-    return Scores(*plain.total(ranks).means(), averaged.total(ranks).means()[1] if tta else None)
+    return Scores(*plain.total(ranks).means(), averaged.total(ranks).means()[1] if views is not None else None)
 
 
 def _shrink(batches: Batches, reason: str, say: Callable[[str], None]) -> None:
@@ -177,9 +178,9 @@ def _shrink(batches: Batches, reason: str, say: Callable[[str], None]) -> None:
 
 @torch.inference_mode()
 def _tallies(
-    model: nn.Module, batches: Batches, dtype: torch.dtype, tta: bool, stopped: Callable[[], bool]
+    model: nn.Module, batches: Batches, dtype: torch.dtype, views: Views | None, stopped: Callable[[], bool]
 ) -> tuple[Tally, Tally]:
-    """Sums over single images, and over the mean logits of each image and its mirror image."""
+    """Sums over single images, and over the mean logits of each image's views."""
     device = next(model.parameters()).device
     plain, averaged = Tally.zero(device), Tally.zero(device)
     with on_device(device), autocast(device, dtype):
@@ -187,8 +188,8 @@ def _tallies(
             logits = model(images).float()
             loss = F.cross_entropy(logits, labels)
             plain.add(loss, logits, labels)
-            if tta:
-                averaged.add(loss, logits + model(images.flip(3)).float(), labels)
+            if views is not None:
+                averaged.add(loss, views.mean_logits(model, images, logits), labels)
             if stopped():
                 break
     return plain, averaged

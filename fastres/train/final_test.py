@@ -62,7 +62,7 @@ def final_test(trainer: Trainer) -> list[str]:
         folder.write_picture(f"{tag}/best", _pixels(folder.path / name), trainer.step)
     lines = [f"epoch {trained.epoch}, by class: {found.line(list(dataset.classes))}"]
     if dataset.val is not None:
-        scores = evaluate(trained.model, batches, trainer.dtype, config.tta)
+        scores = evaluate(trained.model, batches, trainer.dtype, config.views)
         row: dict[str, Any] = {
             "epoch": trained.epoch,
             "images": len(dataset.test),

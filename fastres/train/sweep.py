@@ -211,7 +211,9 @@ def _with_choices(config: TrainConfig, path: Path) -> TrainConfig:
 
 
 def summarise(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """For each variant: number of runs, failures, and mean and standard error of each measure (None: of one run)."""
+    """For each variant: number of runs, failures, and of each measure mean, standard error of the mean and standard
+    deviation of a run (None: of one run).
+    """
     by_variant: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_variant.setdefault(outcome.variant, []).append(outcome)
@@ -222,7 +224,11 @@ def summarise(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
         for name in MEASURES:
             values = [row[name] for row in rows if row[name] is not None]
             if values:
-                means[name] = {"mean": statistics.mean(values), "standard_error": standard_error(values)}
+                means[name] = {
+                    "mean": statistics.mean(values),
+                    "standard_error": standard_error(values),
+                    "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
+                }
         failures = {str(outcome.seed): outcome.failure for outcome in group if outcome.failure is not None}
         summary.append({"variant": variant, "runs": len(rows), "failures": failures, **means})
     return summary
@@ -234,13 +240,15 @@ def standard_error(values: list[float]) -> float | None:
 
 
 def table(summary: list[dict[str, Any]]) -> str:
-    """The summary as Markdown."""
+    """The summary as Markdown: means ± standard errors, and the standard deviation of a run's accuracy in points."""
     lines = [
-        "| setting | runs | failed | accuracy | with mirror images | training s | with validation s |",
-        "| :-- | --: | --: | --: | --: | --: | --: |",
+        "| setting | runs | failed | accuracy | deviation | with views (--tta) | training s | with validation s |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for entry in summary:
         shares = [_cell(entry.get(name), 100, 2, "%") for name in ("val_accuracy", "tta_accuracy")]
+        deviation = entry.get("val_accuracy", {}).get("standard_deviation")
+        shares.insert(1, "" if deviation is None else f"{100 * deviation:.2f}")
         times = [_cell(entry.get(name), 1, 1, "") for name in ("train_seconds", "seconds")]
         cells = [entry["variant"], str(entry["runs"]), str(len(entry["failures"])), *shares, *times]
         lines.append("| " + " | ".join(cells) + " |")

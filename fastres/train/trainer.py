@@ -107,6 +107,8 @@ class Trainer:
         self.milestones = parse_milestones(config.milestones)
 
         self.image_size = image_size(config, dataset)
+        if config.views is not None:
+            config.views.check(self.image_size)
         self.model_options = model_options(config, self.image_size)
         self.backend = config.backend
         if config.sync_bn and ranks.count > 1 and self.backend == "eager" and self.device.type == "cpu":
@@ -147,6 +149,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None  # the row of the epoch that best.pt is of
         self.run = uuid.uuid4().hex  # no other run has it, so that their files are not taken for one another's
+        self.first_step: float | None = None  # seconds that this process' first step took the host: it may compile
         self._waited, self._told = 0.0, False  # for fed images, until the epoch began
         self._saved_step: int | None = None  # that last.pt is of
         self._began = self._saved_at = time.monotonic()
@@ -253,9 +256,11 @@ class Trainer:
             OverflowingGradients: when fp16's gradient scaler skipped the step and can scale by no less.
         """
         set_lr(self.optimizer, self.lr_factor(self.step))
-        skipped = self.tally.skipped
+        skipped, began = self.tally.skipped, time.perf_counter()
         with machine.algorithms(self.config.deterministic):
             self.learn(images, labels)
+        if self.first_step is None:
+            self.first_step = time.perf_counter() - began
         if (
             self.tally.skipped > skipped and self.scaler.get_scale() < LEAST_SCALE
         ):  # to skip, the scaler has waited itself
@@ -292,7 +297,7 @@ class Trainer:
         start = time.perf_counter()
         self._share_statistics()
         scores = evaluate(
-            self.evaluated, self.val_batches, self.dtype, self.config.tta, lambda: stop.signum is not None, self.ranks,
+            self.evaluated, self.val_batches, self.dtype, self.config.views, lambda: stop.signum is not None, self.ranks,
             self.say,
         )  # fmt: skip
         if scores is None:

@@ -26,6 +26,7 @@ _NEEDS: dict[str, tuple[str, Callable[[TrainConfig], bool]]] = {
     ),
     "magnitude": ("--auto-augment rand", lambda config: config.auto_augment == "rand"),
     "crop_pad": ("the padded crop, which --crop-scale replaces", lambda config: config.crop_scale is None),
+    "tta_shift": ("--tta", lambda config: config.tta or config.tta_shift == 0),
     "val_seed": ("--val-share", lambda config: config.val_share is not None),
     "data_root": (
         f"--data {' or '.join(_ROOTED)}",

@@ -34,6 +34,13 @@ def whitening_filters(covariance: Tensor, count: int, epsilon: float = EPSILON) 
     return (vectors / (values + epsilon).sqrt()).T.flip(0)[:count]
 
 
+def sample_images(dataset: Dataset) -> Tensor:
+    """Some `IMAGES` training images, normalised, fp32 [N, C, H, W]: a spread, as they may be sorted by class."""
+    count = len(dataset.train)
+    chosen = dataset.train.sample(torch.arange(0, count, max(1, count // IMAGES)))
+    return normalise(chosen, dataset.mean, dataset.std)
+
+
 @torch.no_grad()
 def whiten(model: nn.Module, dataset: Dataset) -> None:
     """Give a network's whitening layer its filters and fix them; its bias stays trainable.
@@ -45,11 +52,7 @@ def whiten(model: nn.Module, dataset: Dataset) -> None:
     if layer is None:
         raise FastresError("--whiten needs a network with a whitening layer: take --model speed, or add --no-whiten")
     outputs, channels, size, _ = layer.weight.shape
-    count = len(dataset.train)
-    chosen = dataset.train.sample(
-        torch.arange(0, count, max(1, count // IMAGES))
-    )  # a spread: they may be sorted by class
-    covariance = patch_covariance(normalise(chosen, dataset.mean, dataset.std), size)
+    covariance = patch_covariance(sample_images(dataset), size)
     filters = whitening_filters(covariance, outputs // 2).view(-1, channels, size, size).to(layer.weight)
     layer.weight.copy_(torch.cat([filters, -filters]))
     layer.weight.requires_grad = False

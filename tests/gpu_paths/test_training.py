@@ -127,7 +127,7 @@ def test_evaluation_runs_on_the_networks_device():
         network = Network(4, 10).to("cuda:1")
         batch = torch.zeros(2, 3, 4, 4, device="cuda:1"), torch.zeros(2, dtype=torch.int64, device="cuda:1")
         batches = mock.Mock(epoch=lambda epoch: iter([batch]))
-        assert evaluate.evaluate(network, batches, torch.float32, False).accuracy == 0.5
+        assert evaluate.evaluate(network, batches, torch.float32, None).accuracy == 0.5
         assert seen == [(1, 1)] and cuda.current == 0 and cuda.waits == []
 
 

@@ -79,6 +79,7 @@ def test_finished_runs_are_not_run_again(tmp_path, count_fits):
     mean = saved["summary"][0]["val_accuracy"]
     assert mean["mean"] == pytest.approx(statistics.mean(accuracies))
     assert mean["standard_error"] == pytest.approx(statistics.stdev(accuracies) / 3**0.5)
+    assert mean["standard_deviation"] == pytest.approx(statistics.stdev(accuracies))
 
 
 def test_a_failed_run_is_reported_and_tried_again(tmp_path, monkeypatch):
@@ -178,8 +179,8 @@ def test_table():
     row = dict(val_accuracy=0.5, tta_accuracy=None, val_loss=1.0, train_seconds=10.0, seconds=12.0)
     outcomes = [Outcome("a", 0, row), Outcome("a", 1, {**row, "val_accuracy": 0.52}), Outcome("b", 0, None, "why")]
     lines = table(summarise(outcomes)).splitlines()
-    assert lines[2] == "| a | 2 | 0 | 51.00 ± 1.00% |  | 10.0 ± 0.0 | 12.0 ± 0.0 |"
-    assert lines[3] == "| b | 0 | 1 |  |  |  |  |"
+    assert lines[2] == "| a | 2 | 0 | 51.00 ± 1.00% | 1.41 |  | 10.0 ± 0.0 | 12.0 ± 0.0 |"
+    assert lines[3] == "| b | 0 | 1 |  |  |  |  |  |"
 
 
 def test_command(tmp_path, capsys, monkeypatch):

@@ -18,6 +18,7 @@ from fastres.train import Interrupted, NonFiniteLoss, OverflowingGradients, Trai
 from fastres.train.checkpoint import CheckpointError, load_checkpoint
 from fastres.train.evaluate import evaluate
 from fastres.train.run_folder import RunFolder
+from fastres.train.views import Views
 
 TIMING = {"seconds", "train_seconds", "images_per_second", "train_seconds_per_batch", "val_seconds_per_batch"}
 TIMING |= {"peak_memory_mib"}
@@ -293,11 +294,11 @@ def test_evaluation_counts_every_image_and_averages_mirror_images(tmp_path):
         logits, mirrored = model(images), model(images.flip(3))
     expected = torch.nn.functional.cross_entropy(logits, dataset.test.labels)
     run.model.float()
-    scores = evaluate(run.model, run.val_batches, torch.float32, tta=True)
+    scores = evaluate(run.model, run.val_batches, torch.float32, Views())
     assert scores.loss == pytest.approx(expected.item(), rel=1e-4)
     for accuracy, outputs in ((scores.accuracy, logits), (scores.tta_accuracy, logits + mirrored)):
         assert accuracy == (outputs.argmax(1) == dataset.test.labels).double().mean().item()
-    assert evaluate(run.model, run.val_batches, torch.float32, tta=False).tta_accuracy is None
+    assert evaluate(run.model, run.val_batches, torch.float32, None).tta_accuracy is None
 
 
 def test_compiled_network_learns_the_same(tmp_path):

@@ -1,4 +1,4 @@
-"""A network and a recipe of the class of cifar10-airbench's first one, as a baseline of the presets `speed94` and above.
+"""A network and a recipe of the class of cifar10-airbench's first one: a baseline of the presets `speed94` and above.
 
 Written from its published description alone: Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
 arXiv:2404.00498, sections 2 and 3 and the listing of its hyper-parameters. It runs in bf16 under torch.compile, on the

@@ -2,8 +2,8 @@
 
     python -m bench.seeds --preset speed94 --data ~/cifar10 --seeds 5
 
-Runs lie under ``--work``; finished ones are not run again and a stopped one goes on, so the command can be repeated, with
-more seeds too. ``--first-seed`` runs others beside it, which a later call collects. Seconds are of training alone.
+Runs lie under ``--work``; finished ones are not run again and a stopped one goes on, so the command can be repeated,
+with more seeds too. ``--first-seed`` runs others beside it, which a later call collects. Seconds are of training alone.
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ def _eval(parser: argparse.ArgumentParser, _: str) -> None:
         "--report", type=Path, metavar="FOLDER", help="write accuracy by class and confusion matrix there"
     )
     parser.add_argument("checkpoint", nargs="?", metavar="RUN", help="run folder or checkpoint [newest under runs/]")
-    data = ("data", "data_root", "val_share", "val_seed", "skip_bad", "limit_test", "eval_batch_size", "tta", "tta_shift")
-    add_options(parser, (*data, "memory_budget", "workers", "device", "precision"))
+    data = ("data", "data_root", "val_share", "val_seed", "skip_bad", "limit_test", "eval_batch_size")
+    add_options(parser, (*data, "tta", "tta_shift", "memory_budget", "workers", "device", "precision"))
 
 
 def _predict(parser: argparse.ArgumentParser, _: str) -> None:

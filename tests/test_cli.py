@@ -35,8 +35,18 @@ def run(tmp_path_factory):
 def test_train_says_what_it_did(tmp_path, capsys):
     assert main(quick("--epochs", "1", "--out", str(tmp_path / "run"))) == 0
     out = capsys.readouterr().out
-    for word in ("val loss", "val acc", "images/s", "seconds", "synthetic", "validation accuracy", "PFLOP |",
-                 "s of training (", "the first step", "s of reading the data"):
+    for word in (
+        "val loss",
+        "val acc",
+        "images/s",
+        "seconds",
+        "synthetic",
+        "validation accuracy",
+        "PFLOP |",
+        "s of training (",
+        "the first step",
+        "s of reading the data",
+    ):
         assert word in out
     names = {file.name for file in (tmp_path / "run").iterdir()}
     assert {"config.json", "metrics.jsonl", "curves.png", "last.pt", "best.pt"} <= names

@@ -13,8 +13,8 @@ from fastres.train.trainer import Trainer
 
 
 def run_facts(trainer: Trainer) -> dict[str, Any]:
-    """Id of the run, parameters, arithmetic, data, digest of the weights that it started from, device, dtype, backend and versions,
-    as plain values.
+    """Id of the run, parameters, arithmetic, data, digest of the weights that it started from, device, dtype, backend
+    and versions, as plain values.
     """
     device = trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

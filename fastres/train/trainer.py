@@ -297,8 +297,8 @@ class Trainer:
         start = time.perf_counter()
         self._share_statistics()
         scores = evaluate(
-            self.evaluated, self.val_batches, self.dtype, self.config.views, lambda: stop.signum is not None, self.ranks,
-            self.say,
+            self.evaluated, self.val_batches, self.dtype, self.config.views, lambda: stop.signum is not None,
+            self.ranks, self.say,
         )  # fmt: skip
         if scores is None:
             return

@@ -91,12 +91,15 @@ class WidenAndHalve(Widen):
 
 
 class SpeedResNet(nn.Module):
-    """Whitening convolution, ReLU, three stages that widen and have a basic block, global average pool, linear.
+    """Whitening convolution, ReLU, stages that widen and have a residual block, global average pool, linear.
 
     Args:
         num_classes: logits [N, num_classes].
-        widths: channels of each stage; every stage but the first halves the image.
-        stem: filters of the first layer; 48 are 24 of the 27 directions of a 3x3 patch of 3 channels, with both signs.
+        widths: channels of each stage; every stage halves the image, but the first one behind a stem that did.
+        stem: filters of the first layer, half of them the others' negatives: 48 are 24 of the 27 directions of a 3x3
+            patch of 3 channels, 24 are all 12 of a 2x2 patch.
+        patch, stride: of the first layer.
+        layers: 3x3 convolutions of each residual block: 1 or 2.
         checkpoint_every: see `run_blocks`.
     """
 
@@ -105,16 +108,21 @@ class SpeedResNet(nn.Module):
         num_classes: int = 10,
         widths: tuple[int, ...] = (32, 64, 128),
         stem: int = 48,
+        patch: int = 3,
+        stride: int = 2,
+        layers: int = 2,
         checkpoint_every: int = 0,
     ):
         super().__init__()
-        self.conv1 = WhiteningConv(stem)
+        self.conv1 = WhiteningConv(stem, patch, stride)
         self.relu = nn.ReLU(inplace=True)
         self.checkpoint_every = checkpoint_every
-        self.stages = nn.ModuleList(
-            nn.Sequential((WidenAndHalve if stage else Widen)(inputs, width), BasicBlock(width, width))
-            for stage, (inputs, width) in enumerate(zip((stem, *widths), widths))
-        )
+        stages = []
+        for inputs, width in zip((stem, *widths), widths):
+            widen = WidenAndHalve if stages or stride == 1 else Widen
+            block = ResidualConv(width) if layers == 1 else BasicBlock(width, width)
+            stages.append(nn.Sequential(widen(inputs, width), block))
+        self.stages = nn.ModuleList(stages)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], num_classes)
         init_weights(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastres.nn.adapters.common import flatten, residual_block, stem_steps
 from fastres.nn.roles import Window, declare_convolution, declare_pool, max_pool_window
 from fastres.nn.structure import Stages, Step, register_block, register_network
-from fastres.reference.speed import HalvingPool, SpeedResNet, WhiteningConv, Widen, WidenAndHalve
+from fastres.reference.speed import HalvingPool, ResidualConv, SpeedResNet, WhiteningConv, Widen, WidenAndHalve
 
 
 def speed_steps(network: SpeedResNet) -> list[Step]:
@@ -22,5 +22,6 @@ def halving_window(pool: HalvingPool, hw: tuple[int, int]) -> Window | None:
 declare_convolution(WhiteningConv, bias=True)
 declare_pool(HalvingPool, halving_window)
 register_block(Widen, residual_block)
+register_block(ResidualConv, residual_block)
 register_network(WidenAndHalve, stem_steps)
 register_network(SpeedResNet, speed_steps)

@@ -133,7 +133,7 @@ def rows(
     network = torch.compile(model) if compiled else model
     common: dict[str, Any] = dict(mean=dataset.mean, std=dataset.std, seed=seed, device="cpu")
     train = Batches(dataset.train, BATCH, train=True, augment=Augment(TRANSLATION, "alternating"), **common)
-    test = Batches(dataset.test, 500, train=False, augment=Augment(0, "none"), **common)
+    test = Batches(dataset.test, min(500, len(dataset.test)), train=False, augment=Augment(0, "none"), **common)
     steps, step, seconds = max(1, int(epochs * len(train))), 0, 0.0
     found: list[dict[str, Any]] = []
     while step < steps:

@@ -94,4 +94,5 @@ def test_views(run, pictures, capsys):
         (["--tta", "--tta-shift", "64"], "--tta-shift 64 moves images of 32 pixels away"),
     ):
         assert predict(run, pictures, *argv) == 2 and words in capsys.readouterr().err
-        assert main(["eval", str(run), "--device", "cpu", *argv]) == 2 and words in capsys.readouterr().err
+        tta = [] if "--tta" in argv else ["--no-tta"]  # which the run has
+        assert main(["eval", str(run), "--device", "cpu", *tta, *argv]) == 2 and words in capsys.readouterr().err

@@ -16,7 +16,7 @@ from fastres.reference.cifar import cifar_resnet
 from fastres.reference.notebook import NotebookResNet
 from fastres.reference.preact import preact_resnet
 from fastres.reference.resnet import resnet, resnet8
-from fastres.reference.speed import speed
+from fastres.reference.speed import speed, speed94, speed95, speed96
 
 MODELS: dict[
     str, Callable[..., nn.Module]
@@ -24,6 +24,9 @@ MODELS: dict[
     "notebook": NotebookResNet,
     "resnet8": resnet8,
     "speed": speed,
+    "speed94": speed94,
+    "speed95": speed95,
+    "speed96": speed96,
     **{f"resnet{depth}": partial(resnet, depth) for depth in (18, 34, 50, 101, 152)},
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110, 1202)},
     **{f"preact_resnet{depth}": partial(preact_resnet, depth) for depth in (164, 1001)},

@@ -141,3 +141,21 @@ class SpeedResNet(nn.Module):
 def speed(num_classes: int = 10, checkpoint_every: int = 0) -> SpeedResNet:
     """Three basic blocks of 32, 64 and 128 channels behind a whitening first layer: least time to accuracy."""
     return SpeedResNet(num_classes, checkpoint_every=checkpoint_every)
+
+
+WIDE = dict(stem=24, patch=2, stride=1)  # whitens at full resolution, as airbench's networks do
+
+
+def speed94(num_classes: int = 10, checkpoint_every: int = 0) -> SpeedResNet:
+    """Three basic blocks of 64, 128 and 256 channels behind 2x2 whitening: the preset `speed94`'s."""
+    return SpeedResNet(num_classes, (64, 128, 256), **WIDE, checkpoint_every=checkpoint_every)
+
+
+def speed95(num_classes: int = 10, checkpoint_every: int = 0) -> SpeedResNet:
+    """The same with one and a half times its channels: the preset `speed95`'s."""
+    return SpeedResNet(num_classes, (96, 192, 384), **WIDE, checkpoint_every=checkpoint_every)
+
+
+def speed96(num_classes: int = 10, checkpoint_every: int = 0) -> SpeedResNet:
+    """The same with twice its channels: the preset `speed96`'s."""
+    return SpeedResNet(num_classes, (128, 256, 512), **WIDE, checkpoint_every=checkpoint_every)

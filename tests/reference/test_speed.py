@@ -1,10 +1,16 @@
 """The speed network: shapes, parts, and the fused form of its blocks."""
 
+import copy
+
+import pytest
 import torch
 from support_nets import assert_same, train_step
 
-from fastres.models import create_fused_model, create_model
+from fastres import fuse
+from fastres.models import create_model
 from fastres.nn import BasicBlock
+from fastres.nn.report import report
+from fastres.reference.speed import ResidualConv, SpeedResNet
 
 
 def test_shapes_and_size():
@@ -20,12 +26,26 @@ def test_shapes_and_size():
     assert sum(p.numel() for p in model.parameters()) == kernels + others
 
 
-def test_fused_blocks_compute_the_same():
+@pytest.mark.parametrize("name, width", [("speed94", 64), ("speed95", 96), ("speed96", 128)])
+def test_wide_networks_whiten_at_full_resolution(name, width):
+    model, x = create_model(name).eval(), torch.zeros(1, 3, 32, 32)
+    for part, channels, side in (
+        (model.conv1, 24, 31), *zip(model.stages, (width, 2 * width, 4 * width), (15, 7, 3)),
+    ):  # fmt: skip
+        x = part(x)
+        assert x.shape == (1, channels, side, side)
+    assert create_model(name, num_classes=7).eval()(torch.zeros(2, 3, 9, 10)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name, layers", [("speed", 2), ("speed94", 2), ("", 1)])
+def test_fused_blocks_compute_the_same(name, layers):
     torch.manual_seed(0)
-    eager = create_model("speed").double()
-    fused = create_fused_model("speed").double()
-    fused.load_state_dict(eager.state_dict())
-    assert type(fused.stages[1][1]) is BasicBlock
+    eager = (
+        create_model(name).double() if name else SpeedResNet(widths=(8, 12), layers=layers, patch=2, stride=1).double()
+    )
+    fused = fuse(copy.deepcopy(eager))
+    assert isinstance(fused.stages[1][1], BasicBlock if layers == 2 else ResidualConv)
+    assert "left" not in str(report(fused))
     x = torch.randn(4, 3, 16, 16).double()
     assert_same(train_step(fused, x), train_step(eager, x), 1e-10)
 

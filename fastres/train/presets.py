@@ -43,6 +43,23 @@ CUTOUT_2017 = dict(
     cutout=16,
 )
 
+# Of the networks that speed-runs of CIFAR-10 are compared with; see docs/training.md for their names.
+SPEED_RUN = dict(
+    whiten=True,
+    batch_size=500,
+    optimizer="muon",
+    muon_lr=0.3,
+    lr=0.4,
+    bias_lr=4.0,
+    weight_decay=5e-3,
+    schedule="triangular",
+    warmup=0.2,
+    label_smoothing=0.2,
+    crop_pad=2,
+    tta=True,
+    tta_shift=1,
+)
+
 PRESETS: dict[str, dict] = {
     # The quickest good one on whatever machine there is: minutes on two CPU cores.
     "fast": dict(
@@ -73,6 +90,10 @@ PRESETS: dict[str, dict] = {
         crop_pad=2,
         tta=True,
     ),
+    # About the arithmetic of cifar10-airbench's records, 0.29, 1.4 and 3.1 PFLOP, or less: 0.28, 0.71 and 2.9.
+    "speed94": dict(model="speed94", epochs=11, **SPEED_RUN),
+    "speed95": dict(model="speed95", epochs=12, **SPEED_RUN),
+    "speed96": dict(model="speed96", epochs=28, cutout=8, **SPEED_RUN),
     # DeVries & Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout": ResNet-18 with
     # 95.28% on CIFAR-10, 96.01% with the cutout that is taken here; a fifth of the rate at epochs 60, 120 and 160.
     "resnet18-95": dict(model="resnet18", stem="cifar", **CUTOUT_2017),

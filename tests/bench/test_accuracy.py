@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import ablation, accuracy, parity, plain
+from bench import ablation, accuracy, airbench, parity, plain
 from bench.record import write_results
 from bench.report import training
 from fastres import ops
@@ -76,6 +76,9 @@ def test_contestants_run_once(tmp_path, monkeypatch):
     monkeypatch.setattr(  # ResNet-18 would take half a minute
         accuracy, "create_model", lambda name, stem=None, **rest: create_model("resnet20" if stem else name, **rest)
     )
+    monkeypatch.setattr(airbench, "BATCH", 64)
+    quick = functools.partial(airbench.rows, epochs=1, widths=(24, 24, 24), compiled=False)
+    monkeypatch.setattr(airbench, "rows", quick)
     out = tmp_path / "tta.json"
     argv = [*TINY, "--limit-train", "128", "--target", "0", "--epochs", "1", "--workers", "0", "--out", str(out)]
     for name in accuracy.CONTESTANTS:

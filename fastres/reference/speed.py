@@ -117,7 +117,7 @@ class SpeedResNet(nn.Module):
         self.conv1 = WhiteningConv(stem, patch, stride)
         self.relu = nn.ReLU(inplace=True)
         self.checkpoint_every = checkpoint_every
-        stages = []
+        stages: list[nn.Module] = []
         for inputs, width in zip((stem, *widths), widths):
             widen = WidenAndHalve if stages or stride == 1 else Widen
             block = ResidualConv(width) if layers == 1 else BasicBlock(width, width)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastres.errors import FastresError
 from fastres.train.progressive import parse_progressive
 from fastres.train.schedule import parse_milestones
-from fastres.train.views import Views
+
+if TYPE_CHECKING:  # `fastres --help` reads this module, and starts without PyTorch
+    from fastres.train.views import Views
 
 
 def option(
@@ -326,6 +328,8 @@ class TrainConfig:
     @property
     def views(self) -> Views | None:
         """Those over which the accuracy is reported too; None: none."""
+        from fastres.train.views import Views
+
         return Views(self.tta_shift) if self.tta else None
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from datetime import timedelta
 
 import pytest
+import support_process
 import support_ranks
 import torch
 import torch.distributed as dist
@@ -233,7 +234,7 @@ def test_a_rank_with_other_data_is_named(tmp_path):
     command += [str(tmp_path / "spoilt.py"), "train", "--out", str(tmp_path / "run"), "--data", "synthetic"]
     command += "--device cpu --image-size 16 --batch-size 12 --epochs 1 --model resnet8 --precision fp32".split()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=support_process.LIMIT)
     assert done.returncode != 0
     assert (
         done.stderr.count("fastres: error: rank 1 has other images or labels than rank 0, here 'synthetic shapes") == 4
@@ -267,7 +268,7 @@ def test_a_killed_rank_and_elastic_restart(tmp_path):
         begun = epochs(folder)
         wait_until(lambda: epochs(folder) > begun, job)
         job.send_signal(signal.SIGTERM)
-        job.wait(120)
+        job.wait(support_process.LIMIT)
     finally:
         job.kill()
     text = output.read_text()
@@ -288,7 +289,7 @@ def worker_of(pid: int) -> int:
     return int(open(f"/proc/{pid}/task/{pid}/children").read().split()[-1])
 
 
-def wait_until(condition, job, seconds: float = 300) -> None:
+def wait_until(condition, job, seconds: float = support_process.LIMIT) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert job.poll() is None and time.monotonic() < deadline

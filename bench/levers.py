@@ -29,6 +29,7 @@ from fastres.measure.step import Step
 from fastres.nn import blocks
 from fastres.ops import cpu
 from fastres.ops.backends.cpp import Cpp
+from fastres.ops.backends.protocol import Backend
 from fastres.ops.cpu import convolutions, onednn, tiles
 from fastres.train import machine
 
@@ -40,7 +41,8 @@ def levers() -> dict[str, Callable[[], Any]]:
         "ATen's passes": partial(ops.implementation, "aten"),
         "PyTorch's convolutions of whole batches": _whole_batches,
         "PyTorch's convolutions": partial(mock.patch.object, tiles, "form", lambda: None),
-        "PyTorch's weight gradients": partial(mock.patch.object, tiles, "takes_weight_grad", lambda w: False),
+        "PyTorch's weight gradients": _pytorchs_weight_gradients,
+        "walks, no programs": _walks,
         "blocks one by one": partial(mock.patch.object, blocks, "LONGEST", 1),
         "no gradient in another's memory": _apart,
     }
@@ -49,6 +51,17 @@ def levers() -> dict[str, Callable[[], Any]]:
 @contextlib.contextmanager
 def _whole_batches() -> Iterator[None]:
     with mock.patch.object(tiles, "form", lambda: None), mock.patch.object(convolutions, "PART_BYTES", 2**60):
+        yield
+
+
+def _walks() -> contextlib.AbstractContextManager:
+    """No walk is repeated as a program, which would do what it was recorded with."""
+    return mock.patch.object(Cpp, "repeated", Backend.repeated)
+
+
+@contextlib.contextmanager
+def _pytorchs_weight_gradients() -> Iterator[None]:
+    with _walks(), mock.patch.object(tiles, "takes_weight_grad", lambda w: False):
         yield
 
 
@@ -65,6 +78,7 @@ def _apart() -> Iterator[None]:
         return end(self, *arguments[:4])
 
     with (
+        _walks(),
         mock.patch.object(Cpp, "conv_backward", conv_backward),
         mock.patch.object(Cpp, "bn_add_relu_backward", bn_add_relu_backward),
     ):

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 320 << 10;  // of a unit's packed input; the weights' panel and the output want room too
 constexpr int64_t kWeightBytes = 384 << 10;   // of panels that are taken in turn
-constexpr int64_t kDirectPitch = 256;         // bytes of a pixel that is read where it is, at most
+constexpr int64_t kDirectPitch = 1024;        // bytes of a pixel that is read where it is, at most
 constexpr int64_t kUnitPixels = 256;          // few enough that sums in fp32 stay accurate
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -up(-a, b); }

@@ -25,11 +25,12 @@ def operation(name: str) -> Callable[[Callable], Any]:
 
 
 def is_watched() -> bool:
-    """Whether something wants to see PyTorch's operations: a compiler, a transform, a dispatch mode, a profiler."""
+    """Whether something wants to see PyTorch's operations: a compiler, a transform, a trace, a mode, a profiler."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )
 

@@ -343,11 +343,26 @@ def test_memory_is_shared_only_by_what_is_not_used_at_once():
         lambda x: cpu.passes.add_gradient(x, torch.empty_like(x), 1),
     ],
 )
-def test_a_tape_refuses_what_no_call_does_again(walk):
+def test_a_tape_notices_what_no_call_does_again(walk):
+    """The walk goes on: others may wait for what it does."""
     x = torch.ones(1, 2, 2, 8, dtype=BF16)
-    with pytest.raises(tape.Unrecordable), tape.Tape([x]):
+    with tape.Tape([x]) as recorded:
         walk(x)
-    assert native._thread.recorder is None
+    assert recorded.reason and native._thread.recorder is None
+    with pytest.raises(program.Unrecordable, match="is computed|writes to an input"):
+        Program(recorded, [], [x])
+
+
+def test_a_walk_that_no_program_does_is_walked_once():
+    backend, walked = Cpp(), []
+
+    def walk():
+        walked.append(1)
+        return [torch.ones(3) + 1]
+
+    for _ in range(4):
+        assert torch.equal(backend.repeated("key", [torch.ones(1)], walk)[0], torch.full((3,), 2.0))
+    assert len(walked) == 4 and programs(backend) == (0, 1)
 
 
 def test_an_error_in_a_walk_is_raised(plain):

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.ops.cpu import tiles
 from fastres.ops.cpu.native import call, integers, with_slots
-from fastres.ops.cpu.tape import Place, Tape, Unrecordable, apart
+from fastres.ops.cpu.tape import Place, Tape, apart
 
 # Programs and notes of walks that are kept; what one walk's memory beside its results may be.
 MOST_PROGRAMS, MOST_BYTES = 256, 16 * 2**20
@@ -37,6 +37,10 @@ class _Span(NamedTuple):
     size: int
 
 
+class Unrecordable(Exception):
+    """No program can be made of a walk; says why."""
+
+
 class _Result(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,10 +54,13 @@ class Program:
         results, inputs: of that walk.
 
     Raises:
-        Unrecordable: where a result is no memory of its own, or the walk's own memory is too large.
+        Unrecordable: where the walk cannot be done again, a result is no memory of its own, or the walk's own memory is
+            too large.
     """
 
     def __init__(self, tape: Tape, results: Sequence[Tensor], inputs: Sequence[Tensor | None]):
+        if tape.reason:
+            raise Unrecordable(tape.reason)
         self._results = [_Result(tuple(t.shape), t.dtype) for t in results]
         self._constants = tape.constants
         places = [_result_place(tape, result) for result in results]
@@ -151,14 +158,14 @@ class Programs:
     def _recorded(
         self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
     ) -> list[Tensor]:
-        tape, results = Tape(inputs), None
+        tape = Tape(inputs)
+        with tape:
+            results = walk()
         try:
-            with tape:
-                results = walk()
             self._keep(key, Program(tape, results, inputs))
         except Unrecordable:
             self._keep(key, False)
-        return walk() if results is None else results
+        return results
 
     def clear(self) -> None:
         """Forget them all."""

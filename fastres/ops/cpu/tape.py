@@ -36,10 +36,6 @@ class Call(NamedTuple):
     arguments: list[Place | int]
 
 
-class Unrecordable(Exception):
-    """A walk does what a list of calls cannot do again; says what."""
-
-
 def apart(inputs: Sequence[Tensor | None]) -> bool:
     """Whether no two contiguous tensors share memory, so that an address tells which of them is meant."""
     ranges = _ranges(inputs)
@@ -55,16 +51,15 @@ class Tape(TorchDispatchMode):
     """Notes the calls, and the memory that they are given, while it is entered.
 
     The one operation of PyTorch that it knows as calls is to join vectors. Memory that is there already and no input is
-    a constant, which the tape holds: the tables that calls of the same sizes share.
+    a constant, which the tape holds: the tables that calls of the same sizes share. A walk that does what a list of
+    calls cannot do again goes on, in vain for the tape.
 
     Args:
         inputs: contiguous tensors on the CPU that are `apart`.
 
-    Raises:
-        Unrecordable: where it is entered, for an operation of PyTorch that computes and for a call that writes to an
-            input or to a constant.
-
     Attributes:
+        reason: why the walk cannot be done again: an operation of PyTorch that computes, or a call that writes to an
+            input or to a constant.
         calls: in order.
         sizes: bytes of each piece of memory that was made.
         constants: what the calls' addresses need to stay alive.
@@ -72,6 +67,7 @@ class Tape(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor | None]):
         super().__init__()
+        self.reason: str | None = None
         self.calls: list[Call] = []
         self.sizes: list[int] = []
         self.constants: list[Any] = []
@@ -97,7 +93,7 @@ class Tape(TorchDispatchMode):
             self._made(result)
             self._joined(args[0], result)
         elif not (name in _VIEWS or (name in _PERHAPS_VIEWS and _shares_memory(result, args[0]))):
-            raise Unrecordable(f"{func} is computed")
+            self.reason = self.reason or f"{func} is computed"
         return result
 
     def _made(self, tensor: Tensor) -> None:
@@ -133,13 +129,13 @@ class Tape(TorchDispatchMode):
 
     def called(self, name: str, arguments: Sequence[Any], suffix: str) -> None:
         """See `fastres.ops.cpu.native.Recorder`."""
-        noted = [self._argument(kind, value) for kind, value in zip(SIGNATURES[name], arguments, strict=True)]
+        noted = [self._argument(name, kind, value) for kind, value in zip(SIGNATURES[name], arguments, strict=True)]
         for kind, argument in zip(SIGNATURES[name], noted):
             if kind == "o" and argument and (isinstance(argument, int) or argument.is_input):
-                raise Unrecordable(f"{name} writes to an input or to a constant")
+                self.reason = self.reason or f"{name} writes to an input or to a constant"
         self.calls.append(Call(name, suffix, noted))
 
-    def _argument(self, kind: str, value: Any) -> Place | int:
+    def _argument(self, name: str, kind: str, value: Any) -> Place | int:
         if kind == "d":
             return struct.unpack("q", struct.pack("d", value))[0]
         if kind not in "po":
@@ -150,8 +146,8 @@ class Tape(TorchDispatchMode):
             self.constants.append(value)
             return ctypes.addressof(value)
         if value not in self._places:
-            raise Unrecordable("the address of no tensor")
-        return self._places[value] or value
+            self.reason = self.reason or f"{name} reads no tensor"
+        return self._places.get(value) or value
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Tile configurations of the convolution kernels, chosen from plain tables by shape and dtype.
 
-Every entry compiles without a spill for sm_80, 86, 89, 90, 100, 120 and gfx942 (``bench/aot.py``): 128x128 tiles with 4
-warps do not. Where there is less shared memory those are passed over that do not fit (`fastres.kernels.resources`).
+Entries are compiled ahead of time for sm_80, 86, 89, 90, 100, 120 and gfx942 (``bench/aot.py``), and none may spill:
+128x128 tiles with 4 warps do. Where there is less shared memory those are passed over that do not fit
+(`fastres.kernels.resources`).
 `triton.autotune` is left out on purpose: it needs a GPU to import under, and times inside the first step of training.
 """
 
@@ -221,6 +222,8 @@ def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype, least_re
     elif dtype.itemsize == 4:  # twice the shared memory for an element, and its registers
         block_k, num_stages, registers = 32, 3, 255
     registers = max(registers, least_registers)
+    if arch == OTHER:  # whose warps have twice the threads
+        num_warps //= 2
     return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages, registers)
 
 

@@ -59,7 +59,8 @@ def test_the_other_architectures_too(subset):
         assert row["spills"] == row["stack"] == 0 and row["shared"] <= SHARED_LIMIT[row["arch"]]
         if row["kernel"] in CONVOLUTIONS and not turings:
             assert TENSOR_CORES[row["arch"]] in row["tensor_cores"], row
-            assert row["wide_loads"] > 0.5 and row["wide_stores"] > 0.5, row
+            assert row["wide_loads"] > 0.5, row
+            assert row["wide_stores"] > 0.5 or row["arch"] == "gfx942", row  # whose accumulators are of other shapes
 
 
 def test_first_configurations_of_all_architectures_come_first(subset):

@@ -15,7 +15,10 @@ there is, has a `tl.dot` but no tensor-core instruction, or is slower by the mod
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import importlib
+import inspect
 import json
 import multiprocessing
 import sys
@@ -196,8 +199,15 @@ def variant(one: Specialisation) -> str:
 
 
 def _is_optional(name: str, one: Specialisation) -> bool:
-    """Whether some variant of the kernel goes without this tensor: it is compared with None in the source."""
-    return f"{name} is not None" in one.function.src or f"{name} is None" in one.function.src
+    """Whether some variant of the kernel goes without this tensor: it is compared with None in the source, perhaps of a
+    function that the kernel calls."""
+    source = one.function.src + _source(one.module)
+    return f"{name} is not None" in source or f"{name} is None" in source
+
+
+@functools.cache
+def _source(module: str) -> str:
+    return inspect.getsource(importlib.import_module(module))
 
 
 def precision_of(one: Specialisation) -> str:

@@ -359,6 +359,9 @@ def conv_dgrad(
         made_columns=False,
         depth=kh * kw * cout,
     )
+    needed = MORE_REGISTERS if abc is not None and stride > 1 else 0
+    if activation is not None and cin > 64:  # Triton 3.6 would spill 16 bytes with 168
+        needed = 255
     product = Product(
         rows=rows * stride**2,
         columns=cin,
@@ -368,7 +371,7 @@ def conv_dgrad(
         taps=kh * kw,
         loaded=demand.rows,
         made=demand.made_rows,
-        least_registers=MORE_REGISTERS if abc is not None and stride > 1 else 0,
+        least_registers=needed,
     )
     config = at_rank(dgrad_configs(product), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)

@@ -54,6 +54,7 @@ def predicted(
         "arch": arch,
         "chip": chip._asdict(),
         "ranks": ranks,
+        "ways": [way.value for way in WAYS.values()],
         "steps": steps,
         "bytes": sum(
             max(one.work.bytes / chip.bandwidth, one.work.operations / chip.peak) + LAUNCH for one in of_rank[0]

@@ -31,12 +31,13 @@ def steps_section(results: Path) -> str | None:
 def _meaning(found: list[Record]) -> str:
     ranks = max(record["ranks"] for record in found)
     most = "the first configuration" if ranks == 1 else f"{ranks} configurations"
+    ways = ", the other ways in which gradients share what they read" if any("ways" in one for one in found) else ""
     under = "; each under three sets of assumptions" if any(len(record["steps"]) > 1 for record in found) else ""
     return (
         "A range is between a library whose convolutions are the model's plain products in their best tiles and one in "
-        f"tiles of at most 128 x 128{under}. Timed choices are between {most}, the other ways in which gradients share "
-        "what they read, and the library. Absolute times may be off by a quarter and more, ratios by as much: one "
-        "between 0.8x and 1.25x says that neither is clearly faster."
+        f"tiles of at most 128 x 128{under}. Timed choices are between {most}{ways} and the library. Absolute times "
+        "may be off by a quarter and more, ratios by as much: one between 0.8x and 1.25x says that neither is clearly "
+        "faster."
     )
 
 

@@ -56,6 +56,19 @@ def test_sections_are_labelled_as_a_models(tmp_path):
     assert "64 to 256" in line and "| 560 | 180 |" in line and "31%" in line
 
 
+@pytest.mark.parametrize(
+    "ways, words",
+    [
+        (None, "the first configuration and the library"),
+        (["dy by a pass"], "the first configuration, the other ways in"),
+    ],
+)
+def test_a_record_without_the_other_ways_does_not_claim_them(tmp_path, ways, words):
+    record = FOUND if ways is None else {**FOUND, "ways": ways}
+    (tmp_path / "machine-resnet50-sm90.json").write_text(json.dumps(record))
+    assert words in predicted.steps_section(tmp_path)
+
+
 @pytest.mark.parametrize("values, text", [([1.0, 1.001], "1.00x"), ([1.2, 0.9], "0.90x to 1.20x")])
 def test_a_range_of_one_value_is_one(values, text):
     assert tables._range(values, "{:.2f}x") == text

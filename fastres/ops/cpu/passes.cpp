@@ -480,6 +480,15 @@ extern "C" void fastres_backward_coef(const float* sums, const float* coef, int6
   }
 }
 
+// a * b + c, rounded once where the CPU has an instruction for that.
+inline float multiplied_and_added(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Of many BatchNorms, each in a table: a running mean and variance [C], coefficients that begin with the batch's mean and biased
 // variance, C, and the bits of the factor to the unbiased variance.
 extern "C" void fastres_update_running(const int64_t* table, int64_t count, double momentum) {
@@ -490,8 +499,10 @@ extern "C" void fastres_update_running(const int64_t* table, int64_t count, doub
     double correction;
   };
   const float share = float(momentum);
-  const auto move = [share](float* running, float value) {
-    *running = share < 0.5f ? *running + share * (value - *running) : value - (value - *running) * (1 - share);
+  const auto move = [share](float* running, float value) {  // with PyTorch's bits: `lerp` rounds the value, then once
+    asm("" : "+m"(value));  // so that it is rounded
+    const float away = value - *running;
+    *running = share < 0.5f ? multiplied_and_added(share, away, *running) : multiplied_and_added(share - 1, away, value);
   };
   for (int64_t n = 0; n < count; ++n) {
     Norm norm;

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import platform
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from bench.depth import in_own_process
 from bench.layer_calls import bare_backward
-from bench.record import RESULTS, write_results
+from bench.record import RESULTS, circumstances, write_results
 from bench.tables import markdown
 from fastres.measure import Timing, Workload, all_of, interleaved
 from fastres.measure.step import Step, peak_memory
@@ -370,6 +371,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--add", action="store_true", help="keep the other workloads that the result file has")
     parser.add_argument("--out", type=Path, default=results_of(instructions()), help="result file")
     return parser.parse_args(argv)
 
@@ -378,14 +380,17 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print the tables, write the results."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
-    load, found = os.getloadavg()[0], []
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "add")}
+    before = json.loads(args.out.read_text()) if args.add and args.out.exists() else {"workloads": []}
+    commits = {one["workload"]: one.get("commit", before.get("commit")) for one in before["workloads"]}
+    found = {one["workload"]: {**one, "commit": commits[one["workload"]]} for one in before["workloads"]}
+    load = max(os.getloadavg()[0], before.get("load_average", 0.0))
     for name in args.workloads:
-        found.append(measure(name, args))
-        found[-1]["summary"] = summary(found[-1])
+        found[name] = {**measure(name, args), "commit": circumstances()["commit"]}
+        found[name]["summary"] = summary(found[name])
         facts = {"instructions": instructions(), "settings": settings, "load_average": load}
-        write_results(args.out, {**facts, "workloads": found})
-    print(f"{instructions()}\n\n{table(found)}")
+        write_results(args.out, {**facts, "workloads": list(found.values())})
+    print(f"{instructions()}\n\n{table(list(found.values()))}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def turn(trainer: Trainer, epoch: int) -> dict[str, float]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--presets", nargs="+", default=["fast", "speed", "notebook"])
+    parser.add_argument("--presets", nargs="+", default=["fast", "speed", "speed94", "notebook"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--batch-size", type=int, help="images a step [the preset's]")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn")

@@ -159,7 +159,7 @@ def _resources(rows: list[Record]) -> list[str]:
     found = [row for row in rows if "registers" in row]  # others did not compile
     registers = [row["registers"] for row in found]
     cores = sorted({core for row in found for core, count in row["tensor_cores"].items() if count})
-    shares = [row["share"] for row in found if row["share"] is not None]
+    shares = [row["share"] for row in found if row.get("share") is not None]
     return [
         str(len(found)),
         f"{min(registers)} to {max(registers)}" if found else "",

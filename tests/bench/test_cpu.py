@@ -1,5 +1,7 @@
 """Training and inference on a CPU against the baselines: what is called, and what is made of the times."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -106,3 +108,14 @@ def test_each_kind_of_cpu_has_its_result_file(line, name, file, tmp_path):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     assert cpu.instructions(tmp_path / "cpuinfo") == name and cpu.results_of(name, tmp_path) == tmp_path / file
     assert cpu.instructions(tmp_path / "missing") == cpu.platform.machine()
+
+
+def test_workloads_are_added_to_those_of_before(tmp_path, monkeypatch, capsys):
+    out, commits = tmp_path / "cpu.json", iter(("first", "second", "third"))
+    monkeypatch.setattr(cpu, "circumstances", lambda: {"commit": next(commits)})
+    monkeypatch.setattr(cpu, "measure", lambda name, args: {**found(), "workload": name})
+    cpu.main(["--workloads", "notebook", "resnet18", "--out", str(out)])
+    cpu.main(["--workloads", "resnet18", "--out", str(out), "--add"])
+    kept = {one["workload"]: one["commit"] for one in json.loads(out.read_text())["workloads"]}
+    assert kept == {"notebook": "first", "resnet18": "third"}
+    assert "notebook, training" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Training and inference on a CPU against every baseline at its best, and against the convolutions alone: ``python -m
 bench.cpu``.
 
-Peers are eager PyTorch in both layouts and torch.compile, in fp32 and bf16, each with the C library's allocator as it
+Peers are eager PyTorch in both layouts and torch.compile (but for the deepest networks), in fp32 and bf16, each with the C library's allocator as it
 comes and with `fastres.train.machine.keep_freed_memory`; for the least memory also with `return_freed_memory`, as the
 memory mode ``--recompute`` of `fastres train` has it. Each runs in a process of its own, as the state of the
 allocator's heap is part of what is measured; the processes take turns. There are two limits: the time of PyTorch's own
@@ -48,6 +48,8 @@ WORKLOADS = {
     "resnet110-batch8": Workload("resnet110", 8, 32),
     "preact1001-batch2": Workload("preact_resnet1001", 2, 32),
 }
+# torch.compile unrolls a network: these take it a quarter of an hour and more.
+TOO_DEEP_TO_COMPILE = {"resnet110", "resnet110-batch8", "preact1001-batch2"}
 # Instructions for bf16, the fastest first: the flag in /proc/cpuinfo, the name.
 INSTRUCTIONS = {
     "amx_bf16": "AMX-BF16",
@@ -96,6 +98,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             (variant, precision, allocator)
             for precision in args.precisions
             for variant in (*baselines, *ours)
+            if "compile" not in variant or name not in TOO_DEEP_TO_COMPILE
             for allocator in OUR_ALLOCATORS.get(variant, ("default", "kept"))
         ]
         found[kind] = _in_turn(kind, workload, runs, args.rounds, args.threads)

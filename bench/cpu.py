@@ -1,12 +1,13 @@
 """Training and inference on a CPU against every baseline at its best, and against the convolutions alone: ``python -m
 bench.cpu``.
 
-Peers are eager PyTorch in both layouts and torch.compile (but for the deepest networks), in fp32 and bf16, each with the
-C library's allocator as it comes and with `fastres.train.machine.keep_freed_memory`; for the least memory also with
-`return_freed_memory`, as the memory mode ``--recompute`` of `fastres train` has it. Each runs in a process of its own, as
-the state of the allocator's heap is part of what is measured; the processes take turns. There are two limits: the time of PyTorch's own
-convolutions on the network's shapes, and that of their arithmetic at the rate of a large matrix product. What decides
-the rates are the processor's instructions for bf16, so there is a result file for each kind of them.
+Peers are eager PyTorch in both layouts and torch.compile (but for the deepest networks), in fp32 and bf16, each with
+the C library's allocator as it comes and with `fastres.train.machine.keep_freed_memory`; for the least memory also
+with `return_freed_memory`, as the memory mode ``--recompute`` of `fastres train` has it. Each runs in a process of
+its own, as the state of the allocator's heap is part of what is measured; the processes take turns. There are two
+limits: the time of PyTorch's own convolutions on the network's shapes, and that of their arithmetic at the rate of a
+large matrix product. What decides the rates are the processor's instructions for bf16, so there is a result file for
+each kind of them.
 """
 
 from __future__ import annotations

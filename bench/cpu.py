@@ -325,8 +325,8 @@ COLUMNS = (
 )
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Two rows a workload, and its memory."""
+def speeds(found: list[dict[str, Any]]) -> str:
+    """Two rows a workload: ours against the best baselines and the limits."""
     rows = []
     for one in found:
         facts = summary(one)
@@ -341,13 +341,18 @@ def table(found: list[dict[str, Any]]) -> str:
             name = f"{one['workload']}, {kind}: {f['best'].rpartition(', ')[0]}"
             limits = [f"{f[limit]:.2f}" if limit in f else "" for limit in ("of_the_convolutions", "of_the_products")]
             rows.append([name, f"{f['images_per_second']:.1f}", *ratios, *limits])
+    return markdown(COLUMNS, rows)
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """`speeds`, the rate of a large product, and each workload's memory."""
     memory = [
         [f"{one['workload']}: {label}", f"{one['peak_mib'][label]:.0f}", f"{ratio:.2f}", _rate(one, label)]
         for one in found
         for label, ratio in _memory_ratios(one["peak_mib"]).items()
     ]
     columns = ("", "MiB that a training step adds", "of the best baseline", "images/s")
-    tables = [markdown(COLUMNS, rows), *([markdown(columns, memory)] if memory else [])]
+    tables = [speeds(found), *([markdown(columns, memory)] if memory else [])]
     return "\n\n".join([*_rates(found), *tables])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench import report
+from bench import cpu, report
 from bench.record import RESULTS, ROOT
 from bench.report import counted, headline, predicted, single, training
 from bench.report.campaign import CAMPAIGN, models_section
@@ -42,6 +42,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "machine-test": predicted.sharpest_section(results),
         "growth": single.growth_section(results / "growth-cpu.json"),
         "cpu": single.cpu_section(results),
+        "cpu-speeds": single.cpu_section(results, cpu.speeds),
         "levers": single.cpu_ablation_section(results / "levers-cpu.json"),
         "faults": single.faults_section(results / "faults.json"),
         "rate": training.rates_section(results / "rate-cpu.json"),
@@ -49,6 +50,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "loop": training.loop_section(results / "loop-cpu.json"),
         "time-to-accuracy": training.time_to_accuracy_section(results),
         "seeds": training.seeds_section(results),
+        "speed94-runs": training.runs_section(results / "speed94-runs-cpu.json"),
         "ablation": training.ablation_section(results / "ablation-cpu.json"),
         "parity": training.parity_section(results / "parity-cpu.json"),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench import cpu, growth, levers
 from bench.report.common import busy, machine_line, picture, read
@@ -22,7 +24,7 @@ def growth_section(path: Path) -> str | None:
     )
 
 
-def cpu_section(results: Path) -> str | None:
+def cpu_section(results: Path, table: Callable[[list[dict[str, Any]]], str] = cpu.table) -> str | None:
     """Training and inference against every baseline, on each kind of CPU that was measured."""
     parts = []
     for path in sorted(results.glob("cpu-*.json")):
@@ -30,7 +32,7 @@ def cpu_section(results: Path) -> str | None:
             kind = record.get("instructions") or path.stem.removeprefix("cpu-").upper()
             parts.append(
                 f"With {kind}: measured on {machine_line(record)}.{busy(record['load_average'], record['threads'])}"
-                f"\n\n{cpu.table(record['workloads'])}"
+                f"\n\n{table(record['workloads'])}"
             )
     return "\n\n".join(parts) or None
 

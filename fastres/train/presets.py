@@ -43,7 +43,7 @@ CUTOUT_2017 = dict(
     cutout=16,
 )
 
-# Of the networks that speed-runs of CIFAR-10 are compared with; see docs/training.md for their names.
+# Of the networks for speed-runs of CIFAR-10: docs/training.md says what they are named after, and what they reach.
 SPEED_RUN = dict(
     whiten=True,
     batch_size=500,

@@ -283,11 +283,19 @@ def nhwc_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if torch.compiler.is_compiling():  # the compiler has launches of its own
         return [nhwc_weight(weight, dtype) for weight in weights]
     cast = [weight for weight in weights if weight.dtype != dtype]
-    made = [torch.empty_like(w.permute(0, 2, 3, 1), dtype=dtype, memory_format=torch.contiguous_format) for w in cast]
+    made = [_empty_nhwc(weight, dtype) for weight in cast]
     if made:
         torch._foreach_copy_([one.permute(0, 3, 1, 2) for one in made], cast)
     left = iter(made)
     return [next(left) if weight.dtype != dtype else nhwc_weight(weight, dtype) for weight in weights]
+
+
+def _empty_nhwc(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for `nhwc_weight`, with its very strides: libraries choose by those of dimensions of size 1 too."""
+    nhwc = weight.permute(0, 2, 3, 1)
+    if nhwc.is_contiguous():
+        return torch.empty_like(weight, dtype=dtype).permute(0, 2, 3, 1)
+    return torch.empty_like(nhwc, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def weight_grad(dw: Tensor, dtype: torch.dtype) -> Tensor:

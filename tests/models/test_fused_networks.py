@@ -78,14 +78,11 @@ def test_compiles_whole(name, amp):
     torch._dynamo.reset()
     call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        found = train_step(compiled, x, lambda x: call(x).float())
-        expected = train_step(fused, x, lambda x: fused(x).float())
-    if not amp:
-        return assert_same(found, expected, 1e-6)
-    # medians: in bf16 eager PyTorch's own gradient of the first bias is off by up to half of its largest value here
-    assert found.keys() == expected.keys()
-    errors = [(found[k] - v).abs().max().item() / max(v.abs().max().item(), 1e-3) for k, v in expected.items()]
-    assert statistics.median(errors) <= 1e-2 and max(errors) <= 0.5
+        assert_same(
+            train_step(compiled, x, lambda x: call(x).float()),
+            train_step(fused, x, lambda x: fused(x).float()),
+            5e-2 if amp else 1e-6,
+        )
 
 
 def test_compiles_whole_before_its_first_call():

@@ -391,8 +391,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "add")}
     before = json.loads(args.out.read_text()) if args.add and args.out.exists() else {"workloads": []}
-    commits = {one["workload"]: one.get("commit", before.get("commit")) for one in before["workloads"]}
-    found = {one["workload"]: {**one, "commit": commits[one["workload"]]} for one in before["workloads"]}
+    found = {one["workload"]: {"commit": before["commit"], **one} for one in before["workloads"]}
     load = max(os.getloadavg()[0], before.get("load_average", 0.0))
     for name in args.workloads:
         found[name] = {**measure(name, args), "commit": circumstances()["commit"]}

@@ -19,9 +19,10 @@ from fastres.data.decode import Fault, decode, unreadable
 from fastres.data.layout import is_image
 from fastres.data.tree import Member, named, plain, read_file, walk
 from fastres.errors import FastresError
-from fastres.train import machine
+from fastres.train import TrainConfig, machine
 from fastres.train.evaluate import predict_logits
 from fastres.train.trained import Trained, find_checkpoint, load_trained
+from fastres.train.useless import check_given
 from fastres.train.views import Views
 
 CHUNK = 64  # images at a time
@@ -81,10 +82,10 @@ def predict(args: argparse.Namespace) -> int:
     machine.use_device(device)
     trained = load_trained(find_checkpoint(args.checkpoint), device)
     faults: list[Fault] = []
-    shift = getattr(args, "tta_shift", 0)
-    views = Views(shift) if getattr(args, "tta", False) else None
-    if shift and views is None:
-        raise FastresError("--tta-shift does nothing without --tta: add it, or leave the option out")
+    given = {name: getattr(args, name) for name in ("tta", "tta_shift") if hasattr(args, name)}
+    config = TrainConfig().replace(**given)
+    check_given([config], given)
+    views = config.views
     if views is not None:
         views.check(trained.image_size)
     found = guesses(trained, image_files(args.images), device, views, args.top, faults)

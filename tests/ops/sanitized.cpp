@@ -170,6 +170,7 @@ int main(int count, char**) {
       convolve(form, 5, 4, 4, 64, 70, 3, 2, 1, 1, threads);
       convolve(form, 3, 14, 14, 20, 12, 3, 1, 2, 2, threads);
       convolve(form, 3, 9, 11, 50, 30, 1, 1, 0, 1, threads);
+      convolve(form, 3, 9, 11, 50, 48, 1, 1, 0, 1, threads);   // finished in registers
       convolve(form, 1, 1, 1, 5, 2, 1, 1, 0, 1, threads);
       convolve(form, 2, 9, 12, 33, 65, 1, 3, 0, 1, threads);
       convolve(form, 2, 40, 38, 96, 16, 3, 1, 1, 1, threads);  // several units of rows

@@ -32,6 +32,15 @@ SIZES = [
     (9, (20, 32), 16, 16, 3, 1, (1, 1, 1, 1)),
     (5, (7, 14), 32, 12, 3, 1, (1, 1, 1, 1)),
 ]
+# those, and outputs of whole vectors, which are finished in registers; stems, whose few channels make one run of a row
+FOLDED_SIZES = SIZES[2:] + [
+    (2, (21, 33), 3, 48, 7, 2, (3, 3, 3, 3)),
+    (3, (13, 9), 1, 16, 5, 2, (2, 1, 2, 2)),
+    (2, (10, 7), 4, 32, 3, 1, (1, 1, 1, 1)),
+    (3, (5, 7), 16, 64, 3, 1, (1, 1, 1, 1)),
+    (3, (9, 11), 64, 96, 1, 1, (0, 0, 0, 0)),
+    (1, (17, 31), 40, 16, 1, 1, (0, 0, 0, 0)),
+]
 
 
 @pytest.fixture(params=list(tiles.FORMS))
@@ -145,7 +154,7 @@ def test_joined_with_the_end_of_a_block(shortcut, normalised):
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("of", SIZES[2:], ids=str)
+@pytest.mark.parametrize("of", FOLDED_SIZES, ids=str)
 def test_folded(of, relu, added):
     problem = Problem(*of, dtype=BF16, seed=1, rank=0)
     x, w, residual = problem.x(), problem.w(), problem.y(5) if added else None
@@ -183,23 +192,23 @@ def test_results_do_not_depend_on_the_number_of_threads(of):
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("width", [5, 16])
-def test_nan_and_infinity_go_where_pytorch_lets_them(value, width):
-    problem = Problem(2, (6, width), 20, 10, 3, 1, (1, 1, 1, 1), BF16, 1, 0)
-    x, w, bias = problem.x(), problem.w(), torch.zeros(10)
-    x[1, 2, 3, 19] = value
+@pytest.mark.parametrize("width, inputs, outputs", [(5, 20, 10), (16, 20, 10), (8, 3, 32), (7, 36, 48)])
+def test_nan_and_infinity_go_where_pytorch_lets_them(value, width, inputs, outputs):
+    problem = Problem(2, (6, width), inputs, outputs, 3, 1, (1, 1, 1, 1), BF16, 1, 0)
+    x, w, bias = problem.x(), problem.w(), torch.zeros(outputs)
+    x[1, 2, 3, -1] = value
     y = F.conv2d(x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), padding=1).permute(0, 2, 3, 1)
     ours, _ = tiles.conv(x, w, *geometry(problem))
     assert torch.equal(ours.isfinite(), y.isfinite()) and torch.equal(ours.isnan(), y.isnan())
     packed = tiles.packed(w, sizes(problem))
     folded = tiles.folded_conv(x, packed, sizes(problem), bias)
     assert torch.equal(folded.isnan(), y.relu().isnan()) and torch.equal(folded.isinf(), y.relu().isinf())
-    identity = torch.tensor([0.0, 1, 1, 1, 0])[:, None].repeat(1, 20)
+    identity = torch.tensor([0.0, 1, 1, 1, 0])[:, None].repeat(1, inputs)
     rectified = F.conv2d(x.relu().permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), padding=1).permute(0, 2, 3, 1)
     assert torch.equal(tiles.conv(x, w, *geometry(problem), identity)[0].isfinite(), rectified.isfinite())
     # dz of a pixel reaches what its window reads, and only there
     dz = problem.y(7)
-    dz[0, 0, 0, 9] = value
+    dz[0, 0, 0, -1] = value
     dx, _ = tiles.data_grad(dz, None, None, w, sizes(problem))
     broken = (~dx.isfinite()).any(-1)
     assert broken[0, :2, :2].all() and broken.sum() == 4

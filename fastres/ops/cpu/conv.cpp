@@ -73,8 +73,24 @@ struct Phase {
   std::vector<int64_t> pixels;
   std::vector<std::pair<int64_t, int64_t>> taps;
   std::vector<int64_t> offsets;  // of the taps from the first
+  int64_t pairs;                 // of a run
 
   void clear() { runs.clear(), groups.clear(), pixels.clear(), taps.clear(), offsets.clear(); }
+
+  // Runs that follow one another in both operands become one, where as many do everywhere: few channels make short ones.
+  void join(int64_t a_bytes, int64_t b_bytes) {
+    const auto follows = [&](size_t i) {
+      return runs[i].a == runs[i - 1].a + a_bytes && runs[i].b == runs[i - 1].b + b_bytes;
+    };
+    size_t many = 1;
+    while (many < runs.size() && follows(many)) ++many;
+    if (many < 2 || runs.size() % many) return;
+    for (size_t i = 1; i < runs.size(); ++i)
+      if (follows(i) != (i % many != 0)) return;
+    for (size_t i = 0; i < runs.size() / many; ++i) runs[i] = runs[i * many];
+    runs.resize(runs.size() / many);
+    pairs *= int64_t(many);
+  }
 };
 
 struct Unit {
@@ -180,6 +196,10 @@ template <Prologue kPrologue>
 void pack_pixels(const Source& s, int64_t at, int64_t step, int64_t count, int64_t channels, const Plan& p, char* to) {
   if (kPrologue == Prologue::kPlain && step == channels && p.pitch == 2 * channels) {
     copy(reinterpret_cast<uint16_t*>(to), s.x + at, count * channels);
+    return;
+  }
+  if (kPrologue == Prologue::kPlain && step == channels && p.depth == 4 && p.pitch == 8) {
+    spread(reinterpret_cast<uint16_t*>(to), s.x + at, count, channels);
     return;
   }
   if (kPrologue != Prologue::kPlain && channels == p.depth && channels <= kColumns) {  // few lines, which stay in the cache
@@ -296,7 +316,8 @@ void set_phase(Phase& phase, const Plan& p, const Unit& u, int64_t row_phase, in
     if (p.dense) return (image * rows.count + row - u.rows.first) * line + column * p.pitch;
     return (image * rows.count + p.rows.at(row, r) - rows.first) * line + (p.columns.at(column, t) - columns.first) * p.pitch;
   };
-  auto& [runs, groups, pixels, taps, offsets] = phase;
+  auto& [runs, groups, pixels, taps, offsets, pairs] = phase;
+  pairs = p.depth / 2;
   for (int64_t r = 0; r < p.s.kernel_h; ++r)
     for (int64_t t = 0; t < p.s.kernel_w; ++t)
       if (p.rows.reads(row_phase, r) && p.columns.reads(column_phase, t)) {
@@ -308,6 +329,16 @@ void set_phase(Phase& phase, const Plan& p, const Unit& u, int64_t row_phase, in
         const int64_t a = p.gathered ? 2 * p.depth * int64_t(taps.size() - 1) : offsets.back();
         runs.push_back({a, (r * p.s.kernel_w + t) * p.tap_bytes});
       }
+  phase.join(2 * p.depth, p.tap_bytes);
+  if (p.dense && p.s.stride == 1) {  // one image of one column
+    const int64_t count = u.rows.count;
+    pixels.resize(count);
+    for (int64_t i = 0; i < count; ++i) pixels[i] = u.rows.first + i;
+    groups.resize(up(count, p.group));
+    for (size_t i = 0; i < groups.size(); ++i) groups[i] = {packed + int64_t(i) * p.group * p.pitch, p.group};
+    if (count % p.group) groups.back().count = count % p.group;
+    return;
+  }
   const int64_t width = up(p.columns.out - column_phase, column_step);
   for (int64_t image = 0; image < u.images.count; ++image) {
     for (int64_t row = u.rows.first + row_phase; row < u.rows.first + u.rows.count; row += row_step) {
@@ -347,12 +378,26 @@ int64_t multiply_tile(const Plan& p, const Phase& phase, int64_t first, const in
   alignas(64) float sums[Tiles::kMostGroups * Tiles::kGroup * kColumns];
   const int64_t channels = std::min(kColumns, p.out_channels - channel), vectors = up(channels, kLanes);
   const int64_t apart = p.gathered ? p.gathered_pitch() : p.dense ? p.pitch : p.columns.step() * p.pitch;
-  const Product product{apart, phase.runs.data(), int64_t(phase.runs.size()), p.depth / 2, kLine};
+  const Product product{apart, phase.runs.data(), int64_t(phase.runs.size()), phase.pairs, kLine};
   const int64_t groups = std::min(groups_of<Tiles>(p), int64_t(phase.groups.size()) - first);
   const char* at[Tiles::kMostGroups];
   for (int64_t g = 0; g < groups; ++g) at[g] = phase.groups[first + g].at;
-  Tiles::multiply(product, at, groups, panel, vectors, sums);
   int64_t taken = 0;
+  if constexpr (Tiles::kFinishes) {
+    if (const Finished* const all = channels % kLanes == 0 ? epilogue.finished() : nullptr) {
+      Finished finished[Tiles::kMostGroups];
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t count = phase.groups[first + g].count, from = pixels[taken] * all->pitch + channel;
+        finished[g] = *all;
+        finished[g].bias += channel, finished[g].to += from, finished[g].pitch *= p.columns.phases(), finished[g].count = count;
+        if (all->added) finished[g].added += from;
+        taken += count;
+      }
+      Tiles::finish(product, at, groups, panel, vectors, finished);
+      return taken;
+    }
+  }
+  Tiles::multiply(product, at, groups, panel, vectors, sums);
   for (int64_t g = 0; g < groups;) {  // groups that are full are taken at once
     const int64_t begin = g;
     int64_t count = phase.groups[first + g].count;

@@ -89,6 +89,8 @@ class Epilogue {
                     int64_t channels) const = 0;
   // Such outputs come next: what `take` reads for them is brought into the cache line after line, as memory gives it fastest.
   virtual void expect(const int64_t* pixels, int64_t count, int64_t channel, int64_t channels) const = 0;
+  // What is made of sums where that needs no others, from the first pixel and channel on; null: `take` is called.
+  virtual const Finished* finished() const { return nullptr; }
   // After all of a unit's pixels.
   virtual void finish(const State&, int64_t /*unit*/, int64_t /*channel*/, int64_t /*channels*/) const {}
 };

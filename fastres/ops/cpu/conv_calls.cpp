@@ -99,15 +99,13 @@ struct Outputs : Epilogue {
 
 // relu(sums + bias (+ residual)).
 struct Folded : Epilogue {
-  const float* bias;
-  const uint16_t* residual;
-  bool with_relu;
-  uint16_t* y;
-  int64_t c;
+  Finished all;
+
+  const Finished* finished() const override { return &all; }
 
   void take(State&, const float* sums, const int64_t* pixels, int64_t count, int64_t channel, int64_t channels) const override {
-    with(residual != nullptr, [&](auto added) {
-      with(with_relu, [&](auto rectified) {
+    with(all.added != nullptr, [&](auto added) {
+      with(all.rectified, [&](auto rectified) {
         for_vectors(channels, [&](auto vectors, auto lanes) {
           take<added, rectified>(sums, pixels, count, channel, vectors, lanes);
         });
@@ -116,17 +114,17 @@ struct Folded : Epilogue {
   }
 
   void expect(const int64_t* pixels, int64_t count, int64_t channel, int64_t channels) const override {
-    touch(residual, pixels, count, c, channel, channels);
+    touch(all.added, pixels, count, all.pitch, channel, channels);
   }
 
  private:
   template <bool kResidual, bool kRelu, class Vectors, class Channels>
   void take(const float* sums, const int64_t* pixels, int64_t count, int64_t channel, Vectors vectors, Channels channels) const {
-    const uint16_t* const added = residual + channel;
-    uint16_t* const to = y + channel;
-    const int64_t pitch = c;
+    const uint16_t* const added = all.added + channel;
+    uint16_t* const to = all.to + channel;
+    const int64_t pitch = all.pitch;
     Floats constant[2]{};
-    for (int64_t v = 0; v < vectors; ++v) constant[v] = load(bias + channel + v * kLanes, channels - v * kLanes);
+    for (int64_t v = 0; v < vectors; ++v) constant[v] = load(all.bias + channel + v * kLanes, channels - v * kLanes);
     for (int64_t i = 0; i < count; ++i, sums += kColumns) {
       const int64_t at = pixels[i] * pitch;
       for (int64_t v = 0; v < vectors; ++v) {
@@ -280,7 +278,7 @@ extern "C" void fastres_folded_conv(int64_t form, const int64_t* sizes, const ui
                                     const float* bias, const uint16_t* residual, bool relu, uint16_t* y, int64_t threads) {
   const Shape s = shape_of(sizes);
   Folded folded;
-  folded.bias = bias, folded.residual = residual, folded.with_relu = relu, folded.y = y, folded.c = s.out_channels;
+  folded.all = {bias, residual, y, s.out_channels, 0, relu};
   multiply(Form(form), s, false, Source{Prologue::kPlain, x, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}, weights,
            folded, threads);
 }

@@ -131,6 +131,25 @@ inline void copy(uint16_t* to, const uint16_t* from, int64_t count) {
 #endif
 }
 
+// `pixels` of at most 4 channels, side by side, to 4 channels each, of which the others are 0.
+inline void spread(uint16_t* to, const uint16_t* from, int64_t pixels, int64_t channels) {
+#if FASTRES_AVX512
+  alignas(64) uint16_t places[32];
+  for (int i = 0; i < 32; ++i) places[i] = uint16_t(i / 4 * channels + i % 4);
+  const __m512i index = _mm512_load_si512(places);
+  const __mmask32 kept = 0x11111111u * ((1u << channels) - 1);
+  for (; pixels > 0; pixels -= 8, from += 8 * channels, to += 32) {
+    const int64_t count = std::min<int64_t>(8, pixels);
+    const auto first = [](int64_t values) { return __mmask32((uint64_t(1) << values) - 1); };
+    const __m512i values = _mm512_maskz_loadu_epi16(first(count * channels), from);
+    _mm512_mask_storeu_epi16(to, first(4 * count), _mm512_maskz_permutexvar_epi16(kept, index, values));
+  }
+#else
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t c = 0; c < 4; ++c) to[4 * i + c] = c < channels ? from[i * channels + c] : uint16_t(0);
+#endif
+}
+
 // Transposes 16 x 16 pairs: rows of `from`, `pitch` values apart, of which `rows` with `values` values each are there, the rest
 // 0; the first `lines` columns become lines, `apart` pairs apart.
 inline void transpose(const uint16_t* from, int64_t pitch, int64_t rows, int64_t values, int64_t lines, uint32_t* to,
@@ -210,6 +229,7 @@ struct Product {
 struct PlainTiles {
   // Rows of a group, groups of a tile, those of one vector, channels that a run is made up of.
   static constexpr int64_t kGroup = 16, kGroups = 2, kMostGroups = 2, kGranule = 32;
+  static constexpr bool kFinishes = false;
   static void begin() {}
   static void end() {}
 
@@ -239,25 +259,86 @@ struct PlainTiles {
   }
 };
 
+// What a folded convolution makes of a group's sums: relu(sums + bias (+ added)) of its first `count` rows, whose outputs are
+// `pitch` values apart.
+struct Finished {
+  const float* bias;
+  const uint16_t* added;
+  uint16_t* to;
+  int64_t pitch, count;
+  bool rectified;
+
+#if FASTRES_AVX512
+  template <int kVectors>
+  void store(int64_t row, const __m512 (&sum)[kVectors]) const {
+    const __mmask16 kept = rectified ? 0 : 0xffff;
+    const int64_t at = row * pitch;
+    __m512 value[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      value[v] = _mm512_add_ps(sum[v], _mm512_loadu_ps(bias + v * kLanes));
+      if (added) value[v] = _mm512_add_ps(value[v], (__m512)load(added + at + v * kLanes, kLanes));
+      const __mmask16 passed = _mm512_cmp_ps_mask(value[v], _mm512_setzero_ps(), _CMP_NLE_UQ);  // NaN too
+      value[v] = _mm512_maskz_mov_ps(passed | kept, value[v]);
+    }
+    if constexpr (kVectors == 2) {
+      _mm512_storeu_si512(to + at, (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
+    } else {
+      _mm256_storeu_si256((__m256i*)(to + at), (__m256i)_mm512_cvtneps_pbh(value[0]));
+    }
+  }
+#endif
+};
+
 #if FASTRES_AVX512
 // AVX512-BF16: kRows rows a group, so that neither widths of 8 and 16 nor of 7 and 14 leave sums unused.
 template <int kRows>
 struct Avx512Tiles {
   static constexpr int64_t kGroup = kRows, kGroups = kRows == 7 ? 2 : 3, kMostGroups = kRows == 7 ? 3 : 6, kGranule = 4;
+  static constexpr bool kFinishes = true;
   static void begin() {}
   static void end() {}
 
   static void multiply(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors, float* sums) {
-    using Tile = void (*)(const Product&, const char* const*, const char*, float*);
-    static constexpr Tile kOne[6] = {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<std::min<int>(4, kMostGroups), 1>,
-                                     tile<std::min<int>(5, kMostGroups), 1>, tile<kMostGroups, 1>};
-    static constexpr Tile kTwo[3] = {tile<1, 2>, tile<2, 2>, tile<kGroups, 2>};
-    (vectors == 1 ? kOne : kTwo)[groups - 1](p, a, b, sums);
+    multiply_to(p, a, groups, b, vectors, ToSums{sums});
+  }
+
+  // The same, finished while the sums are in registers.
+  static void finish(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors,
+                     const Finished* to) {
+    multiply_to(p, a, groups, b, vectors, ToOutputs{to});
   }
 
  private:
-  template <int kMany, int kVectors>
-  static void tile(const Product& p, const char* const* a, const char* b, float* sums) {
+  struct ToSums {
+    float* sums;
+    template <int kVectors>
+    void take(int group, int row, const __m512 (&sum)[kVectors]) const {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums + (group * kRows + row) * kColumns + v * kLanes, sum[v]);
+    }
+  };
+
+  struct ToOutputs {
+    const Finished* of_groups;
+    template <int kVectors>
+    void take(int group, int row, const __m512 (&sum)[kVectors]) const {
+      const Finished& f = of_groups[group];
+      if (row < f.count) f.template store<kVectors>(row, sum);
+    }
+  };
+
+  template <class To>
+  static void multiply_to(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors, const To& to) {
+    using Tile = void (*)(const Product&, const char* const*, const char*, const To&);
+    static constexpr Tile kOne[6] = {tile<1, 1, To>, tile<2, 1, To>, tile<3, 1, To>, tile<std::min<int>(4, kMostGroups), 1, To>,
+                                     tile<std::min<int>(5, kMostGroups), 1, To>, tile<kMostGroups, 1, To>};
+    static constexpr Tile kTwo[3] = {tile<1, 2, To>, tile<2, 2, To>, tile<kGroups, 2, To>};
+    (vectors == 1 ? kOne : kTwo)[groups - 1](p, a, b, to);
+  }
+
+  template <int kMany, int kVectors, class To>
+  static void tile(const Product& p, const char* const* a, const char* b, const To& to) {
     __m512 sum[kMany * kRows][kVectors];
 #pragma GCC unroll 32
     for (int row = 0; row < kMany * kRows; ++row)
@@ -297,10 +378,10 @@ struct Avx512Tiles {
         }
       }
     }
-#pragma GCC unroll 32
-    for (int row = 0; row < kMany * kRows; ++row)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums + row * kColumns + v * kLanes, sum[row][v]);
+#pragma GCC unroll 8
+    for (int g = 0; g < kMany; ++g)
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) to.take(g, row, sum[g * kRows + row]);
   }
 };
 
@@ -354,6 +435,7 @@ struct Avx512LineTiles {
 // AMX: 2 x 2 tiles of 16 x 16 sums, tiles 0 to 3, of two tiles of A and two of B.
 struct AmxTiles {
   static constexpr int64_t kGroup = 16, kGroups = 2, kMostGroups = 2, kGranule = 32;
+  static constexpr bool kFinishes = false;
 
   // The thread's configuration of tiles is ours from `begin` to `end`, then what it was: other libraries may rely on theirs.
   // The intrinsics do not tell the compiler which memory they read, so it is told here and in `tile`.

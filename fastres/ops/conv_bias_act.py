@@ -1,5 +1,7 @@
 """Inference convolution: BatchNorm is folded into weight and bias, the shortcut and the ReLU join the epilogue."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -90,6 +92,22 @@ def repeat_conv_bias_act(
     if is_recorded(x, weight, bias, residual) or plain.is_transformed():
         return None
     return packed.repeat(x, weight, bias, residual, relu)
+
+
+def repeat_blocks(x: Tensor, blocks: Sequence[cpu.Layers], packed: cpu.PackedBlocks) -> Tensor | None:
+    """Folded blocks whose convolutions were called with x like this before, at once.
+
+    Args:
+        x: [N, C, H, W].
+
+    Returns:
+        [N, C', H', W'] in channels-last memory; None where the blocks are to be called.
+    """
+    if not _is_run(x) or torch.is_autocast_enabled("cpu") or not is_cpp(x) or plain.is_transformed():
+        return None
+    if torch.is_grad_enabled() and is_recorded(x, *(layer.weight for block in blocks for layer in block.convs)):
+        return None
+    return packed.repeat(x, blocks)
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:

@@ -276,13 +276,19 @@ class Ahead {
     parts_[size_++] = {reinterpret_cast<const char*>(tensor + first), 2 * count};
     lines_ += up(2 * count, 64);
   }
-  void divide(int64_t steps) { share_ = up(lines_, std::max<int64_t>(1, steps)); }
-  void step() {
-    for (int64_t left = share_; left > 0 && part_ < size_; at_ = 0, ++part_) {
-      const auto& [from, bytes] = parts_[part_];
-      for (; at_ < bytes && left > 0; at_ += 64, --left) __builtin_prefetch(from + at_, 0, 2);
-      if (at_ < bytes) return;
-    }
+  // For so many steps.
+  void divide(int64_t steps) { share_ = up(lines_, std::max<int64_t>(1, steps)) * 64; }
+  struct Piece {
+    const char* from;
+    int64_t bytes;
+  };
+  // What a step brings in.
+  Piece step() {
+    while (part_ < size_ && at_ >= parts_[part_].bytes) at_ = 0, ++part_;
+    if (part_ == size_) return {nullptr, 0};
+    const int64_t bytes = std::min(share_, parts_[part_].bytes - at_);
+    at_ += bytes;
+    return {parts_[part_].from + at_ - bytes, bytes};
   }
 
  private:
@@ -374,11 +380,18 @@ int64_t groups_of(const Plan& p) {
 // Multiplies a tile's groups from the `first` by a panel; the pixels that it took.
 template <class Tiles>
 int64_t multiply_tile(const Plan& p, const Phase& phase, int64_t first, const int64_t* pixels, const char* panel, int64_t channel,
-                      const Epilogue& epilogue, State& state) {
+                      const Epilogue& epilogue, State& state, Ahead& next) {
   alignas(64) float sums[Tiles::kMostGroups * Tiles::kGroup * kColumns];
   const int64_t channels = std::min(kColumns, p.out_channels - channel), vectors = up(channels, kLanes);
   const int64_t apart = p.gathered ? p.gathered_pitch() : p.dense ? p.pitch : p.columns.step() * p.pitch;
-  const Product product{apart, phase.runs.data(), int64_t(phase.runs.size()), phase.pairs, kLine};
+  Product product{apart, phase.runs.data(), int64_t(phase.runs.size()), phase.pairs, kLine, nullptr, 0};
+  const Ahead::Piece piece = next.step();
+  if constexpr (Tiles::kFinishes) {
+    product.ahead = piece.from ? piece.from : panel;
+    product.ahead_step = up(piece.bytes, std::max<int64_t>(1, product.count * product.pairs / 2));
+  } else {
+    for (int64_t at = 0; at < piece.bytes; at += 64) __builtin_prefetch(piece.from + at, 0, 2);
+  }
   const int64_t groups = std::min(groups_of<Tiles>(p), int64_t(phase.groups.size()) - first);
   const char* at[Tiles::kMostGroups];
   for (int64_t g = 0; g < groups; ++g) at[g] = phase.groups[first + g].at;
@@ -391,6 +404,10 @@ int64_t multiply_tile(const Plan& p, const Phase& phase, int64_t first, const in
         finished[g] = *all;
         finished[g].bias += channel, finished[g].to += from, finished[g].pitch *= p.columns.phases(), finished[g].count = count;
         if (all->added) finished[g].added += from;
+        for (int64_t i = groups * p.group; i < groups * p.group + count; ++i) {  // the next tile's
+          if (all->added && all->added != all->to) __builtin_prefetch(finished[g].added + i * finished[g].pitch);
+          __builtin_prefetch(finished[g].to + i * finished[g].pitch, 1);
+        }
         taken += count;
       }
       Tiles::finish(product, at, groups, panel, vectors, finished);
@@ -417,7 +434,7 @@ void multiply_panels(const Plan& p, const std::vector<Phase>& phases, const char
   const int64_t groups = groups_of<Tiles>(p);
   int64_t tiles = 0;
   for (const Phase& phase : phases) tiles += up(int64_t(phase.groups.size()), groups);
-  next.divide(tiles * up(panels.count, at_once));
+  next.divide(tiles * panels.count);
   for (int64_t first = 0; first < panels.count; first += at_once) {
     const int64_t end = std::min(first + at_once, panels.count);
     for (const Phase& phase : phases) {
@@ -427,10 +444,10 @@ void multiply_panels(const Plan& p, const std::vector<Phase>& phases, const char
                       std::min(p.out_channels - channel, (end - first) * kColumns));
       int64_t taken = 0;
       for (int64_t group = 0; group < int64_t(phase.groups.size()); group += groups, pixels += taken) {
-        next.step();
         for (int64_t panel = first; panel < end; ++panel) {
           const int64_t index = panels.first + panel;
-          taken = multiply_tile<Tiles>(p, phase, group, pixels, b + index * panel_bytes, index * kColumns, epilogue, states[panel]);
+          taken = multiply_tile<Tiles>(p, phase, group, pixels, b + index * panel_bytes, index * kColumns, epilogue,
+                                       states[panel], next);
         }
       }
     }

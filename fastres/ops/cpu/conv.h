@@ -88,7 +88,7 @@ class Epilogue {
   virtual void take(State& state, const float* sums, const int64_t* pixels, int64_t count, int64_t channel,
                     int64_t channels) const = 0;
   // Such outputs come next: what `take` reads for them is brought into the cache line after line, as memory gives it fastest.
-  virtual void expect(const int64_t* pixels, int64_t count, int64_t channel, int64_t channels) const = 0;
+  virtual void expect(const int64_t* /*pixels*/, int64_t /*count*/, int64_t /*channel*/, int64_t /*channels*/) const {}
   // What is made of sums where that needs no others, from the first pixel and channel on; null: `take` is called.
   virtual const Finished* finished() const { return nullptr; }
   // After all of a unit's pixels.

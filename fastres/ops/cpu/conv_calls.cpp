@@ -113,10 +113,6 @@ struct Folded : Epilogue {
     });
   }
 
-  void expect(const int64_t* pixels, int64_t count, int64_t channel, int64_t channels) const override {
-    touch(all.added, pixels, count, all.pitch, channel, channels);
-  }
-
  private:
   template <bool kResidual, bool kRelu, class Vectors, class Channels>
   void take(const float* sums, const int64_t* pixels, int64_t count, int64_t channel, Vectors vectors, Channels channels) const {

@@ -42,6 +42,23 @@ class _Ready(NamedTuple):
     geometry: Geometry
     key: tuple
     call: Callable[[Tensor, Tensor | None], Tensor]
+    own: Own | None = None
+
+
+class Own(NamedTuple):
+    """A convolution by our own tiles."""
+
+    weights: Tensor  # packed
+    bias: Tensor  # in fp32
+    shape: tuple[int, int, int, int]  # of the weight [C', KH, KW, C]
+    geometry: Geometry
+    relu: bool
+    output_bytes: int  # of an image
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Of x and residual in NHWC; ``out`` may be the residual's memory."""
+        problem = tiles.sizes(tuple(x.shape), self.shape, *self.geometry)
+        return tiles.folded_conv(x, self.weights, problem, self.bias, residual, self.relu, out)
 
 
 class PackedConv:
@@ -72,9 +89,13 @@ class PackedConv:
         memory = weight.detach(), bias.detach()
         key = _key(x, weight, bias, residual, relu)
         if tiles.takes(x.dtype):
-            own = _own_call(whole, nhwc(weight.to(x.dtype)), bias, geometry, relu)
-            self._ready = _Ready(weight, bias, memory, geometry, key, own)
-            return own(x, residual)
+            own = _own(whole, nhwc(weight.to(x.dtype)), bias, geometry, relu)
+
+            def call_own(x: Tensor, residual: Tensor | None) -> Tensor:
+                return nchw(own(nhwc(x), None if residual is None else nhwc(residual)))
+
+            self._ready = _Ready(weight, bias, memory, geometry, key, call_own, own)
+            return call_own(x, residual)
         copied, dtype_bias = inner is not whole, bias.to(x.dtype)
         packed = packed_weight(weight, nchw(inner), stride, padding, dilation)
 
@@ -109,6 +130,13 @@ class PackedConv:
             return None
         return ready.call(x, residual)
 
+    def own(self, weight: Tensor, bias: Tensor) -> Own | None:
+        """What the last call was done by; None where it was not our own tiles, or with other values."""
+        ready = self._ready
+        if ready is None or ready.weight is not weight or ready.bias is not bias:
+            return None
+        return ready.own if ready.key[-1] == _constants(weight, bias) else None
+
     def clear(self) -> None:
         """Prepare anew at the next call; for a weight or bias that was changed where its version does not count it."""
         self._ready = None
@@ -120,26 +148,22 @@ class PackedConv:
         return PackedConv, ()
 
 
-def _own_call(
-    x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, relu: bool
-) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The same by our own tiles: of x and weight in NHWC."""
-    stride, pad, dilation = geometry
-    problem = tiles.sizes(x.shape, weight.shape, stride, pad, dilation)
+def _own(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, relu: bool) -> Own:
+    """Of x and weight in NHWC."""
+    problem = tiles.sizes(tuple(x.shape), tuple(weight.shape), *geometry)
+    output_bytes = problem[4] * problem[5] * problem[6] * x.element_size()
     packed, float_bias = tiles.packed(weight, problem), bias.float().contiguous()
-
-    def call(x: Tensor, residual: Tensor | None) -> Tensor:
-        added = None if residual is None else nhwc(residual)
-        return nchw(tiles.folded_conv(nhwc(x), packed, problem, float_bias, added, relu))
-
-    return call
+    return Own(packed, float_bias, tuple(weight.shape), geometry, relu, output_bytes)
 
 
 def _key(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> tuple:
     """All of a call that its preparation depends on, but for the values of x and of the residual."""
     added = None if residual is None else _form(residual)
-    constants = weight._version, weight.data_ptr(), bias._version, bias.data_ptr()
-    return _form(x), added, relu, constants
+    return _form(x), added, relu, _constants(weight, bias)
+
+
+def _constants(weight: Tensor, bias: Tensor) -> tuple:
+    return weight._version, weight.data_ptr(), bias._version, bias.data_ptr()
 
 
 def _form(tensor: Tensor) -> tuple:

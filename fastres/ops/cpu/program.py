@@ -85,12 +85,23 @@ class Program:
                     words += [arena, offsets[argument.number] + argument.offset]
         self._words, self._bases = integers(words), ctypes.c_int64 * (arena + 1)
 
-    def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
-        """The walk's results for other inputs of the same shapes and dtypes, contiguous and on the CPU."""
+    def arena(self, like: Tensor) -> Tensor:
+        """The memory that a run needs beside its results."""
+        return buffers.empty(like, self._arena, dtype=torch.uint8)
+
+    def run(
+        self, inputs: Sequence[Tensor | None], results: list[Tensor] | None = None, arena: Tensor | None = None
+    ) -> list[Tensor]:
+        """The walk's results for other inputs of the same shapes and dtypes, contiguous and on the CPU.
+
+        Args:
+            results: where they go, contiguous and of the same shapes and dtypes; None: they are made.
+            arena: at least as large as this program's; None: it is made.
+        """
         like = next(t for t in inputs if t is not None)
-        results = [buffers.empty(like, *shape, dtype=dtype) for shape, dtype in self._results]
-        arena = buffers.empty(like, self._arena, dtype=torch.uint8)
-        tensors = [*inputs, *results, arena]
+        if results is None:
+            results = [buffers.empty(like, *shape, dtype=dtype) for shape, dtype in self._results]
+        tensors = [*inputs, *results, self.arena(like) if arena is None else arena]
         bases = self._bases(*[0 if t is None else t.data_ptr() for t in tensors])
         call("program", self._words, len(self._words), bases)
         return results

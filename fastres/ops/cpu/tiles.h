@@ -223,6 +223,8 @@ struct Product {
   int64_t pitch;
   const Run* runs;
   int64_t count, pairs, line;
+  const char* ahead;  // what is brought into the cache meanwhile, `ahead_step` bytes on with every second pair
+  int64_t ahead_step;
 };
 
 // The same in plain C++, in the geometry of the AMX form.
@@ -295,7 +297,7 @@ struct Finished {
 template <int kRows>
 struct Avx512Tiles {
   static constexpr int64_t kGroup = kRows, kGroups = kRows == 7 ? 2 : 3, kMostGroups = kRows == 7 ? 3 : 6, kGranule = 4;
-  static constexpr bool kFinishes = true;
+  static constexpr bool kFinishes = true;  // has `finish`, and looks at `ahead`
   static void begin() {}
   static void end() {}
 
@@ -345,12 +347,15 @@ struct Avx512Tiles {
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[row][v] = _mm512_setzero_ps();
     const int64_t one = p.pitch, three = 3 * one, five = 5 * one;
+    const char* ahead = p.ahead;
     for (int64_t r = 0; r < p.count; ++r) {
       const char* in[kMany];
 #pragma GCC unroll 8
       for (int g = 0; g < kMany; ++g) in[g] = a[g] + p.runs[r].a;
       const char* line = b + p.runs[r].b;
       for (int64_t pair = 0; pair < p.pairs; pair += 2) {  // a granule has an even number of them
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += p.ahead_step;
 #pragma GCC unroll 2
         for (int u = 0; u < 2; ++u, line += p.line) {
           __m512bh columns[kVectors];

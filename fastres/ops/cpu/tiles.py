@@ -142,11 +142,21 @@ def conv(
 
 
 def folded_conv(
-    x: Tensor, weights: Tensor, problem: Sizes, bias: Tensor, residual: Tensor | None = None, relu: bool = True
+    x: Tensor,
+    weights: Tensor,
+    problem: Sizes,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``relu(conv2d(x, w) + bias (+ residual))`` with `packed` weights and a bias in fp32."""
+    """``relu(conv2d(x, w) + bias (+ residual))`` with `packed` weights and a bias in fp32.
+
+    Args:
+        out: where the result goes, which may be the residual's memory, but not that of x.
+    """
     n, height, width, channels, out_height, out_width, outputs = problem[:7]
-    y = buffers.empty(x, n, out_height, out_width, outputs)
+    y = buffers.empty(x, n, out_height, out_width, outputs) if out is None else out
     call(
         "folded_conv",
         _form(),

@@ -199,7 +199,7 @@ struct Plan {
         runs.push_back({((pair * u.rows + row) * line_pairs + begin) * (kLines ? 64 : 4),
                         ((pair * packed_rows(u) + from) * packed_width + t * s.dilation + begin * s.stride) * x_line});
       }
-    const Product product{4 * dy_pairs(u), runs.data(), int64_t(runs.size()), end - begin, s.stride * x_line};
+    const Product product{4 * dy_pairs(u), runs.data(), int64_t(runs.size()), end - begin, s.stride * x_line, nullptr, 0};
     const char* const of_dy = packed + x_bytes(u);
     const int64_t vectors = up(std::min(kColumns, s.in_channels - c_panel * kColumns), kLanes);
     const int64_t channels = std::min(kColumns, s.in_channels - c_panel * kColumns), pitch = taps * s.in_channels;

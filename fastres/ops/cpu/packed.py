@@ -50,7 +50,7 @@ class Own(NamedTuple):
 
     weights: Tensor  # packed
     bias: Tensor  # in fp32
-    shape: tuple[int, int, int, int]  # of the weight [C', KH, KW, C]
+    shape: tuple[int, ...]  # of the weight [C', KH, KW, C]
     geometry: Geometry
     relu: bool
     output_bytes: int  # of an image

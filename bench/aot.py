@@ -41,6 +41,7 @@ from fastres.atomic import atomic_write
 from fastres.ops.timing import choices_path
 
 ARCHITECTURES = tuple(SHARED_LIMIT)
+BATCH = 16  # kernels that are disassembled as one
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,29 @@ def compile_all(
             waiting.append((one, arch))
         else:
             yield Row(one, arch, found)
+    batches = _batches(waiting)
     if processes == 1:
-        for task in waiting:
+        for batch in batches:
             if time.monotonic() >= until:
                 return
-            yield compile_one(task)
+            yield from compile_batch(batch)
         return
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        found_rows = pool.imap_unordered(compile_one, waiting)
-        for row in found_rows:
-            yield row
+        for rows in pool.imap_unordered(compile_batch, batches):
+            yield from rows
             if time.monotonic() >= until:
                 return  # ends the processes
+
+
+def _batches(tasks: list[tuple[Specialisation, Architecture]]) -> Iterator[list[tuple[Specialisation, Architecture]]]:
+    """Those of one architecture together, at most `BATCH`, nearly in order."""
+    size = BATCH * len({arch for _, arch in tasks})
+    for begin in range(0, len(tasks), size):
+        of_arch: dict[Architecture, list[tuple[Specialisation, Architecture]]] = {}
+        for task in tasks[begin : begin + size]:
+            of_arch.setdefault(task[1], []).append(task)
+        for alike in of_arch.values():
+            yield from (alike[first : first + BATCH] for first in range(0, len(alike), BATCH))
 
 
 def modelled(row: Row, task: Task) -> Row:
@@ -125,21 +137,28 @@ def _measured_by(arch: Architecture) -> str:
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
-def compile_one(task: tuple[Specialisation, Architecture]) -> Row:
-    """Compile a specialisation for an architecture, and keep what was found."""
-    one, arch = task
-    amd = isinstance(arch, str)
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)
-    try:
-        kernel = triton.compile(one.source(), target=target, options=dict(one.options))
-        found = (gcn if amd else sass).resources(kernel)
-    except Exception as error:  # whatever the compiler raises is the row's verdict
-        return Row(one, arch, None, f"{type(error).__name__}: {str(error).strip()[-300:]}")
-    path = _path(one, arch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(found._asdict()).encode())
-    return Row(one, arch, found)
+def compile_batch(tasks: list[tuple[Specialisation, Architecture]]) -> list[Row]:
+    """Compile specialisations for one architecture, and keep what was found."""
+    arch = tasks[0][1]
+    rows, compiled = [], []
+    for one, _ in tasks:
+        try:
+            compiled.append((one, one.compile(target_of(arch))))
+        except Exception as error:  # whatever the compiler raises is the row's verdict
+            rows.append(Row(one, arch, None, f"{type(error).__name__}: {str(error).strip()[-300:]}"))
+    read = (gcn if isinstance(arch, str) else sass).resources([kernel for _, kernel in compiled])
+    for (one, _), found in zip(compiled, read):
+        path = _path(one, arch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(json.dumps(found._asdict()).encode())
+        rows.append(Row(one, arch, found))
+    return rows
+
+
+def target_of(arch: Architecture) -> GPUTarget:
+    """What Triton compiles for."""
+    return GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
 
 
 COLUMNS = ("kernel", "dtype", "channels", "variant", "tile", "warps", "stages", "architecture", "registers", "spills",

@@ -40,6 +40,8 @@ NETWORKS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "preact_resnet164": ("preact_resnet164", (128, 3, 32, 32), {}),  # and so has preact_resnet1001
     "notebook": ("notebook", (64, 3, 96, 96), {}),
     "speed": ("speed", (256, 3, 32, 32), {}),
+    "speed94": ("speed94", (500, 3, 32, 32), {}),  # and speed96, with twice the channels
+    "speed95": ("speed95", (500, 3, 32, 32), {}),
 }
 PRECISIONS = {  # name: dtype, and whether fp32 may be rounded to tf32
     "bf16": (torch.bfloat16, False),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from bench.sass import Resources, tensor_core_dots
@@ -16,12 +17,16 @@ _STORE = re.compile(r"\b(?:global|buffer|flat)_store_(\w+)")
 _BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1, "ubyte": 1}
 
 
-def resources(kernel: Any) -> Resources:
-    """Read them from a kernel that `triton.compile` made for a HIP target.
+def resources(kernels: Sequence[Any]) -> list[Resources]:
+    """Read them from kernels that `triton.compile` made for a HIP target.
 
     Raises:
         RuntimeError: where the assembly does not tell.
     """
+    return [_resources(kernel) for kernel in kernels]
+
+
+def _resources(kernel: Any) -> Resources:
     text = kernel.asm["amdgcn"]
     found = Counter(re.findall(r"\bv_(s?mfmac?)_", text))
     return Resources(

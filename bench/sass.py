@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,8 @@ SHARED_LIMIT: dict[Architecture, int] = {
     "gfx942": 64 * 1024,  # MI300
 }
 
+INSTRUCTION_BYTES = 16  # since Volta
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+([^;]*);")
 _LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E\S*")
 _STORE = re.compile(r"\bSTG\.E\S*")
 _BULK = re.compile(r"\bUTMA(?:LDG|STG)\S*")  # tensor memory accelerator: whole tiles
@@ -62,26 +67,73 @@ class Resources(NamedTuple):
         return found
 
 
-def resources(kernel: Any) -> Resources:
-    """Read them from a kernel that `triton.compile` made for a CUDA target.
+def resources(kernels: Sequence[Any]) -> list[Resources]:
+    """Read them from kernels that `triton.compile` made for one CUDA target.
 
     Raises:
-        RuntimeError: if Triton's ``cuobjdump`` fails.
+        RuntimeError: if one of Triton's tools fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        text = _cuobjdump(path, "-res-usage", "-sass")
+    if not kernels:
+        return []
+    codes = disassembled([kernel.asm["cubin"] for kernel in kernels], kernels[0].metadata.target.arch)
+    return [_resources(kernel, code) for kernel, code in zip(kernels, codes)]
+
+
+def _resources(kernel: Any, code: str) -> Resources:
+    usage = res_usage(kernel.asm["cubin"])
     return Resources(
-        registers=_usage("REG", text),
-        stack=_usage("STACK", text),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", text)),
+        registers=_usage("REG", usage),
+        stack=_usage("STACK", usage),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         shared=kernel.metadata.shared,
-        wide_loads=_wide_share(_LOAD, text),
-        wide_stores=_wide_share(_STORE, text),
-        tensor_cores={name: len(found) for name, kind in _TENSOR_CORES.items() if (found := kind.findall(text))},
+        wide_loads=_wide_share(_LOAD, code),
+        wide_stores=_wide_share(_STORE, code),
+        tensor_cores={name: len(found) for name, kind in _TENSOR_CORES.items() if (found := kind.findall(code))},
         dots=tensor_core_dots(kernel.asm["ttir"]),
     )
+
+
+def disassembled(cubins: Sequence[bytes], arch: int) -> list[str]:
+    """The instructions of compiled kernels, one a line.
+
+    All are disassembled as one: ``nvdisasm`` takes longer to start than to read a kernel, and as long as its compiler.
+
+    Args:
+        cubins: all for the same architecture.
+        arch: compute capability, as 90.
+
+    Raises:
+        RuntimeError: if Triton's ``nvdisasm`` fails, or finds other instructions than there are.
+    """
+    codes = [machine_code(cubin) for cubin in cubins]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.bin"
+        path.write_bytes(b"".join(codes))
+        text = _tool("nvdisasm", "-b", f"SM{arch}", path)
+    lines = _INSTRUCTION.findall(text)
+    counts = [len(code) // INSTRUCTION_BYTES for code in codes]
+    if len(lines) != sum(counts):
+        raise RuntimeError(f"nvdisasm finds {len(lines)} instructions of sm_{arch}, {sum(counts)} there are")
+    each = iter(lines)
+    return ["\n".join(itertools.islice(each, count)) for count in counts]
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The kernel's own section of a compiled kernel, an ELF file of 64 bits.
+
+    Raises:
+        RuntimeError: where there is none.
+    """
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)  # e_shoff
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)  # e_shentsize, e_shnum, e_shstrndx
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * index) for index in range(count)]
+    found = []
+    for name, _, _, _, offset, length in sections:
+        if cubin.startswith(b".text.", sections[names][4] + name):
+            found.append(cubin[offset : offset + length])
+    if not found:
+        raise RuntimeError("a compiled kernel without a section of machine code")
+    return b"".join(found)
 
 
 def registers(cubin: bytes) -> int:
@@ -90,10 +142,19 @@ def registers(cubin: bytes) -> int:
     Raises:
         RuntimeError: if Triton's ``cuobjdump`` fails.
     """
+    return _usage("REG", res_usage(cubin))
+
+
+def res_usage(cubin: bytes) -> str:
+    """What Triton's ``cuobjdump`` tells of a compiled kernel's needs.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return _usage("REG", _cuobjdump(path, "-res-usage"))
+        return _tool("cuobjdump", "-res-usage", path)
 
 
 def _usage(name: str, text: str) -> int:
@@ -119,9 +180,9 @@ def tensor_core_dots(ttir: str) -> int:
     return sum(not ("xf32>" in line.split(":", 1)[1].split("*")[0] and "tf32" not in line) for line in dots)
 
 
-def _cuobjdump(path: Path, *options: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, *options, path], capture_output=True, text=True)
+def _tool(name: str, *arguments: str | Path) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([path, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"cuobjdump {' '.join(options)}: {done.stderr.strip()}")
+        raise RuntimeError(f"{name} {' '.join(map(str, arguments))}: {done.stderr.strip()}")
     return done.stdout + done.stderr

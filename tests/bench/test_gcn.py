@@ -28,7 +28,7 @@ def kernel(stack=0, spills=0, **asm):
 
 
 def test_resources():
-    found = gcn.resources(kernel(stack=8, spills=2))
+    (found,) = gcn.resources([kernel(stack=8, spills=2)])
     assert found._asdict() == {
         "registers": 145, "stack": 8, "spills": 3, "shared": 20480, "wide_loads": 16 / 26, "wide_stores": 0.0,
         "tensor_cores": {"MFMA": 1, "SMFMAC": 1}, "dots": 0,
@@ -40,4 +40,4 @@ def test_resources():
 
 def test_other_assembly_is_refused():
     with pytest.raises(RuntimeError, match="the assembly tells no vgpr_count"):
-        gcn.resources(kernel(amdgcn="s_endpgm"))
+        gcn.resources([kernel(amdgcn="s_endpgm")])

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.models import create_model
-from fastres.nn import fuse
+from fastres.nn import fuse, networks
 from fastres.nn.blocks import in_chains
-from fastres.nn.stem import fused_stem
-from fastres.reference.preact import PreActBottleneck
+from fastres.nn.structure import Stages, is_block, structure_of, tell
 
 
 @dataclass(frozen=True)
@@ -24,43 +22,33 @@ class Part:
     name: str  # of the first block
     modules: nn.Sequential  # eager, channels-last
     shape: tuple[int, int, int]  # C, H, W of its input
+    stem: bool = False  # the first layers, whose input, the images, needs no gradient
 
     def images(self, batch: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised channels-last input that needs a gradient where the part's input does."""
         x = torch.empty(batch, *self.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        return x.requires_grad_(not isinstance(self.modules[0], EagerStem))
+        return x.requires_grad_(not self.stem)
 
     def first(self, count: int = 1) -> Part:
-        """Its first block alone, or its first blocks."""
-        return Part(self.name, self.modules[:count], self.shape)
+        """Its first block alone, or its first blocks; of a stem all."""
+        return self if self.stem else Part(self.name, self.modules[:count], self.shape)
+
+    @property
+    def blocks(self) -> int:
+        """Residual blocks, or other members of a stage; a stem counts as one."""
+        return 1 if self.stem else len(self.modules)
 
 
-class EagerStem(nn.Module):
-    """The first layers of a network: convolution, BatchNorm, ReLU, perhaps a pool; or only the convolution."""
+class FusedStem(nn.Module):
+    """First layers as a fused network applies them."""
 
-    conv1: nn.Module
-    bn1: nn.Module | None
-    maxpool: nn.Module | None
-
-    def __init__(self, network: Any):
+    def __init__(self, layers: nn.Sequential):
         super().__init__()
-        self.conv1, self.bn1 = network.conv1, getattr(network, "bn1", None)
-        self.maxpool = getattr(network, "maxpool", None)
+        self.layers = layers
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to [N, C', H', W']."""
-        x = self.conv1(x)
-        if self.bn1 is not None:
-            x = F.relu(self.bn1(x), inplace=True)
-        return x if self.maxpool is None else self.maxpool(x)
-
-
-class FusedStem(EagerStem):
-    """`EagerStem`, fused."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, C', H', W']."""
-        return self.conv1(x) if self.bn1 is None else fused_stem(x, self.conv1, self.bn1, self.maxpool)
+        return networks.run_parts(networks.parts_of(list(self.layers)), x)
 
 
 class FusedChain(nn.Module):
@@ -69,9 +57,10 @@ class FusedChain(nn.Module):
     def __init__(self, blocks: Any):
         super().__init__()
         self.blocks: Any = blocks  # an nn.Sequential
-        self.preact = isinstance(blocks[0], PreActBottleneck)
+        structure = structure_of(blocks[0])[0] if is_block(type(blocks[0])) else None  # else first layers with a pool
+        self.preact = structure is not None and structure.preactivation
         if self.preact:
-            self.register_buffer("coef", torch.empty(5, blocks[0].bn1.num_features))
+            self.register_buffer("coef", torch.empty(5, structure.layers[0][1].num_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to [N, C', H', W']."""
@@ -83,22 +72,34 @@ class FusedChain(nn.Module):
 def fused(part: Part, recompute: bool = False) -> nn.Module:
     """The part's fused form, see `fastres.nn.fuse`; the eager one stays as it is."""
     modules = copy.deepcopy(part.modules)
-    if isinstance(modules[0], EagerStem):
-        modules[0].__class__ = FusedStem
-        return modules
-    return FusedChain(fuse(modules, recompute))
+    return FusedStem(modules) if part.stem else FusedChain(fuse(modules, recompute))
 
 
 def parts_of(network: str, size: int, **options: Any) -> list[Part]:
-    """Stem and stages of a network for images of ``size`` x ``size`` pixels."""
+    """Stem and stages of a network for images of ``size`` x ``size`` pixels, as its adapter tells them.
+
+    A stage is the blocks that one module of the network holds, as ``layer1`` does.
+
+    Raises:
+        ValueError: for a network that does not fuse.
+    """
     model = create_model(network, **options).to(memory_format=torch.channels_last)
-    stages = [name for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(model, name)]
-    parts = [("stem", nn.Sequential(EagerStem(model)))] + [(f"{name}.0", getattr(model, name)) for name in stages]
+    steps, reason = tell(model)
+    if reason is not None:
+        raise ValueError(f"{network} does not fuse: {reason}")
+    place = next(place for place, step in enumerate(steps) if isinstance(step, Stages))
+    names = {id(module): name for name, module in model.named_modules()}
+    stages: dict[str, list[nn.Module]] = {}
+    for block in steps[place].blocks:
+        stages.setdefault(names[id(block)].rpartition(".")[0], []).append(block)
+    stem = [step for step in steps[:place] if step is not None]
+    held = [("stem", stem), *((f"{name}.0", blocks) for name, blocks in stages.items())]
     x, found = torch.empty(1, 3, size, size, device="meta"), []
-    for name, modules in parts:
-        found.append(Part(name, modules, (x.shape[1], x.shape[2], x.shape[3])))
+    for name, layers in held:
+        modules = nn.Sequential(*layers)
+        found.append(Part(name, modules, (x.shape[1], x.shape[2], x.shape[3]), name == "stem"))
         with torch.no_grad():
-            x = copy.deepcopy(modules).to("meta")(x)
+            x = copy.deepcopy(modules).to("meta").eval()(x)  # in training a BatchNorm refuses a single pixel
     return found
 
 

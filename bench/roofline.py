@@ -129,7 +129,7 @@ def fused_step(counted: dict[str, Any], convolutions: list[tuple[int, bool]]) ->
     return step
 
 
-def steps_of(network: dict[str, Any], batch: int) -> dict[str, list[Launch]]:
+def steps_of(network: dict[str, Any]) -> dict[str, list[Launch]]:
     """Launches of a counted network's step by kind: of its stem and whole stages.
 
     Where some blocks of a stage were counted for all, n of m, their launches beyond the first block's are made
@@ -142,7 +142,7 @@ def steps_of(network: dict[str, Any], batch: int) -> dict[str, list[Launch]]:
         times = 1.0 if counted == whole["blocks"] else (whole["blocks"] - 1) / (counted - 1)
         for one, blocks, share in ((whole, counted, times), (first, 1, 1 - times)):
             if share:
-                convolutions = convolution_flops(part.first(blocks), batch)
+                convolutions = convolution_flops(part.first(blocks), network["batch"])
                 found = {kind: with_flops(one[kind], convolutions) for kind in ("eager", "compiled")}
                 found["fused"] = fused_step(one, convolutions)
                 for kind in KINDS:
@@ -181,11 +181,11 @@ def comparisons(results: Path, traffic: dict[str, Any]) -> list[dict[str, Any]]:
             same = (n for n in traffic["networks"].values() if (n["model"], n["image"]) == _model_of(case))
             if (counted := next(same, None)) is None:
                 continue
-            steps = steps_of(counted, traffic["batch"])
+            steps = steps_of(counted)
             for kind, variant in KINDS.items():
                 figures = case["variants"].get(variant, {})
                 if "seconds" in figures:
-                    predicted = predict(steps[kind], machine)["seconds"] * case["batch"] / traffic["batch"]
+                    predicted = predict(steps[kind], machine)["seconds"] * case["batch"] / counted["batch"]
                     where = {
                         "device": models["device"],
                         "network": case["model"],
@@ -204,23 +204,23 @@ def read_traffic(files: list[Path]) -> dict[str, Any]:
     """Results of `bench.traffic`, merged.
 
     Raises:
-        ValueError: for files of different batches, or none.
+        ValueError: for files of different dtypes, or none.
     """
     found = [json.loads(file.read_text()) for file in files]
-    if len({(one["batch"], one["dtype"]) for one in found}) != 1:
-        raise ValueError("give results of `python -m bench.traffic --json FILE`, all at one batch and dtype")
+    if len({one["dtype"] for one in found}) != 1:
+        raise ValueError("give results of `python -m bench.traffic --json FILE`, all of one dtype")
     networks = {name: counted for one in found for name, counted in one["networks"].items()}
-    return {"batch": found[0]["batch"], "dtype": found[0]["dtype"], "networks": networks}
+    return {"dtype": found[0]["dtype"], "networks": networks}
 
 
-def rows(predictions: dict[str, dict[str, dict[str, dict[str, float]]]]) -> list[list[str]]:
+def rows(predictions: dict[str, dict[str, dict[str, dict[str, float]]]], batches: dict[str, int]) -> list[list[str]]:
     """A row of the table for each network and GPU."""
     lines = []
     for network, gpus in predictions.items():
         for gpu, kinds in gpus.items():
             seconds = {kind: figures["seconds"] for kind, figures in kinds.items()}
             lines.append(
-                [network, gpu, *(f"{1e3 * value:.2f}" for value in seconds.values())]
+                [f"{network}, {batches[network]} images", gpu, *(f"{1e3 * value:.2f}" for value in seconds.values())]
                 + [f"{kinds[kind]['bandwidth_bound']:.0%}" for kind in KINDS]
             )
     return lines
@@ -249,13 +249,14 @@ def main(argv: list[str] | None = None) -> None:
     traffic = read_traffic(args.traffic or sorted(RESULTS.glob("traffic*.json")))
     machines = {name: assumed(name, args.bandwidth_share, args.rate_share, args.launch) for name in DATA_SHEETS}
     predictions: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    batches = {network: counted["batch"] for network, counted in traffic["networks"].items()}
     for network, counted in traffic["networks"].items():
-        steps = steps_of(counted, traffic["batch"])
+        steps = steps_of(counted)
         predictions[network] = {
             name: {kind: predict(step, machine) for kind, step in steps.items()} for name, machine in machines.items()
         }
     compared = comparisons(args.results, traffic)
-    print(f"Predictions, batch {traffic['batch']}, {traffic['dtype']}\n\n{markdown(COLUMNS, rows(predictions))}")
+    print(f"Predictions, {traffic['dtype']}\n\n{markdown(COLUMNS, rows(predictions, batches))}")
     for one in compared:
         print(
             f"{one['device']}, {one['network']}, batch {one['batch']}, {one['variant']}: "
@@ -266,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out,
         {
             "kind": "prediction",
-            "batch": traffic["batch"],
+            "batches": batches,
             "dtype": traffic["dtype"],
             "machines": {name: machine._asdict() for name, machine in machines.items()},
             "predictions": predictions,

@@ -97,7 +97,7 @@ def predict(name: str, roofline: dict[str, Any], cluster: Cluster) -> dict[str, 
     predicted, machine = roofline["predictions"][name]["H100"]["fused"], roofline["machines"]["H100"]
     gradients, statistics = volume(name)
     launches = predicted["launches"] * machine["launch"]
-    network = Network(gradients, statistics, predicted["seconds"], launches, roofline["batch"])
+    network = Network(gradients, statistics, predicted["seconds"], launches, roofline["batches"][name])
     return {
         "gradients_bytes": gradients,
         "statistics_bytes": sum(map(sum, statistics)),

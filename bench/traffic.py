@@ -23,22 +23,11 @@ import torch  # noqa: E402
 from bench import count_eager, count_inductor, count_triton  # noqa: E402
 from bench.blocks import Part, fused, parts_of, train  # noqa: E402
 from bench.count_saved import saved_bytes  # noqa: E402
+from bench.counted import NETWORKS  # noqa: E402
 from bench.record import write_results  # noqa: E402
 from fastres.nn.blocks import LONGEST  # noqa: E402
 
 Figures = dict[str, float]
-# network: (its name for `create_model`, size of the images, options)
-NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "resnet50": ("resnet50", 224, {"num_classes": 1000}),
-    "resnet18": ("resnet18", 224, {"num_classes": 1000}),
-    "notebook": ("notebook", 96, {}),
-    "preact_resnet164": ("preact_resnet164", 32, {}),
-    "preact_resnet1001": ("preact_resnet1001", 32, {}),
-    "resnet20": ("resnet20", 32, {}),
-    "resnet110": ("resnet110", 32, {}),
-    "resnet50 CIFAR": ("resnet50", 32, {"stem": "cifar"}),
-    "resnet18 CIFAR": ("resnet18", 32, {"stem": "cifar"}),
-}
 MOST = 20  # blocks of a stage that are all counted
 
 
@@ -108,15 +97,15 @@ class Stage(NamedTuple):
         return self._all(self.first.saved, self.counted.saved)
 
     def _all(self, first: Figures, counted: Figures) -> Figures:
-        if self.blocks == len(self.counted.part.modules):
+        if self.blocks == self.counted.part.blocks:
             return counted
-        further = each_further(first, counted, len(self.counted.part.modules) - 1)
+        further = each_further(first, counted, self.counted.part.blocks - 1)
         return {name: first[name] + (self.blocks - 1) * further[name] for name in first}
 
 
 def measure_stage(stage: Part, batch: int) -> Stage:
     """Count a stage, see the module's docstring."""
-    blocks = len(stage.modules)
+    blocks = stage.blocks
     counted = measure(stage.first(blocks if blocks <= MOST else 1 + LONGEST), batch)
     return Stage(counted if blocks == 1 else measure(stage.first(), batch), counted, blocks)
 
@@ -199,7 +188,7 @@ def table(columns: tuple[str, ...], lines: list[list[str]], markdown: bool) -> s
 def stage_record(stage: Stage) -> list[dict[str, Any]]:
     """The first block and all of them as JSON, of these the kernels of the first ``counted`` blocks."""
     figures = {"blocks": stage.blocks, "moved": stage.moved, "saved": stage.saved}
-    counted = len(stage.counted.part.modules)
+    counted = stage.counted.part.blocks
     return [as_record(stage.first), {**as_record(stage.counted), **figures, "counted": counted}]
 
 
@@ -207,7 +196,7 @@ def as_record(one: StepTraffic) -> dict[str, Any]:
     """The step as JSON."""
     return {
         "part": one.part.name,
-        "blocks": len(one.part.modules),
+        "blocks": one.part.blocks,
         "input": one.part.shape,
         "moved": one.moved,
         "saved": one.saved,
@@ -228,7 +217,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.split("\n\n")[0])
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=["resnet50"], help="(resnet50)")
     parser.add_argument("--part", nargs="+", metavar="NAME", help="only stages that begin so, as in layer1.0 (all)")
-    parser.add_argument("--batch", type=int, default=256, help="images (256)")
+    parser.add_argument("--batch", type=int, help="images (the network's own: 256, or as its preset has it)")
     parser.add_argument("--launches", action="store_true", help="also a table of each block's launches")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
@@ -241,21 +230,23 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     results = {}
     for network in options.network:
-        name, size, constructor = NETWORKS[network]
+        name, size, constructor, batch = NETWORKS[network]
+        batch = options.batch or batch
         found = []
         for stage in parts_of(name, size, **constructor):
             if not options.part or stage.name in options.part:
                 print(f"{network} {stage.name}", file=sys.stderr, flush=True)
-                found.append(measure_stage(stage, options.batch))
-        print(f"\n{network}, {options.batch} images of {size}x{size}\n")
+                found.append(measure_stage(stage, batch))
+        print(f"\n{network}, {batch} images of {size}x{size}\n")
         print(table(COLUMNS, rows(found), options.markdown))
         for measured in found if options.launches else ():
             print(f"\n{measured.counted.part.name} and the rest of its stage\n")
             print(table(LAUNCH_COLUMNS, launch_rows(measured.counted), options.markdown))
         stages = [stage_record(measured) for measured in found]
-        results[network] = {"model": name, "image": size, "options": constructor, "stages": stages}
+        counted = {"model": name, "image": size, "options": constructor, "batch": batch}
+        results[network] = {**counted, "stages": stages}
     if options.json:
-        write_results(options.json, {"batch": options.batch, "dtype": "bfloat16", "networks": results})
+        write_results(options.json, {"dtype": "bfloat16", "networks": results})
 
 
 if __name__ == "__main__":

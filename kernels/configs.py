@@ -20,6 +20,7 @@ from fastres.kernels.geometry import cdiv, power_of_2
 # Programs that fill a large GPU once (132 multiprocessors on an H100): with fewer, smaller tiles are taken.
 PROGRAMS = 132
 OTHER = 0  # an architecture that is not NVIDIA's
+REGISTERS, LANES = 65536, 32  # of a multiprocessor, of a warp: NVIDIA's since sm_50
 # Smallest side of a tile that tl.dot takes.
 LEAST = 16
 # Registers a thread of kernels that spill a few with 128, with Triton 3.6 and not with 3.8: the weight gradient of a
@@ -266,19 +267,37 @@ def taken() -> Iterator[list[Config | str]]:
         _listening.reset(token)
 
 
+# Programs of a multiprocessor that a weight gradient is shared among: two hide one another's waits, so that what their
+# parts move is well spent; two more are worth it where `light_parts` says so, and further ones never.
+GAINFUL, MOST = 2, 4
+# A part is at least so many steps long for each program that runs beside it, up to GAINFUL: filling the pipeline and
+# storing the accumulators costs a program about one step.
+LEAST_STEPS = 8
+
+
 def splits(programs: int, pixels: int, config: Config, light: int) -> int:
     """Parts of a sum over pixels: what fits a GPU at once, as each costs a copy of the result, none of few steps.
 
-    More than two programs a multiprocessor gain less than the first two, and their copies are to weigh little.
-
     Args:
-        light: parts that are an eighth of what is read.
+        light: parts that weigh little, see `light_parts`.
     """
-    at_once = min(4, max(1, 65536 // (config.most_registers * 32 * config.num_warps)))  # by registers
+    at_once = min(MOST, max(1, REGISTERS // (config.most_registers * LANES * config.num_warps)))  # by registers
     parts = at_once * PROGRAMS // programs
-    if at_once > 2:
-        parts = min(parts, max(2 * PROGRAMS // programs, light))
-    return max(1, min(parts, pixels // (8 * min(at_once, 2) * config.block_k)))
+    if at_once > GAINFUL:
+        parts = min(parts, max(GAINFUL * PROGRAMS // programs, light))
+    return max(1, min(parts, pixels // (LEAST_STEPS * min(at_once, GAINFUL) * config.block_k)))
+
+
+# The product waits for the memory where it is small enough to have more than GAINFUL programs at once. Parts that move
+# an eighth of what the product reads slow it by an eighth at most, less than the programs that they keep busy gain.
+PARTS_SHARE = 8
+PART_TRIPS = 2  # a part is stored, and loaded for the sum
+PART_BYTES = 4  # of an element: fp32
+
+
+def light_parts(read: int, weights: int) -> int:
+    """Parts of a weight gradient of ``weights`` elements that move 1 / PARTS_SHARE of ``read`` bytes."""
+    return read // (PARTS_SHARE * PART_TRIPS * PART_BYTES * weights)
 
 
 def precision(dtype: torch.dtype) -> str:

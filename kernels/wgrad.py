@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import LEAST, MORE_REGISTERS, at_rank, precision, splits, wgrad_configs
+from fastres.kernels.configs import LEAST, MORE_REGISTERS, at_rank, light_parts, precision, splits, wgrad_configs
 from fastres.kernels.geometry import Pad, cdiv
 from fastres.kernels.parts import total
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
@@ -178,7 +178,8 @@ def conv_wgrad(
     )
     config = at_rank(configs, rank, fitting(demand))
     programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)
-    light = pixels * (cout + cin) * dz.element_size() // (8 * 2 * 4 * cout * kh * kw * cin)
+    # What it reads of the memory: dz and x, each once.
+    light = light_parts(pixels * (cout + cin) * dz.element_size(), cout * kh * kw * cin)
     steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config, light))
     parts = cdiv(pixels, config.block_k * steps)
     dw = buffers.empty(dz, parts, cout, kh, kw, cin, dtype=torch.float32)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, roofline
+from bench.counted import NETWORKS
 from bench.launches import WAYS
 from bench.machine.chips import CHIPS, LAUNCH, Chip, variants
 from bench.machine.fused import Compiler, Timed, by_kind, is_convolution, quickest, timed, with_library
-from bench.machine.networks import BATCH, NETWORKS, step
+from bench.machine.networks import SHOWN, step
 from bench.machine.peers import ENDS, convolution_seconds, convolutions, others_seconds, streaming_seconds
 from bench.machine.tables import convolution_row, summary
 from bench.record import RESULTS, write_results
@@ -49,7 +50,7 @@ def predicted(
     return {
         "kind": "prediction of a model",
         "network": network,
-        "batch": BATCH,
+        "batch": NETWORKS[network].batch,
         "dtype": "bfloat16",
         "arch": arch,
         "chip": chip._asdict(),
@@ -79,8 +80,8 @@ def _steps(
         "Triton": sum(one.seconds for one in first) + others,
         "Triton tiles": sum(one.seconds for one in best) + others,
     }
-    peers = roofline.steps_of(counted, BATCH)
-    sizes = convolutions(*NETWORKS[network], BATCH)
+    peers = roofline.steps_of(counted)
+    sizes = convolutions(*NETWORKS[network])
     for end in ENDS:
         found[f"fused {end}"] = with_library(best, end, arch, chip, ways)[0] + others
         products = convolution_seconds(sizes, end, arch, chip)
@@ -111,8 +112,9 @@ def counted_network(network: str, results: Path = RESULTS) -> dict[str, Any]:
     """
     for path in sorted(results.glob("traffic*.json")):
         record = json.loads(path.read_text())
-        if record["batch"] == BATCH and network in record["networks"]:
-            return record["networks"][network]
+        found = record["networks"].get(network)
+        if found and found["batch"] == NETWORKS[network].batch:
+            return found
     command = f'python -m bench.traffic --network "{network}" --json {results}/traffic-{network.replace(" ", "-")}.json'
     raise FileNotFoundError(f"count its bytes first: {command}")
 
@@ -127,7 +129,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.machine", description=(machine.__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(all)")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(SHOWN), help=f"({', '.join(SHOWN)})")
     parser.add_argument("--arch", type=int, choices=CHIPS, default=90, help="(90)")
     parser.add_argument("--ranks", type=int, default=RANKS, help="configurations of the launchers that are candidates")
     parser.add_argument("--sensitivity", action="store_true", help="also under other assumptions: three times the work")

@@ -82,7 +82,7 @@ def step_cells(found: dict[str, Any]) -> list[str]:
     """A row of `STEPS`: each a range over the model's variants and both ends of the library's."""
     steps = list(found["steps"].values())
     return [
-        found["network"],
+        f"{found['network']}, {found['batch']} images",
         found["chip"]["name"],
         _milliseconds(steps, "Triton"),
         *(_milliseconds(steps, f"{kind} tuned", f"{kind} plain") for kind in ("fused", "compiled", "eager")),

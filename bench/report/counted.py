@@ -27,10 +27,10 @@ def roofline_section(path: Path) -> str | None:
     bandwidth, rate = roofline.DATA_SHEETS[name]
     shares = f"{machine['bandwidth'] / bandwidth:.0%} and {machine['rate'] / rate:.0%} of the data sheets', assumed"
     return (
-        "**Lower bounds, not measurements**: no GPU was used, and no kernel reaches its roof. Batch "
-        f"{record['batch']}, {record['dtype']}; counted bytes and operations of every launch under a roof of {assumed} "
+        "**Lower bounds, not measurements**: no GPU was used, and no kernel reaches its roof. "
+        f"{record['dtype']}; counted bytes and operations of every launch under a roof of {assumed} "
         f"({shares}), {1e6 * machine['launch']:.0f} us a launch.\n\n"
-        f"{markdown(roofline.COLUMNS, roofline.rows(record['predictions']))}"
+        f"{markdown(roofline.COLUMNS, roofline.rows(record['predictions'], record['batches']))}"
     )
 
 
@@ -44,7 +44,7 @@ def traffic_section(results: Path) -> str | None:
             for whole in wholes
         ]
         rows.append(["all", str(sum(whole["blocks"] for whole in wholes)), "", *_bytes(_total(wholes))])
-        title = f"{network}, {record['batch']} images of {counted['image']}x{counted['image']}, {record['dtype']}"
+        title = f"{network}, {counted['batch']} images of {counted['image']}x{counted['image']}, {record['dtype']}"
         where = f"**{title}**, static count, commit {record['commit']}."
         columns = ("first block", "blocks", "input CxHxW", *TRAFFIC_COLUMNS)
         text.append(f"{where}\n\n{markdown(columns, rows)}")
@@ -54,9 +54,9 @@ def traffic_section(results: Path) -> str | None:
 def network_traffic_section(results: Path) -> str | None:
     """Counted bytes of a step, a row a network."""
     rows = []
-    for network, record, counted in _networks(results):
+    for network, _, counted in _networks(results):
         total = _total([whole for _, whole in counted["stages"]])
-        rows.append([f"{network}, {record['batch']} images of {counted['image']} pixels", *_bytes(total)])
+        rows.append([f"{network}, {counted['batch']} images of {counted['image']} pixels", *_bytes(total)])
     return markdown(("network", *TRAFFIC_COLUMNS), rows) if rows else None
 
 
@@ -94,10 +94,10 @@ def bytes_an_image(results: Path) -> dict[str, dict[str, float]]:
     """Counted bytes of a step, of one image, by ``"model size"`` and variant, from `bench.traffic`'s results."""
     return {
         f"{counted['model']} {counted['image']}": {
-            variant: sum(whole["moved"][kind] for _, whole in counted["stages"]) / record["batch"]
+            variant: sum(whole["moved"][kind] for _, whole in counted["stages"]) / counted["batch"]
             for kind, variant in roofline.KINDS.items()
         }
-        for _, record, counted in _networks(results)
+        for _, _, counted in _networks(results)
     }
 
 

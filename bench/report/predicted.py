@@ -23,7 +23,7 @@ def steps_section(results: Path) -> str | None:
         return None
     rows = [tables.step_cells(record) for record in found]
     return (
-        f"{LABEL} Batch {found[0]['batch']}, {found[0]['dtype']}; ms a training step of stem and blocks, and ratios "
+        f"{LABEL} {found[0]['dtype']}; ms a training step of stem and blocks, and ratios "
         f"above 1 where the fused step is faster. {_meaning(found)}\n\n{markdown(tables.STEPS, rows)}"
     )
 

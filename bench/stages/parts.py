@@ -46,7 +46,7 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
         for part in parts[1:2] if setting.dry else parts:
             slow = name == networks[0]
             found[f"{name}, block {part.name}"] = partial(measure_part, setting, name, part.first(), batch, slow)
-            if len(part.modules) > 1 and not setting.dry:
+            if part.blocks > 1 and not setting.dry:
                 found[f"{name}, stage {part.name}"] = partial(measure_part, setting, name, part, batch, False)
     return found
 
@@ -61,7 +61,7 @@ def measure_part(setting: Setting, network: str, part: Part, batch: int, slow: b
     return {
         "network": network,
         "part": part.name,
-        "blocks": len(part.modules),
+        "blocks": part.blocks,
         "input": list(part.shape),
         "batch": batch,
         "flops": part_flops(part, batch),

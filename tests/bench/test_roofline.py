@@ -97,8 +97,8 @@ def counted_resnet20(tmp_path):
         }
         stages.append([whole, whole])
     path = tmp_path / "traffic.json"
-    networks = {"resnet20": {"model": "resnet20", "image": 32, "options": {}, "stages": stages}}
-    record = {"batch": 8, "dtype": "bfloat16", "commit": "abc", "networks": networks}
+    networks = {"resnet20": {"model": "resnet20", "image": 32, "options": {}, "batch": 8, "stages": stages}}
+    record = {"dtype": "bfloat16", "commit": "abc", "networks": networks}
     path.write_text(json.dumps(record))
     return path
 

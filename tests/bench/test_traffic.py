@@ -10,6 +10,8 @@ from bench import count_eager, count_inductor, count_triton, roofline, traffic
 from bench.blocks import Part, fused, parts_of, train
 from bench.roofline import Machine
 from bench.traffic import each_further, measure_stage
+from fastres.kernels import batch_norm
+from fastres.kernels.parts import joining, total
 from fastres.nn import blocks
 from fastres.reference.resnet import Bottleneck
 
@@ -146,8 +148,28 @@ def test_a_long_stage_is_counted_by_its_first_blocks(monkeypatch):
     whole_record = {**traffic.as_record(whole), "counted": 5}
     made = []
     for record in (traffic.stage_record(stage), [whole_record, whole_record]):
-        network = {"model": "", "image": 7, "options": {}, "stages": [record]}
-        steps = roofline.steps_of(network, 4)
+        network = {"model": "", "image": 7, "options": {}, "batch": 4, "stages": [record]}
+        steps = roofline.steps_of(network)
         made.append({kind: roofline.predict(step, Machine(1e12, 1e14, 1e-6)) for kind, step in steps.items()})
     for kind, figures in made[0].items():
         assert figures == pytest.approx(made[1][kind], rel=near[kind])
+
+
+def test_a_sum_of_parts_is_counted_in_wide_tiles_as_in_its_own(monkeypatch):
+    """Alone and in the launch of BatchNorm's coefficients."""
+
+    def step(n):
+        with joining():
+            total(torch.zeros(19, 700, 1, 1, 3))
+            batch_norm.bn_backward_coef(torch.zeros(40, 2, 12), torch.zeros(5, 12), 99, True)
+        total(torch.zeros(19, 700, 1, 1, 3))
+
+    def counts():
+        count_triton._interpreted.clear()
+        found = count_triton._launches(step, 1, everything=True)
+        return [(one.kernel, one.loaded, one.stored, one.issued, one.programs) for one in found]
+
+    wide = counts()
+    monkeypatch.setattr(count_triton, "_in_wide_tiles", lambda grid, bound, kwargs: (grid, kwargs))
+    assert wide == counts() and [kernel for kernel, *_ in wide] == ["bn_backward_coef_kernel", "sum_parts_kernel"]
+    assert all(loaded >= 19 * 2100 * 4 for _, loaded, *_ in wide)

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from fastres.kernels import configs as tables
-from fastres.kernels.configs import OTHER, PROGRAMS, Product, conv_configs, dgrad_configs, splits, wgrad_configs
+from fastres.kernels.configs import (
+    OTHER,
+    PROGRAMS,
+    Product,
+    conv_configs,
+    dgrad_configs,
+    light_parts,
+    splits,
+    wgrad_configs,
+)
 
 OTHERS = (OTHER, 75, 80, 86, 89, 100, 120)
 
@@ -70,3 +79,11 @@ def test_parts_beyond_two_a_multiprocessor_weigh_little():
     (small, *_) = wgrad_configs(64, 64, 10**6, torch.bfloat16, arch=90, made=False)
     assert small.num_warps == 4 and small.most_registers == 128
     assert [splits(9, 10**6, small, light) for light in (0, 40, 1000)] == [29, 40, 58]
+
+
+@pytest.mark.parametrize("pixels, cin, cout, taps", [(256 * 1024, 64, 64, 9), (10**6, 64, 256, 1), (100, 512, 512, 9)])
+def test_light_parts_move_an_eighth_of_what_the_product_reads(pixels, cin, cout, taps):
+    """Each is stored and loaded in fp32; one more would move more."""
+    read, weights = 2 * pixels * (cin + cout), taps * cin * cout
+    parts = light_parts(read, weights)
+    assert 2 * 4 * weights * parts <= read / 8 < 2 * 4 * weights * (parts + 1)

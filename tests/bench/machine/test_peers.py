@@ -4,16 +4,11 @@ import math
 
 import pytest
 
-from bench.machine import networks, peers
+from bench.machine import peers
 from bench.machine.chips import CHIPS, LAUNCH
 from bench.roofline import Launch
-from bench.traffic import NETWORKS
 
 H100 = CHIPS[90]
-
-
-def test_networks_are_named_as_they_are_counted():
-    assert networks.NETWORKS.items() <= NETWORKS.items()
 
 
 def test_convolutions_of_a_network():

@@ -71,7 +71,7 @@ class EagerTraffic(TorchDispatchMode):
 
 def traffic(module: nn.Module, x: Tensor, dtype: torch.dtype) -> list[CallTraffic]:
     """Traffic of a training step of a module under autocast; nothing is computed."""
-    fake, module, x = _fakes(module, x)
+    fake, module, x = fakes(module, x)
     with fake, EagerTraffic() as mode:
         train(module, x, dtype)
     return mode.calls
@@ -79,12 +79,12 @@ def traffic(module: nn.Module, x: Tensor, dtype: torch.dtype) -> list[CallTraffi
 
 def saved(module: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
     """`saved_bytes` of a module; nothing is computed."""
-    fake, module, x = _fakes(module, x)
+    fake, module, x = fakes(module, x)
     with fake:
         return saved_bytes(module, x, dtype)
 
 
-def _fakes(module: nn.Module, x: Tensor) -> tuple[FakeTensorMode, nn.Module, Tensor]:
+def fakes(module: nn.Module, x: Tensor) -> tuple[FakeTensorMode, nn.Module, Tensor]:
     """The mode under which fakes of the module and the input compute nothing but shapes, and these."""
     fake, module = FakeTensorMode(), copy.deepcopy(module)
     for part in module.modules():

@@ -38,6 +38,8 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "traffic-networks": counted.network_traffic_section(results),
         "roofline": counted.roofline_section(roofline),
         "machine": predicted.steps_section(results),
+        "machine-runs": predicted.runs_section(results),
+        "machine-runs-line": predicted.runs_sentence(results),
         "machine-kernels": predicted.kernels_section(results),
         "machine-test": predicted.sharpest_section(results),
         "growth": single.growth_section(results / "growth-cpu.json"),

@@ -41,6 +41,53 @@ def _meaning(found: list[Record]) -> str:
     )
 
 
+RUNS = ("preset", "GPU", "steps", "stem and blocks, ms a step", "optimizer, ms", "pool, last layer and loss, ms",
+        "batch, ms", "seconds of the run")  # fmt: skip
+
+
+def runs_section(results: Path) -> str | None:
+    """Seconds of whole training runs, validation left out, with what a step consists of."""
+    rows = [
+        [
+            f"`{run['preset']}`",
+            record["chip"]["name"],
+            str(run["steps"]),
+            _range(run["blocks"], 1e3, ".2f"),
+            *(f"{1e3 * run['beside'][what]:.2f}" for what in ("optimizer", "head and loss", "batch")),
+            _range(run["seconds"], 1, ".1f"),
+        ]
+        for record in _runs(results)
+        for run in record["runs"]
+    ]
+    if not rows:
+        return None
+    return (
+        f"{LABEL} bfloat16, one CUDA graph a step; without validation, compiling and reading the data. A range is over "
+        "three sets of assumptions, Triton alone and timed choices; beyond it times may be off by a quarter and more."
+        f"\n\n{markdown(RUNS, rows)}"
+    )
+
+
+def runs_sentence(results: Path) -> str | None:
+    """The same in a line."""
+    lines = []
+    for record in _runs(results):
+        each = ", ".join(f"`{run['preset']}` {_range(run['seconds'], 1, '.1f')} s" for run in record["runs"])
+        lines.append(f"On one {record['chip']['name']} a model predicts {each} of training; no GPU has run it.")
+    return " ".join(lines) or None
+
+
+def _range(ends: dict[str, float], factor: float, form: str) -> str:
+    low, high = (format(factor * ends[end], form) for end in ("low", "high"))
+    return low if low == high else f"{low} to {high}"
+
+
+def _runs(results: Path) -> Iterator[Record]:
+    for path in sorted(results.glob("runs-sm*.json")):
+        if record := read(path):
+            yield record
+
+
 def kernels_section(results: Path) -> str | None:
     """The launches of each network by kernel."""
     text = [

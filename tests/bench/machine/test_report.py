@@ -72,3 +72,16 @@ def test_a_record_without_the_other_ways_does_not_claim_them(tmp_path, ways, wor
 @pytest.mark.parametrize("values, text", [([1.0, 1.001], "1.00x"), ([1.2, 0.9], "0.90x to 1.20x")])
 def test_a_range_of_one_value_is_one(values, text):
     assert tables._range(values, "{:.2f}x") == text
+
+
+def test_runs_are_a_table_and_a_line(tmp_path):
+    assert predicted.runs_section(tmp_path) is predicted.runs_sentence(tmp_path) is None
+    beside = {"optimizer": 9e-4, "head and loss": 1e-4, "batch": 1.2e-4}
+    ends = {"blocks": {"low": 0.002, "high": 0.003}, "seconds": {"low": 3.1, "high": 4.26}}
+    run = {"preset": "speed94", "steps": 1100, **ends, "beside": beside}
+    (tmp_path / "runs-sm90.json").write_text(json.dumps({"chip": {"name": "H100"}, "runs": [run]}))
+    section = predicted.runs_section(tmp_path)
+    assert section.startswith(predicted.LABEL)
+    assert section.endswith("| `speed94` | H100 | 1100 | 2.00 to 3.00 | 0.90 | 0.10 | 0.12 | 3.1 to 4.3 |")
+    line = predicted.runs_sentence(tmp_path)
+    assert "model predicts `speed94` 3.1 to 4.3 s of training" in line and "no GPU has run it" in line

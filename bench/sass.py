@@ -30,6 +30,8 @@ SHARED_LIMIT: dict[Architecture, int] = {
 
 INSTRUCTION_BYTES = 16  # since Volta
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+([^;]*);")
+_FRAME = re.compile(r"\bR1\b")
+_FRAME_SET_UP = re.compile(r"(@!?U?P\w+ )?\S+ R1, (R1, |(RZ, RZ, )?c\[)")
 _LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E\S*")
 _STORE = re.compile(r"\bSTG\.E\S*")
 _BULK = re.compile(r"\bUTMA(?:LDG|STG)\S*")  # tensor memory accelerator: whole tiles
@@ -47,7 +49,7 @@ class Resources(NamedTuple):
     """Of one kernel compiled for one architecture."""
 
     registers: int  # a thread
-    stack: int  # bytes a thread
+    stack: int  # bytes a thread of a frame that the code uses
     spills: int  # instructions that load or store local memory
     shared: int  # bytes a block
     wide_loads: float | None  # share of the bytes loaded by instructions of at least 16 bytes a thread; None: no loads
@@ -83,7 +85,7 @@ def _resources(kernel: Any, code: str) -> Resources:
     usage = res_usage(kernel.asm["cubin"])
     return Resources(
         registers=_usage("REG", usage),
-        stack=_usage("STACK", usage),
+        stack=_usage("STACK", usage) if uses_frame(code) else 0,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         shared=kernel.metadata.shared,
         wide_loads=_wide_share(_LOAD, code),
@@ -91,6 +93,15 @@ def _resources(kernel: Any, code: str) -> Resources:
         tensor_cores={name: len(found) for name, kind in _TENSOR_CORES.items() if (found := kind.findall(code))},
         dots=tensor_core_dots(kernel.asm["ttir"]),
     )
+
+
+def uses_frame(code: str) -> bool:
+    """Whether instructions, one a line, do anything with the address of their stack frame, R1, but set it up.
+
+    The compiler leaves a frame of 8 bytes where an object of the front end that is optimised away once was: no register
+    was spilled, and nothing is stored there.
+    """
+    return any(_FRAME.search(line) and not _FRAME_SET_UP.match(line) for line in code.splitlines())
 
 
 def disassembled(cubins: Sequence[bytes], arch: int) -> list[str]:

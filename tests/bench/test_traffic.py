@@ -124,7 +124,7 @@ def test_launches_move_little_more_than_each_tensor_once(stage):
 
 def test_a_network_is_taken_apart_whole():
     parts = parts_of("resnet50", 224, num_classes=1000)
-    assert [(part.name, len(part.modules)) for part in parts] == [
+    assert [(part.name, part.blocks) for part in parts] == [
         ("stem", 1), ("layer1.0", 3), ("layer2.0", 4), ("layer3.0", 6), ("layer4.0", 3),
     ]  # fmt: skip
     assert parts[-1].shape == (1024, 14, 14)

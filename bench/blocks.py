@@ -58,8 +58,9 @@ class FusedChain(nn.Module):
         super().__init__()
         self.blocks: Any = blocks  # an nn.Sequential
         structure = structure_of(blocks[0])[0] if is_block(type(blocks[0])) else None  # else first layers with a pool
-        self.preact = structure is not None and structure.preactivation
-        if self.preact:
+        self.preact = False
+        if structure is not None and structure.preactivation:
+            self.preact = True
             self.register_buffer("coef", torch.empty(5, structure.layers[0][1].num_features))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ def runs_section(results: Path) -> str | None:
     if not rows:
         return None
     return (
-        f"{LABEL} bfloat16, one CUDA graph a step; without validation, compiling and reading the data. A range is over "
-        "three sets of assumptions, Triton alone and timed choices; beyond it times may be off by a quarter and more."
+        f"{LABEL} bfloat16, one CUDA graph a step; without validation, compiling and reading the data. A step's range "
+        "is from timed choices to Triton alone; that of a run is a quarter wider either way, as much as the model's "
+        "absolute times may be off. The optimizer's time is mostly Muon's matrix products, one small launch each."
         f"\n\n{markdown(RUNS, rows)}"
     )
 

@@ -63,9 +63,9 @@ def test_a_run_is_its_steps(tmp_path, monkeypatch):
     run = run_record("speed94", 90, tmp_path)
     beside = TINY + LAUNCH
     assert run["steps"] == 100 * preset("speed94").epochs
-    assert run["seconds"] == {
-        "low": pytest.approx(run["steps"] * (2e-3 + beside)), "high": pytest.approx(run["steps"] * (4e-3 + beside))
-    }  # fmt: skip
+    assert run["blocks"] == {"low": 2e-3, "high": 4e-3}  # of ours alone
+    low, high = (run["steps"] * (one + beside) for one in (2e-3, 4e-3))
+    assert run["seconds"] == {"low": pytest.approx(0.75 * low), "high": pytest.approx(1.25 * high)}
     path.write_text(json.dumps({"batch": 256, "steps": steps}))
     with pytest.raises(ValueError, match="256 images"):
         run_record("speed94", 90, tmp_path)

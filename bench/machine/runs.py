@@ -83,6 +83,7 @@ def parts(name: str) -> dict[str, Calls]:
     """What a step of a preset launches beside stem and blocks, by what it is for."""
     config = preset(name)
     images = torch.empty(config.batch_size, 3, SIZE, SIZE)
+    model: Any
     mode, model, _ = fakes(trained(config), images)
     with mode:
         optimizer = build_optimizer(config, model, False, torch.device("cpu"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.machine.chips import LAUNCH, Chip
 from bench.machine.fused import Timed
+from bench.machine.pipes import WARP
 from bench.machine.program import Program
 from bench.tables import markdown
 
@@ -57,6 +58,60 @@ def convolution_cells(row: dict[str, Any]) -> list[str]:
         *(f"{1e6 * row[name]:.0f}" for name in ("seconds", "bytes", "tensor")),
         f"{row['share']:.0%}",
         ", ".join(f"{name} {share:.0%}" for name, share in list(row["busy"].items())[:2]),
+    ]
+
+
+ENOUGH = {"tensor": 0.6, "bytes": 0.8}  # of what binds a convolution: the tensor cores' peak, the memory's bandwidth
+SATURATED = 0.75  # share of the time from which a pipe leaves little to another program
+
+
+def enough(row: dict[str, Any]) -> bool:
+    """Whether a convolution reaches `ENOUGH` of what binds it."""
+    return row["share"] >= ENOUGH["tensor" if row["tensor"] > row["bytes"] else "bytes"]
+
+
+def why_not(row: dict[str, Any], chip: dict[str, Any]) -> str:
+    """What keeps a convolution from `ENOUGH`, the first of these that applies; empty: it reaches it.
+
+    The gap to the next launch; programs that do not fill the GPU, or a last round of few; a pipe that is nearly full;
+    or else waits, of which more programs at once would hide more.
+    """
+    if enough(row):
+        return ""
+    gap, at_once = LAUNCH / row["seconds"], chip["sms"] * row["resident"]
+    rounds = row["programs"] / at_once
+    name, share = next(iter(row["busy"].items()))
+    if gap >= 0.2:
+        return f"the gap between launches is {gap:.0%}"
+    if rounds < 0.9:
+        return f"{row['programs']} programs, {at_once} run at once"
+    if rounds < 4 and rounds / math.ceil(rounds) < 0.8:
+        return f"{rounds:.1f} rounds of programs: the last one is not full"
+    if share >= SATURATED:
+        return f"{name} {share:.0%}"
+    further = row["registers"] * row["warps"] * WARP * (row["resident"] + 1)
+    limit = "registers" if further > chip["registers"] else "shared memory"
+    return f"waits: {row['resident']} at once, as many as {limit} admit, {name} {share:.0%}"
+
+
+SLOW = ("convolution", "channels", "with", "launches", "us each", "bytes or tensor cores alone, us", "share", "why not")
+
+
+def slow_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Rows of `SLOW`: the convolutions below `ENOUGH`, the longest together first."""
+    return [
+        [
+            row["kernel"],
+            f"{row['cin']} to {row['cout']}",
+            " ".join(row["with"]),
+            str(row["launches"]),
+            f"{1e6 * row['seconds']:.0f}",
+            f"{1e6 * max(row['bytes'], row['tensor']):.0f}",
+            f"{row['share']:.0%}",
+            why_not(row, found["chip"]),
+        ]
+        for row in found["convolutions"]
+        if not enough(row)
     ]
 
 

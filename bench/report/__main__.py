@@ -41,6 +41,8 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "machine-runs": predicted.runs_section(results),
         "machine-runs-line": predicted.runs_sentence(results),
         "machine-kernels": predicted.kernels_section(results),
+        "machine-slow": predicted.slow_section(results),
+        "machine-redesign": predicted.redesign_section(results),
         "machine-test": predicted.sharpest_section(results),
         "growth": single.growth_section(results / "growth-cpu.json"),
         "cpu": single.cpu_section(results),

@@ -99,6 +99,46 @@ def kernels_section(results: Path) -> str | None:
     return f"{LABEL}\n\n" + "\n\n".join(text) if text else None
 
 
+def slow_section(results: Path) -> str | None:
+    """Every convolution below 60% of the tensor cores' peak or 80% of the bandwidth, whichever binds it, and why."""
+    text = []
+    for record in _records(results):
+        rows, count = tables.slow_rows(record), len(record["convolutions"])
+        reached = f"{count - len(rows)} of {count} kinds of launches reach it"
+        text.append(f"**{record['network']}**, {record['chip']['name']}: {reached}\n\n{markdown(tables.SLOW, rows)}")
+    return f"{LABEL} First configurations.\n\n" + "\n\n".join(text) if text else None
+
+
+def redesign_section(results: Path) -> str | None:
+    """The launches of a step by kernel before the kernels were redesigned for sm_90, and as they are."""
+    before = read(results / "before-redesign-sm90.json")
+    if not before:
+        return None
+    text = []
+    for record in _records(results):
+        if (old := before["networks"].get(record["network"])) is None or record["arch"] != 90:
+            continue
+        kinds = [{one["kind"]: one for one in found["kinds"]} for found in (old, record)]
+        rows = [
+            [kind, *(cell for found in kinds for cell in _of_kind(found.get(kind)))] for kind in kinds[0] | kinds[1]
+        ]
+        total = [sum(one["seconds"] for one in found.values()) for found in kinds]
+        count = [sum(one["launches"] for one in found.values()) for found in kinds]
+        rows.append(["all", *(cell for pair in zip(count, total) for cell in (str(pair[0]), f"{1e3 * pair[1]:.2f}"))])
+        text.append(
+            f"**{record['network']}**, {record['chip']['name']}, Triton alone: commit {old['commit']}, and "
+            f"{record['commit']}\n\n{markdown(REDESIGN, rows)}"
+        )
+    return f"{LABEL}\n\n" + "\n\n".join(text) if text else None
+
+
+REDESIGN = ("kernel", "launches before", "ms before", "launches", "ms")
+
+
+def _of_kind(one: Record | None) -> list[str]:
+    return ["", ""] if one is None else [str(one["launches"]), f"{1e3 * one['seconds']:.2f}"]
+
+
 def sharpest_section(results: Path) -> str | None:
     """The launches by which an hour on a GPU would test the model."""
     rows = [

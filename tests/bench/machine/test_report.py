@@ -85,3 +85,59 @@ def test_runs_are_a_table_and_a_line(tmp_path):
     assert section.endswith("| `speed94` | H100 | 1100 | 2.00 to 3.00 | 0.90 | 0.10 | 0.12 | 3.1 to 4.3 |")
     line = predicted.runs_sentence(tmp_path)
     assert "model predicts `speed94` 3.1 to 4.3 s of training" in line and "no GPU has run it" in line
+
+
+BUSY = {"L2": 0.9, "issue": 0.5}
+# As much as binds it, of a convolution on 132 multiprocessors, one program on each: 1.5 ms of bytes.
+SLOW = {**ROW, "warps": 8, "shared": 100_000, "programs": 13200, "seconds": 3e-3, "bytes": 1.5e-3, "tensor": 1e-3,
+        "share": 0.5, "busy": BUSY}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"share": 0.8}, ""),
+        ({"share": 0.79}, "L2 90%"),
+        ({"share": 0.6, "tensor": 2e-3}, ""),
+        ({"share": 0.59, "tensor": 2e-3}, "L2 90%"),
+        ({"seconds": 8e-6}, "the gap between launches is 25%"),
+        ({"programs": 100}, "100 programs, 132 run at once"),
+        ({"programs": 128}, "L2 90%"),  # as many as there is room for
+        ({"programs": 145}, "1.1 rounds of programs: the last one is not full"),
+        ({"busy": {"L2": 0.7}}, "waits: 1 at once, as many as registers admit, L2 70%"),
+        ({"busy": {"L2": 0.7}, "registers": 64}, "waits: 1 at once, as many as shared memory admit, L2 70%"),
+    ],
+)
+def test_a_slow_convolution_says_why(change, words):
+    """Each reason before those behind it; 168 registers of 8 warps leave no room for a second program."""
+    row = {**SLOW, **change}
+    assert tables.why_not(row, {"sms": 132, "registers": 65536}) == words
+    assert tables.enough(row) == (words == "")
+
+
+def test_every_slow_convolution_is_shown(tmp_path):
+    chip = {"name": "H100", "sms": 132, "registers": 65536}
+    record = {**FOUND, "chip": chip, "convolutions": [SLOW, {**SLOW, "share": 0.9}]}
+    (tmp_path / "machine-resnet50-sm90.json").write_text(json.dumps(record))
+    text = predicted.slow_section(tmp_path)
+    assert text.startswith(predicted.LABEL) and "**resnet50**, H100: 1 of 2 kinds of launches reach it" in text
+    assert text.endswith("| conv 1x1 | 64 to 256 | coef mean | 3 | 3000 | 1500 | 50% | L2 90% |")
+    assert predicted.slow_section(tmp_path / "nowhere") is None
+
+
+def test_the_redesign_is_shown_by_kernel(tmp_path):
+    assert predicted.redesign_section(tmp_path) is None
+    old = [{"kind": "conv 1x1", "launches": 5, "seconds": 0.06}, {"kind": "gone", "launches": 1, "seconds": 0.001}]
+    before = {"networks": {"resnet50": {"commit": "abc", "kinds": old}}}
+    (tmp_path / "before-redesign-sm90.json").write_text(json.dumps(before))
+    (tmp_path / "machine-resnet50-sm90.json").write_text(json.dumps({**FOUND, "arch": 90, "commit": "def"}))
+    assert predicted.redesign_section(tmp_path).splitlines()[2:] == [
+        "**resnet50**, H100, Triton alone: commit abc, and def",
+        "",
+        "| kernel | launches before | ms before | launches | ms |",
+        "| :-- | --: | --: | --: | --: |",
+        "| conv 1x1 | 5 | 60.00 | 3 | 40.00 |",
+        "| gone | 1 | 1.00 |  |  |",
+        "| merging |  |  | 9 | 10.00 |",
+        "| all | 6 | 61.00 | 12 | 50.00 |",
+    ]

@@ -10,10 +10,11 @@ from fastres.kernels import buffers
 from fastres.kernels.row_tiles import elementwise, reduction
 from fastres.kernels.tiles import (
     MEAN,
+    activate,
     bn,
     bn_backward,
     frozen_bn_backward,
-    relu,
+    gelu_backward,
     relu_backward,
     store_sums,
     subsampled,
@@ -31,6 +32,7 @@ def bn_add_relu_kernel(
     H,
     W,
     RELU: tl.constexpr,
+    GELU: tl.constexpr,
     C: tl.constexpr,
     SHORTCUT_STRIDE: tl.constexpr,
     SHORTCUT_C: tl.constexpr,
@@ -39,7 +41,7 @@ def bn_add_relu_kernel(
 ):
     """``out = relu(y*scale + shift + shortcut)``, the shortcut normalised by its own coefficients where it has some.
 
-    Moves y, out and what is added once.
+    Moves y, out and what is added once. With GELU that is the activation.
 
     Args:
         y_ptr, shortcut_ptr, out_ptr: [M, C]. coef_ptr, shortcut_coef_ptr: [5, C]. The shortcut's may be None.
@@ -68,7 +70,7 @@ def bn_add_relu_kernel(
         else:
             z += shortcut.to(tl.float32)
     if RELU:
-        z = relu(z)
+        z = activate(z, GELU)
     tl.store(out_ptr + first * C + offset, z.to(out_ptr.dtype.element_ty), mask=ok)
 
 
@@ -79,6 +81,7 @@ def bn_add_relu(
     shortcut_coef: Tensor | None = None,
     relu: bool = True,
     shortcut_stride: int = 1,
+    act: str = "relu",
 ) -> Tensor:
     """``relu(y*scale + shift + shortcut)`` [N, H, W, C] in y's dtype.
 
@@ -88,6 +91,7 @@ def bn_add_relu(
         shortcut: like y; or [N, H', W', C'], of which every ``shortcut_stride``-th pixel, H x W of them, is added to
             the first C' of the channels.
         shortcut_coef: [5, C] fp32: the shortcut is normalised too.
+        act: the activation where there is one, of `fastres.kernels.types.ACTIVATIONS`.
     """
     channels = y.shape[3]
     rows = y.numel() // channels
@@ -104,6 +108,7 @@ def bn_add_relu(
         strided[1] if strided else 0,
         strided[2] if strided else 0,
         RELU=relu,
+        GELU=act == "gelu",
         C=channels,
         SHORTCUT_STRIDE=shortcut_stride if strided else None,
         SHORTCUT_C=strided[3] if strided else None,
@@ -125,6 +130,7 @@ def bn_add_relu_backward_kernel(
     shortcut_sums_ptr,
     M,
     tiles,
+    GELU: tl.constexpr,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -138,6 +144,7 @@ def bn_add_relu_backward_kernel(
         coef_ptr, sums_ptr: [5, C], [T, 2, C], a row of sums a program.
         shortcut_ptr, shortcut_coef_ptr, shortcut_sums_ptr: [M, C], [5, C], [T, 2, C], or None all three.
         tiles: tiles of BLOCK_M rows that a program goes through.
+        GELU: dz is dout times its derivative at ``y*scale + shift``; without out.
     """
     part = tl.program_id(0)
     first = part.to(tl.int64) * (tiles * BLOCK_M)
@@ -159,6 +166,8 @@ def bn_add_relu_backward_kernel(
         y = tl.load(y_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
         if out_ptr is not None:
             dz = relu_backward(dz, tl.load(out_ptr + base + offset, mask=ok, other=0.0).to(tl.float32))
+        if GELU:
+            dz = gelu_backward(dz, bn(y, coef_ptr, channel, channel_ok, C)).to(dz_ptr.dtype.element_ty).to(tl.float32)
         tl.store(dz_ptr + base + offset, dz.to(dz_ptr.dtype.element_ty), mask=ok)
         sum_dz += dz
         sum_dz_y += dz * (y - mean)
@@ -178,15 +187,17 @@ def bn_add_relu_backward(
     shortcut: Tensor | None = None,
     shortcut_coef: Tensor | None = None,
     in_place: bool = False,
+    act: str = "relu",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``dz = dout * (out > 0)`` with the sums of y's and of the shortcut's BatchNorm.
 
     Args:
         dout, y: [N, H, W, C].
-        out: the result of `bn_add_relu`; None: it had no ReLU, dz is a copy of dout.
+        out: the result of `bn_add_relu`; None: it had no activation, dz is a copy of dout.
         coef: [5, C] fp32.
         shortcut, shortcut_coef: those of `bn_add_relu`; a shortcut that is not normalised has no sums.
         in_place: whether dz takes dout's memory.
+        act: where there is an out its activation; the gradient of GELU is of ``y*scale + shift``, not of out.
 
     Returns:
         dz [N, H, W, C], the partial sums [T, 2, C] fp32 of dz and dz * xhat, and the shortcut's or None.
@@ -199,7 +210,7 @@ def bn_add_relu_backward(
     shortcut_sums = None if shortcut_coef is None else buffers.empty(coef, split.grid[0], 2, channels)
     bn_add_relu_backward_kernel[split.grid](
         dout,
-        out,
+        None if act == "gelu" else out,
         y,
         coef,
         None if shortcut_coef is None else shortcut,
@@ -209,6 +220,7 @@ def bn_add_relu_backward(
         shortcut_sums,
         rows,
         split.tiles,
+        GELU=act == "gelu" and out is not None,
         C=channels,
         **split.launch,
     )

@@ -1,4 +1,4 @@
-"""Convolution as an implicit matrix product, with BatchNorm and ReLU in its prologue and statistics in its epilogue."""
+"""Convolution as an implicit matrix product, with BatchNorm and ReLU or GELU in its prologue and statistics in its epilogue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, Product, at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv, output_hw
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
-from fastres.kernels.tiles import bn, relu, store_moments, within, zero_outside
+from fastres.kernels.tiles import activate, bn, relu, store_moments, within, zero_outside
 from fastres.kernels.types import Moments
 
 
@@ -45,6 +45,7 @@ def conv_kernel(
     DILATION: tl.constexpr,
     FLAT: tl.constexpr,
     RELU: tl.constexpr,
+    GELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -52,6 +53,7 @@ def conv_kernel(
 ):
     """``y = conv2d(relu(x*scale + shift), w) + bias + residual``, then ReLU; and each tile's count, mean and M2 of y.
 
+    With GELU that is what the prologue takes in place of ReLU.
     The product's rows are the COUT channels, its columns the result's M = N*OH*OW pixels; it sums over the taps and the
     CIN channels: tap by tap, or, where the channels would not fill a tensor core (FLAT), over both as one axis. So
     wgmma reads both operands from the shared memory, and a channel's statistics are in one warp. Of fewer than 64
@@ -141,7 +143,7 @@ def conv_kernel(
                     z += shortcut.to(tl.float32)
             if not POINTWISE:
                 z = zero_outside(z, inside)
-            a = relu(z).to(a.dtype)
+            a = activate(z, GELU).to(a.dtype)
             if out_ptr is not None:
                 tl.store(out_ptr + x_first + offset, a, mask=ok & (tl.program_id(0) % N_TILES == 0))
         # 5. The product.
@@ -180,6 +182,7 @@ def conv(
     moments: bool = True,
     rank: int = 0,
     dilation: int = 1,
+    act: str = "relu",
 ) -> tuple[Tensor, Moments | None]:
     """``y = conv2d(relu(x*scale + shift), w) (+ residual)`` [N, OH, OW, COUT] and the statistics of y.
 
@@ -190,8 +193,9 @@ def conv(
         residual: [N, OH, OW, COUT].
         rank: which of `conv_configs`, the first at 0; the last where there are fewer.
         dilation: pixels from one tap of w to the next, both ways.
+        act: what x goes through with ``coef``, one of `fastres.kernels.types.ACTIVATIONS`.
     """
-    return _launch(x, w, stride, pad, rank, dilation, coef=coef, residual=residual, moments=moments)
+    return _launch(x, w, stride, pad, rank, dilation, coef=coef, residual=residual, moments=moments, act=act)
 
 
 def conv_bias_act(
@@ -251,6 +255,7 @@ def _launch(
     residual: Tensor | None = None,
     relu: bool = False,
     moments: bool = False,
+    act: str = "relu",
 ) -> tuple[Tensor, Moments | None]:
     n, height, width, cin = x.shape
     cout, kh, kw, _ = w.shape
@@ -316,6 +321,7 @@ def _launch(
         DILATION=dilation,
         FLAT=flat,
         RELU=relu,
+        GELU=act == "gelu",
         PRECISION=precision(x.dtype),
         **config.launch,
     )

@@ -1,4 +1,4 @@
-"""Gradient at a convolution's input, BatchNorm's backward in its prologue, the ReLU and BatchNorm below in its
+"""Gradient at a convolution's input, BatchNorm's backward in its prologue, the activation and BatchNorm below in its
 epilogue.
 """
 
@@ -20,9 +20,10 @@ from fastres.kernels.tiles import (
     RSTD,
     SCALE,
     SHIFT,
+    activate,
     bn_backward,
     frozen_bn_backward,
-    relu,
+    gelu_backward,
     relu_backward,
     subsample,
     within,
@@ -63,6 +64,7 @@ def conv_dgrad_kernel(
     INVERSE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
     RESIDUAL_C: tl.constexpr,
+    GELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,6 +92,7 @@ def conv_dgrad_kernel(
         c_blocks: blocks of COUT, an argument so that the loop is not unrolled.
         TAP_STEP: from one tap that reaches a pixel to the next: the stride without its greatest common divisor with the
             dilation. INVERSE: of the dilation without that divisor, modulo TAP_STEP.
+        GELU: of the BatchNorm below, in place of ReLU; without mask_ptr.
         RESIDUAL_STRIDE, RESIDUAL_C: None both, or the residual is [N, ceil(H / RESIDUAL_STRIDE), ceil(W /
             RESIDUAL_STRIDE), RESIDUAL_C], whose first CIN channels are added to every RESIDUAL_STRIDE-th pixel.
     """
@@ -205,11 +208,11 @@ def conv_dgrad_kernel(
         row = tl.arange(0, HALF)
         second_sums = store_gradient(
             second_acc, second_pixel, row + HALF < rows, x_first, image, shift, n, n_ok, dx_ptr, x_ptr, coef_ptr,
-            mask_ptr, residual_ptr, a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE,
+            mask_ptr, residual_ptr, a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE, GELU,
         )  # fmt: skip
     sums = store_gradient(
         acc, x_pixel, row < rows, x_first, image, shift, n, n_ok, dx_ptr, x_ptr, coef_ptr, mask_ptr, residual_ptr,
-        a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE,
+        a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE, GELU,
     )  # fmt: skip
     # 8. The tile's sums.
     if coef_ptr is not None:
@@ -245,6 +248,7 @@ def store_gradient(
     RESIDUAL_STRIDE: tl.constexpr,
     RESIDUAL_C: tl.constexpr,
     POINTWISE: tl.constexpr,
+    GELU: tl.constexpr,
 ):
     """A product ``acc`` [BN, BM] with the residual, through the ReLU below, is stored to dx; see `conv_dgrad_kernel`.
 
@@ -278,8 +282,11 @@ def store_gradient(
             shift = tl.load(coef_ptr + SHIFT * CIN + n, mask=n_ok, other=0.0)
             out = x * scale[:, None] + shift[:, None]
             if a_ptr is not None:
-                tl.store(a_ptr + x_first + offset, relu(out).to(a_ptr.dtype.element_ty), mask=ok)
-        dx = relu_backward(dx, out)
+                tl.store(a_ptr + x_first + offset, activate(out, GELU).to(a_ptr.dtype.element_ty), mask=ok)
+        if GELU:
+            dx = gelu_backward(dx, out).to(dx_ptr.dtype.element_ty).to(tl.float32)
+        else:
+            dx = relu_backward(dx, out)
         if POINTWISE:  # behind the last pixel the product is of C alone, elsewhere of zeros
             dx = zero_outside(dx, row_ok[None, :])
     tl.store(dx_ptr + x_first + offset, dx.to(dx_ptr.dtype.element_ty), mask=ok)
@@ -309,8 +316,9 @@ def conv_dgrad(
     dilation: int = 1,
     dy: Tensor | None = None,
     activation: Tensor | None = None,
+    act: str = "relu",
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient at the convolution's input, or through the ReLU of ``below`` with its BatchNorm's sums.
+    """Gradient at the convolution's input, or through the activation of ``below`` with its BatchNorm's sums.
 
     Args:
         dz: [N, OH, OW, COUT], NHWC and contiguous, fp32, fp16 or bf16.
@@ -327,6 +335,7 @@ def conv_dgrad(
         dilation: pixels from one tap of w to the next, both ways.
         dy: like dz: receives ``A*dz + B*y + C``, for the weight gradient, which then need not compute it again.
         activation: [N, H, W, CIN]: receives the rectified result of ``below``, likewise.
+        act: behind ``below``, one of `fastres.kernels.types.ACTIVATIONS`; with a mask ReLU.
 
     Returns:
         dx [N, H, W, CIN], and the sums [T, 2, CIN] fp32 of dx and of dx * xhat by tiles, or None.
@@ -414,6 +423,7 @@ def conv_dgrad(
         INVERSE=pow(dilation // common, -1, stride // common),
         RESIDUAL_STRIDE=residual_stride if strided else None,
         RESIDUAL_C=residual.shape[3] if residual is not None and strided else None,
+        GELU=act == "gelu",
         PRECISION=precision(dz.dtype),
         **config.launch,
     )

@@ -1,4 +1,4 @@
-"""Pools: max-pool of ``relu(bn(y))`` for the stem, and the global average pool of the head, with their backwards."""
+"""Pools: max-pool of ``relu(bn(y))``, or GELU of that of ``bn(y)``, for the stem, and the global average pool of the head, with their backwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.row_tiles import POOL_ELEMENTS, elementwise, reduction
-from fastres.kernels.tiles import MEAN, bn, relu, relu_backward, store_sums
+from fastres.kernels.tiles import MEAN, activate, bn, gelu_backward, relu, relu_backward, store_sums
 
 _MOST_TAPS = 256  # a winning tap is a byte
 
@@ -30,11 +30,14 @@ def bn_relu_max_pool_kernel(
     STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
+    GELU: tl.constexpr,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """``out = max over taps of relu(y*scale + shift)``, rounded to out's dtype before it is compared, as eager does.
+
+    With GELU, which is not monotone, ``out = gelu(max over taps of y*scale + shift)``.
 
     index: the winning tap ``kh*KERNEL + kw``, the first among equals; a NaN wins over all. Padding never wins. Moves y
     about once (windows overlap in cache), out and index once.
@@ -62,17 +65,24 @@ def bn_relu_max_pool_kernel(
             ok = inside[:, None] & channel_ok[None, :]
             offset = ((pixel + kh * W + kw) * C)[:, None] + channel[None, :]
             y = tl.load(y_ptr + offset, mask=ok, other=0.0)
-            a = relu(bn(y, coef_ptr, channel, channel_ok, C)).to(out_ptr.dtype.element_ty).to(tl.float32)
+            a = bn(y, coef_ptr, channel, channel_ok, C)
+            if not GELU:
+                a = relu(a)
+            a = a.to(out_ptr.dtype.element_ty).to(tl.float32)
             wins = ok & ((a > best) | (a != a))
             best = tl.where(wins, a, best)
             index = tl.where(wins, kh * KERNEL + kw, index)
+    if GELU:
+        best = activate(best, GELU)
     offset = (row * C)[:, None] + channel[None, :]
     ok = row_ok[:, None] & channel_ok[None, :]
     tl.store(out_ptr + first.to(tl.int64) * C + offset, best.to(out_ptr.dtype.element_ty), mask=ok)
     tl.store(index_ptr + first.to(tl.int64) * C + offset, index.to(tl.uint8), mask=ok)
 
 
-def bn_relu_max_pool(y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad) -> tuple[Tensor, Tensor]:
+def bn_relu_max_pool(
+    y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad, act: str = "relu"
+) -> tuple[Tensor, Tensor]:
     """Max-pool of ``relu(y*scale + shift)`` [N, OH, OW, C] in y's dtype, and the winning tap of each, uint8.
 
     Args:
@@ -80,6 +90,7 @@ def bn_relu_max_pool(y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad
         coef: [5, C] fp32, see `fastres.kernels.tiles`.
         kernel: at most 16, as taps are counted in a byte.
         pad: top, left, bottom, right; padded pixels never win.
+        act: one of `fastres.kernels.types.ACTIVATIONS`; GELU, which is not monotone, comes behind the pool.
 
     Raises:
         ValueError: for a larger kernel.
@@ -105,6 +116,7 @@ def bn_relu_max_pool(y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad
         STRIDE=stride,
         TOP=pad[0],
         LEFT=pad[1],
+        GELU=act == "gelu",
         C=channels,
         **split.launch,
     )
@@ -129,12 +141,13 @@ def bn_relu_max_pool_backward_kernel(
     STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
+    GELU: tl.constexpr,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """``dz`` = sum of dout over the windows that the pixel won, where ``relu(y*scale + shift) > 0``; sums as in
-    `fastres.kernels.bn_add_relu`, of dz as it is stored.
+    `fastres.kernels.bn_add_relu`, of dz as it is stored. With GELU that sum times its derivative.
 
     Each pixel gathers from the at most ceil(KERNEL/STRIDE)^2 windows that hold it, in the order of the taps: no
     atomics. Moves y and dz once, dout and index about once (windows overlap in cache).
@@ -176,8 +189,12 @@ def bn_relu_max_pool_backward_kernel(
         offset = (row * C)[:, None] + channel[None, :]
         base = first.to(tl.int64) * C
         y = tl.load(y_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
-        a = relu(bn(y, coef_ptr, channel, channel_ok, C)).to(y_ptr.dtype.element_ty).to(tl.float32)
-        dz = relu_backward(grad, a).to(dz_ptr.dtype.element_ty)
+        z = bn(y, coef_ptr, channel, channel_ok, C)
+        if GELU:
+            dz = gelu_backward(grad, z).to(dz_ptr.dtype.element_ty)
+        else:
+            a = relu(z).to(y_ptr.dtype.element_ty).to(tl.float32)
+            dz = relu_backward(grad, a).to(dz_ptr.dtype.element_ty)
         tl.store(dz_ptr + base + offset, dz, mask=ok)
         sum_dz += dz.to(tl.float32)
         sum_dz_y += dz.to(tl.float32) * (y - mean)
@@ -185,13 +202,13 @@ def bn_relu_max_pool_backward_kernel(
 
 
 def bn_relu_max_pool_backward(
-    dout: Tensor, index: Tensor, y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad
+    dout: Tensor, index: Tensor, y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad, act: str = "relu"
 ) -> tuple[Tensor, Tensor]:
-    """Gradient at BatchNorm's output, masked by the ReLU, and BatchNorm's partial sums.
+    """Gradient at BatchNorm's output, through the activation, and BatchNorm's partial sums.
 
     Args:
         dout, index: [N, OH, OW, C], the winning taps uint8.
-        y, coef, kernel, stride, pad: as in `bn_relu_max_pool`.
+        y, coef, kernel, stride, pad, act: as in `bn_relu_max_pool`.
 
     Returns:
         dz [N, H, W, C] in y's dtype, and [T, 2, C] fp32: sums of dz and dz * xhat.
@@ -218,6 +235,7 @@ def bn_relu_max_pool_backward(
         STRIDE=stride,
         TOP=pad[0],
         LEFT=pad[1],
+        GELU=act == "gelu",
         C=channels,
         **split.launch,
     )

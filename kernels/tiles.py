@@ -56,6 +56,32 @@ def relu_backward(dout, out):
 
 
 @triton.jit
+def normal(z):
+    """The normal distribution's cumulative function and density at z, by Abramowitz & Stegun 1964, 7.1.26 (to 1e-7)."""
+    size = tl.abs(z)
+    t = 1.0 / (1.0 + 0.23164190 * size)  # 0.3275911 / sqrt(2)
+    e = tl.exp(-0.5 * z * z)
+    p = ((((0.5307027 * t - 0.7265760) * t + 0.7107069) * t - 0.1422484) * t + 0.1274148) * t
+    return tl.where(z < 0, p * e, 1.0 - p * e), 0.3989422804 * e
+
+
+@triton.jit
+def activate(z, GELU: tl.constexpr):
+    """``gelu(z)``, ``z`` times the normal distribution's cumulative function at it, or ``relu(z)``."""
+    if GELU:
+        return z * normal(z)[0]
+    else:
+        return relu(z)
+
+
+@triton.jit
+def gelu_backward(dout, z):
+    """``dout`` times the derivative of GELU at z."""
+    below, density = normal(z)
+    return dout * (below + z * density)
+
+
+@triton.jit
 def zero_outside(z, inside):
     """fp32 ``z`` where ``inside``, else 0, whatever z is there: ``tl.where`` in one instruction a value.
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+ACTIVATIONS = ("relu", "gelu")  # behind a BatchNorm; GELU with the normal distribution itself (Hendrycks & Gimpel 2016)
+
 
 class Moments(NamedTuple):
     """Per-channel statistics of a [M, C] matrix by row tiles, to be merged by `finalize` (Chan et al. 1979)."""

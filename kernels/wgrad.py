@@ -1,4 +1,4 @@
-"""Gradient of a convolution's weight, BatchNorm's backward and BatchNorm with ReLU in its prologues."""
+"""Gradient of a convolution's weight, BatchNorm's backward and BatchNorm with ReLU or GELU in its prologues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastres.kernels.configs import LEAST, MORE_REGISTERS, at_rank, light_parts,
 from fastres.kernels.geometry import Pad, cdiv
 from fastres.kernels.parts import total
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
-from fastres.kernels.tiles import SCALE, SHIFT, bn_backward, frozen_bn_backward, relu, within, zero_outside
+from fastres.kernels.tiles import SCALE, SHIFT, activate, bn_backward, frozen_bn_backward, within, zero_outside
 
 
 @triton.jit
@@ -38,6 +38,7 @@ def conv_wgrad_kernel(
     LEFT: tl.constexpr,
     DILATION: tl.constexpr,
     FLAT: tl.constexpr,
+    GELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -52,7 +53,7 @@ def conv_wgrad_kernel(
     Args:
         dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; None: dz is the convolution's gradient. y_ptr: None
             without abc_ptr, and where B and C are 0.
-        x_ptr: [N, H, W, CIN]. coef_ptr: [5, CIN] fp32 or None: x as it is.
+        x_ptr: [N, H, W, CIN]. coef_ptr: [5, CIN] fp32 or None: x as it is. GELU: in place of ReLU.
         dw_ptr: [parts, COUT, KH, KW, CIN] fp32; program (t, s) writes tile t of part s.
     """
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
@@ -106,7 +107,7 @@ def conv_wgrad_kernel(
             z = a.to(tl.float32) * scale[None, :] + shift[None, :]
             if not POINTWISE:
                 z = zero_outside(z, inside)
-            a = relu(z).to(a.dtype)
+            a = activate(z, GELU).to(a.dtype)
         # 5. The convolution's gradient. One factor is 0 for pixels that do not exist: this one if none has padding.
         dz_first = first.to(tl.int64) * COUT
         dz_offset = (row * COUT)[:, None] + o[None, :]
@@ -140,6 +141,7 @@ def conv_wgrad(
     kernel_hw: tuple[int, int],
     rank: int = 0,
     dilation: int = 1,
+    act: str = "relu",
 ) -> Tensor:
     """Gradient of the weight, fp32 [COUT, KH, KW, CIN].
 
@@ -148,6 +150,7 @@ def conv_wgrad(
         x, coef: what the convolution read: [N, H, W, CIN], and [5, CIN] fp32 where it read ``relu(x*scale + shift)``.
         rank: which of `wgrad_configs`, the first at 0; the last where there are fewer.
         dilation: pixels from one tap of the weight to the next, both ways.
+        act: what x goes through with ``coef``, one of `fastres.kernels.types.ACTIVATIONS`.
     """
     n, out_height, out_width, cout = dz.shape
     _, height, width, cin = x.shape
@@ -208,6 +211,7 @@ def conv_wgrad(
         LEFT=pad[1],
         DILATION=dilation,
         FLAT=flat,
+        GELU=act == "gelu",
         PRECISION=precision(dz.dtype),
         **config.launch,
     )

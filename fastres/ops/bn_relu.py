@@ -19,7 +19,7 @@ from fastres.ops.plan import Plan
 
 
 def bn_relu(x: Tensor, norm: Norm, coef: Tensor | None = None) -> tuple[Tensor, Statistics]:
-    """``relu(bn(x))`` of x [N, H, W, C], differentiable, with the BatchNorm's `Statistics`.
+    """``relu(bn(x))``, or the norm's other activation, of x [N, H, W, C], differentiable, with the BatchNorm's `Statistics`.
 
     Args:
         coef: [5, C] that begins with x's mean and biased variance, this rank's own; None: they are reduced from x
@@ -32,6 +32,6 @@ def bn_relu(x: Tensor, norm: Norm, coef: Tensor | None = None) -> tuple[Tensor, 
     check_norm(norm, tuple(x.shape), x.device)
     if coef is not None:
         check_coef(coef, x.shape[3], x.device)
-    plan = Plan((NormNode(norm.eps, norm.running_mean is None), End(adds=False)), group_of([norm]))
+    plan = Plan((NormNode(norm.eps, norm.running_mean is None, norm.act), End(adds=False)), group_of([norm]))
     out, coefs = fused(plan, x, norm_vectors(norm), known=coef)
     return out, Statistics(coefs[0], pixels(tuple(x.shape)))

@@ -20,7 +20,8 @@ Shape = tuple[int, ...]  # N, H, W, C
 class Norm(NamedTuple):
     """A BatchNorm over C channels; with running statistics it is frozen, without it normalises by the batch.
 
-    With ``group``, the name of a process group, the batch is that of all its ranks together.
+    With ``group``, the name of a process group, the batch is that of all its ranks together. ``act`` is the activation
+    behind it, one of `fastres.kernels.types.ACTIVATIONS`; where a shortcut is added in between, only the ReLU.
     """
 
     gamma: Tensor | None  # [C], None: 1
@@ -29,6 +30,7 @@ class Norm(NamedTuple):
     running_var: Tensor | None = None  # [C], unbiased
     eps: float = 1e-5
     group: str | None = None
+    act: str = "relu"
 
 
 class Conv(NamedTuple):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad, is_pointwise
-from fastres.kernels.types import Moments
+from fastres.kernels.types import ACTIVATIONS, Moments
 from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Normalised, Shortcut, Window
 from fastres.ops.batch_norm import Vectors, backward_coefficients, coefficients
 
@@ -50,11 +50,12 @@ class Output:
 
 
 class Value:
-    """An activation that need not exist: y, ``relu(bn(y))`` with coefficients, ``relu(bn(y) + shortcut)`` at an end.
+    """An activation that need not exist: y, ``act(bn(y))`` with coefficients, ``act(bn(y) + shortcut)`` at an end.
 
     Attributes:
         output: y.
         coef: [5, C] of bn.
+        act: the activation behind bn.
         moments: of y, where the kernel that wrote y reduced them.
         known: [5, C] that begins with y's mean and biased variance, where the caller knew them.
         ends: whether this is the end of a block, which its first reader stores.
@@ -62,7 +63,7 @@ class Value:
         stored: an end in memory.
     """
 
-    __slots__ = ("coef", "ends", "known", "moments", "opened", "output", "stored")
+    __slots__ = ("act", "coef", "ends", "known", "moments", "opened", "output", "stored")
 
     def __init__(
         self,
@@ -72,16 +73,17 @@ class Value:
         known: Tensor | None = None,
         ends: bool = False,
         opened: Opened | None = None,
+        act: str = "relu",
     ):
         self.output, self.coef, self.moments, self.known = output, coef, moments, known
-        self.ends, self.opened = ends, opened
+        self.ends, self.opened, self.act = ends, opened, act
         self.stored: Tensor | None = None
 
     @property
     def normalised(self) -> Normalised:
         """bn(y)."""
         assert self.coef is not None
-        return Normalised(self.output.tensor, self.coef)
+        return Normalised(self.output.tensor, self.coef, self.act)
 
     @property
     def has_projection(self) -> bool:
@@ -98,7 +100,7 @@ class Value:
     @property
     def read(self) -> Activation:
         """What a convolution is told that reads it."""
-        return Activation(self.output.tensor, self.coef) if self.stored is None else Activation(self.stored)
+        return Activation(self.output.tensor, self.coef, self.act) if self.stored is None else Activation(self.stored)
 
 
 class Opened(NamedTuple):
@@ -172,7 +174,7 @@ class Node:
         raise NotImplementedError
 
     def plain(self, run: Plain, y: Tensor) -> Tensor:
-        """Its result in PyTorch's own functions, [N, C, H, W] in and out, the ReLU behind a BatchNorm left out."""
+        """Its result in PyTorch's own functions, [N, C, H, W] in and out, the activation behind a BatchNorm left out."""
         raise NotImplementedError
 
 
@@ -247,8 +249,9 @@ class Conv(Node):
             if gradient.abc is not None:  # the shortcut's gradient too, which is to be there
                 gradient = Gradient(run.p.bn_backward_apply(gradient))
             run.joined.append(Tail(gradient))  # a branch waits: its gradient takes memory, and this one is there
-        # an end with a projection has two BatchNorms whose sums are needed: it has a pass of its own
-        end = value.normalised if value.ends and not value.has_projection else None
+        # an end with a projection has two BatchNorms whose sums are needed, and GELU's gradient is not of its result:
+        # they have a pass of their own
+        end = value.normalised if value.ends and not value.has_projection and value.act == "relu" else None
         need_dx = run.is_needed(value)
         dx, sums, run.dws[place] = run.p.conv_backward(
             gradient, value.read, step.convolution, joined, end, need_dx, run.need_weights[place]
@@ -289,25 +292,26 @@ class Conv(Node):
 
 @dataclass(frozen=True)
 class Norm(Node):
-    """A BatchNorm: its coefficients. Whoever reads its value applies them, and the ReLU behind it."""
+    """A BatchNorm: its coefficients. Whoever reads its value applies them, and the activation behind it."""
 
     eps: float = 1e-5
     training: bool = True  # whether the statistics are the batch's
+    act: str = "relu"  # behind it; GELU only where no shortcut is added in between
 
     code = "n"
 
     def encode(self, integers: list[int], numbers: list[float]) -> str:
         numbers.append(self.eps)
-        return "n" + "01"[self.training]
+        return "n" + "01"[self.training] + str(ACTIVATIONS.index(self.act))
 
     def forward(self, run: Forward, value: Value) -> Value:
         y, vectors = value.output.tensor, run.vectors()
         coef = coefficients(run.p, y, vectors, self.eps, value.moments, value.known, run.group)
         run.coefs.append(coef)
-        return Value(value.output, coef)
+        return Value(value.output, coef, act=self.act)
 
     def restore(self, run: Backward, value: Value) -> Value:
-        made = Value(value.output, run.coef())
+        made = Value(value.output, run.coef(), act=self.act)
         run.steps.append(Step(self, value, made, None, run.next_place(conv=False)))
         return made
 
@@ -324,6 +328,7 @@ class Norm(Node):
         return Tail(gradient)
 
     def plain(self, run: Plain, y: Tensor) -> Tensor:
+        run.act = self.act
         return run.normalise(y, run.vectors(), self.eps)
 
 
@@ -388,10 +393,10 @@ def shortcut_gradient(run: Backward, opens: Step | None, tail: Tail) -> Shortcut
 
 @dataclass(frozen=True)
 class End(Node):
-    """A residual block ends: ``relu(bn(y) + shortcut)``, stored by its first reader."""
+    """A residual block ends: ``act(bn(y) + shortcut)``, stored by its first reader; with a shortcut act is the ReLU."""
 
     adds: bool = True  # whether there is a shortcut
-    relu: bool = True
+    relu: bool = True  # whether there is an activation
 
     code = "e"
 
@@ -399,10 +404,12 @@ class End(Node):
         return "e" + "01"[self.adds] + "01"[self.relu]
 
     def forward(self, run: Forward, value: Value) -> Value:
-        return Value(value.output, value.coef, ends=True, opened=run.shortcuts.pop() if self.adds else None)
+        opened = run.shortcuts.pop() if self.adds else None
+        return Value(value.output, value.coef, ends=True, opened=opened, act=value.act)
 
     def restore(self, run: Backward, value: Value) -> Value:
-        made = Value(value.output, value.coef, ends=True, opened=run.shortcuts.pop() if self.adds else None)
+        opened = run.shortcuts.pop() if self.adds else None
+        made = Value(value.output, value.coef, ends=True, opened=opened, act=value.act)
         run.steps.append(Step(self, value, made))
         return made
 
@@ -434,7 +441,7 @@ class End(Node):
 
 @dataclass(frozen=True)
 class Pool(Node):
-    """A max-pool of ``relu(bn(y))``, which never exists."""
+    """A max-pool of ``act(bn(y))``, which never exists; GELU, which is not monotone, comes behind the max-pool."""
 
     kernel: int = 3
     stride: int = 2
@@ -465,9 +472,9 @@ class Pool(Node):
     def plain(self, run: Plain, y: Tensor) -> Tensor:
         top, left, bottom, right = self.pad
         if (top, left) == (bottom, right) == (top, top):
-            return F.max_pool2d(y, self.kernel, self.stride, top)
+            return run.activate(F.max_pool2d(y, self.kernel, self.stride, top))
         y = F.pad(y, (left, right, top, bottom), value=-float("inf"))
-        return F.max_pool2d(y, self.kernel, self.stride)
+        return run.activate(F.max_pool2d(y, self.kernel, self.stride))
 
 
 @dataclass(frozen=True)
@@ -494,7 +501,7 @@ def _joins(conv: Convolution, value: Value, shortcut: Shortcut | None) -> bool:
     dense = shortcut is None or shortcut.tensor.shape == value.output.tensor.shape
     weight = conv.weight
     pointwise = conv.stride == 1 and is_pointwise((weight.shape[1], weight.shape[2]), conv.pad)
-    return dense and pointwise and weight.shape[0] <= JOINED_CHANNELS
+    return dense and pointwise and weight.shape[0] <= JOINED_CHANNELS and value.act == "relu"
 
 
 def in_order(nodes: Sequence[Node]) -> list[Node]:

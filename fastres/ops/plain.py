@@ -20,7 +20,7 @@ from fastres.ops.backends.aten import coefficients_of
 from fastres.ops.backends.protocol import statistics_dtype
 from fastres.ops.backends.vendor import nchw, nhwc
 from fastres.ops.batch_norm import Vectors
-from fastres.ops.nodes import End, Node, Norm, Reader
+from fastres.ops.nodes import End, Node, Norm, Pool, Reader
 from fastres.ops.operation import no_autocast, without_autocast
 from fastres.ops.plan import Plan
 
@@ -72,15 +72,20 @@ class Plain(Reader):
         self.added = added
         self.shortcuts: list[Tensor] = []
         self.coefs: list[Tensor] = []
+        self.act = "relu"  # behind the last BatchNorm
         self._result, self._group = result, group
 
     def run(self, nodes: Sequence[Node], y: Tensor) -> Tensor:
         """The result of the nodes, [N, C, H, W] in and out."""
         for node, following in zip(nodes, [*nodes[1:], None]):
             y = node.plain(self, y)
-            if isinstance(node, Norm) and not isinstance(following, (End, type(None))):
-                y = F.relu(y)
+            if isinstance(node, Norm) and not isinstance(following, (End, Pool, type(None))):
+                y = self.activate(y)
         return y
+
+    def activate(self, y: Tensor) -> Tensor:
+        """The activation behind the last BatchNorm, of y."""
+        return F.gelu(y) if self.act == "gelu" else F.relu(y)
 
     def normalise(self, y: Tensor, vectors: Vectors, eps: float) -> Tensor:
         """The BatchNorm of y; its coefficients are noted."""
@@ -101,7 +106,7 @@ class Plain(Reader):
         result, self._result = self._result, None
         if result is not None:
             return torch.where(result > 0, y + (result - y).detach(), 0)
-        return F.relu(y) if relu else y
+        return self.activate(y) if relu else y
 
 
 @without_autocast

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fastres.kernels.geometry import output_hw
+from fastres.kernels.types import ACTIVATIONS
 from fastres.ops.nodes import Conv, Describe, End, Node, Norm, Open, Pool, in_order
 
 Shape = tuple[int, ...]
@@ -142,7 +143,7 @@ def _nodes(letters: Iterator[str], whole: Iterator[int], real: Iterator[float]) 
             stride, pad, dilation = next(whole), _four(whole), next(whole)
             yield Conv(stride, pad, dilation, flag(), flag(), flag())
         elif letter == Norm.code:
-            yield Norm(next(real), flag())
+            yield Norm(next(real), flag(), ACTIVATIONS[int(next(letters))])
         elif letter == Open.code:
             stride, given, _ = next(whole), flag(), next(letters)
             yield Open(stride, given, tuple(_nodes(letters, whole, real)))

@@ -91,7 +91,7 @@ def preact_chain(
         if isinstance(shortcut, Identity):
             nodes.append(Open())
         for place, layer in enumerate(layers):
-            nodes.append(Norm(layer.norm.eps, training[number]))
+            nodes.append(Norm(layer.norm.eps, training[number], layer.norm.act))
             parameters += norm_vectors(layer.norm)
             if place == 0 and isinstance(shortcut, Conv):
                 nodes.append(Open(branch=(_node(shortcut, moments=False),)))

@@ -74,7 +74,8 @@ def residual_chain(
 
     Raises:
         RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for a block
-            without layers and for another number of identities than there are further blocks.
+            without layers, for another number of identities than there are further blocks, and for another activation
+            than the ReLU behind the addition of a shortcut.
     """
     shortcut = Identity() if shortcut is x else shortcut
     if identities is None:
@@ -88,7 +89,10 @@ def residual_chain(
             nodes.append(_opening(opened, recompute))
         for place, layer in enumerate(layers):
             nodes += _layer_nodes(layer, kept=not recompute or place < len(layers) - 1)
-        nodes.append(End(opened is not None, relu or index < len(blocks) - 1))
+        rectified = relu or index < len(blocks) - 1
+        if opened is not None and rectified and layers[-1].norm.act != "relu":
+            raise ValueError(f"act is {layers[-1].norm.act!r} behind the addition of a shortcut: only 'relu' is known")
+        nodes.append(End(opened is not None, rectified))
     projection = [shortcut] if isinstance(shortcut, Layer) else []
     every_layer = [*projection, *[layer for layers in blocks for layer in layers]]  # as they run
     plan = Plan(tuple(nodes), group_of([layer.norm for layer in every_layer]), recompute)
@@ -109,7 +113,7 @@ def _opening(shortcut: Tensor | Layer | Identity, recompute: bool) -> Open:
 def _layer_nodes(layer: Layer, kept: bool) -> list[Node]:
     training = layer.norm.running_mean is None
     conv = Conv(layer.stride, layer.pad, layer.dilation, moments=training, kept=kept)
-    return [conv, Norm(layer.norm.eps, training)]
+    return [conv, Norm(layer.norm.eps, training, layer.norm.act)]
 
 
 def _check(

@@ -23,7 +23,7 @@ from fastres.ops.plan import Plan
 
 
 def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[Tensor, Statistics]:
-    """``max_pool(relu(bn(conv(x))))``, differentiable, with the BatchNorm's `Statistics`.
+    """``max_pool(relu(bn(conv(x))))``, differentiable, with the BatchNorm's `Statistics`; GELU comes behind the pool.
 
     Args:
         x: [N, H, W, C].
@@ -44,6 +44,8 @@ def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[T
         raise RuntimeError(f"Given input size: ({shape[3]}x{shape[1]}x{shape[2]}). Output size is too small")
     training = layer.norm.running_mean is None
     conv = Conv(layer.stride, layer.pad, layer.dilation, moments=training)
-    plan = Plan((conv, Norm(layer.norm.eps, training), Pool(kernel, stride, pad)), group_of([layer.norm]))
+    plan = Plan(
+        (conv, Norm(layer.norm.eps, training, layer.norm.act), Pool(kernel, stride, pad)), group_of([layer.norm])
+    )
     out, coefs = fused(plan, x, [layer.weight, *norm_vectors(layer.norm)])
     return out, Statistics(coefs[0], pixels(shape))

@@ -171,7 +171,7 @@ class TestPointers:
             lambda: passes.store_moments(y, None, None, moments._replace(mean=spoil(moments.mean))),
             lambda: passes.finalize(moments._replace(m2=spoil(moments.m2)), None, None, 1e-5),
             lambda: passes.bn_add_relu(y, spoil(coef)),
-            lambda: passes.store_bn_add_relu(y, coef, spoil(y), None, True, torch.empty_like(y)),
+            lambda: passes.store_bn_add_relu(y, coef, spoil(y), None, "relu", torch.empty_like(y)),
             lambda: passes.bn_add_relu_backward(y, y, spoil(y), coef),
             lambda: passes.bn_add_relu_backward(y, y, y, spoil(coef)),
             lambda: passes.bn_backward_apply(y, y, spoil(abc)),

@@ -24,7 +24,7 @@ from fastres.ops.backends.protocol import (
     Window,
     statistics_dtype,
 )
-from fastres.ops.backends.vendor import VendorConvolutions, add_shortcut, nchw, nhwc
+from fastres.ops.backends.vendor import VendorConvolutions, activated, add_shortcut, nchw, nhwc
 
 # ATen's channels-last loops sum in fp32, pixel after pixel. On a CPU tiles keep those sums short and so accurate, and
 # the second pass in the cache; as many pixels as fit this width count as channels of their own, which costs nothing.
@@ -78,7 +78,7 @@ class Aten(VendorConvolutions):
         if shortcut is not None:
             added = shortcut.tensor if shortcut.coef is None else _affine(shortcut.tensor, shortcut.coef)
             add_shortcut(out, added, shortcut.stride)
-        return out.relu_() if relu else out
+        return activated(out, normalised.act) if relu else out
 
     def bn_add_relu_backward(
         self,
@@ -90,6 +90,8 @@ class Aten(VendorConvolutions):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if out is None:
             dz = dout if in_place else dout.clone()
+        elif normalised.act != "relu":
+            dz = self._through(dout, normalised)
         elif in_place:
             dz = _aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
         else:
@@ -101,7 +103,7 @@ class Aten(VendorConvolutions):
 
     def bn_sums(self, dz: Tensor, normalised: Normalised) -> Tensor:
         """In one pass over each M-tile."""
-        y, coef = normalised
+        y, coef, _ = normalised
         (dz_tiles, fold), (y_tiles, _) = pixel_tiles(dz), pixel_tiles(y)
         mean, rstd = coef[MEAN].repeat(fold), coef[RSTD].repeat(fold)
         ones, sums = torch.ones_like(mean), []
@@ -126,12 +128,13 @@ class Aten(VendorConvolutions):
         y = normalised.y
         kernel, stride, (top, left, bottom, right) = window
         width = left + y.shape[2] + right
-        a = F.pad(self.bn_add_relu(normalised), (0, 0, left, right, top, bottom), value=-float("inf"))
+        gelu = normalised.act == "gelu"
+        a = F.pad(self.bn_add_relu(normalised, relu=not gelu), (0, 0, left, right, top, bottom), value=-float("inf"))
         out, flat = F.max_pool2d(nchw(a), kernel, stride, return_indices=True)
         rows = indices(y, out.shape[2])[:, None] * stride
         columns = indices(y, out.shape[3]) * stride
         tap = (flat // width - rows) * kernel + flat % width - columns
-        return nhwc(out), nhwc(tap.to(torch.uint8))
+        return nhwc(F.gelu(out) if gelu else out), nhwc(tap.to(torch.uint8))
 
     def bn_relu_max_pool_backward(
         self, dout: Tensor, index: Tensor, normalised: Normalised, window: Window
@@ -148,7 +151,7 @@ class Aten(VendorConvolutions):
             columns = slice(tap % kernel, tap % kernel + (out_width - 1) * stride + 1, stride)
             padded[:, rows, columns] += torch.where(index == tap, dout, 0)  # not a product: 0 times inf is NaN
         grad = padded[:, top : top + height, left : left + width].to(y.dtype)
-        dz = _aten.threshold_backward(grad.contiguous(), self.bn_add_relu(normalised), 0)
+        dz = self._through(grad.contiguous(), normalised)
         return dz, self.bn_sums(dz, normalised)
 
     def global_avg_pool(self, x: Tensor) -> Tensor:

@@ -37,4 +37,4 @@ class Cpp(PartedConvolutions, Passes, Aten):
 
     def bn_sums(self, dz: Tensor, normalised: Normalised) -> Tensor:
         """The sums [T, 2, C] of dz and of ``dz * xhat`` over blocks of rows."""
-        return passes.bn_sums(dz, *normalised)
+        return passes.bn_sums(dz, normalised.y, normalised.coef)

@@ -20,7 +20,8 @@ class Passes(Backend):
 
     def bn_add_relu(self, normalised: Normalised, shortcut: Shortcut | None = None, relu: bool = True) -> Tensor:
         tensor, coef, stride = shortcut or (None, None, 1)
-        return self.functions.bn_add_relu(*normalised, tensor, coef, relu, stride)
+        y, of_y, act = normalised
+        return self.functions.bn_add_relu(y, of_y, tensor, coef, relu, stride, act)
 
     def bn_add_relu_backward(
         self,
@@ -31,16 +32,19 @@ class Passes(Backend):
         in_place: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         tensor, coef, _ = shortcut or (None, None, 1)
-        return self.functions.bn_add_relu_backward(dout, out, *normalised, tensor, coef, in_place)
+        y, of_y, act = normalised
+        return self.functions.bn_add_relu_backward(dout, out, y, of_y, tensor, coef, in_place, act)
 
     def bn_backward_apply(self, gradient: Gradient, residual: Tensor | None = None) -> Tensor:
         assert gradient.abc is not None
         return self.functions.bn_backward_apply(*gradient, residual)
 
     def bn_relu_max_pool(self, normalised: Normalised, window: Window) -> tuple[Tensor, Tensor]:
-        return self.functions.bn_relu_max_pool(*normalised, *window)
+        y, coef, act = normalised
+        return self.functions.bn_relu_max_pool(y, coef, *window, act)
 
     def bn_relu_max_pool_backward(
         self, dout: Tensor, index: Tensor, normalised: Normalised, window: Window
     ) -> tuple[Tensor, Tensor]:
-        return self.functions.bn_relu_max_pool_backward(dout, index, *normalised, *window)
+        y, coef, act = normalised
+        return self.functions.bn_relu_max_pool_backward(dout, index, y, coef, *window, act)

@@ -19,10 +19,11 @@ MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
 
 
 class Activation(NamedTuple):
-    """``relu(y*scale + shift)``, which a primitive computes while it reads y; y itself without ``coef``."""
+    """``act(y*scale + shift)``, which a primitive computes while it reads y; y itself without ``coef``."""
 
     y: Tensor  # [N, H, W, C]
     coef: Tensor | None = None  # [5, C]
+    act: str = "relu"  # one of `fastres.kernels.types.ACTIVATIONS`
 
 
 class Normalised(NamedTuple):
@@ -30,6 +31,7 @@ class Normalised(NamedTuple):
 
     y: Tensor  # [N, H, W, C]
     coef: Tensor  # [5, C]
+    act: str = "relu"  # the activation behind it, where the primitive applies one
 
 
 class Gradient(NamedTuple):
@@ -113,7 +115,10 @@ class Backend(Protocol):
     # -- passes over activations --
 
     def bn_add_relu(self, normalised: Normalised, shortcut: Shortcut | None = None, relu: bool = True) -> Tensor:
-        """``relu(y*scale + shift + shortcut)``, the end of a residual block; without ``relu`` the sum."""
+        """``act(y*scale + shift + shortcut)``, the end of a residual block; without ``relu`` the sum.
+
+        Only the ReLU takes a shortcut.
+        """
 
     def bn_add_relu_backward(
         self,
@@ -125,8 +130,10 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """``dz = dout * (out > 0)`` and [T, 2, C] sums of the BatchNorm and of the shortcut's.
 
+        The gradient of another activation than the ReLU is of the BatchNorm's result, which is computed again.
+
         Args:
-            out: the block's result; None: it had no ReLU, and dz is a copy.
+            out: the block's result; None: it had no activation, and dz is a copy.
             shortcut: with its coefficients; None: no sums of it.
             in_place: whether dz takes dout's memory.
         """
@@ -135,7 +142,10 @@ class Backend(Protocol):
         """``A*dz + B*y + C (+ residual)``, rounded once."""
 
     def bn_relu_max_pool(self, normalised: Normalised, window: Window) -> tuple[Tensor, Tensor]:
-        """The max-pool of the rectified BatchNorm, and each result's winning tap, uint8, the first among equals."""
+        """The max-pool of the rectified BatchNorm, and each result's winning tap, uint8, the first among equals.
+
+        GELU, which is not monotone, comes behind the pool.
+        """
 
     def bn_relu_max_pool_backward(
         self, dout: Tensor, index: Tensor, normalised: Normalised, window: Window
@@ -177,9 +187,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of a convolution: (dx, sums, dw).
 
-        dx goes through the ReLU of an activation that has coefficients. With ``end`` the activation is the stored end
-        of a block, ``relu(end + shortcut)``, and dx goes through that ReLU. Either way the [T, 2, C] sums are of that
-        BatchNorm. dw is fp32, or fp64.
+        dx goes through the function of an activation that has coefficients. With ``end`` the activation is the stored
+        end of a block, ``relu(end + shortcut)``, and dx goes through that ReLU. Either way the [T, 2, C] sums are of
+        that BatchNorm. dw is fp32, or fp64.
 
         Args:
             joined: a gradient that is added to dx before the ReLU; dx may take its memory.

@@ -68,14 +68,15 @@ class Triton(Passes):
         self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
     ) -> tuple[Tensor, Moments | None]:
         weight, stride, pad, dilation = conv
-        y, coef = activation
-        return kernels.conv(y, weight, stride, pad, coef, residual, moments, rank=self.rank, dilation=dilation)
+        y, coef, act = activation
+        options = dict(rank=self.rank, dilation=dilation, act=act)
+        return kernels.conv(y, weight, stride, pad, coef, residual, moments, **options)
 
     def bn_add_relu_conv(
         self, normalised: Normalised, shortcut: Shortcut | None, weight: Tensor, moments: bool = True
     ) -> tuple[Tensor, Tensor, Moments | None]:
         tensor, coef, _ = shortcut or (None, None, 1)
-        return kernels.bn_add_relu_conv(*normalised, tensor, coef, weight, moments, rank=self.rank)
+        return kernels.bn_add_relu_conv(*normalised[:2], tensor, coef, weight, moments, rank=self.rank)
 
     def conv_backward(
         self,
@@ -108,11 +109,11 @@ class Triton(Passes):
             note(Way.STORED.value)
             a = buffers.empty(activation.y, *activation.y.shape)
         if need_dx:
-            y, coef = activation
-            below, mask = (Normalised(y, coef), None) if coef is not None else (end, None if end is None else y)
+            y, coef, act = activation
+            below, mask = ((y, coef), None) if coef is not None else (end and end[:2], None if end is None else y)
             tensor, _, joined_stride = joined or (None, None, 1)
             hw, options = tuple(y.shape[1:3]), dict(residual_stride=joined_stride, rank=self.rank, dilation=dilation)
-            kept = dict(dy=dy, activation=a)
+            kept = dict(dy=dy, activation=a, act=act)
             dx, sums = kernels.conv_dgrad(*gradient, weight, stride, pad, hw, below, tensor, mask, **kept, **options)
         if need_dw:
             made = gradient if dy is None else Gradient(dy, None, None)
@@ -125,8 +126,9 @@ class Triton(Passes):
 
     def conv_wgrad(self, gradient: Gradient, activation: Activation, conv: Convolution) -> Tensor:
         weight, stride, pad, dilation = conv
-        kernel = weight.shape[1], weight.shape[2]
-        return kernels.conv_wgrad(*gradient, *activation, stride, pad, kernel, rank=self.rank, dilation=dilation)
+        kernel, (y, coef, act) = (weight.shape[1], weight.shape[2]), activation
+        options = dict(rank=self.rank, dilation=dilation, act=act)
+        return kernels.conv_wgrad(*gradient, y, coef, stride, pad, kernel, **options)
 
     def conv_bias_act(
         self, x: Tensor, conv: Convolution, bias: Tensor, residual: Tensor | None = None, relu: bool = True

@@ -66,11 +66,14 @@ class VendorConvolutions(Backend):
             return None, None, dw
         if joined is not None:
             add_gradient(dx, joined)
-        below = end if activation.coef is None else Normalised(activation.y, activation.coef)
-        if below is None:
+        if activation.coef is not None:
+            read = Normalised(activation.y, activation.coef, activation.act)
+            dx = self._through(dx, read, a)
+            return dx, self.bn_sums(dx, read), dw
+        if end is None:
             return dx, None, dw
         dx = _aten.threshold_backward(dx, a, 0)
-        return dx, self.bn_sums(dx, below), dw
+        return dx, self.bn_sums(dx, end), dw
 
     def conv_dgrad(self, gradient: Gradient, conv: Convolution, hw: tuple[int, int]) -> Tensor:
         dz, weight = gradient.dz, conv.weight
@@ -85,8 +88,19 @@ class VendorConvolutions(Backend):
         return dw
 
     def _read(self, activation: Activation) -> Tensor:
-        y, coef = activation
-        return y if coef is None else self.bn_add_relu(Normalised(y, coef))
+        y, coef, act = activation
+        return y if coef is None else self.bn_add_relu(Normalised(y, coef, act))
+
+    def _through(self, dout: Tensor, normalised: Normalised, a: Tensor | None = None) -> Tensor:
+        """The gradient at a BatchNorm's result from that of its activation ``a``, which is computed again where None."""
+        if normalised.act == "gelu":
+            return _aten.gelu_backward(dout, self.bn_add_relu(normalised, relu=False))
+        return _aten.threshold_backward(dout, self.bn_add_relu(normalised) if a is None else a, 0)
+
+
+def activated(y: Tensor, act: str) -> Tensor:
+    """The activation of y, in place where that is possible."""
+    return F.gelu(y) if act == "gelu" else y.relu_()
 
 
 def convolve(x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ _SOURCES = tuple(
     Path(__file__).with_name(name)
     for name in ("passes.cpp", "weight_grad.cpp", "conv.cpp", "conv_calls.cpp", "program.cpp")
 )
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("conv.h", "slots.h", "tiles.h"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("conv.h", "gelu.h", "slots.h", "tiles.h"))
 # not -ffast-math: it lets the compiler take it that nothing is NaN or infinite, and those must go through as in PyTorch
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
 # -march=native names the CPU on x86, -mcpu=native on ARM; the plain line is for compilers that know neither

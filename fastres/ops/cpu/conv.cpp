@@ -235,6 +235,7 @@ void pack_some(const Source& s, int64_t at, int64_t step, int64_t count, int64_t
   switch (s.prologue) {
     case Prologue::kPlain: return pack_pixels<Prologue::kPlain>(s, at, step, count, channels, p, to);
     case Prologue::kNorm: return pack_pixels<Prologue::kNorm>(s, at, step, count, channels, p, to);
+    case Prologue::kGelu: return pack_pixels<Prologue::kGelu>(s, at, step, count, channels, p, to);
     case Prologue::kJoin: return pack_pixels<Prologue::kJoin>(s, at, step, count, channels, p, to);
     case Prologue::kGrad: return pack_pixels<Prologue::kGrad>(s, at, step, count, channels, p, to);
   }

@@ -21,9 +21,9 @@ struct Shape {
   bool is_pointwise() const { return kernel_h == 1 && kernel_w == 1 && top == 0 && left == 0; }
 };
 
-// What is packed, each channel: x, relu(x * scale + shift), that with another tensor added inside, or scale * x + second
-// scale * second + shift; the third is also stored in `copy`.
-enum class Prologue { kPlain, kNorm, kJoin, kGrad };
+// What is packed, each channel: x, relu(x * scale + shift), gelu of that, relu with another tensor added inside, or
+// scale * x + second scale * second + shift; the fourth is also stored in `copy`.
+enum class Prologue { kPlain, kNorm, kGelu, kJoin, kGrad };
 
 struct Source {
   Prologue prologue;
@@ -53,6 +53,7 @@ inline Floats value_of(const Source& s, int64_t at, const Factors& f, int64_t co
   const Floats x = load(s.x + at, count);
   if constexpr (kPrologue == Prologue::kPlain) return x;
   if constexpr (kPrologue == Prologue::kNorm) return relu(x * f.scale + f.shift);
+  if constexpr (kPrologue == Prologue::kGelu) return gelu(x * f.scale + f.shift);
   if constexpr (kPrologue == Prologue::kJoin) {
     Floats added{};
     if (s.second) added = load(s.second + at, count);

@@ -133,11 +133,12 @@ struct Folded : Epilogue {
   }
 };
 
-// dz = (sums + residual) where the ReLU of mask * scale + shift, or mask itself, let something through; with the sums over
-// each unit of dz and of dz * xhat of the BatchNorm whose input is y.
+// dz = (sums + residual) where the ReLU of mask * scale + shift, or mask itself, let something through, or times the slope of
+// GELU there; with the sums over each unit of dz and of dz * xhat of the BatchNorm whose input is y.
 struct Gradient : Epilogue {
   const uint16_t *residual, *mask, *y;
   const float *scale, *shift, *mean, *rstd;  // the first two of the mask; null: it is the ReLU's output
+  bool with_gelu;                            // with a scale
   uint16_t* dz;
   float* sums_of_units;  // [units, 2, c]
   int64_t c;
@@ -155,6 +156,8 @@ struct Gradient : Epilogue {
           run(std::integral_constant<int, 0>{}, reduced);
         } else if (!scale) {
           run(std::integral_constant<int, 1>{}, reduced);
+        } else if (with_gelu) {
+          run(std::integral_constant<int, 4>{}, reduced);
         } else if (y != mask) {
           run(std::integral_constant<int, 2>{}, reduced);
         } else {
@@ -181,7 +184,7 @@ struct Gradient : Epilogue {
   }
 
  private:
-  // kMask: 0 none, 1 the mask, 2 the mask with coefficients, 3 that, which is y too
+  // kMask: 0 none, 1 the mask, 2 the mask with coefficients, 3 that, which is y too, 4 GELU of that of 2
   template <bool kResidual, int kMask, bool kSums, class Vectors, class Channels>
   void take(State& state, const float* sums, const int64_t* pixels, int64_t count, int64_t channel, Vectors vectors,
             Channels channels) const {
@@ -202,7 +205,8 @@ struct Gradient : Epilogue {
         if constexpr (kResidual) value += load(added + at, lanes);
         if constexpr (kMask > 0) x = load(of_mask + at, lanes);
         if constexpr (kMask == 1) value = x <= 0 ? Floats{} : value;
-        if constexpr (kMask > 1) value = x * factor[v] + constant[v] <= 0 ? Floats{} : value;
+        if constexpr (kMask == 2 || kMask == 3) value = x * factor[v] + constant[v] <= 0 ? Floats{} : value;
+        if constexpr (kMask == 4) value *= gelu_slope(x * factor[v] + constant[v]);
         value = store(to + at, value, lanes);
         if constexpr (!kSums) continue;
         if constexpr (kMask != 3) x = load(of_y + at, lanes);
@@ -252,14 +256,14 @@ extern "C" void fastres_pack(int64_t form, const int64_t* sizes, bool transposed
   pack(Form(form), shape_of(sizes), transposed, w, packed, threads);
 }
 
-// y [N, OH, OW, K] of x [N, H, W, C], or of relu(x * scale + shift) with coef [5, C], or of that with a shortcut inside, which
-// is then stored in `out`.
-extern "C" void fastres_conv(int64_t form, const int64_t* sizes, const uint16_t* x, const float* coef, const uint16_t* shortcut,
-                             const float* shortcut_coef, uint16_t* out, const uint16_t* weights, const uint16_t* residual,
+// y [N, OH, OW, K] of x [N, H, W, C], or of relu(x * scale + shift) with coef [5, C], gelu in its place, or of relu with a
+// shortcut inside, which is then stored in `out`.
+extern "C" void fastres_conv(int64_t form, const int64_t* sizes, const uint16_t* x, const float* coef, bool gelu,
+                             const uint16_t* shortcut, const float* shortcut_coef, uint16_t* out, const uint16_t* weights, const uint16_t* residual,
                              uint16_t* y, float* mean, float* m2, int64_t threads) {
   const Shape s = shape_of(sizes);
   Source source{Prologue::kPlain, x, shortcut, nullptr, nullptr, nullptr, nullptr, out};
-  if (coef) source.prologue = shortcut || out ? Prologue::kJoin : Prologue::kNorm;
+  if (coef) source.prologue = shortcut || out ? Prologue::kJoin : gelu ? Prologue::kGelu : Prologue::kNorm;
   if (coef) source.scale = coef + 3 * s.in_channels, source.shift = coef + 4 * s.in_channels;
   if (shortcut_coef) {
     source.second_scale = shortcut_coef + 3 * s.in_channels, source.second_shift = shortcut_coef + 4 * s.in_channels;
@@ -282,23 +286,26 @@ extern "C" void fastres_folded_conv(int64_t form, const int64_t* sizes, const ui
 // The gradient at x of dy = A * dz + B * y + C with abc [3, K], or A * dz, or dz; see Gradient.
 extern "C" void fastres_data_grad(int64_t form, const int64_t* sizes, const uint16_t* dz, const uint16_t* y, const float* abc,
                                   const uint16_t* weights, const uint16_t* residual, const uint16_t* mask,
-                                  const float* mask_coef, const uint16_t* below, const float* below_coef, uint16_t* dx,
+                                  const float* mask_coef, bool gelu, const uint16_t* below, const float* below_coef, uint16_t* dx,
                                   float* sums, int64_t threads) {
   const Shape s = shape_of(sizes);
   const int64_t c = s.in_channels;
   Gradient gradient;
   gradient.residual = residual, gradient.mask = mask, gradient.y = below, gradient.dz = dx, gradient.sums_of_units = sums;
   gradient.scale = mask_coef ? mask_coef + 3 * c : nullptr, gradient.shift = mask_coef ? mask_coef + 4 * c : nullptr;
+  gradient.with_gelu = gelu;
   gradient.mean = below_coef, gradient.rstd = below_coef ? below_coef + 2 * c : nullptr, gradient.c = c;
   multiply(Form(form), s, true, gradient_source(dz, y, abc, s.out_channels), weights, gradient, threads);
 }
 
-// The weight gradient of the same, dw [K, KH, KW, C], of x or of relu(x * scale + shift) with coef [5, C].
+// The weight gradient of the same, dw [K, KH, KW, C], of x or of relu(x * scale + shift) with coef [5, C], gelu in its
+// place.
 extern "C" void fastres_weight_grad(int64_t form, const int64_t* sizes, const uint16_t* dz, const uint16_t* y, const float* abc,
-                                    const uint16_t* x, const float* coef, float* dw, int64_t threads) {
+                                    const uint16_t* x, const float* coef, bool gelu, float* dw, int64_t threads) {
   const Shape s = shape_of(sizes);
   Source source{Prologue::kPlain, x, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
-  if (coef) source.prologue = Prologue::kNorm, source.scale = coef + 3 * s.in_channels, source.shift = coef + 4 * s.in_channels;
+  if (coef) source.prologue = gelu ? Prologue::kGelu : Prologue::kNorm;
+  if (coef) source.scale = coef + 3 * s.in_channels, source.shift = coef + 4 * s.in_channels;
   weight_grad(Form(form), s, source, gradient_source(dz, y, abc, s.out_channels), dw, threads);
 }
 

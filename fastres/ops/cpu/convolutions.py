@@ -30,12 +30,12 @@ class PartedConvolutions(VendorConvolutions):
     def conv(
         self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
     ) -> tuple[Tensor, Moments | None]:
-        (x, coef), (w, stride, pad, dilation) = activation, conv
+        (x, coef, act), (w, stride, pad, dilation) = activation, conv
         if tiles.takes(x.dtype):
-            return tiles.conv(x, w, stride, pad, dilation, coef, residual, moments)
+            return tiles.conv(x, w, stride, pad, dilation, coef, residual, moments, act=act)
         output = _Output(x, conv, moments)
         for images in output.parts:
-            a = x[images] if coef is None else passes.bn_add_relu(x[images], coef)
+            a = x[images] if coef is None else passes.bn_add_relu(x[images], coef, act=act)
             output.take(images, products.forward(a, conv, output.at(images)), residual)
         return output.result()
 
@@ -56,7 +56,7 @@ class PartedConvolutions(VendorConvolutions):
     def bn_add_relu_conv(
         self, normalised: Normalised, shortcut: Shortcut | None, weight: Tensor, moments: bool = True
     ) -> tuple[Tensor, Tensor, Moments | None]:
-        y, coef = normalised
+        y, coef, _ = normalised
         added, added_coef, _ = shortcut or (None, None, 1)
         out, pad = torch.empty_like(y), (0, 0, 0, 0)
         if tiles.takes(y.dtype):
@@ -65,7 +65,7 @@ class PartedConvolutions(VendorConvolutions):
             )
         output = _Output(out, Convolution(weight), moments)
         for images in output.parts:
-            a = passes.store_bn_add_relu(y[images], coef, _at(added, images), added_coef, True, out[images])
+            a = passes.store_bn_add_relu(y[images], coef, _at(added, images), added_coef, "relu", out[images])
             output.take(images, products.forward(a, Convolution(weight), output.at(images)))
         return out, *output.result()
 
@@ -85,8 +85,9 @@ class PartedConvolutions(VendorConvolutions):
             return _parted_backward(gradient, activation, conv, joined, end, need_dx, need_dw)
         dx = sums = dw = None
         if need_dw and tiles.takes_weight_grad(conv.weight):
-            (x, coef), (dz, y, abc) = activation, gradient
-            dw = tiles.weight_grad(x, coef, dz, y, abc, tiles.sizes(x.shape, conv.weight.shape, *conv[1:]))
+            (x, coef, act), (dz, y, abc) = activation, gradient
+            problem = tiles.sizes(x.shape, conv.weight.shape, *conv[1:])
+            dw = tiles.weight_grad(x, coef, dz, y, abc, problem, act)
         elif need_dw:
             dw = _parted_backward(gradient, activation, conv, need_dx=False)[2]
         if need_dx:  # last, as it may be written over the gradient that came in
@@ -98,24 +99,24 @@ def _tiled_data_grad(
     gradient: Gradient, activation: Activation, conv: Convolution, joined: Shortcut | None, end: Normalised | None
 ) -> tuple[Tensor, Tensor | None]:
     """dx and the sums of `conv_backward` by our own tiles."""
-    (x, coef), (dz, y, abc), w = activation, gradient, conv.weight
+    (x, coef, act), (dz, y, abc), w = activation, gradient, conv.weight
     problem = tiles.sizes(x.shape, w.shape, *conv[1:])
-    below = end if coef is None else Normalised(x, coef)
+    below = (end and end[:2]) if coef is None else (x, coef)
     if joined is not None and (joined.stride > 1 or joined.tensor.shape != x.shape):
         dx, _ = tiles.data_grad(dz, y, abc, w, problem)
         passes.add_gradient(dx, joined.tensor, joined.stride)
         if below is None:
             return dx, None
         sums = passes.new_sums(dx)
-        passes.store_relu_backward(dx, None, x, coef, below, dx, sums)
+        passes.store_relu_backward(dx, None, x, coef, below, dx, sums, act)
         return dx, sums
-    mask, mask_coef = (None, None) if below is None else activation
+    mask, mask_coef = (None, None) if below is None else (x, coef)
     if joined is None:
-        return tiles.data_grad(dz, y, abc, w, problem, None, mask, mask_coef, below=below)
+        return tiles.data_grad(dz, y, abc, w, problem, None, mask, mask_coef, act=act, below=below)
     added = joined.tensor
     apart = added.untyped_storage().data_ptr() == dz.untyped_storage().data_ptr()  # dz is read until the end
     out = None if apart else added
-    dx, reduced = tiles.data_grad(dz, y, abc, w, problem, added, mask, mask_coef, below=below, out=out)
+    dx, reduced = tiles.data_grad(dz, y, abc, w, problem, added, mask, mask_coef, act=act, below=below, out=out)
     return passes.copy(dx, added) if apart else dx, reduced
 
 
@@ -129,8 +130,8 @@ def _parted_backward(
     need_dw: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`conv_backward` around PyTorch's convolution."""
-    (dz, y, abc), (x, coef) = gradient, activation
-    below, sums, dw = end if coef is None else Normalised(x, coef), [], None
+    (dz, y, abc), (x, coef, act) = gradient, activation
+    below, sums, dw = (end and end[:2]) if coef is None else (x, coef), [], None
     parts = _parts(x, dz, conv.weight)
     in_place = joined is not None and joined.tensor.shape == x.shape and joined.stride == 1
     dx = None
@@ -141,7 +142,7 @@ def _parted_backward(
         dy = dz[images] if abc is None else passes.bn_backward_apply(dz[images], _at(y, images), abc)
         to = _at(dx, images)
         out = None if in_place else to
-        dx_part, dw_part = products.backward(dy, x[images], coef, conv, out, need_dx, need_dw)
+        dx_part, dw_part = products.backward(dy, activation._replace(y=x[images]), conv, out, need_dx, need_dw)
         if dw_part is not None:
             dw = dw_part if dw is None else dw.add_(dw_part)
         if dx_part is None:
@@ -156,8 +157,8 @@ def _parted_backward(
                 added = None
         if below is not None:
             sums.append(passes.new_sums(dx_part))
-            of = below.y[images], below.coef
-            passes.store_relu_backward(dx_part, added, x[images], coef, of, to, sums[-1])
+            of = below[0][images], below[1]
+            passes.store_relu_backward(dx_part, added, x[images], coef, of, to, sums[-1], act)
         elif added is not None:
             torch.add(dx_part, added, out=to)
         elif dx_part is not to:

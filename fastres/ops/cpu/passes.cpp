@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "gelu.h"
 #include "slots.h"
 
 namespace {
@@ -44,6 +45,16 @@ inline float rounded(float value) {
 }
 
 inline float relu(float value) { return value <= 0 ? 0 : value; }
+inline float gelu_slope(float value) { return fastres::gelu_slope<float, uint32_t>(value); }
+
+enum { kNone, kRelu, kGelu };  // activations
+
+template <int kAct>
+inline float activated(float value) {
+  if constexpr (kAct == kRelu) return relu(value);
+  if constexpr (kAct == kGelu) return fastres::gelu<float, uint32_t>(value);
+  return value;
+}
 
 struct Rows {
   int64_t first, last;
@@ -100,8 +111,8 @@ void moments(const T* x, const T* residual, T* out, int64_t m, int64_t c, int64_
   }
 }
 
-// relu(y * scale + shift + shortcut), the shortcut normalised where it has coefficients: kShortcut 0 none, 1 plain, 2 so.
-template <typename T, int kShortcut, bool kRelu>
+// act(y * scale + shift + shortcut), the shortcut normalised where it has coefficients: kShortcut 0 none, 1 plain, 2 so.
+template <typename T, int kShortcut, int kAct>
 void normalise(const T* y, const float* scale, const float* shift, const T* shortcut, const float* shortcut_scale,
                const float* shortcut_shift, T* out, int64_t m, int64_t c, int64_t rows, int64_t threads) {
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
@@ -116,14 +127,15 @@ void normalise(const T* y, const float* scale, const float* shift, const T* shor
         float value = load(in[i]) * scale[i] + shift[i];
         if constexpr (kShortcut == 1) value += load(added[i]);
         if constexpr (kShortcut == 2) value += load(added[i]) * shortcut_scale[i] + shortcut_shift[i];
-        store(to + i, kRelu ? relu(value) : value);
+        store(to + i, activated<kAct>(value));
       }
     }
   }
 }
 
 // dz = (dout + residual) where the ReLU let something through, with the sums over each block of dz and of dz * xhat, for
-// one BatchNorm or for two. The ReLU's output is ref (kMask 1), or of ref * scale + shift (kMask 2), or there is no ReLU.
+// one BatchNorm or for two. The ReLU's output is ref (kMask 1), or of ref * scale + shift (kMask 2), or there is no ReLU;
+// or it is GELU of that (kMask 3).
 template <typename T, bool kResidual, int kMask, bool kStore, int kNorms>
 void backward_sums(const T* dout, const T* residual, const T* ref, const float* scale, const float* shift,
                    const T* const* y, const float* const* coef, T* dz, float* const* sums, int64_t m, int64_t c,
@@ -154,6 +166,7 @@ void backward_sums(const T* dout, const T* residual, const T* ref, const float* 
         if constexpr (kResidual) grad = rounded<T>(grad + load(added[i]));
         if constexpr (kMask == 1) grad = load(mask[i]) <= 0 ? 0 : grad;
         if constexpr (kMask == 2) grad = load(mask[i]) * scale[i] + shift[i] <= 0 ? 0 : grad;
+        if constexpr (kMask == 3) grad = rounded<T>(grad * gelu_slope(load(mask[i]) * scale[i] + shift[i]));
         if constexpr (kStore) store(to + i, grad);
         plain[i] += grad;
         scaled[i] += grad * (load(first_y[i]) - mean[i]);
@@ -200,8 +213,9 @@ struct Window {
   int64_t n, height, width, c, out_height, out_width, kernel, stride, top, left;
 };
 
-// Max over the window of relu(y * scale + shift); index: the winning tap, the first among equals.
-template <typename T>
+// Max over the window of relu(y * scale + shift), or gelu of that of y * scale + shift; index: the winning tap, the first
+// among equals.
+template <typename T, int kAct>
 void max_pool(const T* y, const float* scale, const float* shift, const Window& s, T* out, uint8_t* index, int64_t threads) {
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
   for (int64_t line = 0; line < s.n * s.out_height; ++line) {
@@ -220,14 +234,14 @@ void max_pool(const T* y, const float* scale, const float* shift, const Window& 
         float* top = best.data();
 #pragma omp simd
         for (int64_t i = 0; i < s.c; ++i) {
-          const float value = rounded<T>(relu(load(in[i]) * scale[i] + shift[i]));
+          const float value = rounded<T>(activated<kAct == kGelu ? kNone : kAct>(load(in[i]) * scale[i] + shift[i]));
           const bool wins = value > top[i] || value != value;
           top[i] = wins ? value : top[i];
           winner[i] = wins ? uint8_t(tap) : winner[i];
         }
       }
 #pragma omp simd
-      for (int64_t i = 0; i < s.c; ++i) store(out + pixel + i, best[i]);
+      for (int64_t i = 0; i < s.c; ++i) store(out + pixel + i, kAct == kGelu ? activated<kAct>(best[i]) : best[i]);
     }
   }
 }
@@ -279,8 +293,8 @@ void max_pool_backward(const T* dout, const uint8_t* index, const Window& s, T* 
   }
 }
 
-// [pixels of the output, kernel * kernel * C]: what each window reads of x, or of relu(x * scale + shift); 0 outside.
-template <typename T, bool kNorm>
+// [pixels of the output, kernel * kernel * C]: what each window reads of x, or of act(x * scale + shift); 0 outside.
+template <typename T, int kAct>
 void patches(const T* x, const float* scale, const float* shift, const Window& s, T* out, int64_t threads) {
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
   for (int64_t line = 0; line < s.n * s.out_height; ++line) {
@@ -295,9 +309,9 @@ void patches(const T* x, const float* scale, const float* shift, const Window& s
           continue;
         }
         const T* in = x + ((image * s.height + row) * s.width + column) * s.c;
-        if constexpr (kNorm) {
+        if constexpr (kAct != kNone) {
 #pragma omp simd
-          for (int64_t i = 0; i < s.c; ++i) store(to + i, relu(load(in[i]) * scale[i] + shift[i]));
+          for (int64_t i = 0; i < s.c; ++i) store(to + i, activated<kAct>(load(in[i]) * scale[i] + shift[i]));
         } else {
           std::memcpy(to, in, s.c * sizeof(T));
         }
@@ -355,6 +369,17 @@ void with(bool flag, Function function) {
   flag ? function(std::true_type{}) : function(std::false_type{});
 }
 
+template <typename Function>
+void with_act(int64_t act, Function function) {
+  if (act == kNone) {
+    function(std::integral_constant<int, kNone>{});
+  } else if (act == kRelu) {
+    function(std::integral_constant<int, kRelu>{});
+  } else {
+    function(std::integral_constant<int, kGelu>{});
+  }
+}
+
 template <typename T>
 void moments_of(const T* x, const T* residual, T* out, int64_t m, int64_t c, int64_t rows, float* mean, float* m2,
                 int64_t threads) {
@@ -366,14 +391,14 @@ void moments_of(const T* x, const T* residual, T* out, int64_t m, int64_t c, int
 }
 
 template <typename T>
-void normalise_of(const T* y, const float* coef, const T* shortcut, const float* shortcut_coef, bool relu, T* out,
+void normalise_of(const T* y, const float* coef, const T* shortcut, const float* shortcut_coef, int64_t act, T* out,
                   int64_t m, int64_t c, int64_t rows, int64_t threads) {
   const float *scale = coef + 3 * c, *shift = coef + 4 * c;
   const float* shortcut_scale = shortcut_coef ? shortcut_coef + 3 * c : nullptr;
   const float* shortcut_shift = shortcut_coef ? shortcut_coef + 4 * c : nullptr;
-  with(relu, [&](auto with_relu) {
+  with_act(act, [&](auto activation) {
     const auto run = [&](auto kind) {
-      normalise<T, kind, with_relu>(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, out, m, c, rows, threads);
+      normalise<T, kind, activation>(y, scale, shift, shortcut, shortcut_scale, shortcut_shift, out, m, c, rows, threads);
     };
     if (!shortcut) {
       run(std::integral_constant<int, 0>{});
@@ -386,7 +411,7 @@ void normalise_of(const T* y, const float* coef, const T* shortcut, const float*
 }
 
 template <typename T>
-void backward_sums_of(const T* dout, const T* residual, const T* ref, const float* ref_coef, const T* y,
+void backward_sums_of(const T* dout, const T* residual, const T* ref, const float* ref_coef, bool gelu, const T* y,
                       const float* coef, const T* second_y, const float* second_coef, T* dz, float* sums,
                       float* second_sums, int64_t m, int64_t c, int64_t rows, int64_t threads) {
   const T* const ys[] = {y, second_y};
@@ -405,8 +430,10 @@ void backward_sums_of(const T* dout, const T* residual, const T* ref, const floa
           run(std::integral_constant<int, 0>{}, norms);
         } else if (!ref_coef) {
           run(std::integral_constant<int, 1>{}, norms);
-        } else {
+        } else if (!gelu) {
           run(std::integral_constant<int, 2>{}, norms);
+        } else {
+          run(std::integral_constant<int, 3>{}, norms);
         }
       };
       if (second_y) {
@@ -523,16 +550,16 @@ extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::m
     moments_of(x, residual, out, m, c, rows, mean, m2, threads);                                                       \
   }                                                                                                                    \
   extern "C" void fastres_normalise_##NAME(const T* y, const float* coef, const T* shortcut,                           \
-                                           const float* shortcut_coef, bool relu, T* out, int64_t m, int64_t c,        \
+                                           const float* shortcut_coef, int64_t act, T* out, int64_t m, int64_t c,      \
                                            int64_t rows, int64_t threads) {                                            \
-    normalise_of(y, coef, shortcut, shortcut_coef, relu, out, m, c, rows, threads);                                    \
+    normalise_of(y, coef, shortcut, shortcut_coef, act, out, m, c, rows, threads);                                     \
   }                                                                                                                    \
   extern "C" void fastres_backward_sums_##NAME(const T* dout, const T* residual, const T* ref, const float* ref_coef,  \
-                                               const T* y, const float* coef, const T* second_y,                       \
+                                               bool gelu, const T* y, const float* coef, const T* second_y,            \
                                                const float* second_coef, T* dz, float* sums, float* second_sums,       \
                                                int64_t m, int64_t c, int64_t rows, int64_t threads) {                  \
-    backward_sums_of(dout, residual, ref, ref_coef, y, coef, second_y, second_coef, dz, sums, second_sums, m, c, rows, \
-                     threads);                                                                                         \
+    backward_sums_of(dout, residual, ref, ref_coef, gelu, y, coef, second_y, second_coef, dz, sums, second_sums, m, c, \
+                     rows, threads);                                                                                   \
   }                                                                                                                    \
   extern "C" void fastres_backward_apply_##NAME(const T* dz, const T* y, const float* abc, const T* residual, T* out,  \
                                                 int64_t m, int64_t c, int64_t rows, int64_t threads) {                 \
@@ -542,11 +569,13 @@ extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::m
       });                                                                                                              \
     });                                                                                                                \
   }                                                                                                                    \
-  extern "C" void fastres_max_pool_##NAME(const T* y, const float* coef, const int64_t* window, T* out,                \
+  extern "C" void fastres_max_pool_##NAME(const T* y, const float* coef, int64_t act, const int64_t* window, T* out,   \
                                           uint8_t* index, int64_t threads) {                                           \
     Window s;                                                                                                          \
     std::memcpy(&s, window, sizeof s);                                                                                 \
-    max_pool(y, coef + 3 * s.c, coef + 4 * s.c, s, out, index, threads);                                               \
+    with_act(act, [&](auto activation) {                                                                               \
+      max_pool<T, activation>(y, coef + 3 * s.c, coef + 4 * s.c, s, out, index, threads);                              \
+    });                                                                                                                \
   }                                                                                                                    \
   extern "C" void fastres_max_pool_backward_##NAME(const T* dout, const uint8_t* index, const int64_t* window,         \
                                                    T* grad, int64_t threads) {                                         \
@@ -568,12 +597,13 @@ extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::m
     std::memcpy(&s, sizes, sizeof s);                                                                                  \
     add_apart(gradient, s, dx, threads);                                                                               \
   }                                                                                                                    \
-  extern "C" void fastres_patches_##NAME(const T* x, const float* coef, const int64_t* window, T* out,                 \
+  extern "C" void fastres_patches_##NAME(const T* x, const float* coef, int64_t act, const int64_t* window, T* out,    \
                                          int64_t threads) {                                                            \
     Window s;                                                                                                          \
     std::memcpy(&s, window, sizeof s);                                                                                 \
-    with(coef != nullptr, [&](auto norm) {                                                                             \
-      patches<T, norm>(x, norm ? coef + 3 * s.c : nullptr, norm ? coef + 4 * s.c : nullptr, s, out, threads);          \
+    with_act(coef ? act : kNone, [&](auto activation) {                                                                \
+      const int64_t c = coef ? s.c : 0;                                                                                \
+      patches<T, activation>(x, coef + 3 * c, coef + 4 * c, s, out, threads);                                          \
     });                                                                                                                \
   }
 

@@ -15,6 +15,7 @@ from fastres.kernels.types import Moments
 from fastres.ops.cpu.native import call, integers, pointer
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}  # as in passes.cpp
 # Rows that a block reads twice fit a core's second-level cache, and are few enough that fp32 sums stay accurate.
 _BLOCK_BYTES, _BLOCK_ROWS = 128 * 1024, 256
 
@@ -97,25 +98,27 @@ def bn_add_relu(
     shortcut_coef: Tensor | None = None,
     relu: bool = True,
     shortcut_stride: int = 1,
+    act: str = "relu",
 ) -> Tensor:
-    """``relu(y*scale + shift + shortcut)``, see `fastres.ops.backends.protocol.Backend.bn_add_relu`."""
+    """``act(y*scale + shift + shortcut)``, see `fastres.ops.backends.protocol.Backend.bn_add_relu`."""
     if shortcut is not None and (shortcut_stride > 1 or shortcut.shape[3] != y.shape[3]):
         out, of_out, of_shortcut = torch.empty_like(y), _pointers(y), _pointers(shortcut)
         sizes = _apart(shortcut, y, shortcut_stride)
         coef_at = _floats(coef, 5 * y.shape[3])
         _pass("normalise_apart", y, of_out(y), coef_at, of_shortcut(shortcut), sizes, relu, of_out(out))
         return out
-    return store_bn_add_relu(y, coef, shortcut, shortcut_coef, relu, torch.empty_like(y))
+    return store_bn_add_relu(y, coef, shortcut, shortcut_coef, act if relu else None, torch.empty_like(y))
 
 
 def store_bn_add_relu(
-    y: Tensor, coef: Tensor, shortcut: Tensor | None, shortcut_coef: Tensor | None, relu: bool, out: Tensor
+    y: Tensor, coef: Tensor, shortcut: Tensor | None, shortcut_coef: Tensor | None, act: str | None, out: Tensor
 ) -> Tensor:
-    """`bn_add_relu` into ``out``."""
+    """`bn_add_relu` into ``out``; act None: no activation."""
     pixels, channels, rows = _sizes(y)
     like = _pointers(y)
     coefs = _floats(coef, 5 * channels), _floats(shortcut_coef, 5 * channels)
-    _pass("normalise", y, like(y), coefs[0], like(shortcut), coefs[1], relu, like(out), pixels, channels, rows)
+    kind = ACTIVATIONS[act]
+    _pass("normalise", y, like(y), coefs[0], like(shortcut), coefs[1], kind, like(out), pixels, channels, rows)
     return out
 
 
@@ -127,12 +130,15 @@ def bn_add_relu_backward(
     shortcut: Tensor | None = None,
     shortcut_coef: Tensor | None = None,
     in_place: bool = False,
+    act: str = "relu",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``dz = dout * (out > 0)`` with sums, see `fastres.ops.backends.protocol.Backend.bn_add_relu_backward`."""
     dz, sums = dout if in_place else torch.empty_like(dout), new_sums(dout)
     shortcut_sums = None if shortcut_coef is None else torch.empty_like(sums)
     second = (None, None) if shortcut_coef is None else (shortcut, shortcut_coef)
-    _backward_sums(dout, None, out, None, (y, coef), second, dz, sums=sums, second_sums=shortcut_sums)
+    gelu = out is not None and act == "gelu"  # its gradient is of what it was of
+    of, of_coef = (y, coef) if gelu else (out, None)
+    _backward_sums(dout, None, of, of_coef, (y, coef), second, dz, sums=sums, second_sums=shortcut_sums, gelu=gelu)
     return dz, sums, shortcut_sums
 
 
@@ -157,11 +163,13 @@ def store_relu_backward(
     below: tuple[Tensor, Tensor],
     dz: Tensor,
     sums: Tensor,
+    act: str = "relu",
 ) -> None:
     """``dz = (dx + residual) * (relu > 0)`` and its BatchNorm's sums; the ReLU of ``a * scale + shift``, or ``a``
-    itself.
+    itself; or through GELU of the former.
     """
-    _backward_sums(dx, residual, a, a_coef, below, (None, None), dz, sums=sums, second_sums=None)
+    gelu = act == "gelu"
+    _backward_sums(dx, residual, a, a_coef, below, (None, None), dz, sums=sums, second_sums=None, gelu=gelu)
 
 
 def bn_backward_coef(sums: Tensor, coef: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,33 +213,38 @@ def add_gradient(dx: Tensor, gradient: Tensor, stride: int) -> None:
     _pass("add_apart", dx, _pointers(gradient)(gradient), sizes, pointer(dx, gradient.dtype, dx.numel()))
 
 
-def bn_relu_max_pool(y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad) -> tuple[Tensor, Tensor]:
-    """Max-pool of ``relu(y*scale + shift)``; index uint8: the winning tap, row by row, the first among equals."""
+def bn_relu_max_pool(
+    y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad, act: str = "relu"
+) -> tuple[Tensor, Tensor]:
+    """Max-pool of ``relu(y*scale + shift)``, or GELU of that of ``y*scale + shift``; index uint8: the winning tap, row by row, the first among equals."""
     n, height, width, channels = y.shape
     out = y.new_empty(n, *output_hw((height, width), (kernel, kernel), stride, pad), channels)
     index = torch.empty_like(out, dtype=torch.uint8)
     coef_at, window = _floats(coef, 5 * channels), _window(y, out, kernel, stride, pad)
     index_at = pointer(index, torch.uint8, out.numel())
-    _pass("max_pool", y, _pointers(y)(y), coef_at, window, _pointers(out)(out), index_at)
+    _pass("max_pool", y, _pointers(y)(y), coef_at, ACTIVATIONS[act], window, _pointers(out)(out), index_at)
     return out, index
 
 
 def bn_relu_max_pool_backward(
-    dout: Tensor, index: Tensor, y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad
+    dout: Tensor, index: Tensor, y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad, act: str = "relu"
 ) -> tuple[Tensor, Tensor]:
-    """Gradient at BatchNorm's output, masked by the ReLU, and BatchNorm's sums."""
+    """Gradient at BatchNorm's output, through the activation, and BatchNorm's sums."""
     dz, sums = torch.empty_like(y), new_sums(y)
     index_at, window = pointer(index, torch.uint8, dout.numel()), _window(y, dout, kernel, stride, pad)
     _pass("max_pool_backward", y, pointer(dout, y.dtype, index.numel()), index_at, window, _pointers(y)(dz))
-    _backward_sums(dz, None, y, coef, (y, coef), (None, None), dz, sums=sums, second_sums=None)
+    gelu = act == "gelu"
+    _backward_sums(dz, None, y, coef, (y, coef), (None, None), dz, sums=sums, second_sums=None, gelu=gelu)
     return dz, sums
 
 
-def patches(x: Tensor, coef: Tensor | None, like: Tensor, kernel: int, stride: int, pad: Pad) -> Tensor:
-    """What each window of relu(x*scale + shift) or x reads: [pixels of ``like``, kernel*kernel*C], 0 outside of x."""
+def patches(
+    x: Tensor, coef: Tensor | None, like: Tensor, kernel: int, stride: int, pad: Pad, act: str = "relu"
+) -> Tensor:
+    """What each window of act(x*scale + shift) or x reads: [pixels of ``like``, kernel*kernel*C], 0 outside of x."""
     result = x.new_empty(like.numel() // like.shape[3], kernel * kernel * x.shape[3])
     coef_at, window = _floats(coef, 5 * x.shape[3]), _window(x, like, kernel, stride, pad)
-    _pass("patches", x, _pointers(x)(x), coef_at, window, _pointers(result)(result))
+    _pass("patches", x, _pointers(x)(x), coef_at, ACTIVATIONS[act], window, _pointers(result)(result))
     return result
 
 
@@ -246,6 +259,7 @@ def _backward_sums(
     *,
     sums: Tensor,
     second_sums: Tensor | None,
+    gelu: bool = False,
 ) -> None:
     pixels, channels, rows = _sizes(dout)
     like, count = _pointers(dout), -(-pixels // rows) * 2 * channels
@@ -256,6 +270,7 @@ def _backward_sums(
         like(residual),
         like(ref),
         _floats(ref_coef, 5 * channels),
+        gelu,
         like(first[0]),
         _floats(first[1], 5 * channels),
         like(second[0]),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad, is_pointwise
-from fastres.ops.backends.protocol import Convolution
+from fastres.ops.backends.protocol import Activation, Convolution
 from fastres.ops.backends.vendor import convolve, convolve_backward
 from fastres.ops.cpu import passes
 
@@ -32,14 +32,14 @@ def forward(a: Tensor, conv: Convolution, y: Tensor | None) -> Tensor:
 
 
 def backward(
-    dy: Tensor, x: Tensor, coef: Tensor | None, conv: Convolution, dx: Tensor | None, need_dx: bool, need_dw: bool
+    dy: Tensor, activation: Activation, conv: Convolution, dx: Tensor | None, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the convolution of ``relu(x*scale + shift)``, or of x without ``coef``.
+    """Gradients of a convolution.
 
     Returns:
         That at its input, in dx where it can be, else in a tensor of its own; that of the weight in fp32.
     """
-    w, stride, pad, dilation = conv
+    (x, coef, act), (w, stride, pad, dilation) = activation, conv
     product = _is_product(w, pad)
     if product:
         if need_dx:
@@ -48,13 +48,13 @@ def backward(
         if not need_dw:
             return dx, None
         a = _strided(x, stride)
-        a = _matrix(a if coef is None else passes.bn_add_relu(a, coef))
+        a = _matrix(a if coef is None else passes.bn_add_relu(a, coef, act=act))
     elif need_dw and dilation == 1 and _is_gathered(w, stride):
         if need_dx:
             dx, _ = convolve_backward(dy, x, conv, True, False)
-        a = passes.patches(x, coef, dy, w.shape[1], stride, pad)
+        a = passes.patches(x, coef, dy, w.shape[1], stride, pad, act)
     else:
-        a = x if coef is None or not need_dw else passes.bn_add_relu(x, coef)
+        a = x if coef is None or not need_dw else passes.bn_add_relu(x, coef, act=act)
         return convolve_backward(dy, a, conv, need_dx, need_dw)
     return dx, torch.mm(_matrix(dy).t(), a).float().view(w.shape)
 

@@ -11,6 +11,8 @@
 #include <memory>
 #include <new>
 
+#include "gelu.h"
+
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define FASTRES_AVX512 1
 #include <immintrin.h>
@@ -40,6 +42,8 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 
 inline Floats all(float value) { return Floats{} + value; }
 inline Floats relu(Floats value) { return value <= 0 ? Floats{} : value; }  // NaN stays
+inline Floats gelu(Floats value) { return gelu<Floats, Words>(value); }
+inline Floats gelu_slope(Floats value) { return gelu_slope<Floats, Words>(value); }
 
 // The first `count` of 16 values in bf16; the others are 0, and not read.
 inline Floats load(const uint16_t* from, int64_t count) {

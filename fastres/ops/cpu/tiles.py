@@ -108,8 +108,9 @@ def conv(
     shortcut: Tensor | None = None,
     shortcut_coef: Tensor | None = None,
     out: Tensor | None = None,
+    act: str = "relu",
 ) -> tuple[Tensor, Moments | None]:
-    """``y = conv2d(relu(x*scale + shift (+ shortcut)), w) (+ residual)`` and the statistics of y.
+    """``y = conv2d(act(x*scale + shift (+ shortcut)), w) (+ residual)`` and the statistics of y.
 
     Without ``coef`` x is taken as it is. What is made of x and the shortcut, itself normalised where it has
     coefficients, is stored in ``out``; that is for pointwise convolutions without stride.
@@ -128,6 +129,7 @@ def conv(
         _native(problem),
         pointer(x, BF16, n * height * width * channels),
         pointer(coef, torch.float32, 5 * channels),
+        act == "gelu",
         pointer(shortcut, BF16, x.numel()),
         pointer(shortcut_coef, torch.float32, 5 * channels),
         pointer(out, BF16, x.numel()),
@@ -192,13 +194,14 @@ def data_grad(
     mask: Tensor | None = None,
     mask_coef: Tensor | None = None,
     *,
+    act: str = "relu",
     below: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient at a convolution's input of ``dy = A*dz + B*y + C``, or ``A*dz``, or dz, and its BatchNorm's sums.
 
     The residual is added; what the ReLU of ``mask * scale + shift``, or of a mask without coefficients, did not let
-    through becomes 0. The sums [T, 2, C] are those of the BatchNorm ``below = (y, coef)``.
+    through becomes 0, or the gradient goes through GELU of the former. The sums [T, 2, C] are those of the BatchNorm ``below = (y, coef)``.
 
     Args:
         out: where the gradient goes, which may be the residual's memory, but not that of dz.
@@ -219,6 +222,7 @@ def data_grad(
         pointer(residual, BF16, dx.numel()),
         pointer(mask, BF16, dx.numel()),
         pointer(mask_coef, torch.float32, 5 * channels),
+        act == "gelu" and mask_coef is not None,
         pointer(below_y, BF16, dx.numel()),
         pointer(below_coef, torch.float32, 5 * channels),
         pointer(dx, BF16, dx.numel()),
@@ -229,9 +233,15 @@ def data_grad(
 
 
 def weight_grad(
-    x: Tensor, coef: Tensor | None, dz: Tensor, y: Tensor | None, abc: Tensor | None, problem: Sizes
+    x: Tensor,
+    coef: Tensor | None,
+    dz: Tensor,
+    y: Tensor | None,
+    abc: Tensor | None,
+    problem: Sizes,
+    act: str = "relu",
 ) -> Tensor:
-    """Gradient in fp32 of w [K, KH, KW, C] in the convolution of relu(x*scale + shift) or x, of `data_grad`'s dy."""
+    """Gradient in fp32 of w [K, KH, KW, C] in the convolution of act(x*scale + shift) or x, of `data_grad`'s dy."""
     n, height, width, channels = problem[:4]
     dw = buffers.empty(x, *problem[6:9], channels, dtype=torch.float32)
     call(
@@ -241,6 +251,7 @@ def weight_grad(
         *_gradient(dz, y, abc, problem),
         pointer(x, BF16, n * height * width * channels),
         pointer(coef, torch.float32, 5 * channels),
+        act == "gelu",
         pointer(dw, torch.float32, dw.numel()),
         torch.get_num_threads(),
     )

@@ -111,8 +111,9 @@ struct Plan {
         std::memset(to + (c_panel * x_lines(u) + line) * x_line, 0, packed_width * x_line);
     } else {
       const int64_t at = even * of_x.image_pitch + in_row * of_x.row_pitch;
-      x.prologue == Prologue::kPlain ? pack_x<Prologue::kPlain>(u, even, at, line, to, of_x_pairs)
-                                     : pack_x<Prologue::kNorm>(u, even, at, line, to, of_x_pairs);
+      x.prologue == Prologue::kPlain  ? pack_x<Prologue::kPlain>(u, even, at, line, to, of_x_pairs)
+      : x.prologue == Prologue::kGelu ? pack_x<Prologue::kGelu>(u, even, at, line, to, of_x_pairs)
+                                      : pack_x<Prologue::kNorm>(u, even, at, line, to, of_x_pairs);
     }
     if (index == 0) std::memset(to + x_bytes(u) - slack(), 0, slack());
   }

@@ -1,4 +1,4 @@
-"""Convolution as an implicit matrix product, with BatchNorm and ReLU or GELU in its prologue and statistics in its epilogue."""
+"""Convolution as an implicit matrix product: BatchNorm and ReLU or GELU in its prologue, statistics in its epilogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pools: max-pool of ``relu(bn(y))``, or GELU of that of ``bn(y)``, for the stem, and the global average pool of the head, with their backwards."""
+"""Pools: max-pool of ``relu(bn(y))``, or GELU of that of ``bn(y)``, for the stem, and the global average pool of the head,
+with their backwards.
+"""
 
 from __future__ import annotations
 

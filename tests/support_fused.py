@@ -21,12 +21,15 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.b
 FEW_VALUES, DRAWS = 32, 8
 
 
-def random_norm(channels: int, gamma: bool = True, frozen: bool = False, shift: float = 0.1) -> Norm:
+def random_norm(channels: int, gamma: bool = True, frozen: bool = False, shift: float = 0.1, act: str = "relu") -> Norm:
     """fp64 BatchNorm with random parameters, and running statistics if frozen."""
     options = {"dtype": torch.float64}
     running = (torch.randn(channels, **options) * 0.1, torch.rand(channels, **options) + 0.5) if frozen else ()
     return Norm(
-        torch.rand(channels, **options) + 0.5 if gamma else None, torch.randn(channels, **options) * shift, *running
+        torch.rand(channels, **options) + 0.5 if gamma else None,
+        torch.randn(channels, **options) * shift,
+        *running,
+        act=act,
     )
 
 
@@ -37,7 +40,7 @@ def random_weight(inputs: int, outputs: int, kernel: int) -> Tensor:
 
 
 def random_layer(
-    inputs: int, outputs: int, kernel: int, stride: int = 1, pad=None, dilation: int = 1, **norm: bool
+    inputs: int, outputs: int, kernel: int, stride: int = 1, pad=None, dilation: int = 1, **norm: bool | str
 ) -> Layer:
     """fp64 convolution with the BatchNorm on its output."""
     pad = (extent(kernel, dilation) // 2,) * 4 if pad is None else pad
@@ -69,8 +72,8 @@ def new_statistics(channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relu(z: Tensor, norm: Norm) -> Tensor:
-    """ReLU of z, which ``norm`` shifts: how the eager twins rectify unless told otherwise."""
-    return F.relu(z)
+    """The activation of z, which ``norm`` shifts: how the eager twins rectify unless told otherwise."""
+    return F.gelu(z) if norm.act == "gelu" else F.relu(z)
 
 
 def relu_apart(z: Tensor, norm: Norm) -> Tensor:
@@ -125,9 +128,12 @@ def eager_stem(
 ) -> Tensor:
     """`fastres.ops.stem` in plain PyTorch, NHWC in and out."""
     top, left, bottom, right = pad
-    a = relu(eager_norm(eager_conv(x.permute(0, 3, 1, 2), layer), layer.norm, tracked), layer.norm)
+    gelu = layer.norm.act == "gelu"  # not monotone: behind the pool
+    a = eager_norm(eager_conv(x.permute(0, 3, 1, 2), layer), layer.norm, tracked)
+    a = a if gelu else relu(a, layer.norm)
     a = F.pad(a, (left, right, top, bottom), value=-float("inf"))
-    return F.max_pool2d(a, kernel, stride).permute(0, 2, 3, 1)
+    a = F.max_pool2d(a, kernel, stride)
+    return (relu(a, layer.norm) if gelu else a).permute(0, 2, 3, 1)
 
 
 def eager_bn_relu(x: Tensor, norm: Norm, tracked=None, relu: Callable = relu) -> Tensor:
@@ -143,7 +149,7 @@ def cast(value, dtype: torch.dtype):
     if isinstance(value, Norm):
         wide = [None if t is None else cast(t, dtype) for t in value[:2]]
         running = [None if t is None else cast(t, dtype).detach() for t in value[2:4]]
-        return Norm(*wide, *running, value.eps)
+        return Norm(*wide, *running, value.eps, act=value.act)
     if isinstance(value, (Layer, Conv)):
         return type(value)(*(cast(part, dtype) for part in value))
     if isinstance(value, list):

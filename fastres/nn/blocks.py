@@ -40,6 +40,7 @@ def fused_residual(
     relu: bool = True,
     recompute: bool = False,
     identities: Sequence[Identity] | None = None,
+    act: str = "relu",
 ) -> Tensor:
     """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))`` and the update of the running statistics.
 
@@ -53,15 +54,22 @@ def fused_residual(
             operation of their own. Any other module is called.
         residual: whether it has a shortcut at all.
         relu, recompute, identities: see `residual_chain`.
+        act: the activation of all blocks, of `fastres.kernels.types.ACTIVATIONS`.
     """
     reason = first_reason(
-        layers_reason(pairs, not residual and (relu or index < len(blocks) - 1)) for index, pairs in enumerate(blocks)
+        layers_reason(pairs, not residual and (relu or index < len(blocks) - 1), act)
+        for index, pairs in enumerate(blocks)
     )
     if reason is not None:
         say_once(blocks[0][0][0], reason, "the eager forward of a block")
     if reason is not None or watched(x):
-        return _eager_residual(x, blocks, shortcut, residual, relu, identities)
-    return _fused_residual(x, blocks, shortcut, residual, relu, recompute, identities)
+        return _eager_residual(x, blocks, shortcut, residual, relu, identities, act)
+    return _fused_residual(x, blocks, shortcut, residual, relu, recompute, identities, act)
+
+
+def activated(y: Tensor, act: str) -> Tensor:
+    """The activation of y."""
+    return F.gelu(y) if act == "gelu" else F.relu(y)
 
 
 def _eager_residual(
@@ -71,17 +79,18 @@ def _eager_residual(
     residual: bool,
     relu: bool,
     identities: Sequence[Identity] | None,
+    act: str,
 ) -> Tensor:
     for index, pairs in enumerate(blocks):
         y = x
         for number, (conv, bn) in enumerate(pairs):
-            y = bn(conv(F.relu(y) if number else y))
+            y = bn(conv(activated(y, act) if number else y))
         if residual and index == 0:
             y = y + (x if shortcut is None else shortcut(x))
         elif residual:
             step, added = Identity() if identities is None else identities[index - 1]
             y = y + F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, 0, added))
-        x = F.relu(y) if relu or index < len(blocks) - 1 else y
+        x = activated(y, act) if relu or index < len(blocks) - 1 else y
     return x
 
 
@@ -93,6 +102,7 @@ def _fused_residual(
     relu: bool,
     recompute: bool = False,
     identities: Sequence[Identity] | None = None,
+    act: str = "relu",
 ) -> Tensor:
     nhwc = to_nhwc(x)
     hw = tuple(nhwc.shape[1:3])
@@ -100,7 +110,7 @@ def _fused_residual(
     for pairs in blocks:
         chain.append([])
         for conv, bn in pairs:
-            layer = layer_of(conv, bn, hw)
+            layer = layer_of(conv, bn, hw, act)
             hw = output_hw(hw, conv.kernel_size, layer.stride, layer.pad, layer.dilation)
             chain[-1].append(layer)
     norms = [bn for pairs in blocks for _, bn in pairs]
@@ -211,6 +221,7 @@ def _joins(link: Link, block: nn.Module, structure: Block) -> bool:
         )
     return (
         suits
+        and before.act == structure.act
         and link.blocks[-1].recompute == block.recompute
         and group_of(before.layers[0][1]) == group_of(structure.layers[0][1])
     )
@@ -220,8 +231,8 @@ def _chain(x: Tensor, blocks: Sequence[Any], structures: Sequence[Block]) -> Ten
     first, *others = structures
     identities: list[Any] = [identity_of(one.shortcut) for one in others]  # none is None, or they would not join
     pairs = [one.layers for one in structures]
-    relu = structures[-1].relu
-    return _fused_residual(x, pairs, first.shortcut, first.residual, relu, blocks[0].recompute, identities)
+    relu, recompute = structures[-1].relu, blocks[0].recompute
+    return _fused_residual(x, pairs, first.shortcut, first.residual, relu, recompute, identities, first.act)
 
 
 def _preactivation(
@@ -238,7 +249,7 @@ def _preactivation(
         first = hw
         chain.append([])
         for conv, bn in block.layers:
-            layer = layer_of(conv, bn, hw)
+            layer = layer_of(conv, bn, hw, block.act)
             hw = output_hw(hw, conv.kernel_size, *layer[2:])
             chain[-1].append(layer)
         identity = Identity() if block.shortcut is None else conv_of(block.shortcut, first)

@@ -27,6 +27,7 @@ from fastres.nn.roles import (
     AVERAGES,
     CONVS,
     DROPOUTS,
+    GELUS,
     IDENTITIES,
     NORMS,
     POOLS,
@@ -109,9 +110,22 @@ def rectified_norm_reason(step: Any) -> str | None:
     return norm_reason(step, rectified=True) or activation_reason(getattr(step, "act", None))
 
 
-def activation_reason(activation: nn.Module | None) -> str | None:
-    """Why an activation must be called."""
-    return ACTIVATIONS.reason(activation)
+def activation_reason(activation: Any, act: str = "relu") -> str | None:
+    """Why an activation must be called.
+
+    Args:
+        act: which one it is to be, of `fastres.kernels.types.ACTIVATIONS`.
+    """
+    if act == "relu":
+        return ACTIVATIONS.reason(activation)
+    if reason := GELUS.reason(activation):
+        return reason
+    return None if activation.approximate == "none" else f"a GELU has approximate={activation.approximate!r}"
+
+
+def act_of(activation: Any) -> str:
+    """Which activation it is, if `activation_reason` gives no reason."""
+    return "relu" if GELUS.of(type(activation)) is None else "gelu"
 
 
 def pool_reason(pool: Any) -> str | None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastres.nn.bypass import logger, unsupported, watched
+from fastres.nn.blocks import activated
+from fastres.nn.bypass import act_of, logger, unsupported, watched
 from fastres.nn.fuse import unfuse
 from fastres.nn.networks import STEM, opened_reason, parts_of
 from fastres.nn.norm import geometry_of, norm_of, to_nchw, to_nhwc
@@ -52,7 +53,8 @@ class FoldedConv(_Inference):
     Args:
         conv: the convolution.
         bn: with running statistics; None: bias 0.
-        relu: whether ReLU follows.
+        relu: whether an activation follows.
+        act: which one, of `fastres.kernels.types.ACTIVATIONS`; GELU is a pass of its own.
 
     Raises:
         ValueError: for a convolution that the fused operations do not know, or a BatchNorm without running statistics.
@@ -61,9 +63,9 @@ class FoldedConv(_Inference):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: Any, bn: Any, relu: bool):
+    def __init__(self, conv: Any, bn: Any, relu: bool, act: str = "relu"):
         super().__init__()
-        if reason := unsupported(conv, bn, rectified=relu):
+        if reason := unsupported(conv, bn, rectified=relu and act == "relu"):
             raise ValueError(f"cannot fold: {reason}")
         with torch.no_grad():
             weight = conv.weight.detach()
@@ -81,24 +83,28 @@ class FoldedConv(_Inference):
         self.geometry = geometry_of(conv)
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(torch.promote_types(dtype, torch.float32)))
-        self.relu = relu
+        self.relu, self.gelu = relu and act == "relu", relu and act == "gelu"
         self.packed = PackedConv()
         self.training = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, C, H, W] and residual [N, C', H', W'] to channels-last [N, C', H', W']."""
+        y = self._linear_or_relu(x, residual)
+        return F.gelu(y) if self.gelu else y
+
+    def _linear_or_relu(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if type(x) is Tensor and not _is_differentiated(x, residual):
             y = repeat_conv_bias_act(x, self.weight, self.bias, residual, self.relu, self.packed)
             if y is not None:
                 return y
         if watched(x) or _is_differentiated(x, residual):
-            return self.plain(x, residual)
+            return self._plain(x, residual)
         nhwc = to_nhwc(x)
         conv = Conv(self.weight, self.geometry.stride, self.geometry.pad(nhwc.shape[1:3]), self.geometry.dilation)
         added = None if residual is None else to_nhwc(residual)
         return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.relu, self.packed))
 
-    def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The same in PyTorch's own operations."""
         geometry = self.geometry
         padding = () if geometry.declared is not None or isinstance(geometry.padding, str) else geometry.padding
@@ -144,7 +150,7 @@ class FoldedBlock(_Inference):
         super().__init__()
         last = len(block.layers) - 1
         self.convs = nn.ModuleList(
-            FoldedConv(conv, bn, relu=block.relu or index < last) for index, (conv, bn) in enumerate(block.layers)
+            FoldedConv(conv, bn, block.relu or index < last, block.act) for index, (conv, bn) in enumerate(block.layers)
         )
         self.residual = block.residual
         shortcut: Any = block.shortcut
@@ -191,10 +197,10 @@ class FoldedPreActBottleneck(_Inference):
 
     def __init__(self, block: Block):
         super().__init__()
-        self.bn = block.layers[0][1]
+        self.bn, self.act = block.layers[0][1], block.act
         norms = [bn for _, bn in block.layers[1:]] + [None]
         self.convs = nn.ModuleList(
-            FoldedConv(conv, bn, relu=bn is not None) for (conv, _), bn in zip(block.layers, norms, strict=True)
+            FoldedConv(conv, bn, bn is not None, block.act) for (conv, _), bn in zip(block.layers, norms, strict=True)
         )
         self.residual = block.residual
         self.downsample = None if block.shortcut is None else FoldedConv(block.shortcut, None, relu=False)
@@ -209,10 +215,10 @@ class FoldedPreActBottleneck(_Inference):
         return self.convs[-1](y, x if self.downsample is None else self.downsample(a))
 
     def enter(self, x: Tensor) -> Tensor:
-        """``relu(bn(x))``, as the operation that is fused."""
+        """The activation of ``bn(x)``, as the operation that is fused."""
         if watched(x):
-            return torch.relu(self.bn(x))
-        return to_nchw(bn_relu(to_nhwc(x), norm_of(self.bn))[0])
+            return activated(self.bn(x), self.act)
+        return to_nchw(bn_relu(to_nhwc(x), norm_of(self.bn, self.act))[0])
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -285,9 +291,10 @@ def _fold_stems(network: nn.Module, found: Report) -> None:
         if any(len(place) != 1 for place in where[:2]) or any(occurrences.count(id(s)) > 1 for s in part.steps[:2]):
             continue
         (conv_at, name), (norm_at, norm_name) = where[0][0], where[1][0]
-        conv_at._modules[name] = FoldedConv(part.steps[0], part.steps[1], relu=True)
+        rectified = act_of(part.steps[2]) == "relu"  # GELU stays a module
+        conv_at._modules[name] = FoldedConv(part.steps[0], part.steps[1], relu=rectified)
         norm_at._modules[norm_name] = nn.Identity()
-        if len(where[2]) == 1 and occurrences.count(id(part.steps[2])) == 1:  # else ReLU twice is ReLU
+        if rectified and len(where[2]) == 1 and occurrences.count(id(part.steps[2])) == 1:  # else ReLU twice is ReLU
             activation_at, activation_name = where[2][0]
             activation_at._modules[activation_name] = nn.Identity()
         found.stems += 1

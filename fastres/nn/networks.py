@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastres.checkpointing import run_blocks
 from fastres.nn.blocks import FusedBlock, in_chains
 from fastres.nn.bypass import (
+    act_of,
     activation_reason,
     average_reason,
     conv_reason,
@@ -25,7 +26,7 @@ from fastres.nn.bypass import (
 )
 from fastres.nn.classes import Fused, form
 from fastres.nn.norm import norm_of, to_nchw, to_nhwc, track
-from fastres.nn.roles import ACTIVATIONS, AVERAGES, BIASED_CONVS, CONTAINERS, CONVS, IDENTITIES, NORMS
+from fastres.nn.roles import ACTIVATIONS, AVERAGES, BIASED_CONVS, CONTAINERS, CONVS, GELUS, IDENTITIES, NORMS, POOLS
 from fastres.nn.stem import fused_conv_relu, fused_stem
 from fastres.nn.structure import Stages, Step, is_block, is_network, tell
 from fastres.ops import bn_relu, global_avg_pool
@@ -37,7 +38,7 @@ class Part(NamedTuple):
     """Steps that run as one, or are called.
 
     Attributes:
-        kind: ``STEM`` (convolution, BatchNorm, ReLU, perhaps a pool), ``BIASED`` (convolution with bias, ReLU),
+        kind: ``STEM`` (convolution, BatchNorm, ReLU or GELU, perhaps a pool, in this order), ``BIASED`` (convolution with bias, ReLU),
             ``BLOCKS``, ``NORM`` (BatchNorm and ReLU behind pre-activation blocks), ``AVERAGE`` (global) or ``CALL``.
         reason: where steps are called that look like one of these: why.
         stages: of ``BLOCKS`` that are a `Stages` its checkpoint_every, or -1 where that is 0.
@@ -114,10 +115,14 @@ def _first_part(steps: list[Any], before: list[Part], is_fused: Callable[[nn.Mod
     if AVERAGES.of(type(step)) is not None:
         reason = average_reason(step)
         return Part(CALL if reason else AVERAGE, [step], reason), 1
-    if len(steps) > 2 and not is_block(type(step)) and _is_norm(steps[1]) and _is_activation(steps[2]):
-        return _first_layers(steps)
+    if len(steps) > 2 and not is_block(type(step)) and _is_norm(steps[1]):
+        if _is_activation(steps[2]):
+            return _first_layers(steps)
+        if len(steps) > 3 and POOLS.of(type(steps[2])) is not None and GELUS.of(type(steps[3])) is not None:
+            return _first_pooled(steps)
     if len(steps) > 1 and _is_norm(step) and _is_activation(steps[1]) and before and before[-1].kind == BLOCKS:
-        reason = norm_reason(step, rectified=True) or activation_reason(steps[1])
+        act = act_of(steps[1])
+        reason = norm_reason(step, rectified=act == "relu") or activation_reason(steps[1], act)
         return (Part(CALL, [step], reason), 1) if reason else (Part(NORM, steps[:2]), 2)
     if len(steps) > 1 and BIASED_CONVS.of(type(step)) is not None and _is_activation(steps[1]):
         reason = conv_reason(step, bias=True) or activation_reason(steps[1])
@@ -134,14 +139,22 @@ def _first_part(steps: list[Any], before: list[Part], is_fused: Callable[[nn.Mod
 def _first_layers(steps: list[Any]) -> tuple[Part, int]:
     """A convolution, a BatchNorm and an activation, and the pool behind them."""
     conv, norm, activation = steps[:3]
-    reason = conv_reason(conv) or norm_reason(norm, rectified=True) or activation_reason(activation)
+    act = act_of(activation)
+    reason = conv_reason(conv) or norm_reason(norm, rectified=act == "relu") or activation_reason(activation, act)
     if reason:
         return Part(CALL, [conv], reason), 1
     taken = 3
-    if len(steps) > 3 and isinstance(steps[3], nn.Module):
+    if act == "relu" and len(steps) > 3 and isinstance(steps[3], nn.Module):
         pool = steps[3]
         taken += pool_reason(pool) is None or (isinstance(pool, nn.Identity) and IDENTITIES.reason(pool) is None)
     return Part(STEM, steps[:taken]), taken
+
+
+def _first_pooled(steps: list[Any]) -> tuple[Part, int]:
+    """A convolution, a BatchNorm, a pool and GELU, which is not monotone and so in another place than ReLU may be."""
+    conv, norm, pool, activation = steps[:4]
+    reason = conv_reason(conv) or norm_reason(norm) or pool_reason(pool) or activation_reason(activation, "gelu")
+    return (Part(CALL, [conv], reason), 1) if reason else (Part(STEM, [conv, norm, activation, pool]), 4)
 
 
 def _is_norm(step: Any) -> bool:
@@ -169,11 +182,11 @@ def run_parts(parts: Sequence[Part], x: Tensor) -> Tensor:
             if paired:
                 x, coef = x
         elif kind == STEM:
-            x = fused_stem(x, steps[0], steps[1], steps[3] if len(steps) > 3 else None)
+            x = fused_stem(x, steps[0], steps[1], steps[3] if len(steps) > 3 else None, act_of(steps[2]))
         elif kind == BIASED:
             x = fused_conv_relu(x, steps[0])
         elif kind == NORM:
-            nhwc, statistics = bn_relu(to_nhwc(x), norm_of(steps[0]), coef)
+            nhwc, statistics = bn_relu(to_nhwc(x), norm_of(steps[0], act_of(steps[1])), coef)
             track([steps[0]], [statistics])
             x = to_nchw(nhwc)
         elif kind == AVERAGE and x.dim() == 4:

@@ -64,12 +64,16 @@ def conv_of(conv: Any, hw: Sequence[int]) -> Conv:
     return Conv(conv.weight, geometry.stride, geometry.pad(hw), geometry.dilation)
 
 
-def norm_of(bn: Any) -> Norm:
-    """The BatchNorm in its present mode: by the batch when training or without running statistics, or else frozen."""
+def norm_of(bn: Any, act: str = "relu") -> Norm:
+    """The BatchNorm in its present mode: by the batch when training or without running statistics, or else frozen.
+
+    Args:
+        act: the activation behind it, of `fastres.kernels.types.ACTIVATIONS`.
+    """
     frozen = isinstance(bn, FrozenBatchNorm2d)
     if not frozen and (bn.training or bn.running_mean is None):
-        return Norm(bn.weight, bn.bias, eps=bn.eps, group=group_of(bn))
-    return Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+        return Norm(bn.weight, bn.bias, eps=bn.eps, group=group_of(bn), act=act)
+    return Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, act=act)
 
 
 def group_of(bn: Any) -> str | None:
@@ -80,10 +84,10 @@ def group_of(bn: Any) -> str | None:
     return group.group_name if group.size() > 1 else None
 
 
-def layer_of(conv: Any, bn: Any, hw: Sequence[int]) -> Layer:
-    """Convolution and BatchNorm as they meet an input of height and width ``hw``."""
+def layer_of(conv: Any, bn: Any, hw: Sequence[int], act: str = "relu") -> Layer:
+    """Convolution and BatchNorm as they meet an input of height and width ``hw``; ``act`` as `norm_of` has it."""
     weight, stride, pad, dilation = conv_of(conv, hw)
-    return Layer(weight, norm_of(bn), stride, pad, dilation)
+    return Layer(weight, norm_of(bn, act), stride, pad, dilation)
 
 
 @torch.no_grad()

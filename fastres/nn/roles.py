@@ -169,6 +169,7 @@ BIASED_CONVS = Role("a convolution with bias that fuses with the ReLU behind it"
 NORMS = Role("nn.BatchNorm2d", nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 RECTIFYING = Role("a BatchNorm with an activation in it")  # `drop` and `act`, which its forward calls
 ACTIVATIONS = Role("nn.ReLU", nn.ReLU)
+GELUS = Role("nn.GELU", nn.GELU)
 POOLS = Role("nn.MaxPool2d", nn.MaxPool2d)
 AVERAGES = Role("nn.AdaptiveAvgPool2d", nn.AdaptiveAvgPool2d)
 CONTAINERS = Role("nn.Sequential", nn.Sequential)

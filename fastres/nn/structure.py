@@ -24,20 +24,22 @@ class Block(NamedTuple):
     """A residual block: all that its forward does.
 
     ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))``, or with ``preactivation``
-    ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``.
+    ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``. With GELU, ``act="gelu"``, in place of every ReLU; but
+    none is known behind the addition of a shortcut: there ``relu=False``.
     """
 
     layers: Sequence[tuple[Any, Any]]  # each convolution with the BatchNorm behind it, or in front of it
-    activations: Sequence[nn.Module] = ()  # the ReLU modules that the forward calls
+    activations: Sequence[nn.Module] = ()  # the modules of its activation, ReLU or GELU, that the forward calls
     # None: x itself, or a module: nn.Sequential(convolution, BatchNorm) joins the operation; such a pair at the end of
     # a longer nn.Sequential is one of its own, those in front of it (a pool, say) and all other modules are called; or
     # a pair that another module holds. With preactivation a convolution of the rectified x.
     shortcut: nn.Module | tuple[nn.Module, nn.Module] | None = None
     residual: bool = True  # whether it has a shortcut at all
-    relu: bool = True  # whether ReLU ends it
+    relu: bool = True  # whether its activation ends it
     preactivation: bool = False
     absent: Sequence[nn.Module | None] = ()  # what the forward calls besides, which must do nothing for now
     opened: Sequence[nn.Module] = ()  # modules in it that hold those above and whose own forward calls them
+    act: str = "relu"  # its activation: that, or "gelu"
 
 
 class Stages(NamedTuple):
@@ -170,9 +172,12 @@ def structure_of(block: nn.Module, running: bool = False) -> tuple[Block | None,
 def structure_reason(block: Block) -> str | None:
     """Why a fused operation cannot stand for the modules of a block."""
     for activation in block.activations:
-        if reason := activation_reason(activation):
+        if reason := activation_reason(activation, block.act):
             return reason
-    if reason := layers_reason(block.layers, block.preactivation or block.relu and not block.residual):
+    if block.act != "relu" and block.relu and block.residual and not block.preactivation:
+        return f"a block has {block.act} behind the addition of its shortcut"
+    rectified = block.preactivation or block.relu and not block.residual
+    if reason := layers_reason(block.layers, rectified, block.act):
         return reason
     for module in block.absent:
         if reason := absent_reason(module):
@@ -187,14 +192,16 @@ def structure_reason(block: Block) -> str | None:
     return None
 
 
-def layers_reason(layers: Sequence[tuple[nn.Module, nn.Module]], rectified: bool) -> str | None:
-    """Why a fused operation cannot stand for convolutions and BatchNorms with ReLU between them.
+def layers_reason(layers: Sequence[tuple[nn.Module, nn.Module]], rectified: bool, act: str = "relu") -> str | None:
+    """Why a fused operation cannot stand for convolutions and BatchNorms with activations between them.
 
     Args:
-        rectified: whether ReLU follows the last BatchNorm too.
+        rectified: whether one follows the last BatchNorm too.
     """
-    last = len(layers) - 1
-    return first_reason(unsupported(*pair, rectified=rectified or index < last) for index, pair in enumerate(layers))
+    last, relu = len(layers) - 1, act == "relu"  # which may be in the BatchNorm
+    return first_reason(
+        unsupported(*pair, rectified=relu and (rectified or index < last)) for index, pair in enumerate(layers)
+    )
 
 
 def projection_of(shortcut: Any) -> tuple[nn.Module, nn.Module] | None:

@@ -19,7 +19,7 @@ from fastres.ops.plan import Plan
 
 
 def bn_relu(x: Tensor, norm: Norm, coef: Tensor | None = None) -> tuple[Tensor, Statistics]:
-    """``relu(bn(x))``, or the norm's other activation, of x [N, H, W, C], differentiable, with the BatchNorm's `Statistics`.
+    """``act(bn(x))`` of x [N, H, W, C] by the norm's activation, differentiable, with the BatchNorm's `Statistics`.
 
     Args:
         coef: [5, C] that begins with x's mean and biased variance, this rank's own; None: they are reduced from x

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad, cdiv, extent, output_hw
+from fastres.kernels.types import ACTIVATIONS
 from fastres.ops.operation import has_autocast
 
 Shape = tuple[int, ...]  # N, H, W, C
@@ -204,8 +205,10 @@ def check_norm(norm: Norm, shape: Shape, device: torch.device) -> None:
         RuntimeError: where a parameter or a running statistic has not as many elements as there are channels, or is on
             another device, or one of the running statistics is missing.
         ValueError: where batch statistics would be of one value a channel, synchronised ones of none of this rank; for
-            an eps that is not positive, with running statistics for a negative one.
+            an eps that is not positive, with running statistics for a negative one; for an unknown activation.
     """
+    if norm.act not in ACTIVATIONS:
+        raise ValueError(f"{norm.act!r} is no activation: choose {', '.join(ACTIVATIONS)}")
     names = ("weight", "bias", "running_mean", "running_var")
     for name, tensor in zip(names, norm[:4]):
         if tensor is None:

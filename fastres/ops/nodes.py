@@ -174,7 +174,7 @@ class Node:
         raise NotImplementedError
 
     def plain(self, run: Plain, y: Tensor) -> Tensor:
-        """Its result in PyTorch's own functions, [N, C, H, W] in and out, the activation behind a BatchNorm left out."""
+        """Its result in PyTorch's own functions, [N, C, H, W] in and out, but for the activation of a BatchNorm."""
         raise NotImplementedError
 
 

@@ -6,7 +6,7 @@ as in Page 2019, "How to train your ResNet"; most of its arithmetic is at 15x15 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -90,6 +90,43 @@ class WidenAndHalve(Widen):
         return self.maxpool(super().forward(x))
 
 
+class SmoothWiden(nn.Module):
+    """``gelu(pool(bn(conv(x))))`` with a 3x3 convolution and a `HalvingPool`.
+
+    [N, inputs, H, W] to [N, outputs, H/2, W/2]; without the pool to [N, outputs, H, W].
+    """
+
+    def __init__(self, inputs: int, outputs: int, halve: bool = True):
+        super().__init__()
+        self.conv1 = conv3x3(inputs, outputs)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.maxpool = HalvingPool() if halve else nn.Identity()
+        self.gelu = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See above."""
+        return self.gelu(self.maxpool(self.bn1(self.conv1(x))))
+
+
+class SmoothBlock(nn.Module):
+    """``bn2(conv2(gelu(bn1(conv1(x))))) + x`` with 3x3 convolutions: nothing behind the addition.
+
+    [N, width, H, W] to the same.
+    """
+
+    residual, downsample = True, None  # its shortcut is the identity
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1, self.conv2 = conv3x3(width, width), conv3x3(width, width)
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.gelu = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See above."""
+        return self.bn2(self.conv2(self.gelu(self.bn1(self.conv1(x))))) + x
+
+
 class SpeedResNet(nn.Module):
     """Whitening convolution, ReLU, stages that widen and have a residual block, global average pool, linear.
 
@@ -100,6 +137,8 @@ class SpeedResNet(nn.Module):
             patch of 3 channels, 24 are all 12 of a 2x2 patch.
         patch, stride: of the first layer.
         layers: 3x3 convolutions of each residual block: 1 or 2.
+        act: behind the first layer ReLU; in the stages ``relu``, or ``gelu``, with which blocks have nothing behind
+            their addition and two convolutions.
         checkpoint_every: see `run_blocks`.
     """
 
@@ -111,6 +150,7 @@ class SpeedResNet(nn.Module):
         patch: int = 3,
         stride: int = 2,
         layers: int = 2,
+        act: str = "relu",
         checkpoint_every: int = 0,
     ):
         super().__init__()
@@ -119,7 +159,11 @@ class SpeedResNet(nn.Module):
         self.checkpoint_every = checkpoint_every
         stages: list[nn.Module] = []
         for inputs, width in zip((stem, *widths), widths):
-            widen = WidenAndHalve if stages or stride == 1 else Widen
+            halve = bool(stages) or stride == 1
+            if act == "gelu":
+                stages.append(nn.Sequential(SmoothWiden(inputs, width, halve), SmoothBlock(width)))
+                continue
+            widen = WidenAndHalve if halve else Widen
             block = ResidualConv(width) if layers == 1 else BasicBlock(width, width)
             stages.append(nn.Sequential(widen(inputs, width), block))
         self.stages = nn.ModuleList(stages)
@@ -143,7 +187,9 @@ def speed(num_classes: int = 10, checkpoint_every: int = 0) -> SpeedResNet:
     return SpeedResNet(num_classes, checkpoint_every=checkpoint_every)
 
 
-WIDE = dict(stem=24, patch=2, stride=1)  # whitens at full resolution, as airbench's networks do
+WIDE: dict[str, Any] = dict(
+    stem=24, patch=2, stride=1, act="gelu"
+)  # whitens at full resolution, as airbench's networks do
 
 
 def speed94(num_classes: int = 10, checkpoint_every: int = 0) -> SpeedResNet:

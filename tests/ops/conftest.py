@@ -13,6 +13,7 @@ OPERATIONS = {
     "bn_relu",
     "conv_bias_act",
     "dilation",
+    "gelu",
     "global_avg_pool",
     "odd_input",
     "preact",

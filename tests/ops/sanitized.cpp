@@ -14,24 +14,24 @@ int64_t fastres_units(int64_t, const int64_t*, bool);
 void fastres_unit_pixels(int64_t, const int64_t*, bool, float*);
 int64_t fastres_packed_size(int64_t, const int64_t*, bool);
 void fastres_pack(int64_t, const int64_t*, bool, const uint16_t*, uint16_t*, int64_t);
-void fastres_conv(int64_t, const int64_t*, const uint16_t*, const float*, const uint16_t*, const float*, uint16_t*,
+void fastres_conv(int64_t, const int64_t*, const uint16_t*, const float*, bool, const uint16_t*, const float*, uint16_t*,
                   const uint16_t*, const uint16_t*, uint16_t*, float*, float*, int64_t);
 void fastres_folded_conv(int64_t, const int64_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*, bool,
                          uint16_t*, int64_t);
 void fastres_data_grad(int64_t, const int64_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*,
-                       const uint16_t*, const uint16_t*, const float*, const uint16_t*, const float*, uint16_t*, float*,
+                       const uint16_t*, const uint16_t*, const float*, bool, const uint16_t*, const float*, uint16_t*, float*,
                        int64_t);
 void fastres_weight_grad(int64_t, const int64_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*, const float*,
-                         float*, int64_t);
+                         bool, float*, int64_t);
 void fastres_moments_bfloat16(const uint16_t*, const uint16_t*, uint16_t*, int64_t, int64_t, int64_t, float*, float*, int64_t);
-void fastres_normalise_bfloat16(const uint16_t*, const float*, const uint16_t*, const float*, bool, uint16_t*, int64_t, int64_t,
-                                int64_t, int64_t);
-void fastres_backward_sums_bfloat16(const uint16_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*,
+void fastres_normalise_bfloat16(const uint16_t*, const float*, const uint16_t*, const float*, int64_t, uint16_t*, int64_t,
+                                int64_t, int64_t, int64_t);
+void fastres_backward_sums_bfloat16(const uint16_t*, const uint16_t*, const uint16_t*, const float*, bool, const uint16_t*,
                                     const float*, const uint16_t*, const float*, uint16_t*, float*, float*, int64_t, int64_t,
                                     int64_t, int64_t);
 void fastres_backward_apply_bfloat16(const uint16_t*, const uint16_t*, const float*, const uint16_t*, uint16_t*, int64_t,
                                      int64_t, int64_t, int64_t);
-void fastres_max_pool_bfloat16(const uint16_t*, const float*, const int64_t*, uint16_t*, uint8_t*, int64_t);
+void fastres_max_pool_bfloat16(const uint16_t*, const float*, int64_t, const int64_t*, uint16_t*, uint8_t*, int64_t);
 void fastres_max_pool_backward_bfloat16(const uint16_t*, const uint8_t*, const int64_t*, uint16_t*, int64_t);
 void fastres_normalise_apart_bfloat16(const uint16_t*, const float*, const uint16_t*, const int64_t*, bool, uint16_t*, int64_t);
 void fastres_add_apart_bfloat16(const uint16_t*, const int64_t*, uint16_t*, int64_t);
@@ -85,13 +85,15 @@ void convolve(int64_t form, int64_t n, int64_t height, int64_t width, int64_t c,
   const auto count = made<float>(units), mean = made<float>(units * k), m2 = made<float>(units * k);
   fastres_unit_pixels(form, sizes, false, count.get());
   const auto y = made<uint16_t>(out - missing);
-  fastres_conv(form, sizes, x.get(), coef.get(), nullptr, nullptr, nullptr, packed.get(), residual.get(), y.get(), mean.get(),
-               m2.get(), threads);
+  for (bool gelu : {false, true}) {
+    fastres_conv(form, sizes, x.get(), coef.get(), gelu, nullptr, nullptr, nullptr, packed.get(), residual.get(), y.get(),
+                 mean.get(), m2.get(), threads);
+  }
   add(mean.get(), units * k), add(m2.get(), units * k), add(count.get(), units);
   if (kernel == 1 && stride == 1 && pad == 0) {
     const auto shortcut = made<uint16_t>(in), end = made<uint16_t>(in);
-    fastres_conv(form, sizes, x.get(), coef.get(), shortcut.get(), coef.get(), end.get(), packed.get(), nullptr, y.get(),
-                 mean.get(), m2.get(), threads);
+    fastres_conv(form, sizes, x.get(), coef.get(), false, shortcut.get(), coef.get(), end.get(), packed.get(), nullptr,
+                 y.get(), mean.get(), m2.get(), threads);
   }
   fastres_folded_conv(form, sizes, x.get(), packed.get(), bias.get(), residual.get(), true, y.get(), threads);
   const auto transposed = made<uint16_t>(fastres_packed_size(form, sizes, true));
@@ -99,11 +101,13 @@ void convolve(int64_t form, int64_t n, int64_t height, int64_t width, int64_t c,
   const int64_t dx_units = fastres_units(form, sizes, true);
   const auto sums = made<float>(dx_units * 2 * c), dw = made<float>(k * kernel * kernel * c);
   const auto dz = made<uint16_t>(out), dx = made<uint16_t>(in);
-  fastres_data_grad(form, sizes, dz.get(), y.get(), abc.get(), transposed.get(), dx.get(), x.get(), coef.get(), x.get(),
-                    coef.get(), dx.get(), sums.get(), threads);
-  fastres_data_grad(form, sizes, dz.get(), nullptr, nullptr, transposed.get(), nullptr, nullptr, nullptr, nullptr, nullptr,
-                    dx.get(), nullptr, threads);
-  fastres_weight_grad(form, sizes, dz.get(), y.get(), abc.get(), x.get(), coef.get(), dw.get(), threads);
+  for (bool gelu : {false, true}) {
+    fastres_data_grad(form, sizes, dz.get(), y.get(), abc.get(), transposed.get(), dx.get(), x.get(), coef.get(), gelu, x.get(),
+                      coef.get(), dx.get(), sums.get(), threads);
+    fastres_weight_grad(form, sizes, dz.get(), y.get(), abc.get(), x.get(), coef.get(), gelu, dw.get(), threads);
+  }
+  fastres_data_grad(form, sizes, dz.get(), nullptr, nullptr, transposed.get(), nullptr, nullptr, nullptr, false, nullptr,
+                    nullptr, dx.get(), nullptr, threads);
   add(sums.get(), dx_units * 2 * c), add(dw.get(), k * kernel * kernel * c);
 }
 
@@ -133,16 +137,20 @@ void pass(int64_t n, int64_t height, int64_t width, int64_t c, int64_t rows, int
   fastres_moments_bfloat16(y.get(), other.get(), out.get(), m, c, rows, mean.get(), m2.get(), threads);
   for (int64_t i = 0; i < blocks; ++i) count[i] = 1;
   fastres_finalize(count.get(), mean.get(), m2.get(), nullptr, nullptr, 1e-5, blocks, c, coef.get());
-  fastres_normalise_bfloat16(y.get(), coef.get(), other.get(), coef.get(), true, out.get(), m, c, rows, threads);
-  fastres_backward_sums_bfloat16(y.get(), other.get(), out.get(), coef.get(), y.get(), coef.get(), other.get(), coef.get(),
-                                 out.get(), sums.get(), second.get(), m, c, rows, threads);
+  for (int64_t act : {0, 1, 2}) {
+    fastres_normalise_bfloat16(y.get(), coef.get(), other.get(), coef.get(), act, out.get(), m, c, rows, threads);
+  }
+  for (bool gelu : {false, true}) {
+    fastres_backward_sums_bfloat16(y.get(), other.get(), out.get(), coef.get(), gelu, y.get(), coef.get(), other.get(),
+                                   coef.get(), out.get(), sums.get(), second.get(), m, c, rows, threads);
+  }
   fastres_backward_coef(sums.get(), coef.get(), blocks, c, double(m), true, abc.get(), dgamma.get(), dbeta.get());
   fastres_backward_apply_bfloat16(y.get(), other.get(), abc.get(), out.get(), out.get(), m, c, rows, threads);
   const int64_t out_height = (height - 1) / 2 + 1, out_width = (width - 1) / 2 + 1;
   const int64_t window[] = {n, height, width, c, out_height, out_width, 3, 2, 1, 1};
   const auto pooled = made<uint16_t>(n * out_height * out_width * c);
   const std::unique_ptr<uint8_t[]> index(new uint8_t[n * out_height * out_width * c]);
-  fastres_max_pool_bfloat16(y.get(), coef.get(), window, pooled.get(), index.get(), threads);
+  for (int64_t act : {1, 2}) fastres_max_pool_bfloat16(y.get(), coef.get(), act, window, pooled.get(), index.get(), threads);
   fastres_max_pool_backward_bfloat16(pooled.get(), index.get(), window, out.get(), threads);
   // every second pixel of it, with fewer and with more channels
   for (int64_t narrow : {c - 3, c + 2}) {

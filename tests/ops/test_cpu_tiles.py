@@ -14,6 +14,8 @@ from support_fused import relative_error
 from support_kernels import assert_as_good, few_examples, guarded
 
 from fastres.ops import cpu
+from fastres.ops.backends.aten import Aten
+from fastres.ops.backends.protocol import Activation, Convolution, Gradient
 from fastres.ops.cpu import native, tiles
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
@@ -136,6 +138,28 @@ def test_units(of):
     assert_good_outputs(problem, True, True)
     assert_good_data_grad(problem, "trained", "below", True)
     assert_good_weight_grad(problem, "trained", True)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("of", SIZES, ids=str)
+def test_gelu(of):
+    problem, p = Problem(*of, dtype=BF16, seed=1, rank=0), Aten()
+    x, w, coef, dz = problem.x(), problem.w(), problem.coef(), problem.y(7)
+    y, abc = problem.batch_norm_backward("trained", 9)
+    out, _ = guarded(tiles.conv, x, w, *geometry(problem), coef, act="gelu")
+    dx, sums = guarded(tiles.data_grad, dz, y, abc, w, sizes(problem), None, x, coef, act="gelu", below=(x, coef))
+    dw = guarded(tiles.weight_grad, x, coef, dz, y, abc, sizes(problem), "gelu")
+
+    def oracle(dz, y, abc, x, coef, w):
+        read, conv = Activation(x, coef, "gelu"), Convolution(w, *geometry(problem))
+        dx, sums, dw = p.conv_backward(Gradient(dz, y, abc), read, conv)
+        return p.conv(read, conv)[0], dx, dw, sums.sum(0)
+
+    given = dz, y, abc, x, coef, w
+    for ours, eager, exactly in zip((out, dx, dw), oracle(*given), oracle(*exact(given))):
+        assert_as_good(ours, eager, exactly, rounding=BF16)
+    stored = aten.bn_sums(dx.double(), x.double(), coef.double()).sum(0)
+    assert relative_error(sums.sum(0), stored) < 2e-5
 
 
 @pytest.mark.usefixtures("form")

@@ -332,6 +332,59 @@ def test_bn_relu():
     for_each("bn_relu", norms(), check, 10)
 
 
+@st.composite
+def smooth_layers(draw: st.DrawFn) -> tuple:
+    """dtype, whether the last activation is there, and (x, layers) of convolutions with GELU, perhaps strided."""
+    (n, height, width), dtype, value_seed = draw(images()), draw(dtypes()), draw(seeds())
+    kernels, kind = draw(st.sampled_from([(3,), (1, 3), (3, 3), (1, 3, 1)])), draw(kinds())
+    widths, stride, dilation = [draw(channels()) for _ in range(len(kernels) + 1)], draw(st.sampled_from([1, 2])), 1
+    relu = draw(st.booleans())
+    note(
+        f"{n}x{height}x{width} {widths} kernels {kernels} stride {stride} {kind} {dtype}, activation at the end: {relu}"
+    )
+    torch.manual_seed(value_seed)
+    with device():
+        x = torch.randn(n, height, width, widths[0], dtype=torch.float64)
+        layers = [
+            random_layer(*widths[i : i + 2], kernel, stride if i == 0 else 1, dilation=dilation, act="gelu", **kind)
+            for i, kernel in enumerate(kernels)
+        ]
+    return dtype, relu, (x, layers)
+
+
+def test_gelu():
+    def check(dtype, relu, arguments):
+        def fused(x, layers):
+            return ops.residual_block(x, layers, None, relu)[0]
+
+        assert_as_good_as_eager(fused, lambda x, layers: eager_residual(x, layers, None, relu), arguments, dtype)
+
+    for_each("gelu", smooth_layers(), check, 6)
+
+
+def test_gelu_behind_the_stem_and_before_a_shortcut():
+    def check(dtype, pool, arguments):
+        x, layer = arguments
+        layer = layer._replace(norm=layer.norm._replace(act="gelu"))
+        # no whole numbers here: ties between what the pool compares are for the test of ReLU
+        layer = layer._replace(weight=torch.randn_like(layer.weight))
+        stem = partial(eager_stem, kernel=pool[0], stride=pool[1], pad=pool[2])
+        assert_as_good_as_eager(lambda x, layer: ops.stem(x, layer, *pool)[0], stem, (x, layer), dtype)
+
+    for_each("gelu in a stem", stems(), check, 2)
+
+    def block(dtype, options, arguments):
+        x, layers, shortcut = arguments
+        layers = [layer._replace(norm=layer.norm._replace(act="gelu")) for layer in layers]
+        given = x, layers, shortcut
+        fused = partial(ops.residual_block, relu=False, recompute=options["recompute"])
+        assert_as_good_as_eager(
+            lambda *args: fused(*args)[0], lambda *args: eager_residual(*args, relu_last=False), given, dtype
+        )
+
+    for_each("gelu in a block", residuals(BASIC, "projection"), block, 2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_global_avg_pool(dtype):
     x = torch.randn(3, 7, 5, 20, dtype=torch.float64, device=device())

@@ -92,7 +92,7 @@ class VendorConvolutions(Backend):
         return y if coef is None else self.bn_add_relu(Normalised(y, coef, act))
 
     def _through(self, dout: Tensor, normalised: Normalised, a: Tensor | None = None) -> Tensor:
-        """The gradient at a BatchNorm's result from that of its activation ``a``, which is computed again where None."""
+        """The gradient at a BatchNorm's result from that of its activation ``a``; None: that is computed again."""
         if normalised.act == "gelu":
             return _aten.gelu_backward(dout, self.bn_add_relu(normalised, relu=False))
         return _aten.threshold_backward(dout, self.bn_add_relu(normalised) if a is None else a, 0)

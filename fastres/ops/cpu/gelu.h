@@ -6,11 +6,11 @@
 
 namespace fastres {
 
-// exp(x) for x of at most 0, to 2e-7 of it: 2^n by its bits, and a Taylor series within half a binary order. NaN stays.
+// exp(x) for x of at most 0, to 2e-7 of it: 2^n by its bits, and a Taylor series within half a binary order; 0 below the
+// normal numbers. NaN stays.
 template <class F, class I>
 inline F exp_of(F x) {
   constexpr float kShift = 12582912.f;  // 1.5 * 2^23: a sum with it has no fraction, and the integer is in its lowest bits
-  x = x < -87.f ? F{} - 87.f : x;
   const F shifted = x * 1.44269504f + kShift;
   const F n = shifted - kShift;
   const F f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log(2) in two parts, the first exact in few bits
@@ -21,7 +21,8 @@ inline F exp_of(F x) {
   bits = (bits << 23) + 0x3f800000;
   F power;
   std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  const F value = p * power;
+  return x < -87.f ? F{} : value;
 }
 
 template <class F>

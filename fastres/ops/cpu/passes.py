@@ -216,7 +216,10 @@ def add_gradient(dx: Tensor, gradient: Tensor, stride: int) -> None:
 def bn_relu_max_pool(
     y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad, act: str = "relu"
 ) -> tuple[Tensor, Tensor]:
-    """Max-pool of ``relu(y*scale + shift)``, or GELU of that of ``y*scale + shift``; index uint8: the winning tap, row by row, the first among equals."""
+    """Max-pool of ``relu(y*scale + shift)``, or GELU of that of ``y*scale + shift``.
+
+    index, uint8: the winning tap, row by row, the first among equals.
+    """
     n, height, width, channels = y.shape
     out = y.new_empty(n, *output_hw((height, width), (kernel, kernel), stride, pad), channels)
     index = torch.empty_like(out, dtype=torch.uint8)

@@ -142,9 +142,10 @@ def bn_add_relu_backward_kernel(
     Args:
         dout_ptr, y_ptr, dz_ptr: [M, C]. out_ptr: [M, C] or None: no ReLU.
         coef_ptr, sums_ptr: [5, C], [T, 2, C], a row of sums a program.
-        shortcut_ptr, shortcut_coef_ptr, shortcut_sums_ptr: [M, C], [5, C], [T, 2, C], or None all three.
+        shortcut_ptr, shortcut_coef_ptr, shortcut_sums_ptr: [M, C], [5, C], [T, 2, C], or None all three; with GELU the
+            first may be there alone.
         tiles: tiles of BLOCK_M rows that a program goes through.
-        GELU: dz is dout times its derivative at ``y*scale + shift``; without out.
+        GELU: dz is dout times its derivative at ``y*scale + shift + shortcut``; without out.
     """
     part = tl.program_id(0)
     first = part.to(tl.int64) * (tiles * BLOCK_M)
@@ -155,7 +156,7 @@ def bn_add_relu_backward_kernel(
     mean = tl.load(coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0)[None, :]
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_dz_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    if shortcut_ptr is not None:
+    if shortcut_coef_ptr is not None:
         shortcut_mean = tl.load(shortcut_coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0)[None, :]
         sum_dz_shortcut = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for tile in range(tiles):
@@ -166,16 +167,22 @@ def bn_add_relu_backward_kernel(
         y = tl.load(y_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
         if out_ptr is not None:
             dz = relu_backward(dz, tl.load(out_ptr + base + offset, mask=ok, other=0.0).to(tl.float32))
+        if shortcut_ptr is not None:
+            shortcut = tl.load(shortcut_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
         if GELU:
-            dz = gelu_backward(dz, bn(y, coef_ptr, channel, channel_ok, C)).to(dz_ptr.dtype.element_ty).to(tl.float32)
+            z = bn(y, coef_ptr, channel, channel_ok, C)
+            if shortcut_coef_ptr is not None:
+                z += bn(shortcut, shortcut_coef_ptr, channel, channel_ok, C)
+            elif shortcut_ptr is not None:
+                z += shortcut
+            dz = gelu_backward(dz, z).to(dz_ptr.dtype.element_ty).to(tl.float32)
         tl.store(dz_ptr + base + offset, dz.to(dz_ptr.dtype.element_ty), mask=ok)
         sum_dz += dz
         sum_dz_y += dz * (y - mean)
-        if shortcut_ptr is not None:
-            shortcut = tl.load(shortcut_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
+        if shortcut_coef_ptr is not None:
             sum_dz_shortcut += dz * (shortcut - shortcut_mean)
     store_sums(sum_dz, sum_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C)
-    if shortcut_ptr is not None:
+    if shortcut_coef_ptr is not None:
         store_sums(sum_dz, sum_dz_shortcut, shortcut_coef_ptr, shortcut_sums_ptr, part, channel, channel_ok, C)
 
 
@@ -197,30 +204,30 @@ def bn_add_relu_backward(
         coef: [5, C] fp32.
         shortcut, shortcut_coef: those of `bn_add_relu`; a shortcut that is not normalised has no sums.
         in_place: whether dz takes dout's memory.
-        act: where there is an out its activation; the gradient of GELU is of ``y*scale + shift``, not of out.
+        act: where there is an out its activation; the gradient of GELU is of ``y*scale + shift + shortcut``.
 
     Returns:
         dz [N, H, W, C], the partial sums [T, 2, C] fp32 of dz and dz * xhat, and the shortcut's or None.
     """
     channels = y.shape[3]
-    rows = y.numel() // channels
+    rows, gelu = y.numel() // channels, act == "gelu" and out is not None
     split = reduction(rows, channels)
     dz = dout if in_place else buffers.empty(dout, *dout.shape)
     sums = buffers.empty(coef, split.grid[0], 2, channels)
     shortcut_sums = None if shortcut_coef is None else buffers.empty(coef, split.grid[0], 2, channels)
     bn_add_relu_backward_kernel[split.grid](
         dout,
-        None if act == "gelu" else out,
+        None if gelu else out,
         y,
         coef,
-        None if shortcut_coef is None else shortcut,
+        None if shortcut_coef is None and not gelu else shortcut,
         shortcut_coef,
         dz,
         sums,
         shortcut_sums,
         rows,
         split.tiles,
-        GELU=act == "gelu" and out is not None,
+        GELU=gelu,
         C=channels,
         **split.launch,
     )

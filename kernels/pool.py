@@ -1,4 +1,4 @@
-"""Pools: max-pool of ``relu(bn(y))``, or GELU of that of ``bn(y)``, for the stem, and the global average pool of the head,
+"""Pools: max-pool of ``relu(bn(y))``, or GELU of that of ``bn(y)``, for the stem; the head's global average pool;
 with their backwards.
 """
 

@@ -135,9 +135,15 @@ def _fused_residual(
             norms.append(bn)
         else:
             added = to_nhwc(shortcut(x))
-    out, statistics = residual_chain(nhwc, chain, added, relu, recompute, identities)
+    apart = act != "relu" and relu and not _is_kept(added)  # the gradient of GELU is of the sum
+    out, statistics = residual_chain(nhwc, chain, added, relu and not apart, recompute, identities)
     track(norms, [*statistics, *behind])
-    return to_nchw(out)
+    return activated(to_nchw(out), act) if apart else to_nchw(out)
+
+
+def _is_kept(shortcut: Tensor | Layer | Identity | None) -> bool:
+    """Whether backward has what was added: nothing, the block's input as it is, or a projection of it."""
+    return shortcut is None or isinstance(shortcut, Layer) or (type(shortcut) is Identity and shortcut == Identity())
 
 
 class Link(NamedTuple):
@@ -213,11 +219,13 @@ def _joins(link: Link, block: nn.Module, structure: Block) -> bool:
     if before.preactivation:
         suits = structure.preactivation
     else:
+        identity = identity_of(structure.shortcut)
         suits = (
             not structure.preactivation
             and before.relu
             and structure.residual
-            and identity_of(structure.shortcut) is not None
+            and identity is not None
+            and (structure.act == "relu" or identity == Identity())
         )
     return (
         suits

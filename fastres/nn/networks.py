@@ -27,7 +27,7 @@ from fastres.nn.bypass import (
 from fastres.nn.classes import Fused, form
 from fastres.nn.norm import norm_of, to_nchw, to_nhwc, track
 from fastres.nn.roles import ACTIVATIONS, AVERAGES, BIASED_CONVS, CONTAINERS, CONVS, GELUS, IDENTITIES, NORMS, POOLS
-from fastres.nn.stem import fused_conv_relu, fused_stem
+from fastres.nn.stem import fused_biased_conv, fused_stem
 from fastres.nn.structure import Stages, Step, is_block, is_network, tell
 from fastres.ops import bn_relu, global_avg_pool
 
@@ -38,8 +38,9 @@ class Part(NamedTuple):
     """Steps that run as one, or are called.
 
     Attributes:
-        kind: ``STEM`` (convolution, BatchNorm, ReLU or GELU, perhaps a pool, in this order), ``BIASED`` (convolution with bias, ReLU),
-            ``BLOCKS``, ``NORM`` (BatchNorm and ReLU behind pre-activation blocks), ``AVERAGE`` (global) or ``CALL``.
+        kind: ``STEM`` (convolution, BatchNorm, activation, perhaps a pool, in this order), ``BIASED`` (convolution with
+            bias, activation), ``BLOCKS``, ``NORM`` (BatchNorm and activation behind pre-activation blocks), ``AVERAGE``
+            (global) or ``CALL``.
         reason: where steps are called that look like one of these: why.
         stages: of ``BLOCKS`` that are a `Stages` its checkpoint_every, or -1 where that is 0.
     """
@@ -125,7 +126,7 @@ def _first_part(steps: list[Any], before: list[Part], is_fused: Callable[[nn.Mod
         reason = norm_reason(step, rectified=act == "relu") or activation_reason(steps[1], act)
         return (Part(CALL, [step], reason), 1) if reason else (Part(NORM, steps[:2]), 2)
     if len(steps) > 1 and BIASED_CONVS.of(type(step)) is not None and _is_activation(steps[1]):
-        reason = conv_reason(step, bias=True) or activation_reason(steps[1])
+        reason = conv_reason(step, bias=True) or activation_reason(steps[1], act_of(steps[1]))
         return (Part(CALL, [step], reason), 1) if reason else (Part(BIASED, steps[:2]), 2)
     if rectified_norm_reason(step) is None:
         return Part(CALL, [step]), 2  # it calls its ReLU itself
@@ -184,7 +185,7 @@ def run_parts(parts: Sequence[Part], x: Tensor) -> Tensor:
         elif kind == STEM:
             x = fused_stem(x, steps[0], steps[1], steps[3] if len(steps) > 3 else None, act_of(steps[2]))
         elif kind == BIASED:
-            x = fused_conv_relu(x, steps[0])
+            x = fused_biased_conv(x, steps[0], act_of(steps[1]))
         elif kind == NORM:
             nhwc, statistics = bn_relu(to_nhwc(x), norm_of(steps[0], act_of(steps[1])), coef)
             track([steps[0]], [statistics])

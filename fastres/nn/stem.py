@@ -15,10 +15,9 @@ from fastres.ops.layers import output_hw
 
 
 def fused_stem(x: Tensor, conv: Any, bn: Any, pool: nn.Module | None, act: str = "relu") -> Tensor:
-    """``pool(relu(bn(conv(x))))``, or ``gelu(pool(bn(conv(x))))``, and the update of the running statistics; pool None or
-    identity: no pool.
+    """``pool(relu(bn(conv(x))))`` or ``gelu(pool(bn(conv(x))))``, and the update of the running statistics.
 
-    What may not be bypassed is called.
+    Pool None or identity: no pool. What may not be bypassed is called.
     """
     reason = unsupported(conv, bn, rectified=act == "relu")
     if reason is not None:
@@ -45,10 +44,10 @@ def _pooled(y: Tensor, pool: nn.Module | None, act: str) -> Tensor:
     return y if pool is None else pool(y)
 
 
-def fused_conv_relu(x: Tensor, conv: Any) -> Tensor:
-    """``relu(conv(x))`` of a convolution with bias, to the operations a frozen BatchNorm of mean 0 and variance 1."""
+def fused_biased_conv(x: Tensor, conv: Any, act: str = "relu") -> Tensor:
+    """The activation of a convolution with bias, to the operations a frozen BatchNorm of mean 0 and variance 1."""
     nhwc = to_nhwc(x)
     weight, stride, pad, dilation = conv_of(conv, nhwc.shape[1:3])
     zeros = conv.bias.new_zeros(conv.out_channels)
-    norm = Norm(None, conv.bias, zeros, zeros + 1, eps=0.0)
+    norm = Norm(None, conv.bias, zeros, zeros + 1, eps=0.0, act=act)
     return to_nchw(residual_chain(nhwc, [[Layer(weight, norm, stride, pad, dilation)]])[0])

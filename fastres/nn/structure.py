@@ -24,8 +24,7 @@ class Block(NamedTuple):
     """A residual block: all that its forward does.
 
     ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))``, or with ``preactivation``
-    ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``. With GELU, ``act="gelu"``, in place of every ReLU; but
-    none is known behind the addition of a shortcut: there ``relu=False``.
+    ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``. With GELU, ``act="gelu"``, in place of every ReLU.
     """
 
     layers: Sequence[tuple[Any, Any]]  # each convolution with the BatchNorm behind it, or in front of it
@@ -174,8 +173,6 @@ def structure_reason(block: Block) -> str | None:
     for activation in block.activations:
         if reason := activation_reason(activation, block.act):
             return reason
-    if block.act != "relu" and block.relu and block.residual and not block.preactivation:
-        return f"a block has {block.act} behind the addition of its shortcut"
     rectified = block.preactivation or block.relu and not block.residual
     if reason := layers_reason(block.layers, rectified, block.act):
         return reason

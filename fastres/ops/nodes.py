@@ -296,7 +296,7 @@ class Norm(Node):
 
     eps: float = 1e-5
     training: bool = True  # whether the statistics are the batch's
-    act: str = "relu"  # behind it; GELU only where no shortcut is added in between
+    act: str = "relu"  # behind it, or behind the addition of a shortcut to it
 
     code = "n"
 
@@ -393,7 +393,7 @@ def shortcut_gradient(run: Backward, opens: Step | None, tail: Tail) -> Shortcut
 
 @dataclass(frozen=True)
 class End(Node):
-    """A residual block ends: ``act(bn(y) + shortcut)``, stored by its first reader; with a shortcut act is the ReLU."""
+    """A residual block ends: ``act(bn(y) + shortcut)``, stored by its first reader."""
 
     adds: bool = True  # whether there is a shortcut
     relu: bool = True  # whether there is an activation
@@ -419,12 +419,14 @@ class End(Node):
         out = value.stored if self.relu else None
         if tail.sums is not None:  # the reader's data gradient went through the ReLU
             dz, sums, shortcut_sums = dout, tail.sums, None
-        elif run.recompute and value.has_projection:  # the two outputs that are computed again are never there at once
+        elif (
+            run.recompute and value.has_projection and value.act == "relu"
+        ):  # the two outputs that are computed again are never there at once
             assert value.opened is not None
             sums = None
             dz, shortcut_sums, _ = run.p.bn_add_relu_backward(dout, out, value.opened.normalised, None, tail.owned)
         else:
-            shortcut = value.shortcut if value.has_projection else None
+            shortcut = value.shortcut if value.has_projection or value.act != "relu" else None
             dz, sums, shortcut_sums = run.p.bn_add_relu_backward(dout, out, value.normalised, shortcut, tail.owned)
         if value.opened is not None:
             run.joined.append(shortcut_gradient(run, value.opened.step, Tail(Gradient(dz), shortcut_sums)))

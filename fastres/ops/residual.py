@@ -74,8 +74,8 @@ def residual_chain(
 
     Raises:
         RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for a block
-            without layers, for another number of identities than there are further blocks, and for another activation
-            than the ReLU behind the addition of a shortcut.
+            without layers, for another number of identities than there are further blocks, and for GELU behind the
+            addition of a shortcut that is not the block's input as it is, or a projection of it.
     """
     shortcut = Identity() if shortcut is x else shortcut
     if identities is None:
@@ -90,8 +90,12 @@ def residual_chain(
         for place, layer in enumerate(layers):
             nodes += _layer_nodes(layer, kept=not recompute or place < len(layers) - 1)
         rectified = relu or index < len(blocks) - 1
-        if opened is not None and rectified and layers[-1].norm.act != "relu":
-            raise ValueError(f"act is {layers[-1].norm.act!r} behind the addition of a shortcut: only 'relu' is known")
+        kept = opened is None or type(opened) is Layer or (type(opened) is Identity and opened == Identity())
+        if rectified and layers[-1].norm.act != "relu" and not kept:
+            raise ValueError(
+                f"act is {layers[-1].norm.act!r} behind the addition of a shortcut that is neither the block's input "
+                "nor a projection of it: take relu=False, and the activation of the result"
+            )
         nodes.append(End(opened is not None, rectified))
     projection = [shortcut] if isinstance(shortcut, Layer) else []
     every_layer = [*projection, *[layer for layers in blocks for layer in layers]]  # as they run

@@ -109,7 +109,7 @@ class SmoothWiden(nn.Module):
 
 
 class SmoothBlock(nn.Module):
-    """``bn2(conv2(gelu(bn1(conv1(x))))) + x`` with 3x3 convolutions: nothing behind the addition.
+    """``gelu(bn2(conv2(gelu(bn1(conv1(x))))) + x)`` with 3x3 convolutions: a basic block with GELU.
 
     [N, width, H, W] to the same.
     """
@@ -124,7 +124,7 @@ class SmoothBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See above."""
-        return self.bn2(self.conv2(self.gelu(self.bn1(self.conv1(x))))) + x
+        return self.gelu(self.bn2(self.conv2(self.gelu(self.bn1(self.conv1(x))))) + x)
 
 
 class SpeedResNet(nn.Module):
@@ -137,8 +137,7 @@ class SpeedResNet(nn.Module):
             patch of 3 channels, 24 are all 12 of a 2x2 patch.
         patch, stride: of the first layer.
         layers: 3x3 convolutions of each residual block: 1 or 2.
-        act: behind the first layer ReLU; in the stages ``relu``, or ``gelu``, with which blocks have nothing behind
-            their addition and two convolutions.
+        act: ``relu``, or ``gelu``, with which residual blocks have two convolutions.
         checkpoint_every: see `run_blocks`.
     """
 
@@ -155,7 +154,7 @@ class SpeedResNet(nn.Module):
     ):
         super().__init__()
         self.conv1 = WhiteningConv(stem, patch, stride)
-        self.relu = nn.ReLU(inplace=True)
+        self.act = nn.GELU() if act == "gelu" else nn.ReLU(inplace=True)
         self.checkpoint_every = checkpoint_every
         stages: list[nn.Module] = []
         for inputs, width in zip((stem, *widths), widths):
@@ -177,7 +176,7 @@ class SpeedResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, 3, H, W]."""
-        x = self.relu(self.conv1(x))
+        x = self.act(self.conv1(x))
         x = run_blocks(self.blocks(), x, self.checkpoint_every)
         return self.fc(self.avgpool(x).flatten(1))
 

@@ -27,7 +27,8 @@ void fastres_moments_bfloat16(const uint16_t*, const uint16_t*, uint16_t*, int64
 void fastres_normalise_bfloat16(const uint16_t*, const float*, const uint16_t*, const float*, int64_t, uint16_t*, int64_t,
                                 int64_t, int64_t, int64_t);
 void fastres_backward_sums_bfloat16(const uint16_t*, const uint16_t*, const uint16_t*, const float*, bool, const uint16_t*,
-                                    const float*, const uint16_t*, const float*, uint16_t*, float*, float*, int64_t, int64_t,
+                                    const uint16_t*, const float*, const uint16_t*, const float*, uint16_t*, float*, float*,
+                                    int64_t, int64_t,
                                     int64_t, int64_t);
 void fastres_backward_apply_bfloat16(const uint16_t*, const uint16_t*, const float*, const uint16_t*, uint16_t*, int64_t,
                                      int64_t, int64_t, int64_t);
@@ -141,8 +142,10 @@ void pass(int64_t n, int64_t height, int64_t width, int64_t c, int64_t rows, int
     fastres_normalise_bfloat16(y.get(), coef.get(), other.get(), coef.get(), act, out.get(), m, c, rows, threads);
   }
   for (bool gelu : {false, true}) {
-    fastres_backward_sums_bfloat16(y.get(), other.get(), out.get(), coef.get(), gelu, y.get(), coef.get(), other.get(),
-                                   coef.get(), out.get(), sums.get(), second.get(), m, c, rows, threads);
+    fastres_backward_sums_bfloat16(y.get(), other.get(), out.get(), coef.get(), gelu, nullptr, y.get(), coef.get(),
+                                   other.get(), coef.get(), out.get(), sums.get(), second.get(), m, c, rows, threads);
+    fastres_backward_sums_bfloat16(y.get(), nullptr, y.get(), coef.get(), gelu, other.get(), y.get(), coef.get(), nullptr,
+                                   nullptr, out.get(), sums.get(), nullptr, m, c, rows, threads);
   }
   fastres_backward_coef(sums.get(), coef.get(), blocks, c, double(m), true, abc.get(), dgamma.get(), dbeta.get());
   fastres_backward_apply_bfloat16(y.get(), other.get(), abc.get(), out.get(), out.get(), m, c, rows, threads);

@@ -46,22 +46,36 @@ def test_convolutions_without_a_shortcut(dtype, norm, relu):
     )
 
 
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_with_nothing_behind_the_addition(dtype, shortcut, recompute):
-    """Two, of which the first is one of ReLU: its end is joined by what reads it with GELU behind."""
+def test_blocks(dtype, shortcut, recompute, relu):
     added = random_layer(16, 24, 1) if shortcut == "projection" else None
 
     def fused(x, layers, added):
-        return residual_block(x, layers, x if added is None else added, relu=False, recompute=recompute)[0]
+        return residual_block(x, layers, x if added is None else added, relu, recompute)[0]
 
     def eager(x, layers, added):
-        return eager_residual(x, layers, x if added is None else added, relu_last=False)
+        return eager_residual(x, layers, x if added is None else added, relu)
 
     outputs = 24 if shortcut == "projection" else 16
     arguments = image(3, 8, 9, 16), layers_of(16, 24, outputs), added
     assert_as_good_as_eager(fused, eager, arguments, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_chains(dtype):
+    """The second block's first convolution, 1x1, could end the first block: here it reads it as it is stored."""
+    blocks = [layers_of(16, 16), [random_layer(16, 8, 1, act="gelu"), random_layer(8, 16, 3, act="gelu")]]
+
+    def eager(x, blocks):
+        for layers in blocks:
+            x = eager_residual(x, layers, x)
+        return x
+
+    arguments = image(3, 8, 9, 16), blocks
+    assert_as_good_as_eager(lambda x, blocks: residual_chain(x, blocks, x)[0], eager, arguments, dtype)
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=str)
@@ -94,7 +108,7 @@ def test_first_and_second_derivatives():
         norms = [first.norm._replace(gamma=g1, beta=b1), second.norm._replace(gamma=g2, beta=b2)]
         made = [Layer(w, norm, 1, first.pad) for w, norm in zip((w1, w2), norms)]
         pooled = stem(x, made[0]._replace(weight=w1), 2, 2, (0, 0, 0, 0))[0]
-        return residual_block(x, made, x, relu=False)[0].sum() + residual_block(x, made, None)[0].sum() + pooled.sum()
+        return residual_block(x, made, x)[0].sum() + residual_block(x, made, None)[0].sum() + pooled.sum()
 
     arguments = (x, *leaves(first, second))
     assert torch.autograd.gradcheck(function, arguments)
@@ -103,23 +117,23 @@ def test_first_and_second_derivatives():
 
 def test_opcheck():
     x, layers = cast([torch.randn(2, 8, 8, 6), layers_of(6, 8, 6)], torch.float32)
-    opcheck(lambda: residual_block(x, layers, x, relu=False)[0])
+    opcheck(lambda: residual_block(x, layers, x)[0])
     opcheck(lambda: stem(x, layers[0], **POOLS[0])[0])
 
 
 def test_where_it_is_not_known():
     x, (layer,) = cast([torch.randn(2, 4, 4, 6), layers_of(6, 6)], torch.float32)
-    with pytest.raises(ValueError, match="act is 'gelu' behind the addition of a shortcut: only 'relu' is known"):
-        residual_block(x, [layer], x)
+    with pytest.raises(ValueError, match="act is 'gelu' behind the addition of a shortcut that is neither"):
+        residual_block(x, [layer], torch.ones_like(x))
     with pytest.raises(ValueError, match="act is 'gelu' behind the addition"):
-        residual_chain(x, [[layer], [layer]], None, identities=[Identity()])
+        residual_chain(x, [[layer], [layer._replace(stride=2)]], None, identities=[Identity(2)])
     with pytest.raises(ValueError, match="'tanh' is no activation: choose relu, gelu"):
         residual_block(x, [layer._replace(norm=layer.norm._replace(act="tanh"))])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extremes(dtype):
-    """Values up to the largest are PyTorch's; NaN stays; infinity is not finite: PyTorch's own differ by vector width."""
+    """Values up to the largest are PyTorch's; NaN stays; infinity is not finite, but PyTorch's own vary."""
     values = torch.tensor([0.0, -0.0, 1e-30, 0.5, -0.5, 3, -3, 6, -6, 13, -13, 40, -40, 3e4, -3e4, 1e38, -1e38])
     x = torch.cat([values, torch.tensor([torch.nan, torch.inf])])[None, None, :, None].to(dtype).requires_grad_()
     zero = torch.zeros(1)

@@ -377,12 +377,22 @@ def test_gelu_behind_the_stem_and_before_a_shortcut():
         x, layers, shortcut = arguments
         layers = [layer._replace(norm=layer.norm._replace(act="gelu")) for layer in layers]
         given = x, layers, shortcut
-        fused = partial(ops.residual_block, relu=False, recompute=options["recompute"])
+        fused, eager = partial(ops.residual_block, **options), partial(eager_residual, relu_last=options["relu"])
+        assert_as_good_as_eager(lambda *args: fused(*args)[0], eager, given, dtype)
+
+    for_each("gelu in a block", residuals(BASIC, "projection"), block, 3)
+
+    def identity(dtype, options, arguments):
+        x, layers, _ = arguments
+        layers = [layer._replace(norm=layer.norm._replace(act="gelu")) for layer in layers]
         assert_as_good_as_eager(
-            lambda *args: fused(*args)[0], lambda *args: eager_residual(*args, relu_last=False), given, dtype
+            lambda x, layers: ops.residual_block(x, layers, x, **options)[0],
+            lambda x, layers: eager_residual(x, layers, x, options["relu"]),
+            (x, layers),
+            dtype,
         )
 
-    for_each("gelu in a block", residuals(BASIC, "projection"), block, 2)
+    for_each("gelu before an identity", residuals(BOTTLENECK, "identity"), identity, 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,7 +20,7 @@ from fastres.reference.speed import (
 def speed_steps(network: SpeedResNet) -> list[Step]:
     """Of the whole network."""
     stages = Stages(network.blocks(), network.checkpoint_every)
-    return [network.conv1, network.relu, stages, network.avgpool, flatten, network.fc]
+    return [network.conv1, network.act, stages, network.avgpool, flatten, network.fc]
 
 
 def halving_window(pool: HalvingPool, hw: tuple[int, int]) -> Window | None:
@@ -35,7 +35,7 @@ def smooth_widen_steps(network: SmoothWiden) -> list[Step]:
 
 def smooth_block(block: SmoothBlock) -> Block:
     """Of the whole block."""
-    return Block(numbered_layers(block), [block.gelu], relu=False, act="gelu")
+    return Block(numbered_layers(block), [block.gelu], act="gelu")
 
 
 declare_convolution(WhiteningConv, bias=True)

@@ -91,7 +91,7 @@ class Aten(VendorConvolutions):
         if out is None:
             dz = dout if in_place else dout.clone()
         elif normalised.act != "relu":
-            dz = self._through(dout, normalised)
+            dz = _aten.gelu_backward(dout, self.bn_add_relu(normalised, shortcut, relu=False))
         elif in_place:
             dz = _aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
         else:

@@ -115,10 +115,7 @@ class Backend(Protocol):
     # -- passes over activations --
 
     def bn_add_relu(self, normalised: Normalised, shortcut: Shortcut | None = None, relu: bool = True) -> Tensor:
-        """``act(y*scale + shift + shortcut)``, the end of a residual block; without ``relu`` the sum.
-
-        Only the ReLU takes a shortcut.
-        """
+        """``act(y*scale + shift + shortcut)``, the end of a residual block; without ``relu`` the sum."""
 
     def bn_add_relu_backward(
         self,
@@ -130,11 +127,12 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """``dz = dout * (out > 0)`` and [T, 2, C] sums of the BatchNorm and of the shortcut's.
 
-        The gradient of another activation than the ReLU is of the BatchNorm's result, which is computed again.
+        The gradient of another activation than the ReLU is of the sum, which is computed again.
 
         Args:
             out: the block's result; None: it had no activation, and dz is a copy.
-            shortcut: with its coefficients; None: no sums of it.
+            shortcut: with its coefficients, if it has sums; without them it counts for what is computed again alone,
+                and is of y's shape.
             in_place: whether dz takes dout's memory.
         """
 

@@ -26,7 +26,7 @@ SIGNATURES = {
     "normalise": "ppppioiiii",
     "normalise_apart": "ppppboi",
     "add_apart": "ppoi",
-    "backward_sums": "ppppbppppoooiiii",
+    "backward_sums": "ppppbpppppoooiiii",
     "backward_apply": "ppppoiiii",
     "max_pool": "ppipooi",
     "max_pool_backward": "pppoi",

@@ -135,10 +135,10 @@ void normalise(const T* y, const float* scale, const float* shift, const T* shor
 
 // dz = (dout + residual) where the ReLU let something through, with the sums over each block of dz and of dz * xhat, for
 // one BatchNorm or for two. The ReLU's output is ref (kMask 1), or of ref * scale + shift (kMask 2), or there is no ReLU;
-// or it is GELU of that (kMask 3).
+// or it is GELU of that (kMask 3), of that with a shortcut added (kMask 4), or with the second BatchNorm's result (kMask 5).
 template <typename T, bool kResidual, int kMask, bool kStore, int kNorms>
 void backward_sums(const T* dout, const T* residual, const T* ref, const float* scale, const float* shift,
-                   const T* const* y, const float* const* coef, T* dz, float* const* sums, int64_t m, int64_t c,
+                   const T* shortcut, const T* const* y, const float* const* coef, T* dz, float* const* sums, int64_t m, int64_t c,
                    int64_t rows, int64_t threads) {
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
   for (int64_t block = 0; block < blocks_of(m, rows); ++block) {
@@ -149,6 +149,8 @@ void backward_sums(const T* dout, const T* residual, const T* ref, const float* 
     }
     const float* mean = coef[0];
     const float* second_mean = kNorms > 1 ? coef[1] : nullptr;
+    const float* second_scale = kNorms > 1 ? coef[1] + 3 * c : nullptr;
+    const float* second_shift = kNorms > 1 ? coef[1] + 4 * c : nullptr;
     float* plain = sums[0] + block * 2 * c;
     float* scaled = plain + c;
     float* second_scaled = kNorms > 1 ? sums[1] + block * 2 * c + c : nullptr;
@@ -157,6 +159,7 @@ void backward_sums(const T* dout, const T* residual, const T* ref, const float* 
       const T* from = dout + start;
       const T* added = residual + start;
       const T* mask = ref + start;
+      const T* opened = shortcut + start;
       const T* first_y = y[0] + start;
       const T* second_y = kNorms > 1 ? y[1] + start : nullptr;
       T* to = dz + start;
@@ -166,7 +169,12 @@ void backward_sums(const T* dout, const T* residual, const T* ref, const float* 
         if constexpr (kResidual) grad = rounded<T>(grad + load(added[i]));
         if constexpr (kMask == 1) grad = load(mask[i]) <= 0 ? 0 : grad;
         if constexpr (kMask == 2) grad = load(mask[i]) * scale[i] + shift[i] <= 0 ? 0 : grad;
-        if constexpr (kMask == 3) grad = rounded<T>(grad * gelu_slope(load(mask[i]) * scale[i] + shift[i]));
+        if constexpr (kMask > 2) {
+          float z = load(mask[i]) * scale[i] + shift[i];
+          if constexpr (kMask == 4) z += load(opened[i]);
+          if constexpr (kMask == 5) z += load(second_y[i]) * second_scale[i] + second_shift[i];
+          grad = rounded<T>(grad * gelu_slope(z));
+        }
         if constexpr (kStore) store(to + i, grad);
         plain[i] += grad;
         scaled[i] += grad * (load(first_y[i]) - mean[i]);
@@ -411,8 +419,8 @@ void normalise_of(const T* y, const float* coef, const T* shortcut, const float*
 }
 
 template <typename T>
-void backward_sums_of(const T* dout, const T* residual, const T* ref, const float* ref_coef, bool gelu, const T* y,
-                      const float* coef, const T* second_y, const float* second_coef, T* dz, float* sums,
+void backward_sums_of(const T* dout, const T* residual, const T* ref, const float* ref_coef, bool gelu,
+                      const T* shortcut, const T* y, const float* coef, const T* second_y, const float* second_coef, T* dz, float* sums,
                       float* second_sums, int64_t m, int64_t c, int64_t rows, int64_t threads) {
   const T* const ys[] = {y, second_y};
   const float* const coefs[] = {coef, second_coef};
@@ -422,8 +430,8 @@ void backward_sums_of(const T* dout, const T* residual, const T* ref, const floa
   with(residual != nullptr, [&](auto added) {
     with(dz != nullptr, [&](auto stored) {
       const auto run = [&](auto mask, auto norms) {
-        backward_sums<T, added, mask, stored, norms>(dout, residual, ref, scale, shift, ys, coefs, dz, all_sums, m, c,
-                                                     rows, threads);
+        backward_sums<T, added, mask, stored, norms>(dout, residual, ref, scale, shift, shortcut, ys, coefs, dz, all_sums,
+                                                     m, c, rows, threads);
       };
       const auto masked = [&](auto norms) {
         if (!ref) {
@@ -432,6 +440,10 @@ void backward_sums_of(const T* dout, const T* residual, const T* ref, const floa
           run(std::integral_constant<int, 1>{}, norms);
         } else if (!gelu) {
           run(std::integral_constant<int, 2>{}, norms);
+        } else if (norms > 1) {
+          run(std::integral_constant<int, (norms > 1) ? 5 : 3>{}, norms);
+        } else if (shortcut) {
+          run(std::integral_constant<int, 4>{}, norms);
         } else {
           run(std::integral_constant<int, 3>{}, norms);
         }
@@ -555,11 +567,12 @@ extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::m
     normalise_of(y, coef, shortcut, shortcut_coef, act, out, m, c, rows, threads);                                     \
   }                                                                                                                    \
   extern "C" void fastres_backward_sums_##NAME(const T* dout, const T* residual, const T* ref, const float* ref_coef,  \
-                                               bool gelu, const T* y, const float* coef, const T* second_y,            \
+                                               bool gelu, const T* shortcut, const T* y, const float* coef,            \
+                                               const T* second_y,                                                      \
                                                const float* second_coef, T* dz, float* sums, float* second_sums,       \
                                                int64_t m, int64_t c, int64_t rows, int64_t threads) {                  \
-    backward_sums_of(dout, residual, ref, ref_coef, gelu, y, coef, second_y, second_coef, dz, sums, second_sums, m, c, \
-                     rows, threads);                                                                                   \
+    backward_sums_of(dout, residual, ref, ref_coef, gelu, shortcut, y, coef, second_y, second_coef, dz, sums,          \
+                     second_sums, m, c, rows, threads);                                                                \
   }                                                                                                                    \
   extern "C" void fastres_backward_apply_##NAME(const T* dz, const T* y, const float* abc, const T* residual, T* out,  \
                                                 int64_t m, int64_t c, int64_t rows, int64_t threads) {                 \

@@ -136,9 +136,11 @@ def bn_add_relu_backward(
     dz, sums = dout if in_place else torch.empty_like(dout), new_sums(dout)
     shortcut_sums = None if shortcut_coef is None else torch.empty_like(sums)
     second = (None, None) if shortcut_coef is None else (shortcut, shortcut_coef)
-    gelu = out is not None and act == "gelu"  # its gradient is of what it was of
-    of, of_coef = (y, coef) if gelu else (out, None)
-    _backward_sums(dout, None, of, of_coef, (y, coef), second, dz, sums=sums, second_sums=shortcut_sums, gelu=gelu)
+    if out is None or act == "relu":
+        _backward_sums(dout, None, out, None, (y, coef), second, dz, sums=sums, second_sums=shortcut_sums)
+    else:  # its gradient is of what it was of
+        of, both = shortcut if shortcut_coef is None else None, dict(sums=sums, second_sums=shortcut_sums)
+        _backward_sums(dout, None, y, coef, (y, coef), second, dz, gelu=True, shortcut=of, **both)
     return dz, sums, shortcut_sums
 
 
@@ -263,6 +265,7 @@ def _backward_sums(
     sums: Tensor,
     second_sums: Tensor | None,
     gelu: bool = False,
+    shortcut: Tensor | None = None,
 ) -> None:
     pixels, channels, rows = _sizes(dout)
     like, count = _pointers(dout), -(-pixels // rows) * 2 * channels
@@ -274,6 +277,7 @@ def _backward_sums(
         like(ref),
         _floats(ref_coef, 5 * channels),
         gelu,
+        like(shortcut),
         like(first[0]),
         _floats(first[1], 5 * channels),
         like(second[0]),

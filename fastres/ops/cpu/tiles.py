@@ -201,7 +201,8 @@ def data_grad(
     """The gradient at a convolution's input of ``dy = A*dz + B*y + C``, or ``A*dz``, or dz, and its BatchNorm's sums.
 
     The residual is added; what the ReLU of ``mask * scale + shift``, or of a mask without coefficients, did not let
-    through becomes 0, or the gradient goes through GELU of the former. The sums [T, 2, C] are those of the BatchNorm ``below = (y, coef)``.
+    through becomes 0, or the gradient goes through GELU of the former. The sums [T, 2, C] are those of the BatchNorm
+    ``below = (y, coef)``.
 
     Args:
         out: where the gradient goes, which may be the residual's memory, but not that of dz.

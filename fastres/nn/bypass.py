@@ -120,7 +120,11 @@ def activation_reason(activation: Any, act: str = "relu") -> str | None:
         return ACTIVATIONS.reason(activation)
     if reason := GELUS.reason(activation):
         return reason
-    return None if activation.approximate == "none" else f"a GELU has approximate={activation.approximate!r}"
+    return (
+        None
+        if getattr(activation, "approximate", "none") == "none"
+        else f"a GELU has approximate={activation.approximate!r}"
+    )
 
 
 def act_of(activation: Any) -> str:

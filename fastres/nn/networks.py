@@ -169,7 +169,9 @@ def _has_activation(step: Any) -> bool:
 
 def _is_activation(step: Any) -> bool:
     return isinstance(step, nn.Module) and (
-        ACTIVATIONS.of(type(step)) is not None or type(step).__module__ == nn.ReLU.__module__
+        ACTIVATIONS.of(type(step)) is not None
+        or GELUS.of(type(step)) is not None
+        or type(step).__module__ == nn.ReLU.__module__
     )
 
 

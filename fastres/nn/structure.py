@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastres.nn.bypass import (
     absent_reason,
+    act_of,
     activation_reason,
     first_reason,
     unsupported,
@@ -24,7 +25,7 @@ class Block(NamedTuple):
     """A residual block: all that its forward does.
 
     ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))``, or with ``preactivation``
-    ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``. With GELU, ``act="gelu"``, in place of every ReLU.
+    ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``. With GELU where the modules of its activation are that.
     """
 
     layers: Sequence[tuple[Any, Any]]  # each convolution with the BatchNorm behind it, or in front of it
@@ -38,7 +39,7 @@ class Block(NamedTuple):
     preactivation: bool = False
     absent: Sequence[nn.Module | None] = ()  # what the forward calls besides, which must do nothing for now
     opened: Sequence[nn.Module] = ()  # modules in it that hold those above and whose own forward calls them
-    act: str = "relu"  # its activation: that, or "gelu"
+    act: str = "auto"  # its activation, "relu" or "gelu"; "auto": that of its modules
 
 
 class Stages(NamedTuple):
@@ -164,6 +165,8 @@ def structure_of(block: nn.Module, running: bool = False) -> tuple[Block | None,
     """
     structure, reason = tell(block, running)
     if reason is None:
+        if structure.act == "auto":
+            structure = structure._replace(act=act_of(next(iter(structure.activations), None)))
         reason = structure_reason(structure)
     return (structure, None) if reason is None else (None, reason)
 

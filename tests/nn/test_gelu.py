@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torchvision
+from support_libraries import library
 from support_nets import assert_same, perturbed, train_step
 from torch import nn
 
@@ -28,7 +30,7 @@ class Unit(nn.Module):
 
 def unit_structure(unit: Unit) -> Block:
     layers = [(unit.conv1, unit.bn1), (unit.conv2, unit.bn2)]
-    return Block(layers, [unit.act], residual=unit.residual, relu=unit.ends, act="gelu")
+    return Block(layers, [unit.act], residual=unit.residual, relu=unit.ends)
 
 
 register_block(Unit, unit_structure)
@@ -122,3 +124,27 @@ def test_the_network_of_a_speed_run():
     x = torch.randn(2, 3, 17, 16, dtype=torch.float64)
     assert_is_what_it_was(eager, fused, x)
     torch.testing.assert_close(fold(eager)(x), eager(x), rtol=1e-9, atol=1e-9)
+
+
+def test_timm_with_gelu():
+    """The pool of the stem comes behind GELU there, and is called."""
+    made = library("timm").create_model("resnet18d", act_layer="gelu", num_classes=3)
+    torch.manual_seed(0)
+    eager = perturbed(made).double()
+    fused = fuse(copy.deepcopy(eager), strict=True)
+    assert report(fused).fused_blocks == 8 and report(fused).stems == 1
+    assert_is_what_it_was(eager, fused, torch.randn(2, 3, 33, 32, dtype=torch.float64))
+
+
+def test_torchvision_with_gelu():
+    torch.manual_seed(0)
+    eager = torchvision.models.resnet18(num_classes=3)
+    for module in list(eager.modules()):
+        if isinstance(getattr(module, "relu", None), nn.ReLU):
+            module.relu = nn.GELU()
+    eager = perturbed(eager).double()
+    fused = fuse(copy.deepcopy(eager), strict=True)
+    assert_is_what_it_was(eager, fused, torch.randn(2, 3, 33, 32, dtype=torch.float64))
+    mixed = copy.deepcopy(eager).train()
+    mixed.layer2[0].relu = nn.ReLU()
+    assert report(fuse(copy.deepcopy(mixed))).fused_blocks == 8  # each block has one of its own

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastres.nn.adapters.common import keeping_steps, numbered_layers
 from fastres.nn.bypass import absent_reason, unsupported
-from fastres.nn.roles import CONTAINERS, DROPOUTS, HOLDERS, RECTIFYING, eager_class
+from fastres.nn.roles import CONTAINERS, DROPOUTS, GELUS, HOLDERS, RECTIFYING, eager_class
 from fastres.nn.structure import Block, Step, register_named_block, register_named_network
 
 RESNET = "timm.models.resnet"
@@ -25,6 +25,7 @@ RESNETV2 = "timm.models.resnetv2"
 FEATURES = "timm.models._features"
 
 DROPOUTS.add_named("timm.layers.drop", "DropPath", "DropBlock2d")
+GELUS.add_named("timm.layers.activations", "GELU")
 RECTIFYING.add_named("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct")
 HOLDERS.add_named("timm.layers.adaptive_avgmax_pool", "SelectAdaptivePool2d")
 HOLDERS.add_named("timm.layers.classifier", "ClassifierHead")

@@ -104,6 +104,10 @@ def _fused_residual(
     identities: Sequence[Identity] | None = None,
     act: str = "relu",
 ) -> Tensor:
+    apart = act != "relu" and residual and not _is_kept(shortcut)  # the gradient of GELU is of the sum
+    if apart and len(blocks) > 1:
+        x = _fused_residual(x, blocks[:1], shortcut, residual, True, recompute, None, act)
+        return _fused_residual(x, blocks[1:], None, True, relu, recompute, (identities or [])[1:], act)
     nhwc = to_nhwc(x)
     hw = tuple(nhwc.shape[1:3])
     chain: list[list[Layer]] = []
@@ -135,15 +139,14 @@ def _fused_residual(
             norms.append(bn)
         else:
             added = to_nhwc(shortcut(x))
-    apart = act != "relu" and relu and not _is_kept(added)  # the gradient of GELU is of the sum
     out, statistics = residual_chain(nhwc, chain, added, relu and not apart, recompute, identities)
     track(norms, [*statistics, *behind])
-    return activated(to_nchw(out), act) if apart else to_nchw(out)
+    return activated(to_nchw(out), act) if apart and relu else to_nchw(out)
 
 
-def _is_kept(shortcut: Tensor | Layer | Identity | None) -> bool:
-    """Whether backward has what was added: nothing, the block's input as it is, or a projection of it."""
-    return shortcut is None or isinstance(shortcut, Layer) or (type(shortcut) is Identity and shortcut == Identity())
+def _is_kept(shortcut: Any) -> bool:
+    """Whether backward has what a shortcut adds: the block's input as it is, or a projection of it."""
+    return identity_of(shortcut) == Identity() or projection_of(shortcut) is not None
 
 
 class Link(NamedTuple):

@@ -120,11 +120,8 @@ def activation_reason(activation: Any, act: str = "relu") -> str | None:
         return ACTIVATIONS.reason(activation)
     if reason := GELUS.reason(activation):
         return reason
-    return (
-        None
-        if getattr(activation, "approximate", "none") == "none"
-        else f"a GELU has approximate={activation.approximate!r}"
-    )
+    approximate = getattr(activation, "approximate", "none")
+    return None if approximate == "none" else f"a GELU has approximate={approximate!r}"
 
 
 def act_of(activation: Any) -> str:

@@ -25,7 +25,7 @@ class Block(NamedTuple):
     """A residual block: all that its forward does.
 
     ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))``, or with ``preactivation``
-    ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``. With GELU where the modules of its activation are that.
+    ``conv_n(relu(bn_n(... conv_1(relu(bn_1(x)))))) + shortcut``. With GELU where its activations are.
     """
 
     layers: Sequence[tuple[Any, Any]]  # each convolution with the BatchNorm behind it, or in front of it

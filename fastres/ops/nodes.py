@@ -426,7 +426,8 @@ class End(Node):
             sums = None
             dz, shortcut_sums, _ = run.p.bn_add_relu_backward(dout, out, value.opened.normalised, None, tail.owned)
         else:
-            shortcut = value.shortcut if value.has_projection or value.act != "relu" else None
+            read = value.has_projection or (out is not None and value.act != "relu")
+            shortcut = value.shortcut if read else None
             dz, sums, shortcut_sums = run.p.bn_add_relu_backward(dout, out, value.normalised, shortcut, tail.owned)
         if value.opened is not None:
             run.joined.append(shortcut_gradient(run, value.opened.step, Tail(Gradient(dz), shortcut_sums)))

@@ -64,6 +64,12 @@ def test_blocks(dtype, shortcut, recompute, relu):
     assert_as_good_as_eager(fused, eager, arguments, dtype)
 
 
+def test_a_shortcut_that_is_a_tensor():
+    arguments = image(2, 6, 7, 16), layers_of(16, 16), image(2, 6, 7, 16)
+    fused, eager = partial(residual_block, relu=False), partial(eager_residual, relu_last=False)
+    assert_as_good_as_eager(lambda *given: fused(*given)[0], eager, arguments, torch.float64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_chains(dtype):
     """The second block's first convolution, 1x1, could end the first block: here it reads it as it is stored."""

@@ -26,6 +26,7 @@ from fastres.nn.structure import (
 )
 from fastres.ops import Conv, Identity, Layer, Statistics, preact_chain, residual_chain
 from fastres.ops.layers import output_hw
+from fastres.ops.plain import activated
 
 LONGEST = 8  # blocks in a chain
 
@@ -65,11 +66,6 @@ def fused_residual(
     if reason is not None or watched(x):
         return _eager_residual(x, blocks, shortcut, residual, relu, identities, act)
     return _fused_residual(x, blocks, shortcut, residual, relu, recompute, identities, act)
-
-
-def activated(y: Tensor, act: str) -> Tensor:
-    """The activation of y."""
-    return F.gelu(y) if act == "gelu" else F.relu(y)
 
 
 def _eager_residual(

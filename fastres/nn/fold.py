@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastres.nn.blocks import activated
 from fastres.nn.bypass import act_of, logger, unsupported, watched
 from fastres.nn.fuse import unfuse
 from fastres.nn.networks import STEM, opened_reason, parts_of
@@ -30,6 +29,7 @@ from fastres.nn.structure import (
 )
 from fastres.ops import Conv, bn_relu, conv_bias_act, repeat_blocks, repeat_conv_bias_act
 from fastres.ops.cpu import Layer, Layers, PackedBlocks, PackedConv
+from fastres.ops.plain import activated
 
 if TYPE_CHECKING:
     from typing_extensions import Self

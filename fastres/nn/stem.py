@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastres.nn.blocks import activated, fused_residual
+from fastres.nn.blocks import fused_residual
 from fastres.nn.bypass import pool_reason, say_once, unsupported, watched
 from fastres.nn.norm import conv_of, layer_of, to_nchw, to_nhwc, track
 from fastres.nn.roles import IDENTITIES, window_of
 from fastres.ops import Layer, Norm, residual_chain, stem
 from fastres.ops.layers import output_hw
+from fastres.ops.plain import activated
 
 
 def fused_stem(x: Tensor, conv: Any, bn: Any, pool: nn.Module | None, act: str = "relu") -> Tensor:

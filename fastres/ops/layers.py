@@ -22,7 +22,7 @@ class Norm(NamedTuple):
     """A BatchNorm over C channels; with running statistics it is frozen, without it normalises by the batch.
 
     With ``group``, the name of a process group, the batch is that of all its ranks together. ``act`` is the activation
-    behind it, one of `fastres.kernels.types.ACTIVATIONS`; where a shortcut is added in between, only the ReLU.
+    behind it, one of `fastres.kernels.types.ACTIVATIONS`; behind the shortcut that is added to it, where there is one.
     """
 
     gamma: Tensor | None  # [C], None: 1

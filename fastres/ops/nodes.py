@@ -419,9 +419,8 @@ class End(Node):
         out = value.stored if self.relu else None
         if tail.sums is not None:  # the reader's data gradient went through the ReLU
             dz, sums, shortcut_sums = dout, tail.sums, None
-        elif (
-            run.recompute and value.has_projection and value.act == "relu"
-        ):  # the two outputs that are computed again are never there at once
+        elif run.recompute and value.has_projection and value.act == "relu":
+            # the two outputs that are computed again are never there at once
             assert value.opened is not None
             sums = None
             dz, shortcut_sums, _ = run.p.bn_add_relu_backward(dout, out, value.opened.normalised, None, tail.owned)

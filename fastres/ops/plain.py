@@ -51,6 +51,11 @@ def is_differentiated(dout: Tensor) -> bool:
     return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(dout)
 
 
+def activated(y: Tensor, act: str) -> Tensor:
+    """The activation of y, of `fastres.kernels.types.ACTIVATIONS`."""
+    return F.gelu(y) if act == "gelu" else F.relu(y)
+
+
 class Plain(Reader):
     """A walk over a plan's nodes.
 
@@ -85,7 +90,7 @@ class Plain(Reader):
 
     def activate(self, y: Tensor) -> Tensor:
         """The activation behind the last BatchNorm, of y."""
-        return F.gelu(y) if self.act == "gelu" else F.relu(y)
+        return activated(y, self.act)
 
     def normalise(self, y: Tensor, vectors: Vectors, eps: float) -> Tensor:
         """The BatchNorm of y; its coefficients are noted."""

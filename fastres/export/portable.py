@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastres.nn import fold
 from fastres.nn.fold import FoldedConv, FoldedPreActBottleneck
+from fastres.ops.plain import activated
 
 
 def portable(model: nn.Module) -> nn.Module:
@@ -62,7 +63,7 @@ class _PlainConv(FoldedConv):
 
 class _PlainPreActBottleneck(FoldedPreActBottleneck):
     def enter(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn(x))
+        return activated(self.bn(x), self.act)
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {

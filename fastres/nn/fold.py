@@ -104,8 +104,12 @@ class FoldedConv(_Inference):
         added = None if residual is None else to_nhwc(residual)
         return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.relu, self.packed))
 
+    def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same as the forward in PyTorch's own operations."""
+        y = self._plain(x, residual)
+        return F.gelu(y) if self.gelu else y
+
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """The same in PyTorch's own operations."""
         geometry = self.geometry
         padding = () if geometry.declared is not None or isinstance(geometry.padding, str) else geometry.padding
         if not padding:

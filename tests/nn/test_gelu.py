@@ -9,6 +9,7 @@ from support_libraries import library
 from support_nets import assert_same, perturbed, train_step
 from torch import nn
 
+from fastres.export.portable import portable
 from fastres.nn import Block, fold, fuse, register_block, report
 from fastres.reference.speed import HalvingPool, SmoothBlock, SmoothWiden, SpeedResNet
 
@@ -124,6 +125,14 @@ def test_the_network_of_a_speed_run():
     x = torch.randn(2, 3, 17, 16, dtype=torch.float64)
     assert_is_what_it_was(eager, fused, x)
     torch.testing.assert_close(fold(eager)(x), eager(x), rtol=1e-9, atol=1e-9)
+
+
+def test_exported_without_kernels():
+    """What an export is made of: folded, in PyTorch's own operations."""
+    torch.manual_seed(0)
+    eager = perturbed(SpeedResNet(5, (8, 12), stem=6, patch=2, stride=1, act="gelu")).eval()
+    x = torch.randn(2, 3, 17, 16)
+    torch.testing.assert_close(portable(eager)(x), eager(x), rtol=1e-4, atol=1e-4)
 
 
 def test_timm_with_gelu():

@@ -143,7 +143,8 @@ def test_each_shape_is_chosen_once(monkeypatch):
         assert both.conv(*call_of(size)) == "second"
     first, other = choices.keys
     assert (
-        first.startswith("conv(((1x1x1x2, float32), None), ((2x1x1x2, float32), 1, (0, 0, 0, 0), 1)") and "x3" in other
+        first.startswith("conv(((1x1x1x2, float32), None, relu), ((2x1x1x2, float32), 1, (0, 0, 0, 0), 1)")
+        and "x3" in other
     )
     assert both.chosen == {first: "second", other: "second"}
 

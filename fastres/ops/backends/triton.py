@@ -69,8 +69,7 @@ class Triton(Passes):
     ) -> tuple[Tensor, Moments | None]:
         weight, stride, pad, dilation = conv
         y, coef, act = activation
-        options = dict(rank=self.rank, dilation=dilation, act=act)
-        return kernels.conv(y, weight, stride, pad, coef, residual, moments, **options)
+        return kernels.conv(y, weight, stride, pad, coef, residual, moments, self.rank, dilation, act)
 
     def bn_add_relu_conv(
         self, normalised: Normalised, shortcut: Shortcut | None, weight: Tensor, moments: bool = True

@@ -139,8 +139,9 @@ def bn_add_relu_backward(
     if out is None or act == "relu":
         _backward_sums(dout, None, out, None, (y, coef), second, dz, sums=sums, second_sums=shortcut_sums)
     else:  # its gradient is of what it was of
-        of, both = shortcut if shortcut_coef is None else None, dict(sums=sums, second_sums=shortcut_sums)
-        _backward_sums(dout, None, y, coef, (y, coef), second, dz, gelu=True, shortcut=of, **both)
+        of, second_sums = shortcut if shortcut_coef is None else None, shortcut_sums
+        given = dout, None, y, coef, (y, coef), second, dz
+        _backward_sums(*given, sums=sums, second_sums=second_sums, gelu=True, shortcut=of)
     return dz, sums, shortcut_sums
 
 

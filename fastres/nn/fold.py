@@ -191,7 +191,7 @@ def _at_once(blocks: Sequence[FoldedBlock], x: Tensor, packed: PackedBlocks) -> 
 
 
 def _layer_of(module: nn.Module) -> Layer | None:
-    if type(module) is not FoldedConv or has_hooks(module) or "forward" in module.__dict__:
+    if type(module) is not FoldedConv or has_hooks(module) or "forward" in module.__dict__ or module.gelu:
         return None
     return Layer(module.packed, module.weight, module.bias)
 

@@ -9,8 +9,10 @@ from support_libraries import library
 from support_nets import assert_same, perturbed, train_step
 from torch import nn
 
+from fastres import ops
 from fastres.export.portable import portable
 from fastres.nn import Block, fold, fuse, register_block, report
+from fastres.ops import cpu
 from fastres.reference.speed import HalvingPool, SmoothBlock, SmoothWiden, SpeedResNet
 
 
@@ -125,6 +127,21 @@ def test_the_network_of_a_speed_run():
     x = torch.randn(2, 3, 17, 16, dtype=torch.float64)
     assert_is_what_it_was(eager, fused, x)
     torch.testing.assert_close(fold(eager)(x), eager(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_folded_on_a_cpu(dtype):
+    """Twice: the second call repeats what the first one prepared."""
+    if reason := cpu.unavailable():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    eager = perturbed(SpeedResNet(5, (16, 24), stem=8, patch=2, stride=1, act="gelu")).eval()
+    x = torch.randn(4, 3, 17, 16).contiguous(memory_format=torch.channels_last)
+    with ops.implementation("cpp"), torch.no_grad():
+        folded = fold(eager).to(dtype, memory_format=torch.channels_last)
+        for _ in range(2):
+            tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-4
+            torch.testing.assert_close(folded(x.to(dtype)).float(), eager(x), rtol=tolerance, atol=tolerance)
 
 
 def test_exported_without_kernels():

@@ -82,6 +82,8 @@ class Product(NamedTuple):
     made: bool = False  # whether that operand is computed, not loaded as it is
     flat: bool = False  # whether its columns are gathered one by one, from all taps in a row
     least_registers: int = 0  # a thread's limit is no lower
+    stores: bool = False  # whether that operand is stored, too
+    strided: bool = False  # whether the result has a strided residual added to it
 
 
 def conv_configs(product: Product) -> list[Config]:
@@ -125,6 +127,9 @@ def dgrad_configs(product: Product) -> list[Config]:
             found[0] = found[0]._replace(num_stages=4)
             if product.columns > 128:
                 found[:0] = [Config(64, 256, 32, 8, 4, 128)]
+    if product.stores and product.taps > 1:  # Triton 3.6 would spill 8 bytes, in large tiles and with 128 registers
+        found = [one for one in found if one.block_m * one.block_n < 128 * 128]
+        found = [one._replace(most_registers=MORE_REGISTERS) if one.num_warps == 4 else one for one in found]
     return _ordered(found[:3], product)
 
 
@@ -139,7 +144,12 @@ def _plain_configs(product: Product) -> list[Config]:
     if product.loaded == 2:
         least = 255
     depth = min(product.depth, 32) if product.flat else product.depth
-    return _ordered([_config(*tile, depth, product.dtype, least, product.arch) for tile in tiles], product)
+    found = [_config(*tile, depth, product.dtype, least, product.arch) for tile in tiles]
+    # Triton 3.6 would spill 16 bytes with 255 registers.
+    if product.loaded == 2 and product.stores and product.strided and product.dtype.itemsize == 2:
+        shallow = dict(block_k=min(found[0].block_k, 32), num_stages=4)
+        found = [one._replace(**shallow) if one.block_m == one.block_n == 128 else one for one in found]
+    return _ordered(found, product)
 
 
 def _ordered(configs: list[Config], product: Product) -> list[Config]:

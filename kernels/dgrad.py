@@ -371,6 +371,7 @@ def conv_dgrad(
     needed = MORE_REGISTERS if abc is not None and stride > 1 else 0
     if activation is not None and cin > 64:  # Triton 3.6 would spill 16 bytes with 168
         needed = 255
+    strided = residual is not None and residual.shape != (n, height, width, cin)
     product = Product(
         rows=rows * stride**2,
         columns=cin,
@@ -381,12 +382,13 @@ def conv_dgrad(
         loaded=demand.rows,
         made=demand.made_rows,
         least_registers=needed,
+        stores=dy is not None,
+        strided=strided,
     )
     config = at_rank(dgrad_configs(product), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     dx = buffers.empty(dz, n, height, width, cin)
     common = math.gcd(stride, dilation)
-    strided = residual is not None and residual.shape != dx.shape
     x = coef = sums = None
     if below is not None:
         x, coef = below

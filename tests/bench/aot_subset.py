@@ -221,7 +221,9 @@ def main() -> None:
         chosen = {
             (one.kernel, "shortcut_ptr" in one.pointers, of_arch[one].rank): one for one in sorted(of_arch, key=_demand)
         }
-        needy = {*filter(_is_stems_gradient, of_arch), max(strided, key=lambda one: one.constants["CIN"])}
+        joined = filter(_stores_beside_a_strided_residual, of_arch)
+        widest = [max(found, key=lambda one: one.constants["CIN"]) for found in (strided, joined)]
+        needy = {*filter(_is_stems_gradient, of_arch), *widest}
         rows += compile_all((one, arch) for one in {*chosen.values(), *needy})
     for arch in ARCHITECTURES:
         if SHARED_LIMIT[arch] == least:
@@ -255,6 +257,11 @@ def _is_strided_and_frozen(one: Specialisation) -> bool:
     constants, tensors = one.constants, one.pointers
     window = one.kernel == "conv_dgrad_kernel" and (constants["KH"], constants["STRIDE"]) == (3, 2)
     return window and "abc_ptr" in tensors and "y_ptr" not in tensors and "sums_ptr" in tensors
+
+
+def _stores_beside_a_strided_residual(one: Specialisation) -> bool:
+    """Data gradient that stores what it computes and adds a residual of every second pixel."""
+    return "dy_ptr" in one.pointers and bool(one.constants.get("RESIDUAL_STRIDE"))
 
 
 def _demand(one: Specialisation) -> tuple:

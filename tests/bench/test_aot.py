@@ -149,6 +149,14 @@ def test_what_needs_more_than_128_registers_has_them(subset):
         assert all(row["spills"] == row["stack"] == 0 and row["options"]["maxnreg"] >= 168 for row in rows)
 
 
+def test_a_gradient_that_stores_what_it_computes_beside_a_strided_residual_does_not_spill(subset):
+    """With Triton 3.6 it did on sm_80, in steps of 64."""
+    rows = [row for row in subset["rows"] if row["constants"].get("RESIDUAL_STRIDE") and "dy_ptr" in row["tensors"]]
+    assert {row["arch"] for row in rows} >= {80, 90, 100}
+    assert {row["constants"]["BLOCK_K"] for row in rows if row["arch"] == 80} == {32}
+    assert all(row["spills"] == row["stack"] == 0 for row in rows)
+
+
 def test_a_device_of_little_shared_memory_takes_tiles_that_fit(subset):
     """What would have 128x128 tiles elsewhere; sm_86, sm_89 and sm_120 have the same limit."""
     rows = [row for row in subset["rows"] if row["arch"] == 89]

@@ -5,6 +5,7 @@ import torch
 
 from fastres.kernels import configs as tables
 from fastres.kernels.configs import (
+    MORE_REGISTERS,
     OTHER,
     PROGRAMS,
     Product,
@@ -64,6 +65,29 @@ def test_a_small_batch_takes_smaller_tiles():
     assert conv_configs(product(rows=128 * PROGRAMS))[0][:2] == (128, 128)
     assert conv_configs(product(rows=10 * PROGRAMS))[0] == conv_configs(product())[-1]
     assert sorted(conv_configs(product(rows=10))) == sorted(conv_configs(product()))
+
+
+@pytest.mark.parametrize("columns", [64, 96, 128, 256])
+def test_gradients_that_store_what_they_compute_have_the_registers_that_triton_3_6_needs(columns):
+    """What `bench.aot` found to spill with it: windows on sm_90, in large tiles and in small ones of 128 registers."""
+    window = dgrad_configs(product(columns=columns, loaded=2, stores=True))
+    assert all(one.block_m * one.block_n <= 128 * 64 for one in window)
+    assert all(one.most_registers >= MORE_REGISTERS for one in window if one.num_warps == 4)
+    assert window[0][:2] == (128, 64) and window[0].most_registers == 128  # two programs at once
+    for changes in (dict(stores=False), dict(stores=True, taps=1)):
+        kept = dgrad_configs(product(**{**dict(columns=columns, loaded=2), **changes}))
+        assert kept == dgrad_configs(product(**{**dict(columns=columns, loaded=2), **changes, "stores": False}))
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 120])
+def test_a_strided_residual_beside_a_stored_operand_takes_shallow_steps(arch):
+    def of(**changes):
+        return dgrad_configs(product(arch=arch, taps=1, loaded=2, **changes))
+
+    assert of(stores=True, strided=True)[0][:3] == (128, 128, 32) and of(stores=True, strided=True)[1:] == of()[1:]
+    assert of(stores=True) == of(strided=True) == of() and of()[0][:3] == (128, 128, 64)
+    alone = product(arch=arch, taps=1, loaded=1, stores=True, strided=True)
+    assert dgrad_configs(alone) == dgrad_configs(alone._replace(stores=False))
 
 
 def test_parts_of_a_sum_fill_the_multiprocessors():

@@ -94,6 +94,8 @@ def conv_configs(product: Product) -> list[Config]:
         return _ordered([Config(64, 64, 32, 4, 4, 128), *_plain_configs(product)], product)
     if product.taps == 1 and (product.loaded == 2 or product.depth <= 64):  # bound by memory: many small programs
         sizes = [(128, 64), (128, 128), (64, 64)]
+    elif product.taps > 1 and product.depth <= 32:  # bound by the addresses; 128x128 would spill 16 bytes
+        sizes = [(128, 64), (64, 64)]
     elif product.columns >= 256 and (product.taps > 1 or not product.made or product.depth >= 512):
         sizes = [(128, 256), (128, 128), (128, 64)]  # bound by the L2: few large programs
     else:
@@ -145,8 +147,9 @@ def _plain_configs(product: Product) -> list[Config]:
         least = 255
     depth = min(product.depth, 32) if product.flat else product.depth
     found = [_config(*tile, depth, product.dtype, least, product.arch) for tile in tiles]
-    # Triton 3.6 would spill 16 bytes with 255 registers.
-    if product.loaded == 2 and product.stores and product.strided and product.dtype.itemsize == 2:
+    # With 255 registers Triton 3.6 would spill 16 bytes on sm_80 and 3.8 those of one tensor, 24 bytes, on sm_120.
+    spills = product.stores and (product.strided if product.loaded == 2 else not has_warp_groups(product.arch))
+    if spills and product.dtype.itemsize == 2:
         shallow = dict(block_k=min(found[0].block_k, 32), num_stages=4)
         found = [one._replace(**shallow) if one.block_m == one.block_n == 128 else one for one in found]
     return _ordered(found, product)

@@ -7,7 +7,7 @@ with `return_freed_memory`, as the memory mode ``--recompute`` of `fastres train
 its own, as the state of the allocator's heap is part of what is measured; the processes take turns. There are two
 limits: the time of PyTorch's own convolutions on the network's shapes, and that of their arithmetic at the rate of a
 large matrix product. What decides the rates are the processor's instructions for bf16, so there is a result file for
-each kind of them.
+each kind of them. Training is measured at a workload's batch, inference at several: one image costs other than many.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import multiprocessing
 import os
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,36 +85,59 @@ def results_of(kind: str, results: Path = RESULTS) -> Path:
     return results / f"cpu-{kind.lower().replace(' ', '-')}.json"
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one workload; seconds are medians of a call."""
-    workload = WORKLOADS[name]
-    found: dict[str, Any] = {"workload": name, "peak_mib": {}}
-    for kind, baselines, ours in (
-        ("training", TRAINING_BASELINES, OURS),
-        ("inference", INFERENCE_BASELINES, ("folded",)),
-    ):
-        if kind not in args.kinds:
-            continue
-        print(f"{name}: {kind}", flush=True)
-        runs = [
-            (variant, precision, allocator)
-            for precision in args.precisions
-            for variant in (*baselines, *ours)
-            if "compile" not in variant or name not in TOO_DEEP_TO_COMPILE
-            for allocator in OUR_ALLOCATORS.get(variant, ("default", "kept"))
-        ]
-        found[kind] = _in_turn(kind, workload, runs, args.rounds, args.threads)
-    for precision in args.precisions if "training" in args.kinds else ():
-        for variant in (*TRAINING_BASELINES[:2], *OURS):
-            for allocator in OUR_ALLOCATORS.get(variant, tuple(ALLOCATORS)):
-                memory = in_own_process(_memory, workload, variant, precision, allocator, args.threads)
-                label = _label(variant, precision, allocator)
-                found["peak_mib"][label] = memory["peak_mib"] - memory["idle_mib"]
-    found["convolutions"] = {
-        precision: in_own_process(_convolutions, workload, precision, args.threads) for precision in args.precisions
-    }
-    found["products"] = {precision: in_own_process(_products, precision, args.threads) for precision in args.precisions}
-    return found
+def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Everything about one workload, part after part; seconds are medians of a call."""
+    workload, threads = WORKLOADS[name], args.threads
+    products = {precision: in_own_process(_products, precision, threads) for precision in args.precisions}
+    yield {"workload": name, "products": products}
+    if "training" in args.kinds:
+        print(f"{name}: training", flush=True)
+        training = _in_turn("training", workload, _runs(name, TRAINING_BASELINES, OURS, args), args.rounds, threads)
+        peak_mib = {}
+        for precision in args.precisions:
+            for variant in (*TRAINING_BASELINES[:2], *OURS):
+                for allocator in OUR_ALLOCATORS.get(variant, tuple(ALLOCATORS)):
+                    memory = in_own_process(_memory, workload, variant, precision, allocator, threads)
+                    peak_mib[_label(variant, precision, allocator)] = memory["peak_mib"] - memory["idle_mib"]
+        yield {
+            "training": training,
+            "peak_mib": peak_mib,
+            "convolutions": {p: in_own_process(_convolutions, workload, p, threads) for p in args.precisions},
+        }
+    for batch in args.batches if "inference" in args.kinds else ():
+        print(f"{name}: inference, batch {batch}", flush=True)
+        runs, one = _runs(name, INFERENCE_BASELINES, ("folded",), args), replace(workload, batch=batch)
+        times = _in_turn("inference", one, runs, args.rounds, threads)
+        limits = {p: in_own_process(_convolutions, one, p, threads, False) for p in args.precisions}
+        yield {"inference": {str(batch): {"times": times, "convolutions": limits}}}
+
+
+def _runs(
+    name: str, baselines: tuple[str, ...], ours: tuple[str, ...], args: argparse.Namespace
+) -> list[tuple[str, str, str]]:
+    """Variants with their precisions and allocators."""
+    return [
+        (variant, precision, allocator)
+        for precision in args.precisions
+        for variant in (*baselines, *ours)
+        if "compile" not in variant or name not in TOO_DEEP_TO_COMPILE
+        for allocator in OUR_ALLOCATORS.get(variant, ("default", "kept"))
+    ]
+
+
+def joined(before: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """A workload's results with a part that was measured now; of inference other batches are kept."""
+    inference = {**by_batch(before), **part.get("inference", {})}
+    return {**before, **part, **({"inference": inference} if inference else {})}
+
+
+def by_batch(one: dict[str, Any]) -> dict[str, Any]:
+    """A workload's times and limits of inference by batch; results of before have one, the workload's."""
+    inference = one.get("inference", {})
+    if all(batch.isdigit() for batch in inference):
+        return dict(sorted(inference.items(), key=lambda item: int(item[0])))
+    batch = WORKLOADS[one["workload"]].batch
+    return {str(batch): {"times": inference, "convolutions": one["convolutions"]}}
 
 
 def _in_turn(
@@ -233,7 +257,7 @@ def convolutions_of(workload: Workload) -> list[tuple[nn.Conv2d, torch.Size, tup
         padding = (0, 0) if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1])
         found.append((conv, inputs[0].shape, padding, y.shape[2] * y.shape[3]))
 
-    model = workload.build()
+    model = workload.build().eval()
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(note)
@@ -242,9 +266,9 @@ def convolutions_of(workload: Workload) -> list[tuple[nn.Conv2d, torch.Size, tup
     return found
 
 
-def _convolutions(workload: Workload, precision: str, threads: int) -> dict[str, float]:
-    """All convolutions of a step, forward, and the gradients that are needed: seconds by PyTorch's own in the best
-    layout, and FLOPs, products with padding included.
+def _convolutions(workload: Workload, precision: str, threads: int, backward: bool = True) -> dict[str, float]:
+    """All convolutions of a step, forward, and the gradients that are needed unless ``backward`` is False: seconds by
+    PyTorch's own in channels-last, and FLOPs, products with padding included.
     """
     _prepare("kept", threads)
     dtype = machine.DTYPES[precision]
@@ -252,20 +276,28 @@ def _convolutions(workload: Workload, precision: str, threads: int) -> dict[str,
     for index, (conv, shape, padding, pixels) in enumerate(convolutions_of(workload)):
         key = (shape, conv.weight.shape, conv.stride, padding, index > 0)
         if key not in timed:
-            timed[key] = _convolution(*key, dtype)
+            timed[key] = _convolution(*key, dtype, backward)
         for part, value in zip(seconds, timed[key]):
             seconds[part] += value
         forward = 2.0 * conv.weight.numel() * shape[0] * pixels
         flops["forward"] += forward
-        flops["backward"] += forward * (2 if index > 0 else 1)
+        flops["backward"] += forward * (2 if index > 0 else 1) * backward
     return {**seconds, **{f"{part}_flops": value for part, value in flops.items()}}
 
 
 def _convolution(
-    shape: torch.Size, weight_shape: torch.Size, stride: tuple, padding: tuple, need_dx: bool, dtype: torch.dtype
+    shape: torch.Size,
+    weight_shape: torch.Size,
+    stride: tuple,
+    padding: tuple,
+    need_dx: bool,
+    dtype: torch.dtype,
+    with_backward: bool,
 ) -> tuple[float, float]:
     x, w = (torch.randn(s, dtype=dtype).to(memory_format=torch.channels_last) for s in (shape, weight_shape))
     forward = partial(torch.nn.functional.conv2d, x, w, None, stride, padding)
+    if not with_backward:
+        return all_of(interleaved({"forward": forward}, CPU, warmup=2, rounds=5))["forward"].median, 0.0
     dy = torch.randn_like(forward())
     backward = partial(bare_backward, dy, x, w, stride, padding, need_dx)
     found = all_of(interleaved({"forward": forward, "backward": backward}, CPU, warmup=2, rounds=5))
@@ -277,36 +309,52 @@ def _label(variant: str, precision: str, allocator: str) -> str:
 
 
 def summary(one: dict[str, Any]) -> dict[str, Any]:
-    """Ours against the best baseline: rates, ratios and the fraction of the convolutions' own speed."""
-    batch, found = WORKLOADS[one["workload"]].batch, {}
-    convolutions = {p: s["forward"] + s["backward"] for p, s in one["convolutions"].items()}
-    limits = {
-        "training": min(convolutions.values()),
-        "inference": min(s["forward"] for s in one["convolutions"].values()),
-    }
-    parts = {"training": ("forward_flops", "backward_flops"), "inference": ("forward_flops",)}
-    for kind, ours in (("training", OURS), ("inference", ("folded",))):
-        if kind not in one:
-            continue
-        rates = {label: batch / time["median"] for label, time in one[kind].items() if "median" in time}
-        mine = {label: rate for label, rate in rates.items() if label.startswith(ours)}
-        default = {label: rate for label, rate in rates.items() if label.endswith("default memory")}
-        kept = {label: rate for label, rate in rates.items() if label.endswith("kept memory") and label not in mine}
-        best, *others = (max(one, key=one.__getitem__) for one in (mine, default, kept))
-        baselines = dict(zip(("baseline", "baseline with kept memory"), others, strict=True))
-        found[kind] = {
-            "best": best,
-            "images_per_second": mine[best],
-            **{name: {"name": label, "ratio": mine[best] / rates[label]} for name, label in baselines.items()},
-            "of_the_convolutions": mine[best] / (batch / limits[kind]),
+    """Ours against the best baseline: rates, ratios and the fraction of the convolutions' own speed; of inference for
+    each batch.
+    """
+    found: dict[str, Any] = {}
+    products = one.get("products", {})  # which results of before have not
+    if "training" in one:
+        batch, both = WORKLOADS[one["workload"]].batch, ("forward", "backward")
+        found["training"] = _facts(batch, one["training"], OURS, one["convolutions"], both, products)
+    if measured := by_batch(one):
+        found["inference"] = {
+            batch: _facts(int(batch), m["times"], ("folded",), m["convolutions"], ("forward",), products)
+            for batch, m in measured.items()
         }
-        if "products" in one:  # which results of before have not
-            flops = {p: sum(one["convolutions"][p][part] for part in parts[kind]) for p in one["products"]}
-            fastest = min(flops[p] / rate for p, rate in one["products"].items())
-            found[kind]["of_the_products"] = mine[best] / (batch / fastest)
-    ratios = _memory_ratios(one["peak_mib"])
+    ratios = _memory_ratios(one.get("peak_mib", {}))
     found["peak_memory_ratio"] = {label: ratio for label, ratio in ratios.items() if label.startswith(OURS)}
     return found
+
+
+def _facts(
+    batch: int,
+    times: dict[str, dict[str, Any]],
+    ours: tuple[str, ...],
+    convolutions: dict[str, dict[str, float]],
+    parts: tuple[str, ...],
+    products: dict[str, float],
+) -> dict[str, Any]:
+    """`summary` of one kind of call."""
+    rates = {label: batch / time["median"] for label, time in times.items() if "median" in time}
+    mine = {label: rate for label, rate in rates.items() if label.startswith(ours)}
+    default = {label: rate for label, rate in rates.items() if label.endswith("default memory")}
+    kept = {label: rate for label, rate in rates.items() if label.endswith("kept memory") and label not in mine}
+    best, *others = (max(one, key=one.__getitem__) for one in (mine, default, kept))
+    limit = min(sum(seconds[part] for part in parts) for seconds in convolutions.values())
+    facts = {
+        "best": best,
+        "images_per_second": mine[best],
+        **{
+            name: {"name": label, "ratio": mine[best] / rates[label]}
+            for name, label in zip(("baseline", "baseline with kept memory"), others, strict=True)
+        },
+        "of_the_convolutions": mine[best] / (batch / limit),
+    }
+    flops = {p: sum(seconds[f"{part}_flops"] for part in parts) for p, seconds in convolutions.items() if p in products}
+    if flops:
+        facts["of_the_products"] = mine[best] / (batch / min(flops[p] / products[p] for p in flops))
+    return facts
 
 
 def _memory_ratios(peak: dict[str, float]) -> dict[str, float]:
@@ -326,14 +374,15 @@ COLUMNS = (
 
 
 def speeds(found: list[dict[str, Any]]) -> str:
-    """Two rows a workload: ours against the best baselines and the limits."""
+    """A row for a workload's training and one for each batch of its inference: ours against the best baselines and the
+    limits.
+    """
     rows = []
     for one in found:
         facts = summary(one)
-        for kind in ("training", "inference"):
-            if kind not in facts:
-                continue
-            f = facts[kind]
+        kinds = {"training": facts["training"]} if "training" in facts else {}
+        kinds |= {f"inference, batch {batch}": of for batch, of in facts.get("inference", {}).items()}
+        for kind, f in kinds.items():
             ratios = [
                 f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})"
                 for p in ("baseline", "baseline with kept memory")
@@ -349,7 +398,7 @@ def table(found: list[dict[str, Any]]) -> str:
     memory = [
         [f"{one['workload']}: {label}", f"{one['peak_mib'][label]:.0f}", f"{ratio:.2f}", _rate(one, label)]
         for one in found
-        for label, ratio in _memory_ratios(one["peak_mib"]).items()
+        for label, ratio in _memory_ratios(one.get("peak_mib", {})).items()
     ]
     columns = ("", "MiB that a training step adds", "of the best baseline", "images/s")
     tables = [speeds(found), *([markdown(columns, memory)] if memory else [])]
@@ -378,9 +427,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS)[:4])
     parser.add_argument("--kinds", nargs="+", choices=["training", "inference"], default=["training", "inference"])
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], help="images of an inference call")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--add", action="store_true", help="keep the other workloads that the result file has")
+    parser.add_argument("--add", action="store_true", help="keep what else the result file has")
     parser.add_argument("--out", type=Path, default=results_of(instructions()), help="result file")
     return parser.parse_args(argv)
 
@@ -394,10 +444,12 @@ def main(argv: list[str] | None = None) -> None:
     found = {one["workload"]: {"commit": before["commit"], **one} for one in before["workloads"]}
     load = max(os.getloadavg()[0], before.get("load_average", 0.0))
     for name in args.workloads:
-        found[name] = {**measure(name, args), "commit": circumstances()["commit"]}
-        found[name]["summary"] = summary(found[name])
-        facts = {"instructions": instructions(), "settings": settings, "load_average": load}
-        write_results(args.out, {**facts, "workloads": list(found.values())})
+        found.setdefault(name, {})
+        for part in measure(name, args):
+            one = found[name] = {**joined(found[name], part), "commit": circumstances()["commit"]}
+            one["summary"] = summary(one)
+            facts = {"instructions": instructions(), "settings": settings, "load_average": load}
+            write_results(args.out, {**facts, "workloads": list(found.values())})
     print(f"{instructions()}\n\n{table(list(found.values()))}")
 
 

@@ -75,9 +75,10 @@ def test_ours_against_the_best_baseline():
     )
     assert training["baseline with kept memory"]["ratio"] == pytest.approx(1.2)
     assert training["of_the_convolutions"] == pytest.approx(0.6 / (1 / 1.5))
-    assert facts["inference"]["of_the_convolutions"] == pytest.approx(0.2 / (1 / 1.5))
+    inference = facts["inference"]["64"]
+    assert inference["of_the_convolutions"] == pytest.approx(0.2 / (1 / 1.5))
     assert training["of_the_products"] == pytest.approx(0.3 / (1 / 1.5))
-    assert facts["inference"]["of_the_products"] == pytest.approx(0.1 / (1 / 1.5))
+    assert inference["of_the_products"] == pytest.approx(0.1 / (1 / 1.5))
     ratios = {"fused, bf16, kept memory": 0.8, "fused recompute, bf16, returned memory": 0.6}
     assert facts["peak_memory_ratio"] == pytest.approx(ratios)
 
@@ -92,7 +93,7 @@ def test_the_table():
 def test_the_table_of_inference_alone():
     one = {key: value for key, value in found().items() if key != "training"} | {"peak_mib": {}}
     table = cpu.table([one])
-    assert "notebook, inference: folded, bf16" in table and "training" not in table and "MiB" not in table
+    assert "notebook, inference, batch 64: folded, bf16" in table and "training" not in table and "MiB" not in table
     assert table.startswith("One large matrix product runs at 0.01 TFLOP/s in fp32 and 0.01 TFLOP/s in bf16.")
 
 
@@ -110,10 +111,37 @@ def test_each_kind_of_cpu_has_its_result_file(line, name, file, tmp_path):
     assert cpu.instructions(tmp_path / "missing") == cpu.platform.machine()
 
 
+def test_batches_of_inference_have_rows_of_their_own():
+    """Results of before have the workload's batch alone; what is measured anew replaces that batch."""
+    one = found()
+    times = {label: {"median": time["median"] / 32} for label, time in one["inference"].items() if "median" in time}
+    measured = {"times": times, "convolutions": {"bf16": {"forward": 0.01, "forward_flops": 1e8}}}
+    joined = cpu.joined(one, {"inference": {"1": measured}})
+    table = cpu.table([cpu.joined(joined, {"inference": {"1": measured}})])
+    assert table.count("notebook, inference, batch 1: folded, bf16 | 48.0 | 1.50 (") == 1
+    assert "| notebook, inference, batch 64: folded, bf16 | 96.0 |" in table and "notebook, training: " in table
+    assert cpu.summary(joined)["inference"]["1"]["of_the_convolutions"] == pytest.approx(0.01 * 48)
+
+
+def test_a_small_network_is_measured_part_by_part(monkeypatch, tmp_path):
+    monkeypatch.setitem(cpu.WORKLOADS, "tiny", TINY)
+    monkeypatch.setattr(cpu, "in_own_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(cpu, "_in_turn", lambda kind, workload, runs, *_: {cpu._label(*runs[-1]): workload.batch})
+    monkeypatch.setattr(cpu, "_prepare", lambda *_: None)
+    monkeypatch.setattr(cpu, "PRODUCT", 64)
+    args = cpu.parse(["--kinds", "inference", "--precisions", "fp32", "--batches", "1", "3"])
+    parts = list(cpu.measure("tiny", args))
+    assert [list(part) for part in parts] == [["workload", "products"], ["inference"], ["inference"]]
+    one, three = (part["inference"][batch] for part, batch in zip(parts[1:], "13"))
+    assert list(one["times"].values()) == [1] and list(three["times"].values()) == [3]
+    flops = [of["convolutions"]["fp32"]["forward_flops"] for of in (one, three)]
+    assert flops[1] == 3 * flops[0] and one["convolutions"]["fp32"]["backward_flops"] == 0
+
+
 def test_workloads_are_added_to_those_of_before(tmp_path, monkeypatch, capsys):
     out, commits = tmp_path / "cpu.json", iter(("first", "second", "third"))
     monkeypatch.setattr(cpu, "circumstances", lambda: {"commit": next(commits)})
-    monkeypatch.setattr(cpu, "measure", lambda name, args: {**found(), "workload": name})
+    monkeypatch.setattr(cpu, "measure", lambda name, args: [{**found(), "workload": name}])
     cpu.main(["--workloads", "notebook", "resnet18", "--out", str(out)])
     cpu.main(["--workloads", "resnet18", "--out", str(out), "--add"])
     kept = {one["workload"]: one["commit"] for one in json.loads(out.read_text())["workloads"]}

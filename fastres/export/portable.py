@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn import fold
-from fastres.nn.fold import FoldedConv, FoldedPreActBottleneck
+from fastres.nn.fold import FoldedConv, FoldedPool, FoldedPreActBottleneck
 from fastres.ops.plain import activated
 
 
@@ -66,7 +66,13 @@ class _PlainPreActBottleneck(FoldedPreActBottleneck):
         return activated(self.bn(x), self.act)
 
 
+class _PlainPool(FoldedPool):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x)
+
+
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     FoldedConv: _PlainConv,
+    FoldedPool: _PlainPool,
     FoldedPreActBottleneck: _PlainPreActBottleneck,
 }

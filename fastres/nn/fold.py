@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastres.nn.bypass import act_of, logger, unsupported, watched
+from fastres.nn.bypass import act_of, logger, pool_reason, unsupported, watched
 from fastres.nn.fuse import unfuse
 from fastres.nn.networks import STEM, opened_reason, parts_of
 from fastres.nn.norm import geometry_of, norm_of, to_nchw, to_nhwc
 from fastres.nn.report import Report, survey
-from fastres.nn.roles import has_hooks
+from fastres.nn.roles import has_hooks, window_of
 from fastres.nn.structure import (
     Block,
     is_block,
@@ -27,7 +27,7 @@ from fastres.nn.structure import (
     structure_of,
     tell,
 )
-from fastres.ops import Conv, bn_relu, conv_bias_act, repeat_blocks, repeat_conv_bias_act
+from fastres.ops import Conv, bn_relu, conv_bias_act, repeat_blocks, repeat_conv_bias_act, repeat_max_pool
 from fastres.ops.cpu import Layer, Layers, PackedBlocks, PackedConv
 from fastres.ops.plain import activated
 
@@ -145,6 +145,27 @@ def _is_differentiated(x: Tensor, residual: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+class FoldedPool(_Inference):
+    """A max-pool behind a ReLU, on a CPU in one pass.
+
+    Args:
+        pool: one that the fused stem takes.
+    """
+
+    def __init__(self, pool: nn.Module):
+        super().__init__()
+        self.pool = pool
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C, H', W']."""
+        if type(x) is not Tensor or x.dim() != 4 or has_hooks(self.pool) or watched(x) or _is_differentiated(x, None):
+            return self.pool(x)
+        window = window_of(self.pool, (x.shape[2], x.shape[3]))
+        y = None if window is None else repeat_max_pool(x, *window)
+        return self.pool(x) if y is None else y
 
 
 class FoldedBlock(_Inference):
@@ -301,6 +322,10 @@ def _fold_stems(network: nn.Module, found: Report) -> None:
         if rectified and len(where[2]) == 1 and occurrences.count(id(part.steps[2])) == 1:  # else ReLU twice is ReLU
             activation_at, activation_name = where[2][0]
             activation_at._modules[activation_name] = nn.Identity()
+        for pool in part.steps[3:] if rectified else ():
+            if len(places.get(id(pool), [])) == 1 and occurrences.count(id(pool)) == 1 and pool_reason(pool) is None:
+                pool_at, pool_name = places[id(pool)][0]
+                pool_at._modules[pool_name] = FoldedPool(pool)
         found.stems += 1
 
 

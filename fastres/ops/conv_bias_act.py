@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fastres.kernels.geometry import Pad
 from fastres.ops import cpu, plain
 from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Backend, Convolution
@@ -108,6 +109,16 @@ def repeat_blocks(x: Tensor, blocks: Sequence[cpu.Layers], packed: cpu.PackedBlo
     if torch.is_grad_enabled() and is_recorded(x, *(layer.weight for block in blocks for layer in block.convs)):
         return None
     return packed.repeat(x, blocks)
+
+
+def repeat_max_pool(x: Tensor, kernel: int, stride: int, pad: Pad) -> Tensor | None:
+    """Max-pool of x [N, C, H, W] in channels-last memory by the compiled pass; None where the pool is to be called."""
+    nhwc_x = nhwc(x)
+    if not _is_run(x) or not nhwc_x.is_contiguous() or not x.numel() or not is_cpp(x):
+        return None
+    if plain.is_transformed() or is_recorded(x):
+        return None
+    return nchw(cpu.passes.max_pool(nhwc_x, kernel, stride, pad))
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:

@@ -33,6 +33,8 @@ void fastres_backward_sums_bfloat16(const uint16_t*, const uint16_t*, const uint
 void fastres_backward_apply_bfloat16(const uint16_t*, const uint16_t*, const float*, const uint16_t*, uint16_t*, int64_t,
                                      int64_t, int64_t, int64_t);
 void fastres_max_pool_bfloat16(const uint16_t*, const float*, int64_t, const int64_t*, uint16_t*, uint8_t*, int64_t);
+void fastres_plain_max_pool_bfloat16(const uint16_t*, const int64_t*, uint16_t*, int64_t);
+void fastres_plain_max_pool_float32(const float*, const int64_t*, float*, int64_t);
 void fastres_max_pool_backward_bfloat16(const uint16_t*, const uint8_t*, const int64_t*, uint16_t*, int64_t);
 void fastres_normalise_apart_bfloat16(const uint16_t*, const float*, const uint16_t*, const int64_t*, bool, uint16_t*, int64_t);
 void fastres_add_apart_bfloat16(const uint16_t*, const int64_t*, uint16_t*, int64_t);
@@ -154,6 +156,9 @@ void pass(int64_t n, int64_t height, int64_t width, int64_t c, int64_t rows, int
   const auto pooled = made<uint16_t>(n * out_height * out_width * c);
   const std::unique_ptr<uint8_t[]> index(new uint8_t[n * out_height * out_width * c]);
   for (int64_t act : {1, 2}) fastres_max_pool_bfloat16(y.get(), coef.get(), act, window, pooled.get(), index.get(), threads);
+  fastres_plain_max_pool_bfloat16(y.get(), window, pooled.get(), threads);
+  const auto floats = made<float>(size), pooled_floats = made<float>(n * out_height * out_width * c);
+  fastres_plain_max_pool_float32(floats.get(), window, pooled_floats.get(), threads);
   fastres_max_pool_backward_bfloat16(pooled.get(), index.get(), window, out.get(), threads);
   // every second pixel of it, with fewer and with more channels
   for (int64_t narrow : {c - 3, c + 2}) {

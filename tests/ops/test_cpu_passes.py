@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from support_flat import Flat, aten
 from support_fused import FLOOR, relative_error
+from support_kernels import guarded
 
 from fastres.ops import cpu
 from fastres.ops.backends.cpp import Cpp
@@ -235,3 +236,15 @@ def test_the_gradient_takes_the_joined_ones_memory(kernel, through_relu, dtype, 
             assert dx.data_ptr() == residual.data_ptr()
             assert torch.equal(dx, apart[0]) and torch.equal(dw, apart[2])
             assert sums is apart[1] is None or torch.equal(sums, apart[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel, stride, pad", [(3, 2, (1, 1, 1, 1)), (2, 2, (0, 0, 0, 0)), (3, 1, (0, 2, 1, 0))])
+def test_max_pool_is_pytorchs(kernel, stride, pad, dtype):
+    """NaN and infinities too, in whole vectors of channels and what is left over."""
+    x = torch.randn(2, 9, 7, 35).to(dtype)
+    x[0, 3, 3, ::2], x[1, 4, 4, ::3], x[1, :, :, 5] = torch.nan, torch.inf, -torch.inf
+    top, left, bottom, right = pad
+    padded = F.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom), value=-torch.inf)
+    expected = F.max_pool2d(padded, kernel, stride).permute(0, 2, 3, 1)
+    assert torch.equal(guarded(passes.max_pool, x, kernel, stride, pad).nan_to_num(7e4), expected.nan_to_num(7e4))

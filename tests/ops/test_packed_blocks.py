@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastres import ops
+from fastres.export.portable import portable
 from fastres.models import create_model
-from fastres.nn.fold import FoldedBlock, FoldedConv, fold, repack
+from fastres.nn.fold import FoldedBlock, FoldedConv, FoldedPool, fold, repack
 from fastres.ops import cpu
 from fastres.ops.cpu import native, packed_blocks, tiles
 
@@ -122,3 +123,21 @@ def test_another_batch_and_layout():
     for other in (x[:3], x.contiguous(), x[:, :, :, ::2]):
         assert torch.equal(block(other), apart(block, other)) and torch.equal(block(other), apart(block, other))
     assert all(type(conv) is FoldedConv for conv in block.convs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "notebook"])
+def test_the_pool_behind_the_stem(name):
+    """It is PyTorch's where something waits for its call or wants gradients, and in a portable copy."""
+    model = create_model(name).eval()
+    pool, eager = fold(model).maxpool, model.maxpool
+    assert isinstance(pool, FoldedPool)
+    x = torch.randn(2, 40, 11, 8).relu().to(BF16).contiguous(memory_format=torch.channels_last)
+    calls = []
+    pool.pool.forward = lambda x: calls.append(1) or eager(x)
+    assert torch.equal(pool(x), eager(x)) and not calls
+    given = x.clone().requires_grad_()
+    pool(given).float().sum().backward()
+    assert given.grad is not None and len(calls) == 1
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(portable(model)(images), fold(model)(images), rtol=1e-4, atol=1e-4)

@@ -29,6 +29,7 @@ SIGNATURES = {
     "backward_sums": "ppppbpppppoooiiii",
     "backward_apply": "ppppoiiii",
     "max_pool": "ppipooi",
+    "plain_max_pool": "ppoi",
     "max_pool_backward": "pppoi",
     "patches": "ppipoi",
     "weight_grad": "ippppppboi",

@@ -232,6 +232,14 @@ def bn_relu_max_pool(
     return out, index
 
 
+def max_pool(x: Tensor, kernel: int, stride: int, pad: Pad) -> Tensor:
+    """Max-pool of x [N, H, W, C]; each window has a pixel of x."""
+    n, height, width, channels = x.shape
+    out = empty(x, n, *output_hw((height, width), (kernel, kernel), stride, pad), channels)
+    _pass("plain_max_pool", x, _pointers(x)(x), _window(x, out, kernel, stride, pad), _pointers(out)(out))
+    return out
+
+
 def bn_relu_max_pool_backward(
     dout: Tensor, index: Tensor, y: Tensor, coef: Tensor, kernel: int, stride: int, pad: Pad, act: str = "relu"
 ) -> tuple[Tensor, Tensor]:

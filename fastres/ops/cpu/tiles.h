@@ -301,6 +301,7 @@ struct Finished {
 template <int kRows>
 struct Avx512Tiles {
   static constexpr int64_t kGroup = kRows, kGroups = kRows == 7 ? 2 : 3, kMostGroups = kRows == 7 ? 3 : 6, kGranule = 4;
+  static constexpr int64_t kFarther = 3072;  // bytes that the panel is fetched ahead: weights are new to the cache each call
   static constexpr bool kFinishes = true;  // has `finish`, and looks at `ahead`
   static void begin() {}
   static void end() {}
@@ -360,6 +361,8 @@ struct Avx512Tiles {
       for (int64_t pair = 0; pair < p.pairs; pair += 2) {  // a granule has an even number of them
         __builtin_prefetch(ahead, 0, 2);
         ahead += p.ahead_step;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(line + kFarther + 64 * i);
 #pragma GCC unroll 2
         for (int u = 0; u < 2; ++u, line += p.line) {
           __m512bh columns[kVectors];

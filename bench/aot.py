@@ -104,7 +104,7 @@ def compile_all(
 
 def _batches(tasks: list[tuple[Specialisation, Architecture]]) -> Iterator[list[tuple[Specialisation, Architecture]]]:
     """Those of one architecture together, at most `BATCH`, nearly in order."""
-    size = BATCH * len({arch for _, arch in tasks})
+    size = BATCH * max(1, len({arch for _, arch in tasks}))
     for begin in range(0, len(tasks), size):
         of_arch: dict[Architecture, list[tuple[Specialisation, Architecture]]] = {}
         for task in tasks[begin : begin + size]:

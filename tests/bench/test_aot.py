@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import triton
 
+from bench import aot
 from bench.aot import Row, coverage
 from bench.aot_plan import Task
 from bench.launches import Launch
@@ -87,6 +88,14 @@ def test_a_run_goes_on_where_the_last_one_ended(subset):
         assert {row["kernel"] for row in one["rows"]} == {"finalize", "global_avg_pool", "global_avg_pool_backward"}
     assert everything["rows"] == again["rows"] and {one["code"] for one in subset["continued"]} == {0}
     assert everything["asked"] == {"networks": ["resnet8"], "precisions": ["bf16"], "ranks": [0]}
+
+
+def test_what_is_disassembled_as_one_is_of_one_architecture():
+    tasks = [(name, arch) for name in range(40) for arch in (80, 90)] + [(0, "gfx942")]
+    batches = list(aot._batches(tasks))
+    assert all(len({arch for _, arch in batch}) == 1 and len(batch) <= aot.BATCH for batch in batches)
+    assert sorted(map(str, sum(batches, []))) == sorted(map(str, tasks))
+    assert list(aot._batches([])) == [] and list(aot.compile_all([])) == []
 
 
 def test_coverage_is_of_what_was_planned():

@@ -100,6 +100,8 @@ def conv_configs(product: Product) -> list[Config]:
         sizes = [(128, 256), (128, 128), (128, 64)]  # bound by the L2: few large programs
     else:
         sizes = [(128, 128), (128, 64), (64, 64)]
+    if product.columns.bit_count() > 1:  # 96, 192 or 384 channels: wide tiles would spill up to 104 bytes
+        sizes = [one for one in sizes if one[1] <= 64]
     square = Config(128, 128, 64, 8, 3, 128 if product.loaded == 1 else 255)
     if product.taps == 1 and not product.made and product.columns > 128:  # Triton 3.6 would spill 8 bytes
         square = square._replace(block_k=32, num_stages=4)

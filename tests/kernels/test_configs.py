@@ -95,12 +95,20 @@ def test_a_stored_operand_of_one_tensor_takes_shallow_steps_where_no_warp_groups
     assert deep[0][:3] == (128, 128, 64) and stored[0][2] == (64 if arch == 90 else 32) and stored[1:] == deep[1:]
 
 
+@pytest.mark.parametrize("columns, widest", [(96, 64), (192, 64), (384, 64), (128, 128), (256, 256), (2048, 256)])
+def test_wide_tiles_of_warp_groups_are_for_powers_of_two(columns, widest):
+    """Others spilled: speed95's."""
+    found = conv_configs(product(columns=columns, made=False))
+    assert max(one.block_n for one in found) == widest
+
+
 @pytest.mark.parametrize("columns", [96, 128, 256])
 def test_windows_of_few_channels_take_narrow_tiles_on_warp_groups(columns):
     """Of 24 channels to 96 in 128x128 they spilled; wider ones keep their tiles."""
     few = conv_configs(product(columns=columns, depth=24, made=False))
     assert few[0][:2] == (128, 64) and all(one.block_n == 64 for one in few)
-    assert any(one.block_n >= 128 for one in conv_configs(product(columns=columns, depth=64, made=False)))
+    deep = conv_configs(product(columns=columns, depth=64, made=False))
+    assert any(one.block_n >= 128 for one in deep) == (columns != 96)
 
 
 def test_parts_of_a_sum_fill_the_multiprocessors():

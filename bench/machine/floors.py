@@ -17,6 +17,7 @@ FLOORS: dict[int, dict[tuple[str | int, ...], float]] = {
     80: {
         ("conv_kernel", 1, 1, 512, 128): 0.85,
         ("conv_kernel", 3, 1, 256, 256): 0.38,
+        ("conv_dgrad_kernel", 1, 1, 1024, 512): 0.19,
         ("conv_dgrad_kernel", 3, 1, 256, 256): 0.42,
         ("conv_wgrad_kernel", 3, 1, 256, 256): 0.41,
         ("conv_wgrad_kernel", 7, 2, 3, 64): 0.12,
@@ -26,6 +27,7 @@ FLOORS: dict[int, dict[tuple[str | int, ...], float]] = {
     90: {
         ("conv_kernel", 1, 1, 512, 128): 0.89,
         ("conv_kernel", 3, 1, 256, 256): 0.32,
+        ("conv_dgrad_kernel", 1, 1, 1024, 512): 0.36,
         ("conv_dgrad_kernel", 3, 1, 256, 256): 0.39,
         ("conv_wgrad_kernel", 3, 1, 256, 256): 0.29,
         ("conv_wgrad_kernel", 7, 2, 3, 64): 0.135,

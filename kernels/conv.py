@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import LEAST, Product, at_rank, conv_configs, precision
+from fastres.kernels.configs import LEAST, MORE_REGISTERS, Product, at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv, output_hw
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.tiles import activate, bn, relu, store_moments, within, zero_outside
@@ -284,6 +284,7 @@ def _launch(
         loaded=demand.rows,
         made=demand.made_rows,
         flat=flat,
+        least_registers=MORE_REGISTERS if act == "gelu" and coef is not None else 0,
     )
     config = at_rank(conv_configs(product), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)

@@ -369,7 +369,9 @@ def conv_dgrad(
         depth=kh * kw * cout,
     )
     needed = MORE_REGISTERS if abc is not None and stride > 1 else 0
-    if activation is not None and cin > 64:  # Triton 3.6 would spill 16 bytes with 168
+    if below is not None and act == "gelu":
+        needed = MORE_REGISTERS
+    if cin > 64 and (activation is not None or (below is not None and act == "gelu")):  # 16 bytes would spill with 168
         needed = 255
     strided = residual is not None and residual.shape != (n, height, width, cin)
     product = Product(

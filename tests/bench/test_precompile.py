@@ -29,7 +29,8 @@ import json, torch
 from bench.precompile import Job, launched
 from fastres.measure import Workload
 job = Job(Workload("speed94", 4, 32), torch.bfloat16, False, 0, arch=90)
-found = [one for one in launched(job) if one.constants.get("GELU") and one.kernel in ("conv_kernel", "conv_dgrad_kernel")]
+kernels = ("conv_kernel", "conv_dgrad_kernel")
+found = [one for one in launched(job) if one.constants.get("GELU") and one.kernel in kernels]
 print(json.dumps([[one.kernel, one.constants["CIN"], dict(one.options)["maxnreg"]] for one in found]))
 """
 

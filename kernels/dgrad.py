@@ -369,9 +369,10 @@ def conv_dgrad(
         depth=kh * kw * cout,
     )
     needed = MORE_REGISTERS if abc is not None and stride > 1 else 0
-    if below is not None and act == "gelu":
+    gelu = below is not None and act == "gelu"
+    if gelu:
         needed = MORE_REGISTERS
-    if cin > 64 and (activation is not None or (below is not None and act == "gelu")):  # 16 bytes would spill with 168
+    if cin > 64 and (gelu or activation is not None):  # 16 bytes would spill with 168
         needed = 255
     strided = residual is not None and residual.shape != (n, height, width, cin)
     product = Product(

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from support_kernels import dtypes, randn, random_coef, seeds
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad, extent, output_hw
+from fastres.ops.cpu import native, tiles
 
 CHANNELS = (1, 3, 8, 16, 20, 24, 40, 64, 72)  # less than a tensor core takes, tails, exactly a tile, more than one
 BACKWARDS = ("none", "frozen", "trained")  # which BatchNorm's backward a gradient goes through first
+
+
+def take_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make convolutions in bf16 of that form of tiles; the test is skipped where the CPU lacks it."""
+    number = tiles.FORMS[name]
+    if number > native.answer("form"):
+        pytest.skip(f"the CPU has no {name}")
+    monkeypatch.setattr(tiles, "form", lambda: number)
 
 
 class Problem(NamedTuple):

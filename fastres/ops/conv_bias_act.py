@@ -88,9 +88,7 @@ def repeat_conv_bias_act(
     Returns:
         [N, C', H', W'] in channels-last memory; None where `conv_bias_act` is to be called.
     """
-    if not (_is_run(x) and packed.is_ready) or torch.is_autocast_enabled("cpu") or not is_cpp(x):
-        return None
-    if is_recorded(x, weight, bias, residual) or plain.is_transformed():
+    if not (_is_compiled(x, weight, bias, residual) and packed.is_ready) or torch.is_autocast_enabled("cpu"):
         return None
     return packed.repeat(x, weight, bias, residual, relu)
 
@@ -104,9 +102,8 @@ def repeat_blocks(x: Tensor, blocks: Sequence[cpu.Layers], packed: cpu.PackedBlo
     Returns:
         [N, C', H', W'] in channels-last memory; None where the blocks are to be called.
     """
-    if not _is_run(x) or torch.is_autocast_enabled("cpu") or not is_cpp(x) or plain.is_transformed():
-        return None
-    if torch.is_grad_enabled() and is_recorded(x, *(layer.weight for block in blocks for layer in block.convs)):
+    weights = [layer.weight for block in blocks for layer in block.convs]
+    if not _is_compiled(x, *weights) or torch.is_autocast_enabled("cpu"):
         return None
     return packed.repeat(x, blocks)
 
@@ -114,9 +111,7 @@ def repeat_blocks(x: Tensor, blocks: Sequence[cpu.Layers], packed: cpu.PackedBlo
 def repeat_max_pool(x: Tensor, kernel: int, stride: int, pad: Pad) -> Tensor | None:
     """Max-pool of x [N, C, H, W] in channels-last memory by the compiled pass; None where the pool is to be called."""
     nhwc_x = nhwc(x)
-    if not _is_run(x) or not nhwc_x.is_contiguous() or not x.numel() or not is_cpp(x):
-        return None
-    if plain.is_transformed() or is_recorded(x):
+    if not _is_compiled(x) or not nhwc_x.is_contiguous() or not x.numel():
         return None
     return nchw(cpu.passes.max_pool(nhwc_x, kernel, stride, pad))
 
@@ -124,6 +119,11 @@ def repeat_max_pool(x: Tensor, kernel: int, stride: int, pad: Pad) -> Tensor | N
 def is_recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done with these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_compiled(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the CPU's compiled passes compute what is made of these: values that nothing differentiates."""
+    return _is_run(x) and is_cpp(x) and not plain.is_transformed() and not is_recorded(x, *others)
 
 
 def _is_run(x: Tensor) -> bool:

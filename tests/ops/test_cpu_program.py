@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support_conv import take_tiles
 from support_fused import cast, leaves, random_layer, random_norm, random_weight
 from support_kernels import Guards, assert_same_bits
 from support_nets import SMALL, perturbed
@@ -33,10 +34,7 @@ class Walking(Cpp):
 
 @pytest.fixture(params=["plain", "avx512"])
 def form(request, monkeypatch):
-    number = tiles.FORMS[request.param]
-    if number > native.answer("form"):
-        pytest.skip(f"the CPU has no {request.param}")
-    monkeypatch.setattr(tiles, "form", lambda: number)
+    take_tiles(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support_conv import BACKWARDS, Problem, exact, problems
+from support_conv import BACKWARDS, Problem, exact, problems, take_tiles
 from support_flat import aten
 from support_fused import relative_error
 from support_kernels import assert_as_good, few_examples, guarded
@@ -16,7 +16,7 @@ from support_kernels import assert_as_good, few_examples, guarded
 from fastres.ops import cpu
 from fastres.ops.backends.aten import Aten
 from fastres.ops.backends.protocol import Activation, Convolution, Gradient
-from fastres.ops.cpu import native, tiles
+from fastres.ops.cpu import tiles
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
 BF16 = torch.bfloat16
@@ -48,10 +48,7 @@ FOLDED_SIZES = SIZES[2:] + [
 @pytest.fixture(params=list(tiles.FORMS))
 def form(request, monkeypatch):
     """Each form of tiles that the CPU has."""
-    number = tiles.FORMS[request.param]
-    if number > native.answer("form"):
-        pytest.skip(f"the CPU has no {request.param}")
-    monkeypatch.setattr(tiles, "form", lambda: number)
+    take_tiles(request.param, monkeypatch)
 
 
 def geometry(problem):

@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
+from support_conv import take_tiles
 
 from fastres import ops
 from fastres.export.portable import portable
 from fastres.models import create_model
 from fastres.nn.fold import FoldedBlock, FoldedConv, FoldedPool, fold, repack
 from fastres.ops import cpu
-from fastres.ops.cpu import native, packed_blocks, tiles
+from fastres.ops.cpu import packed_blocks
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
@@ -25,10 +26,7 @@ def compiled():
 
 @pytest.fixture(params=["plain", "avx512"])
 def form(request, monkeypatch):
-    number = tiles.FORMS[request.param]
-    if number > native.answer("form"):
-        pytest.skip(f"the CPU has no {request.param}")
-    monkeypatch.setattr(tiles, "form", lambda: number)
+    take_tiles(request.param, monkeypatch)
 
 
 def blocks_of(name, batch, **options):

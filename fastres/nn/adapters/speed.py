@@ -35,7 +35,7 @@ def smooth_widen_steps(network: SmoothWiden) -> list[Step]:
 
 def smooth_block(block: SmoothBlock) -> Block:
     """Of the whole block."""
-    return Block(numbered_layers(block), [block.gelu], act="gelu")
+    return Block(numbered_layers(block), [block.gelu])
 
 
 declare_convolution(WhiteningConv, bias=True)

@@ -24,7 +24,7 @@ from fastres.ops.backends.protocol import (
     Window,
     statistics_dtype,
 )
-from fastres.ops.backends.vendor import VendorConvolutions, activated, add_shortcut, nchw, nhwc
+from fastres.ops.backends.vendor import VendorConvolutions, add_shortcut, nchw, nhwc
 
 # ATen's channels-last loops sum in fp32, pixel after pixel. On a CPU tiles keep those sums short and so accurate, and
 # the second pass in the cache; as many pixels as fit this width count as channels of their own, which costs nothing.
@@ -78,7 +78,9 @@ class Aten(VendorConvolutions):
         if shortcut is not None:
             added = shortcut.tensor if shortcut.coef is None else _affine(shortcut.tensor, shortcut.coef)
             add_shortcut(out, added, shortcut.stride)
-        return activated(out, normalised.act) if relu else out
+        if not relu:
+            return out
+        return F.gelu(out) if normalised.act == "gelu" else out.relu_()
 
     def bn_add_relu_backward(
         self,

@@ -98,11 +98,6 @@ class VendorConvolutions(Backend):
         return _aten.threshold_backward(dout, self.bn_add_relu(normalised) if a is None else a, 0)
 
 
-def activated(y: Tensor, act: str) -> Tensor:
-    """The activation of y, in place where that is possible."""
-    return F.gelu(y) if act == "gelu" else y.relu_()
-
-
 def convolve(x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:
     """PyTorch's convolution of NHWC x, NHWC."""
     weight, stride, pad, dilation = conv

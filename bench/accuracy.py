@@ -137,7 +137,7 @@ def run_one(name: str, args: argparse.Namespace) -> None:
     """Add a contestant's rows to the result file, if it is not in there yet."""
     torch.set_num_threads(args.threads)
     if name == "fastres":
-        machine.keep_freed_memory()
+        machine.treat_freed_memory(torch.device("cpu"), False)
     dataset = data.limit(data.load(args.data), args.limit_train, args.limit_test)
     config = preset(args.preset).replace(seed=args.seed, device="cpu")
     if args.epochs:

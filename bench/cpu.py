@@ -3,8 +3,8 @@ bench.cpu``.
 
 Peers are eager PyTorch in both layouts and torch.compile (but for the deepest networks), in fp32 and bf16, each with
 the C library's allocator as it comes and with `fastres.train.machine.keep_freed_memory`; for the least memory also
-with `return_freed_memory`, as the memory mode ``--recompute`` of `fastres train` has it. Each runs in a process of
-its own, as the state of the allocator's heap is part of what is measured; the processes take turns. There are two
+with `return_freed_memory`. Ours have their memory as `fastres train` does (`fastres.ops.cpu.pages`). Each runs in a
+process of its own, as the state of the allocator is part of what is measured; the processes take turns. There are two
 limits: the time of PyTorch's own convolutions on the network's shapes, and that of their arithmetic at the rate of a
 large matrix product. What decides the rates are the processor's instructions for bf16, so there is a result file for
 each kind of them. Training is measured at a workload's batch, inference at several: one image costs other than many.
@@ -62,14 +62,15 @@ INSTRUCTIONS = {
 }
 TRAINING_BASELINES = ("eager NCHW", "eager", "compile")
 OURS = ("fused", "fused recompute")
+CPU = torch.device("cpu")
 ALLOCATORS: dict[str, Callable[[], Any]] = {
     "default": lambda: None,
     "kept": machine.keep_freed_memory,
     "returned": machine.return_freed_memory,
+    "paged": lambda: machine.treat_freed_memory(CPU, False),
 }
-OUR_ALLOCATORS = {"fused": ("kept",), "fused recompute": ("kept", "returned"), "folded": ("kept",)}
+OUR_ALLOCATORS = ("paged",)
 INFERENCE_BASELINES = ("eager NCHW", "eager", "compile", "compile frozen")
-CPU = torch.device("cpu")
 PRODUCT = 3072  # rows and columns
 
 
@@ -96,7 +97,7 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         peak_mib = {}
         for precision in args.precisions:
             for variant in (*TRAINING_BASELINES[:2], *OURS):
-                for allocator in OUR_ALLOCATORS.get(variant, tuple(ALLOCATORS)):
+                for allocator in OUR_ALLOCATORS if variant in OURS else ("default", "kept", "returned"):
                     memory = in_own_process(_memory, workload, variant, precision, allocator, threads)
                     peak_mib[_label(variant, precision, allocator)] = memory["peak_mib"] - memory["idle_mib"]
         yield {
@@ -121,7 +122,7 @@ def _runs(
         for precision in args.precisions
         for variant in (*baselines, *ours)
         if "compile" not in variant or name not in TOO_DEEP_TO_COMPILE
-        for allocator in OUR_ALLOCATORS.get(variant, ("default", "kept"))
+        for allocator in (OUR_ALLOCATORS if variant in (*OURS, "folded") else ("default", "kept"))
     ]
 
 

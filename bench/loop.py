@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "loop-cpu.json", help="result file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    machine.keep_freed_memory()
+    machine.treat_freed_memory(torch.device("cpu"), False)
     rows, load = [], os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         for name in args.presets:

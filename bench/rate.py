@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print the medians, write the results."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    keeps_memory = machine.keep_freed_memory()
+    machine.treat_freed_memory(torch.device("cpu"), False)
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
             pair: make_trainer(*pair, Path(folder), args.batch_size, args.steps)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     load = os.getloadavg()[0]
-    write_results(args.out, {"settings": settings, "load": load, "keeps_freed_memory": keeps_memory, "rates": rows})
+    write_results(args.out, {"settings": settings, "load": load, "rates": rows})
 
 
 if __name__ == "__main__":

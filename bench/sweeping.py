@@ -44,7 +44,7 @@ def train_variants(
         The outcomes, and what the result file says of them.
     """
     torch.set_num_threads(args.threads)
-    machine.keep_freed_memory()
+    machine.treat_freed_memory(torch.device("cpu"), False)
     names = ("data", "epochs", "limit_train", "limit_test", "precision")
     changes = {name: getattr(args, name) for name in names if name != "epochs" or args.epochs is not None}
     base = preset(args.preset).replace(**changes)

@@ -18,6 +18,7 @@ _KINDS = {
     "*.npz": "decoded images",
     "*.images.json": "folders' contents",
     "passes-*.so": "compiled passes",
+    "pages-*.so": "compiled memory allocator",
     "choices.json": "timed choices",
 }
 _BUILDS = "build-*"  # folders that a compiler writes to

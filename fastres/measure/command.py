@@ -28,8 +28,7 @@ def bench(args: argparse.Namespace) -> int:
             raise FastresError(f"variant {name!r} needs a GPU: leave it out, or choose from {supported(device)}")
     if args.batch_size < 2:
         raise FastresError("--batch-size 1 leaves BatchNorm no statistics: make it at least 2")
-    if device.type == "cpu":
-        machine.keep_freed_memory()
+    machine.treat_freed_memory(device, False)
     workload = Workload(args.model, args.batch_size, args.image_size, stem_option(args.model, args.image_size))
     found = measure_steps(workload, variants, device, dtype, rounds=args.rounds)
     print(

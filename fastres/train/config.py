@@ -235,7 +235,7 @@ class TrainConfig:
     )
     recompute: bool = option(
         False,
-        "fused blocks compute some outputs again in backward, and a CPU's freed memory is returned at once",
+        "fused blocks compute some outputs again in backward, for less memory",
         kind=bool,
     )
     channels_last: bool = option(True, "NHWC activations and weights", kind=bool)

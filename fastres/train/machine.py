@@ -15,6 +15,7 @@ from fastres.atomic import warn_once
 from fastres.data.dataset import first_line
 from fastres.errors import FastresError
 from fastres.ops import cpu
+from fastres.ops.cpu import pages
 from fastres.train.config import TrainConfig
 
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -220,9 +221,15 @@ def return_freed_memory() -> bool:
 
 
 def treat_freed_memory(device: torch.device, recompute: bool) -> None:
-    """On a CPU `keep_freed_memory`, or with ``recompute``, the blocks' memory mode, `return_freed_memory`."""
-    if device.type == "cpu":
-        (return_freed_memory if recompute else keep_freed_memory)()
+    """On a CPU keep what is freed for the next step, large tensors' memory page by page (`fastres.ops.cpu.pages`).
+
+    Where that cannot be had, the C library keeps it, or with ``recompute``, the blocks' memory mode, returns it: sizes
+    that follow one another leave holes there. An allocator that the process was started with (``LD_PRELOAD``) stays.
+    """
+    if device.type != "cpu" or "malloc" in os.environ.get("LD_PRELOAD", ""):
+        return
+    recycles = pages.use() is None
+    (return_freed_memory if recompute and not recycles else keep_freed_memory)()
 
 
 def _mallopt(parameter: int, value: int) -> bool:

@@ -44,7 +44,7 @@ def found():
     seconds = {"fp32": 2.0, "bf16": 1.0}
     training = {f"{p}, {t}, default memory": {"median": s} for t, s in seconds.items() for p in ("eager", "compile")}
     training |= {f"eager, {t}, kept memory": {"median": s * 0.8} for t, s in seconds.items()}
-    training |= {f"fused, {t}, kept memory": {"median": s / 1.5} for t, s in seconds.items()}
+    training |= {f"fused, {t}, paged memory": {"median": s / 1.5} for t, s in seconds.items()}
     training["compile, bf16, kept memory"] = {"error": "RuntimeError: no compiler"}
     inference = {k.replace("fused", "folded"): v for k, v in training.items()}
     return {
@@ -54,8 +54,8 @@ def found():
         "peak_mib": {
             "eager, bf16, kept memory": 200.0,
             "eager, bf16, returned memory": 100.0,
-            "fused, bf16, kept memory": 80.0,
-            "fused recompute, bf16, returned memory": 60.0,
+            "fused, bf16, paged memory": 80.0,
+            "fused recompute, bf16, paged memory": 60.0,
         },
         "convolutions": {
             "fp32": {"forward": 0.4, "backward": 0.8, "forward_flops": 1e9, "backward_flops": 2e9},
@@ -68,7 +68,7 @@ def found():
 def test_ours_against_the_best_baseline():
     facts = cpu.summary(found())
     training = facts["training"]
-    assert training["best"] == "fused, bf16, kept memory"
+    assert training["best"] == "fused, bf16, paged memory"
     assert training["images_per_second"] == pytest.approx(64 * 1.5)
     assert training["baseline"]["ratio"] == pytest.approx(1.5) and training["baseline"]["name"].endswith(
         "bf16, default memory"
@@ -79,15 +79,15 @@ def test_ours_against_the_best_baseline():
     assert inference["of_the_convolutions"] == pytest.approx(0.2 / (1 / 1.5))
     assert training["of_the_products"] == pytest.approx(0.3 / (1 / 1.5))
     assert inference["of_the_products"] == pytest.approx(0.1 / (1 / 1.5))
-    ratios = {"fused, bf16, kept memory": 0.8, "fused recompute, bf16, returned memory": 0.6}
+    ratios = {"fused, bf16, paged memory": 0.8, "fused recompute, bf16, paged memory": 0.6}
     assert facts["peak_memory_ratio"] == pytest.approx(ratios)
 
 
 def test_the_table():
     table = cpu.table([found()])
     assert "notebook, training: fused, bf16 | 96.0 | 1.50 (" in table
-    assert "| notebook: fused, bf16, kept memory | 80 | 0.80 | 96.0 |" in table
-    assert "| notebook: fused recompute, bf16, returned memory | 60 | 0.60 |  |" in table
+    assert "| notebook: fused, bf16, paged memory | 80 | 0.80 | 96.0 |" in table
+    assert "| notebook: fused recompute, bf16, paged memory | 60 | 0.60 |  |" in table
 
 
 def test_the_table_of_inference_alone():

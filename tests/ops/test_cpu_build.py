@@ -20,7 +20,7 @@ def fresh(monkeypatch, tmp_path):
     """An empty cache folder, a source that compiles at once, and nothing loaded yet."""
     source = tmp_path / "source.cpp"
     source.write_text('#include <vector>\nextern "C" int fastres_answer() { return 42; }\n')
-    monkeypatch.setattr(build, "_SOURCES", (source,))
+    monkeypatch.setattr(build, "PASSES", build.PASSES._replace(files=(source,)))
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
     build._loaded.cache_clear()
     yield
@@ -78,7 +78,7 @@ def test_compiling_is_said_and_loading_is_not(compiler, monkeypatch, caplog):
 
 def test_a_damaged_library_is_compiled_again(compiler, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "_cpu", lambda: "a CPU whose library is not loaded yet")
-    library = tmp_path / "cache" / f"passes-{build._key(build._compiler())}.so"
+    library = tmp_path / "cache" / f"passes-{build._key(build.PASSES, build._compiler())}.so"
     library.write_bytes(b"no library")
     assert again() is None and library.stat().st_size > 1000
 
@@ -137,7 +137,8 @@ def test_a_plain_cpu_has_only_plain_tiles(compiler, monkeypatch):
     """What needs AVX512-BF16 is left out where the compiler may not take it for granted; then PyTorch's convolutions
     run."""
     names = ("conv.cpp", "conv_calls.cpp", "weight_grad.cpp")
-    monkeypatch.setattr(build, "_SOURCES", tuple(Path(build.__file__).with_name(name) for name in names))
+    files = tuple(Path(build.__file__).with_name(name) for name in names)
+    monkeypatch.setattr(build, "PASSES", build.PASSES._replace(files=files))
     monkeypatch.setattr(build, "_FOR_THIS_CPU", ((),))
     monkeypatch.delenv("FASTRES_TILES", raising=False)
     monkeypatch.setattr(native, "_functions", {})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support_train import same_weights, tiny_trainer
 
+from fastres.ops import cpu
 from fastres.train import machine
 
 
@@ -84,6 +85,26 @@ def test_freed_memory_is_kept_or_returned(how, returned):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (float(done.stdout) > 200) == returned, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("obstacle", [None, "CXX", "LD_PRELOAD"])
+def test_what_a_run_does_with_freed_memory(obstacle, recompute, tmp_path):
+    """Pages of its own; without a compiler the C library's, kept or returned; of another allocator nothing is asked."""
+    script = (
+        "import torch\nfrom fastres.ops.cpu import pages\nfrom fastres.train import machine\ncalls = []\n"
+        "machine._mallopt = lambda *arguments: calls.append(arguments) is None\n"
+        f"machine.treat_freed_memory(torch.device('cpu'), {recompute})\n"
+        "x = torch.ones(2**20)\nprint(pages.held().in_use // 2**20, len(calls))"
+    )
+    environment = {**os.environ, "FASTRES_CACHE": str(tmp_path)}
+    if obstacle:
+        environment[obstacle] = {"CXX": "no-such-compiler", "LD_PRELOAD": str(tmp_path / "libjemalloc.so")}[obstacle]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    pages = obstacle is None and cpu.unavailable() is None
+    calls = 0 if obstacle == "LD_PRELOAD" else 1 if recompute and not pages else 2  # one returns, two keep
+    assert done.stdout.split() == [str(4 * pages), str(calls)], done.stdout + done.stderr
 
 
 def switches():

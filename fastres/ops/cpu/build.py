@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,16 +24,45 @@ from fastres.atomic import atomic_write
 from fastres.cache import is_private, private_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
-_SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("passes.cpp", "weight_grad.cpp", "conv.cpp", "conv_calls.cpp", "program.cpp")
-)
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("conv.h", "gelu.h", "slots.h", "tiles.h"))
+_HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 # not -ffast-math: it lets the compiler take it that nothing is NaN or infinite, and those must go through as in PyTorch
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
 # -march=native names the CPU on x86, -mcpu=native on ARM; the plain line is for compilers that know neither
 _FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())
 _SECONDS = 300
+
+
+class Sources(NamedTuple):
+    """What a library is made of."""
+
+    name: str  # of its file
+    title: str  # in a message
+    files: tuple[Path, ...]  # that are compiled
+    headers: tuple[Path, ...]
+    flags: tuple[str, ...]  # behind the files
+
+
+def _openmp() -> tuple[str, ...]:
+    """PyTorch's own OpenMP, where it brings one: two of them would each keep their threads spinning."""
+    folder = _TORCH / "lib"
+    bundled = sorted([*folder.glob("libgomp*.so*"), *folder.glob("libiomp5*.so*")])
+    return (str(bundled[0]), f"-Wl,-rpath,{folder}") if bundled else ()
+
+
+PASSES = Sources(
+    "passes",
+    "the fused passes",
+    tuple(_HERE / name for name in ("passes.cpp", "weight_grad.cpp", "conv.cpp", "conv_calls.cpp", "program.cpp")),
+    tuple(_HERE / name for name in ("conv.h", "gelu.h", "slots.h", "tiles.h")),
+    _openmp(),
+)
+PAGES = Sources(
+    "pages",
+    "the memory allocator",
+    (_HERE / "pages.cpp",),
+    (_HERE / "pages.h",),
+    (f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}", "-lc10", f"-Wl,-rpath,{_TORCH / 'lib'}"),
+)
 
 
 def unavailable() -> str | None:
@@ -54,7 +84,12 @@ def library() -> ctypes.CDLL:
 
 @cache
 def _loaded() -> ctypes.CDLL | str:
-    """The compiled passes, or in one line why there are none.
+    """The compiled passes, or in one line why there are none."""
+    return load(PASSES)
+
+
+def load(sources: Sources) -> ctypes.CDLL | str:
+    """The compiled sources, or in one line why they cannot be had.
 
     The library is kept in a private cache folder under a name made of its sources, the compiler and the CPU, and its
     digest is checked before it is loaded. ``$CXX`` names the compiler, with arguments if need be, else the first of
@@ -62,15 +97,15 @@ def _loaded() -> ctypes.CDLL | str:
     """
     try:
         compiler = _compiler()
-        path = private_folder() / f"passes-{_key(compiler)}.so"
+        path = private_folder() / f"{sources.name}-{_key(sources, compiler)}.so"
         if not _is_whole(path):  # not there yet, or damaged
             with _one_at_a_time(path.parent):  # ranks that start together: one compiles, the others wait for it
                 if not _is_whole(path):
-                    _compile(compiler, path)
+                    _compile(sources, compiler, path)
         try:
             return ctypes.CDLL(str(path))
         except OSError:  # whole, but of a system whose libraries have changed
-            _compile(compiler, path)
+            _compile(sources, compiler, path)
             return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
@@ -118,11 +153,11 @@ def _compiler() -> list[str]:
     raise FileNotFoundError(f"no C++ compiler ({named or 'c++, g++, clang++'}): install one, or name it in CXX")
 
 
-def _key(compiler: list[str]) -> str:
+def _key(sources: Sources, compiler: list[str]) -> str:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
-    sources = [source.read_bytes() for source in (*_SOURCES, *_HEADERS)]
-    parts = [*sources, repr(compiler).encode(), version, _cpu().encode(), torch.__version__.encode()]
-    return hashlib.sha256(b"\0".join([*parts, repr(_FLAGS).encode()])).hexdigest()[:16]
+    contents = [file.read_bytes() for file in (*sources.files, *sources.headers)]
+    parts = [*contents, repr(compiler).encode(), version, _cpu().encode(), torch.__version__.encode()]
+    return hashlib.sha256(b"\0".join([*parts, repr((_FLAGS, sources.flags)).encode()])).hexdigest()[:16]
 
 
 def _cpu() -> str:
@@ -135,18 +170,18 @@ def _cpu() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))
 
 
-def _compile(compiler: list[str], path: Path) -> None:
+def _compile(sources: Sources, compiler: list[str], path: Path) -> None:
     """Write the library and its seal, whole or not at all.
 
     Raises:
         OSError, subprocess.SubprocessError: where the compiler or the folder fails.
     """
     remove_leftovers(path.parent)
-    logger.warning("compiling the fused passes for this CPU, once, which takes up to a minute: %s", path)
+    logger.warning("compiling %s for this CPU, once, which takes up to a minute: %s", sources.title, path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         built = Path(folder) / path.name
         for cpu in _FOR_THIS_CPU:
-            command = [*compiler, *_FLAGS, *cpu, *map(str, _SOURCES), *_openmp(), "-o", str(built)]
+            command = [*compiler, *_FLAGS, *cpu, *map(str, sources.files), *sources.flags, "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
             if result.returncode == 0:
                 break
@@ -155,10 +190,3 @@ def _compile(compiler: list[str], path: Path) -> None:
         library = built.read_bytes()
         with atomic_write(path, mode=0o600) as file:
             file.write(library + _seal(library))
-
-
-def _openmp() -> list[str]:
-    """PyTorch's own OpenMP, where it brings one: two of them would each keep their threads spinning."""
-    folder = Path(torch.__file__).parent / "lib"
-    bundled = sorted([*folder.glob("libgomp*.so*"), *folder.glob("libiomp5*.so*")])
-    return [str(bundled[0]), f"-Wl,-rpath,{folder}"] if bundled else []

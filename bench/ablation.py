@@ -1,10 +1,10 @@
-"""What each choice of the preset `speed` is worth: the preset, and again with one choice changed, over seeds.
+"""What each choice of a preset is worth: the preset, and again with one choice changed, over seeds.
 
     python -m bench.ablation --data cifar10 --epochs 2 --seeds 2
 
 Runs lie under ``--work``; finished ones are not run again and a stopped one goes on, so the command can be repeated.
-The result file has every run, and mean and standard error of each variant; its difference to the preset is over the
-same seeds.
+The result file has every run, and mean and standard error of each variant; the error of its difference to the preset
+is by the standard deviation of a run over all variants, so ``--preset-seeds`` may be more than those of a lever.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.record import write_results
-from bench.sweeping import differences, make_parser, train_variants
+from bench.sweeping import differences_of_means, make_parser, train_variants
 from bench.tables import markdown
 from fastres.train.sweep import Outcome, summarise
 
@@ -52,24 +52,26 @@ def variants_of(base: dict[str, Any], wanted: list[str] | None) -> dict[str, dic
 
 def table(outcomes: list[Outcome]) -> str:
     """Accuracy of each variant, its difference to the preset in points, and the training seconds."""
-    changes, lines = differences(outcomes, "val_accuracy"), []
+    changes, lines = differences_of_means(outcomes, "val_accuracy"), []
     for entry in summarise(outcomes):
         if not entry["runs"]:
-            lines.append([entry["variant"], "failed", "", "", ""])
+            lines.append([entry["variant"], "0", "failed", "", "", ""])
             continue
         change, error = changes.get(entry["variant"], (None, None))
         points = "" if change is None or entry["variant"] == "preset" else f"{100 * change:+.2f}"
         points += f" ± {100 * error:.2f}" if points and error is not None else ""
         tta = f"{entry['tta_accuracy']['mean']:.2%}" if "tta_accuracy" in entry else ""
         seconds = f"{entry['train_seconds']['mean']:.0f}"
-        lines.append([entry["variant"], f"{entry['val_accuracy']['mean']:.2%}", points, tta, seconds])
-    return markdown(["", "accuracy", "to the preset, points", "with mirror images", "training s"], lines)
+        accuracy = f"{entry['val_accuracy']['mean']:.2%}"
+        lines.append([entry["variant"], str(entry["runs"]), accuracy, points, tta, seconds])
+    return markdown(["", "runs", "accuracy", "to the preset, points", "over several views", "training s"], lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what has not run yet, print the table, write the results."""
     parser = make_parser(__doc__.splitlines()[0], "ablation", data="auto", epochs=2, seeds=2)
     parser.add_argument("--levers", nargs="+", help="only these")
+    parser.add_argument("--preset-seeds", type=int, default=0, help="of the preset itself [--seeds]")
     args = parser.parse_args(argv)
     outcomes, content = train_variants(args, lambda base: variants_of(base.to_dict(), args.levers))
     print("\n" + table(outcomes))

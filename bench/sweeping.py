@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +54,10 @@ def train_variants(
         base = base.replace(batch_size=args.batch_size)
     load, variants, load_average = DataCache(), choose(base), os.getloadavg()[0]
     first = getattr(args, "first_seed", 0)
-    outcomes = sweep(
-        base, variants, range(first, first + args.seeds), args.work, load, lambda line: print(line, flush=True)
-    )
+    run = partial(sweep, base, folder=args.work, load=load, say=lambda line: print(line, flush=True))
+    outcomes = run(variants, range(first, first + args.seeds))
+    if (more := getattr(args, "preset_seeds", 0)) > args.seeds:
+        outcomes += run({"preset": variants["preset"]}, range(first + args.seeds, first + more))
     content = {
         "preset": args.preset,
         "data": load(base).label,
@@ -82,3 +85,27 @@ def differences(
         if pairs:
             result[variant] = (statistics.mean(pairs), standard_error(pairs))
     return result
+
+
+def differences_of_means(
+    outcomes: list[Outcome], measure: str, reference: str = "preset"
+) -> dict[str, tuple[float, float | None]]:
+    """Difference of each variant's mean to the reference's, whatever seeds they have, and its standard error by the
+    standard deviation of a run, pooled over all variants with several.
+    """
+    values: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        if outcome.row is not None:
+            values.setdefault(outcome.variant, []).append(outcome.row[measure])
+    if reference not in values:
+        return {}
+    theirs, several = values[reference], [group for group in values.values() if len(group) > 1]
+    squares = sum(statistics.variance(group) * (len(group) - 1) for group in several)
+    freedom = sum(len(group) - 1 for group in several)
+
+    def error(group: list[float]) -> float | None:
+        return math.sqrt(squares / freedom * (1 / len(group) + 1 / len(theirs))) if freedom else None
+
+    return {
+        variant: (statistics.mean(group) - statistics.mean(theirs), error(group)) for variant, group in values.items()
+    }

@@ -55,7 +55,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "time-to-accuracy": training.time_to_accuracy_section(results),
         "seeds": training.seeds_section(results),
         "speed94-runs": training.runs_section(results / "speed94-runs-cpu.json"),
-        "ablation": training.ablation_section(results / "ablation-cpu.json"),
+        "ablation": training.ablation_section(results),
         "parity": training.parity_section(results / "parity-cpu.json"),
     }
     if folder is not None:

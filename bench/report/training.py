@@ -101,17 +101,16 @@ def _to_one_accuracy(record: dict[str, Any]) -> str:
     )
 
 
-def ablation_section(path: Path) -> str | None:
-    """What each choice of the preset is worth."""
-    record = read(path)
-    if not record:
-        return None
-    outcomes = [Outcome(**run) for run in record["runs"]]
-    seeds = len({outcome.seed for outcome in outcomes})
-    where = (
-        f"{record['data']}, {record['options']['epochs']} epochs, {seeds} seeds, measured on {machine_line(record)}."
-    )
-    return f"{where}{busy(record['load'], record['threads'])}\n\n{ablation.table(outcomes)}"
+def ablation_section(results: Path) -> str | None:
+    """What each choice of a preset is worth, a table a preset."""
+    records = [read(path) for path in sorted(results.glob("ablation*-cpu.json"), reverse=True)]
+    return "\n\n".join(_ablation(record) for record in records if record) or None
+
+
+def _ablation(record: dict[str, Any]) -> str:
+    where = f"`{record['preset']}` on {record['data']}, {record['options']['epochs']} epochs, measured on "
+    where += f"{machine_line(record)}.{busy(record['load'], record['threads'])}"
+    return f"{where}\n\n{ablation.table([Outcome(**run) for run in record['runs']])}"
 
 
 def parity_section(path: Path) -> str | None:

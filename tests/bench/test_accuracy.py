@@ -106,14 +106,19 @@ def test_every_lever_changes_the_preset():
         ablation.variants_of(base.to_dict(), ["no luck"])
 
 
-def test_ablation_table_is_over_the_same_seeds():
-    outcomes = [Outcome("preset", 0, row(0.80)), Outcome("preset", 1, row(0.90)), Outcome("preset", 2, row(0.5))]
-    outcomes += [Outcome("no flips", 0, row(0.77)), Outcome("no flips", 1, row(0.86)), Outcome("no luck", 0, None, "x")]
-    mean, error = ablation.differences(outcomes, "val_accuracy")["no flips"]
-    assert mean == pytest.approx(-0.035) and error == pytest.approx(0.005)
+def test_ablation_compares_means_by_the_deviation_of_all_runs():
+    """Deviations 0.05 of two runs and 0.02 of three: pooled the root of (0.05^2 + 2 * 0.02^2) / 3."""
+    outcomes = [Outcome("preset", s, row(0.8 + d)) for s, d in enumerate((-0.05 / 2**0.5, 0.05 / 2**0.5))]
+    outcomes += [Outcome("no flips", s, row(0.7 + d)) for s, d in enumerate((-0.02, 0.0, 0.02))]
+    outcomes += [Outcome("no luck", 0, None, "x"), Outcome("cutout", 0, row(0.81))]
+    found = ablation.differences_of_means(outcomes, "val_accuracy")
+    pooled = ((0.05**2 + 2 * 0.02**2) / 3) ** 0.5
+    assert found["no flips"] == pytest.approx((-0.1, pooled * (1 / 2 + 1 / 3) ** 0.5))
+    assert found["cutout"] == pytest.approx((0.01, pooled * 1.5**0.5)) and "no luck" not in found
+    assert ablation.differences_of_means(outcomes[-1:], "val_accuracy") == {}
     lines = ablation.table(outcomes).splitlines()
-    assert lines[3] == "| no flips | 81.50% | -3.50 ± 0.50 | 81.50% | 4 |"
-    assert lines[4].startswith("| no luck | failed |")
+    assert lines[3] == "| no flips | 3 | 70.00% | -10.00 ± 3.03 | 70.00% | 4 |"
+    assert lines[4].startswith("| no luck | 0 | failed |")
 
 
 def test_parity_is_over_pairs():

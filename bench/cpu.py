@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -72,6 +74,7 @@ ALLOCATORS: dict[str, Callable[[], Any]] = {
 OUR_ALLOCATORS = ("paged",)
 INFERENCE_BASELINES = ("eager NCHW", "eager", "compile", "compile frozen")
 PRODUCT = 3072  # rows and columns
+TURN = 0.2  # seconds at least: a shorter turn is of cold caches and of threads that wake up, not of the network
 
 
 def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -146,6 +149,11 @@ def _in_turn(
 ) -> dict[str, dict[str, Any]]:
     """Times of each run's calls, a process a run, one of them computing at a time."""
     context, workers = multiprocessing.get_context("spawn"), {}
+    repeats: dict[str, int] = {}
+
+    def turn(label: str, pipe: Connection) -> None:
+        repeats[label] = _turn(pipe)
+
     try:
         for run in runs:
             ours, theirs = context.Pipe()
@@ -154,32 +162,38 @@ def _in_turn(
             theirs.close()
             workers[run] = process, ours
             with contextlib.suppress(RuntimeError):  # one at a time warms up; an error comes again below
-                _call(ours)
-        calls = {_label(*run): partial(_call, pipe) for run, (_, pipe) in workers.items()}
+                turn(_label(*run), ours)
+        calls = {_label(*run): partial(turn, _label(*run), pipe) for run, (_, pipe) in workers.items()}
         found = interleaved(calls, CPU, warmup=1, rounds=rounds)
     finally:
         for process, pipe in workers.values():
             pipe.close()
             process.join()
     return {
-        label: time._asdict() if isinstance(time, Timing) else {"error": f"{type(time).__name__}: {time}"[:200]}
-        for label, time in found.items()
+        label: timing.of_each(repeats[label])._asdict()
+        if isinstance(timing, Timing)
+        else {"error": f"{type(timing).__name__}: {timing}"[:200]}
+        for label, timing in found.items()
     }
 
 
-def _call(pipe: Connection) -> None:
-    """Have the process at the other end make a call, and wait for it."""
+def _turn(pipe: Connection) -> int:
+    """Have the process at the other end make its calls, and wait for them; how many there are."""
     pipe.send(True)
-    if error := pipe.recv():
-        raise RuntimeError(error)
+    answer = pipe.recv()
+    if isinstance(answer, str):
+        raise RuntimeError(answer)
+    return answer
 
 
 def _work(
     pipe: Connection, kind: str, workload: Workload, variant: str, precision: str, allocator: str, threads: int
 ) -> None:
-    """Make a call for each message, the first with a warm-up, until the pipe is closed; answer with what it raised."""
+    """Make calls for `TURN` seconds for each message, behind a warm-up for the first one, until the pipe is closed;
+    answer with how many, or with what they raised.
+    """
     _prepare(allocator, threads)
-    dtype, call = machine.DTYPES[precision], None
+    dtype, call, repeats = machine.DTYPES[precision], None, 1
     while True:
         try:
             pipe.recv()
@@ -191,10 +205,20 @@ def _work(
                     Step(workload, variant, CPU, dtype) if kind == "training" else Inference(workload, variant, dtype)
                 )
                 call()
-            call()
-            pipe.send(None)
+                repeats = _repeats(call)
+            for _ in range(repeats):
+                call()
+            pipe.send(repeats)
         except Exception as error:  # whatever one of them raises, the others are measured
             pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _repeats(call: Callable[[], Any]) -> int:
+    """How many calls take `TURN` seconds."""
+    call()
+    began = time.perf_counter()
+    call()
+    return max(1, math.ceil(TURN / (time.perf_counter() - began)))
 
 
 def _prepare(allocator: str, threads: int) -> None:

@@ -30,6 +30,11 @@ class Timing(NamedTuple):
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
         return cls(median, low, high, len(seconds), calls)
 
+    def of_each(self, repeats: int) -> Timing:
+        """The same of one of the ``repeats`` calls that each call was."""
+        seconds = (value / repeats for value in self[:3])
+        return Timing(*seconds, self.samples, self.calls * repeats)
+
 
 def all_of(found: Mapping[str, Timing | Exception]) -> dict[str, Timing]:
     """What `interleaved` found; raises what any call raised."""

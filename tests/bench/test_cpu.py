@@ -147,3 +147,10 @@ def test_workloads_are_added_to_those_of_before(tmp_path, monkeypatch, capsys):
     kept = {one["workload"]: one["commit"] for one in json.loads(out.read_text())["workloads"]}
     assert kept == {"notebook": "first", "resnet18": "third"}
     assert "notebook, training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds, repeats", [(0.012, 17), (0.25, 1)])
+def test_short_calls_are_repeated_within_a_turn(seconds, repeats, monkeypatch):
+    clock = iter([100.0, 100.0 + seconds])
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(clock))
+    assert cpu.TURN == 0.2 and cpu._repeats(lambda: None) == repeats

@@ -43,3 +43,7 @@ def test_a_call_that_raises_is_dropped(survived):
 def test_median_and_quartiles():
     assert Timing.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Timing(3.0, 2.0, 4.0, 5, 1)
     assert Timing.of([7.0], calls=2) == Timing(7.0, 7.0, 7.0, 1, 2)
+
+
+def test_a_call_of_many_is_one_of_them_by_its_share():
+    assert Timing(3.0, 2.0, 4.0, 5, 2).of_each(4) == Timing(0.75, 0.5, 1.0, 5, 8)

@@ -32,8 +32,8 @@ class Timing(NamedTuple):
 
     def of_each(self, repeats: int) -> Timing:
         """The same of one of the ``repeats`` calls that each call was."""
-        seconds = (value / repeats for value in self[:3])
-        return Timing(*seconds, self.samples, self.calls * repeats)
+        median, low, high = (value / repeats for value in self[:3])
+        return Timing(median, low, high, self.samples, self.calls * repeats)
 
 
 def all_of(found: Mapping[str, Timing | Exception]) -> dict[str, Timing]:

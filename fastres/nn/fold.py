@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +27,8 @@ from fastres.nn.structure import (
     structure_of,
     tell,
 )
-from fastres.ops import Conv, bn_relu, conv_bias_act, repeat_blocks, repeat_conv_bias_act, repeat_max_pool
-from fastres.ops.cpu import Layer, Layers, PackedBlocks, PackedConv
+from fastres.ops import Conv, bn_relu, conv_bias_act, repeat_block, repeat_conv_bias_act, repeat_max_pool
+from fastres.ops.cpu import FoldedLayer, FoldedLayers, PackedBlock, PackedConv
 from fastres.ops.plain import activated
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class FoldedConv(_Inference):
     Args:
         conv: the convolution.
         bn: with running statistics; None: bias 0.
-        relu: whether an activation follows.
-        act: which one, of `fastres.kernels.types.ACTIVATIONS`; GELU is a pass of its own.
+        act: the activation that follows, of `fastres.kernels.types.ACTIVATIONS`; None: none. GELU is a pass of its own.
 
     Raises:
         ValueError: for a convolution that the fused operations do not know, or a BatchNorm without running statistics.
@@ -63,9 +62,9 @@ class FoldedConv(_Inference):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: Any, bn: Any, relu: bool, act: str = "relu"):
+    def __init__(self, conv: Any, bn: Any, act: str | None):
         super().__init__()
-        if reason := unsupported(conv, bn, rectified=relu and act == "relu"):
+        if reason := unsupported(conv, bn, rectified=act == "relu"):
             raise ValueError(f"cannot fold: {reason}")
         with torch.no_grad():
             weight = conv.weight.detach()
@@ -83,18 +82,18 @@ class FoldedConv(_Inference):
         self.geometry = geometry_of(conv)
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(torch.promote_types(dtype, torch.float32)))
-        self.relu, self.gelu = relu and act == "relu", relu and act == "gelu"
+        self.act = act
         self.packed = PackedConv()
         self.training = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, C, H, W] and residual [N, C', H', W'] to channels-last [N, C', H', W']."""
         y = self._linear_or_relu(x, residual)
-        return F.gelu(y) if self.gelu else y
+        return F.gelu(y) if self.act == "gelu" else y
 
     def _linear_or_relu(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if type(x) is Tensor and not _is_differentiated(x, residual):
-            y = repeat_conv_bias_act(x, self.weight, self.bias, residual, self.relu, self.packed)
+            y = repeat_conv_bias_act(x, self.weight, self.bias, residual, self.act == "relu", self.packed)
             if y is not None:
                 return y
         if watched(x) or _is_differentiated(x, residual):
@@ -102,12 +101,12 @@ class FoldedConv(_Inference):
         nhwc = to_nhwc(x)
         conv = Conv(self.weight, self.geometry.stride, self.geometry.pad(nhwc.shape[1:3]), self.geometry.dilation)
         added = None if residual is None else to_nhwc(residual)
-        return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.relu, self.packed))
+        return to_nchw(conv_bias_act(nhwc, conv, self.bias, added, self.act == "relu", self.packed))
 
     def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same as the forward in PyTorch's own operations."""
         y = self._plain(x, residual)
-        return F.gelu(y) if self.gelu else y
+        return F.gelu(y) if self.act == "gelu" else y
 
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         geometry = self.geometry
@@ -119,7 +118,7 @@ class FoldedConv(_Inference):
                 x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
         y = F.conv2d(x, self.weight, self.bias.to(x.dtype), geometry.stride, padding, geometry.dilation)
         y = y if residual is None else y + residual
-        return torch.relu(y) if self.relu else y
+        return torch.relu(y) if self.act == "relu" else y
 
     def repack(self) -> None:
         """Forget what was made of the weight and the bias."""
@@ -175,46 +174,43 @@ class FoldedBlock(_Inference):
         super().__init__()
         last = len(block.layers) - 1
         self.convs = nn.ModuleList(
-            FoldedConv(conv, bn, block.relu or index < last, block.act) for index, (conv, bn) in enumerate(block.layers)
+            FoldedConv(conv, bn, block.act if block.relu or index < last else None)
+            for index, (conv, bn) in enumerate(block.layers)
         )
         self.residual = block.residual
         shortcut: Any = block.shortcut
         if (projection := projection_of(shortcut)) is not None:
-            shortcut = FoldedConv(*projection, relu=False)
+            shortcut = FoldedConv(*projection, act=None)
         elif (found := projection_behind(shortcut)) is not None:
-            shortcut = nn.Sequential(*found[0], FoldedConv(*found[1], relu=False))
+            shortcut = nn.Sequential(*found[0], FoldedConv(*found[1], act=None))
         self.downsample = shortcut
         self.training = False
-        self.packed = PackedBlocks()
+        self.packed = PackedBlock()
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to channels-last [N, C', H', W']."""
-        if (at_once := _at_once([self], x, self.packed)) is not None:
+        if (at_once := self._at_once(x)) is not None:
             return at_once
         y = _in_order(self.convs[:-1], x)
         if not self.residual:
             return self.convs[-1](y)
         return self.convs[-1](y, x if self.downsample is None else self.downsample(x))
 
-
-def _at_once(blocks: Sequence[FoldedBlock], x: Tensor, packed: PackedBlocks) -> Tensor | None:
-    """What blocks make of x where nothing waits for a convolution's own call; None: they are to be called."""
-    if type(x) is not Tensor or watched(x) or _is_differentiated(x, None):
-        return None
-    found = []
-    for block in blocks:
-        convs = tuple(map(_layer_of, block.convs))
-        shortcut = None if block.downsample is None else _layer_of(block.downsample)
-        if None in convs or (shortcut is None) != (block.downsample is None):
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The result where nothing waits for a convolution's own call; None: they are to be called."""
+        if type(x) is not Tensor or watched(x) or _is_differentiated(x, None):
             return None
-        found.append(Layers(convs, shortcut, block.residual))  # type: ignore[arg-type]
-    return repeat_blocks(x, found, packed)
+        convs = tuple(map(_layer_of, self.convs))
+        shortcut = None if self.downsample is None else _layer_of(self.downsample)
+        if None in convs or (shortcut is None) != (self.downsample is None):
+            return None
+        return repeat_block(x, FoldedLayers(convs, shortcut, self.residual), self.packed)  # type: ignore[arg-type]
 
 
-def _layer_of(module: nn.Module) -> Layer | None:
-    if type(module) is not FoldedConv or has_hooks(module) or "forward" in module.__dict__ or module.gelu:
+def _layer_of(module: nn.Module) -> FoldedLayer | None:
+    if type(module) is not FoldedConv or has_hooks(module) or "forward" in module.__dict__ or module.act == "gelu":
         return None
-    return Layer(module.packed, module.weight, module.bias)
+    return FoldedLayer(module.packed, module.weight, module.bias)
 
 
 class FoldedPreActBottleneck(_Inference):
@@ -225,10 +221,11 @@ class FoldedPreActBottleneck(_Inference):
         self.bn, self.act = block.layers[0][1], block.act
         norms = [bn for _, bn in block.layers[1:]] + [None]
         self.convs = nn.ModuleList(
-            FoldedConv(conv, bn, bn is not None, block.act) for (conv, _), bn in zip(block.layers, norms, strict=True)
+            FoldedConv(conv, bn, None if bn is None else block.act)
+            for (conv, _), bn in zip(block.layers, norms, strict=True)
         )
         self.residual = block.residual
-        self.downsample = None if block.shortcut is None else FoldedConv(block.shortcut, None, relu=False)
+        self.downsample = None if block.shortcut is None else FoldedConv(block.shortcut, None, act=None)
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -317,7 +314,7 @@ def _fold_stems(network: nn.Module, found: Report) -> None:
             continue
         (conv_at, name), (norm_at, norm_name) = where[0][0], where[1][0]
         rectified = act_of(part.steps[2]) == "relu"  # GELU stays a module
-        conv_at._modules[name] = FoldedConv(part.steps[0], part.steps[1], relu=rectified)
+        conv_at._modules[name] = FoldedConv(part.steps[0], part.steps[1], "relu" if rectified else None)
         norm_at._modules[norm_name] = nn.Identity()
         if rectified and len(where[2]) == 1 and occurrences.count(id(part.steps[2])) == 1:  # else ReLU twice is ReLU
             activation_at, activation_name = where[2][0]

@@ -2,7 +2,7 @@
 
 from fastres.ops import flops as _flops  # noqa: F401 - registers its formulas
 from fastres.ops.bn_relu import bn_relu
-from fastres.ops.conv_bias_act import conv_bias_act, repeat_blocks, repeat_conv_bias_act, repeat_max_pool
+from fastres.ops.conv_bias_act import conv_bias_act, repeat_block, repeat_conv_bias_act, repeat_max_pool
 from fastres.ops.global_avg_pool import global_avg_pool
 from fastres.ops.layers import Conv, Identity, Layer, Norm, Statistics, symmetric
 from fastres.ops.preact import preact_block, preact_chain
@@ -19,7 +19,7 @@ __all__ = [
     "Statistics",
     "bn_relu",
     "conv_bias_act",
-    "repeat_blocks",
+    "repeat_block",
     "repeat_conv_bias_act",
     "repeat_max_pool",
     "global_avg_pool",

@@ -1,7 +1,5 @@
 """Inference convolution: BatchNorm is folded into weight and bias, the shortcut and the ReLU join the epilogue."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -93,19 +91,18 @@ def repeat_conv_bias_act(
     return packed.repeat(x, weight, bias, residual, relu)
 
 
-def repeat_blocks(x: Tensor, blocks: Sequence[cpu.Layers], packed: cpu.PackedBlocks) -> Tensor | None:
-    """Folded blocks whose convolutions were called with x like this before, at once.
+def repeat_block(x: Tensor, block: cpu.FoldedLayers, packed: cpu.PackedBlock) -> Tensor | None:
+    """A folded block whose convolutions were called with x like this before, at once.
 
     Args:
         x: [N, C, H, W].
 
     Returns:
-        [N, C', H', W'] in channels-last memory; None where the blocks are to be called.
+        [N, C', H', W'] in channels-last memory; None where the convolutions are to be called.
     """
-    weights = [layer.weight for block in blocks for layer in block.convs]
-    if not _is_compiled(x, *weights) or torch.is_autocast_enabled("cpu"):
+    if not _is_compiled(x, *(layer.weight for layer in block.convs)) or torch.is_autocast_enabled("cpu"):
         return None
-    return packed.repeat(x, blocks)
+    return packed.repeat(x, block)
 
 
 def repeat_max_pool(x: Tensor, kernel: int, stride: int, pad: Pad) -> Tensor | None:

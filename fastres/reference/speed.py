@@ -139,6 +139,9 @@ class SpeedResNet(nn.Module):
         layers: 3x3 convolutions of each residual block: 1 or 2.
         act: ``relu``, or ``gelu``, with which residual blocks have two convolutions.
         checkpoint_every: see `run_blocks`.
+
+    Raises:
+        ValueError: for other blocks.
     """
 
     def __init__(
@@ -153,6 +156,8 @@ class SpeedResNet(nn.Module):
         checkpoint_every: int = 0,
     ):
         super().__init__()
+        if (layers, act) not in ((1, "relu"), (2, "relu"), (2, "gelu")):
+            raise ValueError(f"blocks of {layers} convolutions with {act!r}: take 1 or 2 with 'relu', or 2 with 'gelu'")
         self.conv1 = WhiteningConv(stem, patch, stride)
         self.act = nn.GELU() if act == "gelu" else nn.ReLU(inplace=True)
         self.checkpoint_every = checkpoint_every

@@ -96,7 +96,7 @@ def test_a_repeated_call_is_not_looked_at_twice(monkeypatch, stride, pad):
 
 
 def test_a_folded_convolution_refuses_the_second_time_what_it_refuses_the_first():
-    conv = FoldedConv(torch.nn.Conv2d(8, 8, 1, bias=False), None, relu=False)
+    conv = FoldedConv(torch.nn.Conv2d(8, 8, 1, bias=False), None, act=None)
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
     for _ in range(2):
         assert conv(x, x).shape == x.shape
@@ -109,7 +109,7 @@ def test_a_folded_convolution_refuses_the_second_time_what_it_refuses_the_first(
 
 
 def test_threads_share_a_folded_convolution():
-    conv = FoldedConv(torch.nn.Conv2d(8, 8, 3, padding=1, bias=False), None, relu=True)
+    conv = FoldedConv(torch.nn.Conv2d(8, 8, 3, padding=1, bias=False), None, act="relu")
     images = [torch.randn(n, 8, 5, 5).to(memory_format=torch.channels_last) for n in (1, 2, 3, 4)]
     expected = [conv(x) for x in images]
     with ThreadPoolExecutor(4) as pool:
@@ -165,7 +165,7 @@ def test_a_cpu_without_avx512_has_bf16_too(monkeypatch):
 
 
 def test_weights_that_are_set_anew_are_noticed_and_others_after_repack():
-    conv = FoldedConv(torch.nn.Conv2d(8, 8, 1, bias=False), None, relu=False)
+    conv = FoldedConv(torch.nn.Conv2d(8, 8, 1, bias=False), None, act=None)
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
     first = conv(x)
     for change in (
@@ -188,7 +188,7 @@ def test_weights_that_are_set_anew_are_noticed_and_others_after_repack():
 
 def test_a_folded_convolution_is_differentiable_in_the_image_and_the_shortcut():
     for stride in (1, 2):
-        conv = FoldedConv(torch.nn.Conv2d(8, 8, 3, stride, 1, bias=False), None, relu=True)
+        conv = FoldedConv(torch.nn.Conv2d(8, 8, 3, stride, 1, bias=False), None, act="relu")
         x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
         residual = torch.randn_like(conv(x))
         for _ in range(2):  # ready for a call like this one, too

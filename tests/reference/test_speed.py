@@ -57,3 +57,9 @@ def test_checkpointing_changes_nothing():
     recomputed.load_state_dict(stored.state_dict())
     x = torch.randn(4, 3, 16, 16).double()
     assert_same(train_step(recomputed, x), train_step(stored, x), 1e-12)
+
+
+@pytest.mark.parametrize("layers, act", [(1, "gelu"), (3, "relu"), (2, "silu")])
+def test_unknown_blocks_are_refused(layers, act):
+    with pytest.raises(ValueError, match=f"blocks of {layers} convolutions with '{act}': take"):
+        SpeedResNet(layers=layers, act=act)

@@ -3,16 +3,16 @@
 from fastres.ops.cpu import passes
 from fastres.ops.cpu.build import unavailable
 from fastres.ops.cpu.packed import PackedConv, packed_conv_bias_act, packed_weight, packs
-from fastres.ops.cpu.packed_blocks import Layer, Layers, PackedBlocks
+from fastres.ops.cpu.packed_block import FoldedLayer, FoldedLayers, PackedBlock
 from fastres.ops.cpu.running import update as update_running
 
 DTYPES = tuple(passes.DTYPES)
 
 __all__ = [
     "DTYPES",
-    "Layer",
-    "Layers",
-    "PackedBlocks",
+    "FoldedLayer",
+    "FoldedLayers",
+    "PackedBlock",
     "PackedConv",
     "packed_conv_bias_act",
     "packed_weight",

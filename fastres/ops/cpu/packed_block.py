@@ -1,8 +1,7 @@
-"""Folded blocks over parts of a batch, each in one call of C++: what lies between their layers stays in the cache."""
+"""A folded block over parts of a batch, each in one call of C++: what lies between their layers stays in the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from fastres.ops.cpu.tape import Tape
 PART_BYTES = 12 * 2**20
 
 
-class Layer(NamedTuple):
+class FoldedLayer(NamedTuple):
     """A folded convolution: what `PackedConv` is called with."""
 
     packed: PackedConv
@@ -27,11 +26,11 @@ class Layer(NamedTuple):
     bias: Tensor
 
 
-class Layers(NamedTuple):
+class FoldedLayers(NamedTuple):
     """A folded block: convolutions in order, and what is added by the last one."""
 
-    convs: tuple[Layer, ...]
-    shortcut: Layer | None  # None: the block's input
+    convs: tuple[FoldedLayer, ...]
+    shortcut: FoldedLayer | None  # None: the block's input
     residual: bool
 
 
@@ -44,15 +43,15 @@ class _Part(NamedTuple):
 class _Ready(NamedTuple):
     key: tuple
     own: list[Own]  # held, as the key has their identities
-    parts: list[_Part]  # the largest first; none: the blocks are to be called
+    parts: list[_Part]  # the largest first; none: the convolutions are to be called
     shape: tuple[int, ...]  # of the result, in NHWC
 
 
-class PackedBlocks:
-    """Blocks that follow one another, with constant weights, ready for calls like the last one.
+class PackedBlock:
+    """A block with constant weights, ready for calls like the last one.
 
-    What they are made of is the convolutions' own `PackedConv`, so that they are ready after one call of each. A copy
-    starts empty, so that networks are copied and saved without. Threads may share it.
+    What it is made of is the convolutions' own `PackedConv`, so that it is ready after one call of each. A copy starts
+    empty, so that networks are copied and saved without. Threads may share it.
     """
 
     def __init__(self):
@@ -64,22 +63,25 @@ class PackedBlocks:
         return self._ready is not None and bool(self._ready.parts)
 
     @torch.no_grad()
-    def repeat(self, x: Tensor, blocks: Sequence[Layers]) -> Tensor | None:
-        """The last block's result [N, C', H', W'], in channels-last memory; None where the blocks are to be called.
+    def repeat(self, x: Tensor, block: FoldedLayers) -> Tensor | None:
+        """The block's result [N, C', H', W'], in channels-last memory; None where the convolutions are to be called.
 
         Args:
             x: [N, C, H, W] in channels-last memory.
         """
-        layers = [layer for block in blocks for layer in (*block.convs, *filter(None, [block.shortcut]))]
-        own = [found for layer in layers if (found := layer.packed.own(layer.weight, layer.bias)) is not None]
         inner = nhwc(x)
-        if len(own) < len(layers) or not inner.is_contiguous() or not tiles.takes(x.dtype):
+        if not inner.is_contiguous() or not tiles.takes(x.dtype):
             return None
-        structure = tuple((len(block.convs), block.shortcut is None, block.residual) for block in blocks)
+        own = []
+        for layer in block.convs if block.shortcut is None else (*block.convs, block.shortcut):
+            if (found := layer.packed.own(layer.weight, layer.bias)) is None:
+                return None
+            own.append(found)
+        structure = block.shortcut is None, block.residual
         key = inner.shape, torch.get_num_threads(), tiles.form(), structure, tuple(map(id, own))
         ready = self._ready  # looked up once: another thread may replace it
         if ready is None or ready.key != key:
-            ready = self._ready = _prepared(key, inner, blocks, own)
+            ready = self._ready = _prepared(key, inner, block, own)
         if not ready.parts:
             return None
         out, arena = buffers.empty(inner, *ready.shape), ready.parts[0].program.arena(inner)
@@ -87,14 +89,14 @@ class PackedBlocks:
             program.run([inner[first:last]], [out[first:last]], arena)
         return nchw(out)
 
-    def __deepcopy__(self, memo: dict) -> PackedBlocks:
-        return PackedBlocks()
+    def __deepcopy__(self, memo: dict) -> PackedBlock:
+        return PackedBlock()
 
     def __reduce__(self) -> tuple:
-        return PackedBlocks, ()
+        return PackedBlock, ()
 
 
-def _prepared(key: tuple, x: Tensor, blocks: Sequence[Layers], own: list[Own]) -> _Ready:
+def _prepared(key: tuple, x: Tensor, block: FoldedLayers, own: list[Own]) -> _Ready:
     images = len(x)
     count = -(-images // max(1, PART_BYTES // max(x[0].nbytes, *(one.output_bytes for one in own))))
     ranges = [(images * part // count, images * (part + 1) // count) for part in range(count)]
@@ -103,29 +105,26 @@ def _prepared(key: tuple, x: Tensor, blocks: Sequence[Layers], own: list[Own]) -
     try:
         for first, last in ranges:
             if last - first not in programs:
-                programs[last - first], shape = _program(x[first:last], blocks, own)
+                programs[last - first], shape = _program(x[first:last], block, own)
     except Unrecordable:
         return _Ready(key, own, [], ())
     assert shape is not None
     return _Ready(key, own, [_Part(*part, programs[part[1] - part[0]]) for part in ranges], (images, *shape[1:]))
 
 
-def _program(x: Tensor, blocks: Sequence[Layers], own: list[Own]) -> tuple[Program, tuple[int, ...]]:
+def _program(x: Tensor, block: FoldedLayers, own: list[Own]) -> tuple[Program, tuple[int, ...]]:
     """Of a part, and its result's shape."""
     with Tape([x]) as tape:
-        out = _walk(x, blocks, iter(own))
+        out = _walk(x, block, own)
     return Program(tape, [out], [x]), tuple(out.shape)
 
 
-def _walk(x: Tensor, blocks: Sequence[Layers], own: Iterator[Own]) -> Tensor:
-    is_ours = False
-    for block in blocks:
-        convs, shortcut = [next(own) for _ in block.convs], None if block.shortcut is None else next(own)
-        y, added, out = x, None, None
-        for conv in convs[:-1]:
-            y = conv(y)
-        if block.residual:
-            added = x if shortcut is None else shortcut(x)
-            out = added if is_ours or shortcut is not None else None  # the sum is written where it is read
-        x, is_ours = convs[-1](y, added, out), True
-    return x
+def _walk(x: Tensor, block: FoldedLayers, own: list[Own]) -> Tensor:
+    *convs, last = own[: len(block.convs)]
+    y, added, out = x, None, None
+    for conv in convs:
+        y = conv(y)
+    if block.residual:
+        added = x if block.shortcut is None else own[-1](x)
+        out = None if block.shortcut is None else added  # the sum is written where a projection is read
+    return last(y, added, out)

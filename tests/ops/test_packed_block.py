@@ -12,7 +12,7 @@ from fastres.export.portable import portable
 from fastres.models import create_model
 from fastres.nn.fold import FoldedBlock, FoldedConv, FoldedPool, fold, repack
 from fastres.ops import cpu
-from fastres.ops.cpu import packed_blocks
+from fastres.ops.cpu import packed_block
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
@@ -51,7 +51,7 @@ def apart(block, x):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_the_same_bits_over_parts_of_the_batch(name, threads, monkeypatch):
     blocks, x = blocks_of(name, 7)
-    monkeypatch.setattr(packed_blocks, "PART_BYTES", 3 * x[0].nbytes)
+    monkeypatch.setattr(packed_block, "PART_BYTES", 3 * x[0].nbytes)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -167,7 +167,9 @@ _UNRUN: dict[str, Any] = {
     "convolve_backward": _unrun(vendor.convolve_backward),
     "add_gradient": lambda dx, joined: None,
     "_aten": SimpleNamespace(
-        threshold_backward=lambda dx, a, threshold: dx, convolution_backward=torch.ops.aten.convolution_backward
+        threshold_backward=lambda dx, a, threshold: dx,
+        gelu_backward=lambda dz, z: dz,
+        convolution_backward=torch.ops.aten.convolution_backward,
     ),
 }
 

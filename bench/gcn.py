@@ -29,10 +29,12 @@ def resources(kernels: Sequence[Any]) -> list[Resources]:
 def _resources(kernel: Any) -> Resources:
     text = kernel.asm["amdgcn"]
     found = Counter(re.findall(r"\bv_(s?mfmac?)_", text))
+    stack, spills = (_metadata(name, text) for name in ("private_segment_fixed_size", "vgpr_spill_count"))
     return Resources(
         registers=_metadata("vgpr_count", text),
-        stack=_metadata("private_segment_fixed_size", text),
-        spills=_metadata("vgpr_spill_count", text) + _metadata("sgpr_spill_count", text),
+        stack=stack,
+        # The compiler also counts what it moves to accumulation registers, and scalars that it keeps in vectors'.
+        spills=spills if stack else 0,
         shared=kernel.metadata.shared,
         wide_loads=_wide_share(_LOAD, text),
         wide_stores=_wide_share(_STORE, text),

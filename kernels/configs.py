@@ -238,8 +238,8 @@ def _config(block_m: int, block_n: int, depth: int, dtype: torch.dtype, least_re
     elif dtype.itemsize == 4:  # twice the shared memory for an element, and its registers
         block_k, num_stages, registers = 32, 3, 255
     registers = max(registers, least_registers)
-    if arch == OTHER:  # whose warps have twice the threads
-        num_warps //= 2
+    if arch == OTHER:  # whose warps have twice the threads; deeper steps spill, with Triton 3.6 up to 340 bytes
+        block_k, num_warps = min(block_k, 32), num_warps // 2
     return Config(block_m, block_n, power_of_2(depth, LEAST, block_k), num_warps, num_stages, registers)
 
 

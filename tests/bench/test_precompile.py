@@ -36,13 +36,13 @@ print(json.dumps([[one.kernel, one.constants["CIN"], dict(one.options)["maxnreg"
 
 
 def test_kernels_with_gelu_have_registers_for_it():
-    """By Triton 3.8 for sm_90: with 128 the convolutions spilled 88 bytes, with 168 the wide data gradients 16."""
+    """By Triton 3.8 for sm_90: with 168 the wide data gradients spilled 16 bytes; windows read GELU from a pass."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", SMOOTH], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     limits = {(kernel, channels): limit for kernel, channels, limit in json.loads(done.stdout)}
-    assert limits["conv_kernel", 64] >= 168 and limits["conv_kernel", 128] >= 168
+    assert not [kernel for kernel, _ in limits if kernel == "conv_kernel"]
     assert limits["conv_dgrad_kernel", 64] >= 168 and limits["conv_dgrad_kernel", 128] == 255
 
 
@@ -57,7 +57,16 @@ def kernels():
 
 
 def test_every_candidate_is_recorded(kernels):
-    assert {kind.split()[0] for kind in kernels} == {"0", "1", "2", "3", "4", "5", "None"}  # tiles, ways, the library
+    assert {kind.split()[0] for kind in kernels} == {
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+        "None",
+    }  # tiles, ways, the library
     assert {kind.split()[1] for kind in kernels} == {"False", "True", "inference"}
     for kind, found in kernels.items():
         library = kind.startswith("None")

@@ -22,7 +22,7 @@ def gpu_candidates() -> list[Backend]:
     """What a convolution on a GPU chooses among, Triton with its first tiles first."""
     vendor = Vendor()
     tiles = (Triton(rank) for rank in range(1, RANKS))
-    ways = (Triton(way=way) for way in Way if way is not Way.ONCE)
+    ways = (Triton(way=way) for way in Way if way is not Way.MODEL)
     return [Triton(), vendor, TritonVendorWeights(vendor), *tiles, *ways]
 
 
@@ -103,7 +103,7 @@ class Timed(Triton):
 
 def _differs_in_backward(backend: Backend) -> bool:
     """Whether a candidate is plain Triton but for a convolution's joint gradients."""
-    return isinstance(backend, TritonVendorWeights) or (isinstance(backend, Triton) and backend.way is not Way.ONCE)
+    return isinstance(backend, TritonVendorWeights) or (isinstance(backend, Triton) and backend.way is not Way.MODEL)
 
 
 def _signature(values: tuple) -> tuple:

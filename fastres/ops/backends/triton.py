@@ -17,18 +17,20 @@ from fastres.ops.backends.passes import Passes
 from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Normalised, Shortcut
 from fastres.ops.backends.vendor import VendorConvolutions
 
-# Channels on both sides of a window from which its data gradient stores the gradient behind its BatchNorm, and from
-# which that is made by a pass of its own: by the model (`bench.machine`).
-STORED_CHANNELS, PASS_CHANNELS = 64, 128
+# By the model (`bench.machine`): channels on both sides of a window from which, for the fewest bytes, its data gradient
+# stores the gradient behind its BatchNorm, and from which a pass of its own makes that; channels on either side from
+# which the activation is best stored, too.
+STORED_CHANNELS, PASS_CHANNELS, WIDE_CHANNELS = 64, 128, 64
 
 
 class Way(Enum):
     """How the two gradients of a convolution share what both read: dy of the BatchNorm's backward, and the activation.
 
-    Each moves a tensor more or less, and computes dy once or once a tap of a window. The first moves no more than
-    `EACH` but for the passes of wide windows.
+    Each moves a tensor more or less, and computes dy once or once a tap of a window. `ONCE` moves no more than `EACH`
+    but for the passes of wide windows.
     """
 
+    MODEL = "as the model has it"  # `STORED` for wide windows and for those behind GELU, or else `ONCE`
     ONCE = "dy once"  # stored by the data gradient, by a pass for windows of many channels, in each for those of few
     EACH = "dy in each"
     PASS = "dy by a pass"  # for all windows
@@ -51,10 +53,10 @@ class Triton(Passes):
     global_avg_pool = staticmethod(kernels.global_avg_pool)
     global_avg_pool_backward = staticmethod(kernels.global_avg_pool_backward)
 
-    def __init__(self, rank: int = 0, way: Way = Way.ONCE):
+    def __init__(self, rank: int = 0, way: Way = Way.MODEL):
         self.rank, self.way = rank, way
         self.name = "triton" if rank == 0 else f"triton, tiles {rank + 1}"
-        if way is not Way.ONCE:
+        if way is not Way.MODEL:
             self.name += f", {way.value}"
 
     def repeated(
@@ -68,7 +70,7 @@ class Triton(Passes):
         self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
     ) -> tuple[Tensor, Moments | None]:
         weight, stride, pad, dilation = conv
-        y, coef, act = activation
+        y, coef, act = self._once(activation, conv)
         return kernels.conv(y, weight, stride, pad, coef, residual, moments, self.rank, dilation, act)
 
     def bn_add_relu_conv(
@@ -87,24 +89,26 @@ class Triton(Passes):
         need_dx: bool = True,
         need_dw: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Two kernels; ``joined`` is left alone: to be timed they run again.
+        """Two kernels, and perhaps a pass; ``joined`` is left alone: to be timed they run again.
 
-        What both read of the BatchNorm's backward, dy, the data gradient stores while it computes it, so that no more
-        bytes move than if each kernel computed it; a window computes it once a tap, so that of many channels a pass of
-        its own is quicker by the model (`bench.machine`), though it moves a tensor more.
+        What both read of the BatchNorm's backward, dy, a pointwise data gradient stores while it computes it, so that
+        no more bytes move than if each kernel computed it. A window computes it once a tap, and once more for the
+        weights, so that by the model (`bench.machine`) a pass of its own is quicker, though it moves a tensor more.
+        So it is with the activation, which the data gradient of a wide window stores for the weights'.
         """
         dx = sums = dw = dy = a = None
         weight, stride, pad, dilation = conv
         pointwise, both = is_pointwise((weight.shape[1], weight.shape[2]), pad), need_dx and need_dw
-        if both and gradient.abc is not None and self.way is not Way.EACH:
+        way = self._way_of(activation, conv)
+        if both and gradient.abc is not None and way is not Way.EACH:
             least = min(weight.shape[0], weight.shape[3])
-            if not pointwise and (self.way is not Way.ONCE or least >= PASS_CHANNELS):
+            if not pointwise and (way is not Way.ONCE or least >= PASS_CHANNELS):
                 note(Way.PASS.value)
                 gradient = Gradient(self.bn_backward_apply(gradient), None, None)
             elif pointwise or (least >= STORED_CHANNELS and conv.is_centred(activation.y)):
                 note(Way.ONCE.value)
                 dy = buffers.empty(gradient.dz, *gradient.dz.shape)
-        if both and not pointwise and activation.coef is not None and self.way is Way.STORED:
+        if both and not pointwise and activation.coef is not None and way is Way.STORED:
             note(Way.STORED.value)
             a = buffers.empty(activation.y, *activation.y.shape)
         if need_dx:
@@ -116,8 +120,22 @@ class Triton(Passes):
             dx, sums = kernels.conv_dgrad(*gradient, weight, stride, pad, hw, below, tensor, mask, **kept, **options)
         if need_dw:
             made = gradient if dy is None else Gradient(dy, None, None)
-            dw = self.conv_wgrad(made, activation if a is None else Activation(a), conv)
+            dw = self.conv_wgrad(made, self._once(activation, conv) if a is None else Activation(a), conv)
         return dx, sums, dw
+
+    def _way_of(self, activation: Activation, conv: Convolution) -> Way:
+        """The way of a convolution's gradients, `Way.MODEL` resolved."""
+        wide = max(conv.weight.shape[0], conv.weight.shape[3]) >= WIDE_CHANNELS or activation.act == "gelu"
+        return self.way if self.way is not Way.MODEL else Way.STORED if wide else Way.ONCE
+
+    def _once(self, activation: Activation, conv: Convolution) -> Activation:
+        """What a convolution reads: GELU in front of a window is computed by a pass, not once a tap and tile of
+        columns, which by the model takes up to four times the product's time.
+        """
+        kernel = conv.weight.shape[1], conv.weight.shape[2]
+        if activation.coef is None or activation.act != "gelu" or is_pointwise(kernel, conv.pad):
+            return activation
+        return Activation(self.bn_add_relu(Normalised(*activation)))
 
     def conv_dgrad(self, gradient: Gradient, conv: Convolution, hw: tuple[int, int]) -> Tensor:
         weight, stride, pad, dilation = conv

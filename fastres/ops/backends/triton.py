@@ -18,8 +18,8 @@ from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Nor
 from fastres.ops.backends.vendor import VendorConvolutions
 
 # By the model (`bench.machine`): channels on both sides of a window from which, for the fewest bytes, its data gradient
-# stores the gradient behind its BatchNorm, and from which a pass of its own makes that; channels on either side from
-# which the activation is best stored, too.
+# stores the gradient behind its BatchNorm, and from which a pass of its own makes that; channels on either side (of a
+# strided window on both) from which the activation is best stored, too.
 STORED_CHANNELS, PASS_CHANNELS, WIDE_CHANNELS = 64, 128, 64
 
 
@@ -125,8 +125,11 @@ class Triton(Passes):
 
     def _way_of(self, activation: Activation, conv: Convolution) -> Way:
         """The way of a convolution's gradients, `Way.MODEL` resolved."""
-        wide = max(conv.weight.shape[0], conv.weight.shape[3]) >= WIDE_CHANNELS or activation.act == "gelu"
-        return self.way if self.way is not Way.MODEL else Way.STORED if wide else Way.ONCE
+        if self.way is not Way.MODEL:
+            return self.way
+        of = max if conv.stride == 1 else min
+        wide = of(conv.weight.shape[0], conv.weight.shape[3]) >= WIDE_CHANNELS
+        return Way.STORED if wide or activation.act == "gelu" else Way.ONCE
 
     def _once(self, activation: Activation, conv: Convolution) -> Activation:
         """What a convolution reads: GELU in front of a window is computed by a pass, not once a tap and tile of

@@ -14,7 +14,7 @@ from fastres.ops.backends.cpp import Cpp
 from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient
 from fastres.ops.backends.timed import Timed
-from fastres.ops.backends.triton import PASS_CHANNELS, STORED_CHANNELS, Triton, Vendor, Way
+from fastres.ops.backends.triton import PASS_CHANNELS, STORED_CHANNELS, WIDE_CHANNELS, Triton, Vendor, Way
 from fastres.ops.operation import isolated
 from fastres.ops.select import backend_for
 from fastres.ops.timing import TimedChoices
@@ -247,3 +247,34 @@ def test_ways_that_do_the_same_are_told_from_others(kernel, channels, ways):
             Triton(way=way).conv_backward(Gradient(dz, dz, abc), Activation(x, coef), conv)
         seen += [] if tiles in seen else [tiles]
     assert len(seen) == ways
+
+
+@pytest.mark.parametrize(
+    "inputs, outputs, kernel, stride, act, stored",
+    [
+        (24, WIDE_CHANNELS, 3, 1, "relu", True),
+        (16, 32, 3, 1, "relu", False),
+        (32, WIDE_CHANNELS, 3, 2, "relu", False),  # more bytes for little time
+        (WIDE_CHANNELS, WIDE_CHANNELS, 3, 2, "relu", True),
+        (WIDE_CHANNELS, WIDE_CHANNELS, 1, 1, "relu", False),
+        (4, 4, 3, 1, "gelu", True),
+    ],
+)
+def test_the_models_choice_for_a_window(inputs, outputs, kernel, stride, act, stored):
+    conv = Convolution(torch.randn(outputs, kernel, kernel, inputs), stride, (kernel // 2,) * 4)
+    activation = Activation(torch.randn(1, 4, 4, inputs), torch.rand(5, inputs), act)
+    dz = torch.randn(1, 4 // stride, 4 // stride, outputs)
+    with taken() as noted:
+        Triton().conv_backward(Gradient(dz, dz, torch.rand(3, outputs)), activation, conv)
+    assert (Way.STORED.value in noted) == stored and (not stored or Way.PASS.value in noted)
+
+
+@pytest.mark.parametrize("kernel, act, passes", [(3, "gelu", 1), (1, "gelu", 0), (3, "relu", 0)])
+def test_gelu_in_front_of_a_window_is_a_pass(kernel, act, passes, monkeypatch):
+    triton, aten, calls = Triton(), Aten(), []
+    whole = triton.bn_add_relu
+    monkeypatch.setattr(triton, "bn_add_relu", lambda *arguments: (calls.append(arguments), whole(*arguments))[1])
+    activation = Activation(torch.randn(2, 5, 5, 3), torch.rand(5, 3), act)
+    conv = Convolution(torch.randn(4, kernel, kernel, 3), 1, (kernel // 2,) * 4)
+    torch.testing.assert_close(triton.conv(activation, conv)[0], aten.conv(activation, conv)[0])
+    assert len(calls) == passes

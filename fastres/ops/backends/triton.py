@@ -135,10 +135,10 @@ class Triton(Passes):
         """What a convolution reads: GELU in front of a window is computed by a pass, not once a tap and tile of
         columns, which by the model takes up to four times the product's time.
         """
-        kernel = conv.weight.shape[1], conv.weight.shape[2]
-        if activation.coef is None or activation.act != "gelu" or is_pointwise(kernel, conv.pad):
+        y, coef, act = activation
+        if coef is None or act != "gelu" or is_pointwise((conv.weight.shape[1], conv.weight.shape[2]), conv.pad):
             return activation
-        return Activation(self.bn_add_relu(Normalised(*activation)))
+        return Activation(self.bn_add_relu(Normalised(y, coef, act)))
 
     def conv_dgrad(self, gradient: Gradient, conv: Convolution, hw: tuple[int, int]) -> Tensor:
         weight, stride, pad, dilation = conv

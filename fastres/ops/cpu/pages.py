@@ -17,6 +17,12 @@ class Held(NamedTuple):
 
 
 @cache
+def _loaded() -> ctypes.CDLL | str:
+    """The compiled allocator, or in one line why there is none: looked for once, as it asks the compiler."""
+    return load(PAGES)
+
+
+@cache
 def use() -> str | None:
     """Have PyTorch take the memory of CPU tensors of 1 MiB and more from here, for the rest of the process.
 
@@ -26,7 +32,7 @@ def use() -> str | None:
     Returns:
         In one line why it cannot be had (no compiler, no Linux), and all stays as it was; None: it is so.
     """
-    library = load(PAGES)
+    library = _loaded()
     if isinstance(library, str):
         return library
     library.fastres_use_pages()
@@ -36,7 +42,7 @@ def use() -> str | None:
 def held() -> Held:
     """What is held; nothing before `use`."""
     sizes = ctypes.c_int64(), ctypes.c_int64()
-    library = load(PAGES)
+    library = _loaded()
     if isinstance(library, ctypes.CDLL):
         library.fastres_pages_held(*map(ctypes.byref, sizes))
     return Held(*(size.value for size in sizes))
@@ -44,6 +50,6 @@ def held() -> Held:
 
 def release() -> None:
     """Give back to the system what is free."""
-    library = load(PAGES)
+    library = _loaded()
     if isinstance(library, ctypes.CDLL):
         library.fastres_release_pages()

@@ -17,7 +17,7 @@ from typing import Any
 from bench.record import ROOT
 from bench.workloads import Setting
 
-FAILURES_KEPT, MESSAGE_KEPT = 40, 300
+FAILURES_KEPT, MESSAGE_KEPT, TRACEBACK_KEPT = 40, 300, 1500
 GPU_WORKERS = 4  # their tests take gigabytes of a GPU's memory, and each compiles
 TO_REPORT, TO_END = 20, 5  # seconds
 INTERRUPTED = 2  # pytest's exit status
@@ -86,6 +86,7 @@ def read(report: Path) -> dict[str, Any]:
         {
             "test": f"{case.get('classname')}::{case.get('name')}",
             "message": (bad.get("message") or "")[:MESSAGE_KEPT],
+            "traceback": (bad.text or "")[-TRACEBACK_KEPT:],
         }
         for suite in suites
         for case in suite.iter("testcase")

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -33,8 +32,6 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastres.ops import implementation
 from fastres.ops.backends import vendor
-from fastres.ops.backends.aten import pixel_tiles
-from fastres.ops.backends.protocol import Normalised
 from fastres.ops.backends.timed import RANKS
 from fastres.ops.backends.triton import Triton, Vendor, Way
 
@@ -124,7 +121,7 @@ def recorded(rank: int | None = 0) -> Iterator[list[Launch]]:
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels are neither specialised nor compiled")
-    backend = _Recorded() if rank is None else Triton(way=WAYS[rank]) if rank in WAYS else Triton(rank)
+    backend = Vendor() if rank is None else Triton(way=WAYS[rank]) if rank in WAYS else Triton(rank)
     launches: list[Launch] = []
 
     def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -142,15 +139,6 @@ def recorded(rank: int | None = 0) -> Iterator[list[Launch]]:
         yield launches
 
 
-class _Recorded(Vendor):
-    """The vendor's convolutions, which are not run, between Triton's passes."""
-
-    def bn_sums(self, dz: Tensor, normalised: Normalised) -> Tensor:
-        """Undefined."""
-        tiles, fold = pixel_tiles(dz)
-        return dz.new_empty(len(tiles) * fold, 2, dz.shape[3], dtype=torch.float32)
-
-
 def _unrun(function: Callable) -> Callable:
     """A function of the same arguments and shapes, results undefined."""
 
@@ -166,11 +154,6 @@ _UNRUN: dict[str, Any] = {
     "convolve": _unrun(vendor.convolve),
     "convolve_backward": _unrun(vendor.convolve_backward),
     "add_gradient": lambda dx, joined: None,
-    "_aten": SimpleNamespace(
-        threshold_backward=lambda dx, a, threshold: dx,
-        gelu_backward=lambda dz, z: dz,
-        convolution_backward=torch.ops.aten.convolution_backward,
-    ),
 }
 
 

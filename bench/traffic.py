@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before a kernel module is imported
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before a kernel module is imported
 
 import torch  # noqa: E402
 

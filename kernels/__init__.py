@@ -6,7 +6,7 @@ that `fastres.ops.backends.triton` calls them by.
 """
 
 from fastres.kernels.batch_norm import bn_backward_coef, finalize, moments, running_coef
-from fastres.kernels.bn_add_relu import bn_add_relu, bn_add_relu_backward, bn_backward_apply
+from fastres.kernels.bn_add_relu import bn_act_backward, bn_add_relu, bn_add_relu_backward, bn_backward_apply
 from fastres.kernels.conv import bn_add_relu_conv, conv, conv_bias_act
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.pool import (
@@ -18,6 +18,7 @@ from fastres.kernels.pool import (
 from fastres.kernels.wgrad import conv_wgrad
 
 __all__ = [
+    "bn_act_backward",
     "bn_add_relu",
     "bn_add_relu_backward",
     "bn_add_relu_conv",

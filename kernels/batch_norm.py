@@ -18,7 +18,8 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import limited
 from fastres.kernels.geometry import cdiv
-from fastres.kernels.parts import PARTS, sum_parts, waiting
+from fastres.kernels.launch import launch
+from fastres.kernels.parts import sum_parts, sum_tile, waiting
 from fastres.kernels.row_tiles import reduction
 from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR
 from fastres.kernels.types import Moments
@@ -87,7 +88,7 @@ def moments(y: Tensor) -> Moments:
     parts = split.grid[0]
     count = buffers.empty(y, parts, dtype=torch.float32)
     mean, m2 = (buffers.empty(y, parts, channels, dtype=torch.float32) for _ in range(2))
-    moments_kernel[split.grid](y, count, mean, m2, rows, split.tiles, C=channels, **split.launch)
+    launch(moments_kernel, split.grid, y, count, mean, m2, rows, split.tiles, C=channels, **split.launch)
     return Moments(count, mean, m2)
 
 
@@ -248,12 +249,21 @@ def finalize(moments: Moments, gamma: Tensor | None, beta: Tensor | None, eps: f
             *(buffers.empty(moments.mean, parts, channels, dtype=torch.float64) for _ in range(2)),
         )
         grid = parts, cdiv(channels, _MANY.columns)
-        merge_kernel[grid](*moments, *merged, tiles, C=channels, **_MANY.launch)
+        launch(merge_kernel, grid, *moments, *merged, tiles, C=channels, **_MANY.launch)
         moments, tiles = merged, parts
     blocks = _blocks(tiles)
     coef = buffers.empty(moments.mean, 5, channels, dtype=torch.float32)
-    finalize_kernel[(cdiv(channels, blocks.columns),)](
-        *moments, gamma, beta, coef, tiles, eps, C=channels, **blocks.launch
+    launch(
+        finalize_kernel,
+        (cdiv(channels, blocks.columns),),
+        *moments,
+        gamma,
+        beta,
+        coef,
+        tiles,
+        eps,
+        C=channels,
+        **blocks.launch,
     )
     return coef
 
@@ -283,8 +293,18 @@ def running_coef(
     """Coefficients [5, C] fp32 of a BatchNorm that normalises by its running statistics [C]."""
     channels = running_mean.shape[0]
     coef = buffers.empty(running_mean, 5, channels, dtype=torch.float32)
-    running_coef_kernel[(cdiv(channels, VECTOR),)](
-        running_mean, running_var, gamma, beta, coef, eps, C=channels, BLOCK_C=VECTOR, num_warps=VECTOR_WARPS
+    launch(
+        running_coef_kernel,
+        (cdiv(channels, VECTOR),),
+        running_mean,
+        running_var,
+        gamma,
+        beta,
+        coef,
+        eps,
+        C=channels,
+        BLOCK_C=VECTOR,
+        num_warps=VECTOR_WARPS,
     )
     return coef
 
@@ -410,15 +430,17 @@ def bn_backward_coef(sums: Tensor, coef: Tensor, count: int, training: bool) -> 
         rows = cdiv(tiles, _MANY.rows)
         partial = buffers.empty(sums, rows, 2, channels, dtype=torch.float64)
         grid = rows, cdiv(2 * channels, _MANY.columns)
-        partial_sums_kernel[grid](sums, partial, tiles, COLUMNS=2 * channels, **_MANY.launch)
+        launch(partial_sums_kernel, grid, sums, partial, tiles, COLUMNS=2 * channels, **_MANY.launch)
         sums, tiles = partial, rows
     blocks = _blocks(tiles)
     abc = buffers.empty(coef, 3, channels)
     dgamma, dbeta = (buffers.empty(coef, channels) for _ in range(2))
     parts, dw = waiting()
-    block = 32 * blocks.warps
     size, count_of_parts = (0, 0) if parts is None or dw is None else (dw.numel(), parts.shape[0])
-    bn_backward_coef_kernel[(cdiv(channels, blocks.columns) + cdiv(size, block),)](
+    rows_of_tile, block = sum_tile(count_of_parts, blocks.warps)
+    launch(
+        bn_backward_coef_kernel,
+        (cdiv(channels, blocks.columns) + cdiv(size, block),),
         sums,
         coef,
         abc,
@@ -432,7 +454,7 @@ def bn_backward_coef(sums: Tensor, coef: Tensor, count: int, training: bool) -> 
         count_of_parts,
         TRAINING=training,
         C=channels,
-        PARTS=PARTS,
+        PARTS=rows_of_tile,
         BLOCK=block,
         **blocks.launch,
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.configs import limited
+from fastres.kernels.launch import launch
 from fastres.kernels.row_tiles import elementwise, reduction
 from fastres.kernels.tiles import (
     MEAN,
@@ -103,7 +104,9 @@ def bn_add_relu(
     split = elementwise(rows, channels)
     strided = None if shortcut is None or shortcut.shape == y.shape else shortcut.shape
     gelu = relu and act == "gelu"
-    bn_add_relu_kernel[split.grid](
+    launch(
+        bn_add_relu_kernel,
+        split.grid,
         y,
         coef,
         shortcut,
@@ -134,24 +137,27 @@ def bn_add_relu_backward_kernel(
     dz_ptr,
     sums_ptr,
     shortcut_sums_ptr,
+    joined_ptr,
     M,
     tiles,
-    GELU: tl.constexpr,
+    THROUGH: tl.constexpr,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``dz = dout * (out > 0)`` and, over this program's rows, sum(dz) and sum(dz * xhat), xhat = (y - mean)*rstd.
+    """``dz = (dout + joined) * (out > 0)`` and, over this program's rows, sum(dz) and sum(dz * xhat), with
+    ``xhat = (y - mean)*rstd``. The same for the shortcut's BatchNorm.
 
-    The same for the shortcut's BatchNorm. Moves dout, out, y, the shortcut and dz once.
+    Moves dout, what is joined, out, y, the shortcut and dz once.
 
     Args:
         dout_ptr, y_ptr, dz_ptr: [M, C]. out_ptr: [M, C] or None: no ReLU.
         coef_ptr, sums_ptr: [5, C], [T, 2, C], a row of sums a program.
-        shortcut_ptr, shortcut_coef_ptr, shortcut_sums_ptr: [M, C], [5, C], [T, 2, C], or None all three; with GELU the
-            first may be there alone.
+        shortcut_ptr, shortcut_coef_ptr, shortcut_sums_ptr: [M, C], [5, C], [T, 2, C], or None all three; the first may
+            be there alone where THROUGH is given.
+        joined_ptr: [M, C], added to dout, or None.
         tiles: tiles of BLOCK_M rows that a program goes through.
-        GELU: dz is dout times its derivative at ``y*scale + shift + shortcut``; without out.
+        THROUGH: "relu" or "gelu": dz is the sum times its derivative at ``y*scale + shift + shortcut``; without out.
     """
     part = tl.program_id(0)
     first = part.to(tl.int64) * (tiles * BLOCK_M)
@@ -171,17 +177,20 @@ def bn_add_relu_backward_kernel(
         offset = (row * C)[:, None] + channel[None, :]
         dz = tl.load(dout_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
+        if joined_ptr is not None:
+            dz += tl.load(joined_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
         if out_ptr is not None:
             dz = relu_backward(dz, tl.load(out_ptr + base + offset, mask=ok, other=0.0).to(tl.float32))
         if shortcut_ptr is not None:
             shortcut = tl.load(shortcut_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
-        if GELU:
+        if THROUGH is not None:
             z = bn(y, coef_ptr, channel, channel_ok, C)
             if shortcut_coef_ptr is not None:
                 z += bn(shortcut, shortcut_coef_ptr, channel, channel_ok, C)
             elif shortcut_ptr is not None:
                 z += shortcut
-            dz = gelu_backward(dz, z).to(dz_ptr.dtype.element_ty).to(tl.float32)
+            dz = gelu_backward(dz, z) if THROUGH == "gelu" else relu_backward(dz, z)
+        dz = dz.to(dz_ptr.dtype.element_ty).to(tl.float32)
         tl.store(dz_ptr + base + offset, dz.to(dz_ptr.dtype.element_ty), mask=ok)
         sum_dz += dz
         sum_dz_y += dz * (y - mean)
@@ -215,25 +224,78 @@ def bn_add_relu_backward(
     Returns:
         dz [N, H, W, C], the partial sums [T, 2, C] fp32 of dz and dz * xhat, and the shortcut's or None.
     """
+    gelu = act == "gelu" and out is not None
+    return _backward(
+        dout,
+        y,
+        coef,
+        out=None if gelu else out,
+        shortcut=None if shortcut_coef is None and not gelu else shortcut,
+        shortcut_coef=shortcut_coef,
+        in_place=in_place,
+        through="gelu" if gelu else None,
+    )
+
+
+def bn_act_backward(
+    dout: Tensor,
+    y: Tensor,
+    coef: Tensor,
+    out: Tensor | None = None,
+    joined: Tensor | None = None,
+    act: str = "relu",
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``dz = (dout + joined) * act'(y*scale + shift)`` and the sums of y's BatchNorm.
+
+    Args:
+        dout, y, joined: [N, H, W, C].
+        coef: [5, C] fp32.
+        out: where ReLU comes behind the addition of a shortcut: its result, which dz is masked by.
+        act: the activation otherwise, one of `fastres.kernels.types.ACTIVATIONS`.
+        in_place: whether dz takes dout's memory.
+
+    Returns:
+        dz [N, H, W, C] and the partial sums [T, 2, C] fp32 of dz and dz * xhat.
+    """
+    through = None if out is not None else act
+    return _backward(dout, y, coef, out=out, joined=joined, in_place=in_place, through=through)[:2]
+
+
+def _backward(
+    dout: Tensor,
+    y: Tensor,
+    coef: Tensor,
+    *,
+    out: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    shortcut_coef: Tensor | None = None,
+    joined: Tensor | None = None,
+    in_place: bool,
+    through: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     channels = y.shape[3]
-    rows, gelu = y.numel() // channels, act == "gelu" and out is not None
+    rows = y.numel() // channels
     split = reduction(rows, channels)
     dz = dout if in_place else buffers.empty(dout, *dout.shape)
     sums = buffers.empty(coef, split.grid[0], 2, channels)
     shortcut_sums = None if shortcut_coef is None else buffers.empty(coef, split.grid[0], 2, channels)
-    bn_add_relu_backward_kernel[split.grid](
+    launch(
+        bn_add_relu_backward_kernel,
+        split.grid,
         dout,
-        None if gelu else out,
+        out,
         y,
         coef,
-        None if shortcut_coef is None and not gelu else shortcut,
+        shortcut,
         shortcut_coef,
         dz,
         sums,
         shortcut_sums,
+        joined,
         rows,
         split.tiles,
-        GELU=gelu,
+        THROUGH=through,
         C=channels,
         **split.launch,
     )
@@ -286,5 +348,5 @@ def bn_backward_apply(dz: Tensor, y: Tensor | None, abc: Tensor, residual: Tenso
     rows = dz.numel() // channels
     dy = buffers.empty(dz, *dz.shape)
     split = elementwise(rows, channels)
-    bn_backward_apply_kernel[split.grid](dz, y, abc, residual, dy, rows, C=channels, **split.launch)
+    launch(bn_backward_apply_kernel, split.grid, dz, y, abc, residual, dy, rows, C=channels, **split.launch)
     return dy

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, MORE_REGISTERS, Product, at_rank, conv_configs, precision
 from fastres.kernels.geometry import Pad, cdiv, output_hw
+from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.tiles import activate, bn, relu, store_moments, within, zero_outside
 from fastres.kernels.types import Moments
@@ -293,7 +294,9 @@ def _launch(
     if moments:
         count = buffers.empty(x, tiles, dtype=torch.float32)
         mean, m2 = (buffers.empty(x, tiles, cout, dtype=torch.float32) for _ in range(2))
-    conv_kernel[(tiles * cdiv(cout, config.block_n),)](
+    launch(
+        conv_kernel,
+        (tiles * cdiv(cout, config.block_n),),
         x_ptr=x,
         w_ptr=w,
         y_ptr=y,

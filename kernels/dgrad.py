@@ -14,6 +14,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import MORE_REGISTERS, Product, at_rank, dgrad_configs, precision
 from fastres.kernels.geometry import Pad, cdiv, is_centred
+from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.tiles import (
     MEAN,
@@ -396,7 +397,9 @@ def conv_dgrad(
     if below is not None:
         x, coef = below
         sums = buffers.empty(dz, tiles * stride**2, 2, cin, dtype=torch.float32)
-    conv_dgrad_kernel[(tiles * stride**2 * cdiv(cin, config.block_n),)](
+    launch(
+        conv_dgrad_kernel,
+        (tiles * stride**2 * cdiv(cin, config.block_n),),
         dz_ptr=dz,
         y_ptr=y,
         abc_ptr=abc,

@@ -15,9 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.geometry import cdiv
+from fastres.kernels.geometry import cdiv, power_of_2
+from fastres.kernels.launch import launch
 
-PARTS, BLOCK = 16, 128  # parts and elements of a tile: as many loads in flight as there are parts
+MOST_PARTS = 16  # of a tile: as many loads in flight as there are parts
+ELEMENTS = 16  # of a tile, for each thread
+WARPS = 4
+
+
+def sum_tile(parts: int, warps: int = WARPS) -> tuple[int, int]:
+    """Parts and elements of a tile of `sum_parts`: the fewer parts there are, the more elements."""
+    rows = power_of_2(parts, 2, MOST_PARTS)
+    return rows, ELEMENTS * 32 * warps // rows
 
 
 @triton.jit
@@ -81,5 +90,6 @@ def joining(joins: bool = True) -> Iterator[None]:
 
 
 def _launch(parts: Tensor, out: Tensor) -> None:
-    grid = (cdiv(out.numel(), BLOCK),)
-    sum_parts_kernel[grid](parts, out, out.numel(), parts.shape[0], PARTS=PARTS, BLOCK=BLOCK)
+    rows, block = sum_tile(parts.shape[0])
+    grid = (cdiv(out.numel(), block),)
+    launch(sum_parts_kernel, grid, parts, out, out.numel(), parts.shape[0], PARTS=rows, BLOCK=block, num_warps=WARPS)

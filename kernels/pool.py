@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.launch import launch
 from fastres.kernels.row_tiles import POOL_ELEMENTS, elementwise, reduction
 from fastres.kernels.tiles import MEAN, activate, bn, gelu_backward, relu, relu_backward, store_sums
 
@@ -105,7 +106,9 @@ def bn_relu_max_pool(
     index = buffers.empty(y, n, *out_hw, channels, dtype=torch.uint8)
     rows = n * out_hw[0] * out_hw[1]
     split = elementwise(rows, channels, POOL_ELEMENTS)
-    bn_relu_max_pool_kernel[split.grid](
+    launch(
+        bn_relu_max_pool_kernel,
+        split.grid,
         y,
         coef,
         out,
@@ -220,7 +223,9 @@ def bn_relu_max_pool_backward(
     split = reduction(rows, channels, POOL_ELEMENTS)
     dz = buffers.empty(y, *y.shape)
     sums = buffers.empty(coef, split.grid[0], 2, channels)
-    bn_relu_max_pool_backward_kernel[split.grid](
+    launch(
+        bn_relu_max_pool_backward_kernel,
+        split.grid,
         dout,
         index,
         y,
@@ -270,7 +275,7 @@ def global_avg_pool(x: Tensor) -> Tensor:
     out = buffers.empty(x, n, channels)
     split = elementwise(height * width, channels)
     grid = n, split.grid[1]
-    global_avg_pool_kernel[grid](x, out, height * width, C=channels, **split.launch)
+    launch(global_avg_pool_kernel, grid, x, out, height * width, C=channels, **split.launch)
     return out
 
 
@@ -301,5 +306,5 @@ def global_avg_pool_backward(dout: Tensor, hw: tuple[int, int]) -> Tensor:
     dx = buffers.empty(dout, n, *hw, channels)
     split = elementwise(pixels, channels)
     grid = n * split.grid[0], split.grid[1]
-    global_avg_pool_backward_kernel[grid](dout, dx, pixels, split.grid[0], C=channels, **split.launch)
+    launch(global_avg_pool_backward_kernel, grid, dout, dx, pixels, split.grid[0], C=channels, **split.launch)
     return dx

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, MORE_REGISTERS, at_rank, light_parts, precision, splits, wgrad_configs
 from fastres.kernels.geometry import Pad, cdiv
+from fastres.kernels.launch import launch
 from fastres.kernels.parts import total
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.tiles import SCALE, SHIFT, activate, bn_backward, frozen_bn_backward, within, zero_outside
@@ -189,7 +190,9 @@ def conv_wgrad(
     pointwise = (kh, kw, stride) == (1, 1, 1) and not any(pad[:2])
     # A pointwise kernel does not read the sizes: one is compiled for all.
     sizes = (1, 1, 1, 1) if pointwise else (height, width, out_height, out_width)
-    conv_wgrad_kernel[(programs, parts)](
+    launch(
+        conv_wgrad_kernel,
+        (programs, parts),
         dz_ptr=dz,
         y_ptr=y,
         abc_ptr=abc,

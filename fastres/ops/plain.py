@@ -99,6 +99,8 @@ class Plain(Reader):
         self.coefs.append(_coefficients(y, vectors, eps))
         dtype = statistics_dtype(y.dtype)
         gamma, beta, mean, var = (None if t is None else t.to(dtype) for t in vectors)
+        if gamma is None and beta is not None and y.is_cuda:
+            gamma = torch.ones_like(beta)  # without it PyTorch (2.11) has no gradient of beta for channels-last tensors
         # not functional.batch_norm, whose checks `check_norm` has done: PyTorch 2.11's refuse an eps of 0 everywhere
         return torch.batch_norm(y, gamma, beta, mean, var, mean is None, 0.0, eps, torch.backends.cudnn.enabled)
 

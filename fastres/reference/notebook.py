@@ -65,10 +65,15 @@ class Subsample(nn.Module):
 
 
 def batch_norm(channels: int, gamma: bool) -> nn.BatchNorm2d:
-    """slim's `batch_norm`: with ``gamma`` False the scale is 1 and no parameter."""
+    """slim's `batch_norm`: with ``gamma`` False the scale is 1 and no parameter.
+
+    It is a tensor nevertheless: without one PyTorch (2.11) has no gradient of beta for channels-last tensors on a GPU.
+    """
     norm = nn.BatchNorm2d(channels, eps=EPSILON, momentum=1 - DECAY)
     if not gamma:
-        norm.register_parameter("weight", None)
+        ones = norm.weight.detach()
+        del norm.weight
+        norm.register_buffer("weight", ones, persistent=False)
     return norm
 
 

@@ -358,7 +358,8 @@ def test_pytest_results_are_read(tmp_path):
     )
     found = read_junit(tmp_path / "r.xml")
     assert (found["passed"], found["failures"], found["skipped"]) == (1, 1, 1)
-    assert found["failed"] == [{"test": "a::t2", "message": "assert 1 == 2"}]
+    (failed,) = found["failed"]
+    assert (failed["test"], failed["message"]) == ("a::t2", "assert 1 == 2") and failed["traceback"] == "trace"
 
 
 def test_trace_counts_kernels_and_their_own_time():

@@ -16,6 +16,7 @@ from fastres import ops
 from fastres.kernels import buffers
 from fastres.nn import fuse
 from fastres.ops import Conv, Identity, Layer, cpu
+from fastres.ops.arena import Span, layout
 from fastres.ops.backends.cpp import Cpp
 from fastres.ops.backends.protocol import Backend
 from fastres.ops.cpu import native, program, tape, tiles
@@ -320,8 +321,8 @@ def test_memory_is_shared_only_by_what_is_not_used_at_once():
         spans = {}
         for index in range(30):
             first = drawn.randrange(20)
-            spans[index] = program._Span(first, min(19, first + drawn.randrange(6)), 0, drawn.randrange(1, 5000))
-        total, offsets = program._layout(spans)
+            spans[index] = Span(first, min(19, first + drawn.randrange(6)), drawn.randrange(1, 5000))
+        total, offsets = layout(spans, 64)
         for a, b in itertools.combinations(spans, 2):
             at_once = spans[a].first <= spans[b].last and spans[b].first <= spans[a].last
             apart = offsets[a] + spans[a].size <= offsets[b] or offsets[b] + spans[b].size <= offsets[a]

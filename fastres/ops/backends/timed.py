@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres.kernels.launch import spoil
 from fastres.kernels.parts import joining
 from fastres.kernels.types import Moments
 from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient, Normalised, Shortcut
@@ -90,10 +91,11 @@ class Timed(Triton):
         calls = {
             name: getattr(backend, primitive)
             for name, backend in self._candidates.items()
-            if primitive == "conv_backward" or not _differs_in_backward(backend)
+            if primitive == "conv_backward" or not _differs_in_backward(backend, primitive == "conv")
         }
         if torch.cuda.is_current_stream_capturing():  # a graph cannot hold the timing; an eager call may still decide
             return calls[self._choices.known(text, calls) or next(iter(calls))]
+        spoil("its implementations are timed")
         with joining(False):  # each candidate's own work, all of it
             name = self._choices.choose(text, {name: partial(call, *arguments) for name, call in calls.items()})
         self._calls[key] = calls[name]
@@ -101,9 +103,10 @@ class Timed(Triton):
         return calls[name]
 
 
-def _differs_in_backward(backend: Backend) -> bool:
-    """Whether a candidate is plain Triton but for a convolution's joint gradients."""
-    return isinstance(backend, TritonVendorWeights) or (isinstance(backend, Triton) and backend.way is not Way.MODEL)
+def _differs_in_backward(backend: Backend, once_too: bool) -> bool:
+    """Whether a candidate is plain Triton but for a convolution's joint gradients; or forward, too, `Way.ONCE`."""
+    ways = (Way.MODEL, Way.ONCE) if once_too else (Way.MODEL,)
+    return isinstance(backend, TritonVendorWeights) or (isinstance(backend, Triton) and backend.way not in ways)
 
 
 def _signature(values: tuple) -> tuple:

@@ -12,9 +12,10 @@ from fastres.kernels import buffers, parts
 from fastres.kernels.configs import note
 from fastres.kernels.geometry import is_pointwise
 from fastres.kernels.types import Moments
-from fastres.ops.backends.aten import Aten
+from fastres.ops.backends import vendor
 from fastres.ops.backends.passes import Passes
 from fastres.ops.backends.protocol import Activation, Convolution, Gradient, Normalised, Shortcut
+from fastres.ops.backends.replay import Programs
 from fastres.ops.backends.vendor import VendorConvolutions
 
 # By the model (`bench.machine`): channels on both sides of a window from which, for the fewest bytes, its data gradient
@@ -34,7 +35,9 @@ class Way(Enum):
     ONCE = "dy once"  # stored by the data gradient, by a pass for windows of many channels, in each for those of few
     EACH = "dy in each"
     PASS = "dy by a pass"  # for all windows
-    STORED = "dy by a pass, activation stored"  # moreover a window's data gradient stores the activation
+    STORED = (
+        "dy by a pass, activation stored"  # and a window reads a pass's activation, its data gradient stores it
+    )
 
 
 class Triton(Passes):
@@ -54,7 +57,7 @@ class Triton(Passes):
     global_avg_pool_backward = staticmethod(kernels.global_avg_pool_backward)
 
     def __init__(self, rank: int = 0, way: Way = Way.MODEL):
-        self.rank, self.way = rank, way
+        self.rank, self.way, self.programs = rank, way, Programs()
         self.name = "triton" if rank == 0 else f"triton, tiles {rank + 1}"
         if way is not Way.MODEL:
             self.name += f", {way.value}"
@@ -62,15 +65,25 @@ class Triton(Passes):
     def repeated(
         self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
     ) -> list[Tensor]:
-        """The weights' gradients are filled in by launches of other small work, see `fastres.kernels.parts`."""
-        with parts.joining():
-            return walk()
+        """By launches that were noted where there are some, see `fastres.ops.backends.replay`.
+
+        The weights' gradients are filled in by launches of other small work, see `fastres.kernels.parts`.
+        """
+
+        def joined() -> list[Tensor]:
+            with parts.joining():
+                return walk()
+
+        return self.programs.repeated(key, inputs, joined)
 
     def conv(
         self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
     ) -> tuple[Tensor, Moments | None]:
         weight, stride, pad, dilation = conv
-        y, coef, act = self._once(activation, conv)
+        if self._is_window(conv) and activation.coef is not None and self._way_of(activation, conv) is Way.STORED:
+            note("activation by a pass")
+            activation = Activation(self.bn_add_relu(Normalised(*activation)))
+        y, coef, act = activation
         return kernels.conv(y, weight, stride, pad, coef, residual, moments, self.rank, dilation, act)
 
     def bn_add_relu_conv(
@@ -98,7 +111,7 @@ class Triton(Passes):
         """
         dx = sums = dw = dy = a = None
         weight, stride, pad, dilation = conv
-        pointwise, both = is_pointwise((weight.shape[1], weight.shape[2]), pad), need_dx and need_dw
+        pointwise, both = not self._is_window(conv), need_dx and need_dw
         way = self._way_of(activation, conv)
         if both and gradient.abc is not None and way is not Way.EACH:
             least = min(weight.shape[0], weight.shape[3])
@@ -132,13 +145,17 @@ class Triton(Passes):
         return Way.STORED if wide or activation.act == "gelu" else Way.ONCE
 
     def _once(self, activation: Activation, conv: Convolution) -> Activation:
-        """What a convolution reads: GELU in front of a window is computed by a pass, not once a tap and tile of
+        """What a weight gradient reads: GELU in front of a window is computed by a pass, not once a tap and tile of
         columns, which by the model takes up to four times the product's time.
         """
-        y, coef, act = activation
-        if coef is None or act != "gelu" or is_pointwise((conv.weight.shape[1], conv.weight.shape[2]), conv.pad):
+        if activation.coef is None or activation.act != "gelu" or not self._is_window(conv):
             return activation
-        return Activation(self.bn_add_relu(Normalised(y, coef, act)))
+        return Activation(self.bn_add_relu(Normalised(*activation)))
+
+    @staticmethod
+    def _is_window(conv: Convolution) -> bool:
+        """Whether a convolution is more than a product over channels."""
+        return not is_pointwise((conv.weight.shape[1], conv.weight.shape[2]), conv.pad)
 
     def conv_dgrad(self, gradient: Gradient, conv: Convolution, hw: tuple[int, int]) -> Tensor:
         weight, stride, pad, dilation = conv
@@ -164,16 +181,25 @@ class Vendor(VendorConvolutions, Triton):
         super().__init__()
         self.name = "vendor"
 
-    bn_sums = Aten.bn_sums
+    def through(
+        self, dx: Tensor, a: Tensor, normalised: Normalised, joined: Shortcut | None, ends: bool
+    ) -> tuple[Tensor, Tensor]:
+        """In one pass."""
+        y, coef, act = normalised
+        added = joined and joined.tensor
+        if joined is not None and (joined.stride != 1 or joined.tensor.shape != dx.shape):
+            vendor.add_gradient(dx, joined)
+            added = None
+        return kernels.bn_act_backward(dx, y, coef, a if ends else None, added, act, in_place=True)
 
 
 class TritonVendorWeights(Triton):
     """Triton's data gradient beside the vendor's weight gradient; otherwise `Triton`."""
 
-    def __init__(self, vendor: Vendor):
+    def __init__(self, library: Vendor):
         super().__init__()
         self.name = "triton dgrad, vendor wgrad"
-        self._vendor = vendor
+        self._vendor = library
 
     def conv_wgrad(self, gradient: Gradient, activation: Activation, conv: Convolution) -> Tensor:
         return self._vendor.conv_wgrad(gradient, activation, conv)

@@ -64,16 +64,30 @@ class VendorConvolutions(Backend):
         dx, dw = convolve_backward(dy, a, conv, need_dx, need_dw)
         if dx is None:
             return None, None, dw
+        if activation.coef is not None:
+            end = Normalised(activation.y, activation.coef, activation.act)
+        if end is not None:
+            return *self.through(dx, a, end, joined, ends=activation.coef is None), dw
         if joined is not None:
             add_gradient(dx, joined)
-        if activation.coef is not None:
-            read = Normalised(activation.y, activation.coef, activation.act)
-            dx = self._through(dx, read, a)
-            return dx, self.bn_sums(dx, read), dw
-        if end is None:
-            return dx, None, dw
-        dx = _aten.threshold_backward(dx, a, 0)
-        return dx, self.bn_sums(dx, end), dw
+        return dx, None, dw
+
+    def through(
+        self, dx: Tensor, a: Tensor, normalised: Normalised, joined: Shortcut | None, ends: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient dz in front of an activation and the sums [T, 2, C] of the BatchNorm before it.
+
+        Args:
+            dx: the gradient behind the activation, whose memory may be overwritten.
+            a: the activation.
+            joined: what is added to dx.
+            ends: whether a is the end of a block, whose ReLU comes behind the addition of a shortcut.
+        """
+        if joined is not None:
+            add_gradient(dx, joined)
+        relu = ends or normalised.act == "relu"
+        dz = _aten.threshold_backward(dx, a, 0) if relu else self._through(dx, normalised)
+        return dz, self.bn_sums(dz, normalised)
 
     def conv_dgrad(self, gradient: Gradient, conv: Convolution, hw: tuple[int, int]) -> Tensor:
         dz, weight = gradient.dz, conv.weight
@@ -91,11 +105,11 @@ class VendorConvolutions(Backend):
         y, coef, act = activation
         return y if coef is None else self.bn_add_relu(Normalised(y, coef, act))
 
-    def _through(self, dout: Tensor, normalised: Normalised, a: Tensor | None = None) -> Tensor:
-        """The gradient at a BatchNorm's result from that of its activation ``a``; None: that is computed again."""
+    def _through(self, dout: Tensor, normalised: Normalised) -> Tensor:
+        """The gradient at a BatchNorm's result from that of its activation, which is computed again."""
         if normalised.act == "gelu":
             return _aten.gelu_backward(dout, self.bn_add_relu(normalised, relu=False))
-        return _aten.threshold_backward(dout, self.bn_add_relu(normalised) if a is None else a, 0)
+        return _aten.threshold_backward(dout, self.bn_add_relu(normalised), 0)
 
 
 def convolve(x: Tensor, conv: Convolution, bias: Tensor | None = None) -> Tensor:

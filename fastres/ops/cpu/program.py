@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels import buffers
+from fastres.ops.arena import Span, layout
 from fastres.ops.cpu import tiles
 from fastres.ops.cpu.native import call, integers, with_slots
 from fastres.ops.cpu.tape import Place, Tape, apart
@@ -26,15 +27,6 @@ from fastres.ops.cpu.tape import Place, Tape, apart
 # Programs and notes of walks that are kept; what one walk's memory beside its results may be.
 MOST_PROGRAMS, MOST_BYTES = 256, 16 * 2**20
 _ALIGNMENT = 64
-
-
-class _Span(NamedTuple):
-    """When memory is used: from the ``first`` call to the ``last``."""
-
-    first: int
-    last: int
-    begin: int
-    size: int
 
 
 class Unrecordable(Exception):
@@ -68,7 +60,7 @@ class Program:
         bases = {place.number: count + number for number, place in enumerate(places)}
         if len(bases) < len(places):
             raise Unrecordable("results share memory")
-        self._arena, offsets = _layout(_spans(tape, set(bases)))
+        self._arena, offsets = layout(_spans(tape, set(bases)), _ALIGNMENT)
         if self._arena > MOST_BYTES:
             raise Unrecordable(f"it takes {self._arena} bytes")
         arena, words = count + len(places), []
@@ -114,34 +106,15 @@ def _result_place(tape: Tape, result: Tensor) -> Place:
     return place
 
 
-def _spans(tape: Tape, results: set[int]) -> dict[int, _Span]:
-    """When each piece of memory but the results is used; none begins anywhere yet."""
-    spans: dict[int, _Span] = {}
+def _spans(tape: Tape, results: set[int]) -> dict[int, Span]:
+    """When each piece of memory but the results is used, counted in calls."""
+    spans: dict[int, Span] = {}
     for number, (_, _, arguments) in enumerate(tape.calls):
         for place in arguments:
             if isinstance(place, Place) and not place.is_input and place.number not in results:
                 first = spans[place.number].first if place.number in spans else number
-                spans[place.number] = _Span(first, number, 0, tape.sizes[place.number])
+                spans[place.number] = Span(first, number, tape.sizes[place.number])
     return spans
-
-
-def _layout(spans: dict[int, _Span]) -> tuple[int, dict[int, int]]:
-    """Bytes for all, and where in them each begins: the largest first, in the first gap that is free meanwhile."""
-    placed: list[_Span] = []
-    offsets: dict[int, int] = {}
-    total = 0
-    for index, span in sorted(spans.items(), key=lambda item: -item[1].size):
-        begin = 0
-        for other in sorted(
-            (o for o in placed if o.first <= span.last and span.first <= o.last), key=lambda o: o.begin
-        ):
-            if begin + span.size <= other.begin:
-                break
-            begin = max(begin, -(-(other.begin + other.size) // _ALIGNMENT) * _ALIGNMENT)
-        placed.append(span._replace(begin=begin))
-        offsets[index] = begin
-        total = max(total, begin + span.size)
-    return total, offsets
 
 
 class Programs:

@@ -1,0 +1,371 @@
+"""A GPU's walks as lists of launches: noted once, then made again without what is between them.
+
+A launch through Triton costs the host ten times what the driver needs for it: the nodes of a plan, the tables of tiles,
+memory for every result, a look at every argument. All of that depends on nothing but the walk's key and its inputs'
+shapes, dtypes and alignment. So the second walk of a kind is noted, and those that follow make the same launches in the
+same order, so with the same bits, with addresses filled in. Small memory that ends with the walk is one piece; what is
+larger comes and goes as it did, so that the step takes as much memory as before. PyTorch's own operations between
+launches, such as the vendor's convolutions, are called again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+from triton import knobs
+
+from fastres.kernels import buffers
+from fastres.kernels.launch import observed_by
+from fastres.ops.arena import Span, layout
+
+# Programs and notes of walks that are kept; bytes below which memory is a part of one piece; alignment in that.
+MOST_PROGRAMS, SMALL, ALIGNMENT = 256, 2**20, 256
+VECTOR = 16  # bytes: Triton compiles a kernel anew for addresses that are no multiple
+_ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+# What an operation's arguments can be that are the same every time, and tensors.
+_PLAIN = (Tensor, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class Unrepeatable(Exception):
+    """A walk cannot be made again by a list of launches; says why."""
+
+
+class Form(NamedTuple):
+    """How a tensor lies in its memory."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        """That of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+class Place(NamedTuple):
+    """Where an argument lies: ``offset`` bytes behind the begin of a piece of memory, or of an input."""
+
+    number: int  # inputs come first
+    offset: int
+
+
+@dataclass(frozen=True)  # no tuple, which PyTorch's trees would take apart
+class View:
+    """A tensor in memory that is known by its place."""
+
+    place: Place
+    form: Form
+
+
+class Launch(NamedTuple):
+    """A kernel's launch: pointers among the arguments are None here, and `Place` in ``pointers``."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: list[Any]
+    pointers: list[tuple[int, Place]]
+
+
+class Operation(NamedTuple):
+    """An operation of PyTorch: tensors among the arguments are `View`; ``made`` has the number of each new result."""
+
+    function: Callable
+    args: Any
+    options: Any
+    made: list[int | None]
+
+
+class Recording(TorchDispatchMode):
+    """Notes what a walk launches and which memory that is given, while it is entered.
+
+    Memory that was there before and is no input is a constant, which the recording holds.
+
+    Args:
+        inputs: contiguous tensors, None among them, of which no two share memory.
+
+    Attributes:
+        reason: why the walk cannot be made again; empty: it can.
+        steps: launches and operations in order.
+        forms: of each piece of memory that the walk made, behind the inputs', as it was made; None: of no known form.
+        allocated: the numbers of those that no operation computed.
+        constants: by number.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor | None]):
+        super().__init__()
+        self.reason = ""
+        self.steps: list[Launch | Operation] = []
+        self.forms: dict[int, Form] = {}
+        self.allocated: set[int] = set()
+        self.constants: dict[int, Tensor] = {}
+        self._count = len(inputs)
+        self._numbers: dict[int, tuple[int, int]] = {}  # by storage: its number, and the address of its first tensor
+        self._storages: list[StorageWeakRef] = []  # no other storage takes the place of one that has gone
+        for number, tensor in enumerate(inputs):
+            if tensor is not None:
+                self._number(tensor, number)
+        self._contexts = ExitStack()
+
+    def __enter__(self) -> Recording:
+        self._contexts.enter_context(observed_by(self))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._contexts.close()
+
+    def spoiled(self, reason: str) -> None:
+        """See `fastres.kernels.launch.Observer`."""
+        self.reason = self.reason or reason
+
+    def launched(self, compiled: Any, grid: tuple[int, ...], arguments: list[Any]) -> None:
+        """See `fastres.kernels.launch.Observer`."""
+        pointers = [(i, self.place(value)) for i, value in enumerate(arguments) if isinstance(value, Tensor)]
+        plain = [None if isinstance(value, Tensor) else value for value in arguments]
+        self.steps.append(Launch(compiled, (*grid, 1, 1)[:3], plain, pointers))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        views = tree_map_only(Tensor, self.view, (args, options))
+        result = func(*args, **options)
+        results = tree_flatten(result)[0]
+        given = tree_flatten((args, options))[0]
+        plain = all(isinstance(value, _PLAIN) for value in given)
+        if func.namespace != "aten" or not plain or not all(r is None or isinstance(r, Tensor) for r in results):
+            self.spoiled(f"{func} is called")
+            return result
+        known = {t.untyped_storage()._cdata for t in given if isinstance(t, Tensor)}
+        made = [None if r is None or r.untyped_storage()._cdata in known else self._made(r) for r in results]
+        if func._schema.name in _ALLOCATIONS:
+            self.allocated.update(number for number in made if number is not None)
+        elif func._schema.is_mutable or any(number is not None for number in made):
+            self.steps.append(Operation(func, *views, made))
+        return result
+
+    def _made(self, tensor: Tensor) -> int:
+        number = self._count
+        self._count += 1
+        self.forms[number] = Form.of(tensor)
+        self._number(tensor, number)
+        return number
+
+    def _number(self, tensor: Tensor, number: int) -> None:
+        storage = tensor.untyped_storage()
+        self._numbers[storage._cdata] = number, tensor.data_ptr()
+        self._storages.append(StorageWeakRef(storage))
+
+    def place(self, tensor: Tensor) -> Place:
+        """Where a tensor's memory begins."""
+        storage = tensor.untyped_storage()._cdata
+        if storage not in self._numbers:
+            self.constants[self._made(tensor)] = tensor
+        number, begin = self._numbers[storage]
+        return Place(number, tensor.data_ptr() - begin)
+
+    def view(self, tensor: Tensor) -> View:
+        """The tensor by its place."""
+        return View(self.place(tensor), Form.of(tensor))
+
+
+class _Step(NamedTuple):
+    """A step to be made: memory to be had before it, what to do, memory to be let go after it."""
+
+    needs: list[tuple[int, Form]]
+    what: Launch | Operation
+    frees: list[int]
+
+
+class Program:
+    """The launches of a walk.
+
+    Args:
+        recording: of the walk. inputs, results: of it.
+
+    Raises:
+        Unrepeatable: where it cannot be made again.
+    """
+
+    def __init__(self, recording: Recording, inputs: Sequence[Tensor | None], results: Sequence[Tensor]):
+        self._results = [recording.view(result) for result in results]
+        if recording.reason:
+            raise Unrepeatable(recording.reason)
+        self._constants, self._inputs = recording.constants, len(inputs)
+        forms, kept = recording.forms, {view.place.number for view in self._results}
+        self._count = self._inputs + len(forms)
+        spans = _spans(recording.steps)
+        computed = {number for step in recording.steps if isinstance(step, Operation) for number in _read(step)}
+        small = {
+            number: Span(*span, size)
+            for number, span in spans.items()
+            if number in recording.allocated
+            and number not in kept | computed
+            and (size := _bytes(forms[number])) < SMALL
+        }
+        self._arena, self._offsets = layout(small, ALIGNMENT)
+        needs: list[list[tuple[int, Form]]] = [[] for _ in recording.steps]
+        frees: list[list[int]] = [[] for _ in recording.steps]
+        for number, (first, last) in spans.items():
+            if number >= self._inputs and number not in small and number not in recording.constants:
+                if number in recording.allocated:
+                    needs[first].append((number, forms[number]))
+                if number not in kept:
+                    frees[last].append(number)
+        self._steps = [_Step(*one) for one in zip(needs, recording.steps, frees)]
+        self._unused = [(n, forms[n]) for n in sorted(kept - spans.keys()) if n >= self._inputs]
+
+    def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+        """The walk's results for other inputs of the same forms and alignment."""
+        like = next(t for t in inputs if t is not None)
+        device, stream = like.device, _stream(like.device)
+        tensors: list[Tensor | None] = [*inputs, *[None] * (self._count - self._inputs)]
+        bases = [0 if t is None else t.data_ptr() for t in tensors]
+        for number, constant in self._constants.items():
+            tensors[number], bases[number] = constant, constant.data_ptr()
+        arena = buffers.empty(like, self._arena, dtype=torch.uint8)
+        begin = arena.data_ptr()
+        for number, offset in self._offsets.items():
+            bases[number] = begin + offset
+        for needs, what, frees in self._steps:
+            for number, form in needs:
+                tensor = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=device)
+                tensors[number], bases[number] = tensor, tensor.data_ptr()
+            if isinstance(what, Launch):
+                arguments = what.arguments.copy()
+                for index, (number, offset) in what.pointers:
+                    arguments[index] = bases[number] + offset
+                compiled = what.compiled
+                compiled.run(
+                    *what.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+                )
+            else:
+                _call(what, tensors, bases)
+            for number in frees:
+                tensors[number] = None
+        for number, form in self._unused:
+            tensors[number] = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=device)
+        return [_tensor(view, tensors) for view in self._results]
+
+
+def _call(operation: Operation, tensors: list[Tensor | None], bases: list[int]) -> None:
+    args, options = tree_map_only(View, lambda view: _tensor(view, tensors), (operation.args, operation.options))
+    for number, tensor in zip(operation.made, tree_flatten(operation.function(*args, **options))[0]):
+        if number is not None:
+            tensors[number], bases[number] = tensor, tensor.data_ptr()
+
+
+def _tensor(view: View, tensors: Sequence[Tensor | None]) -> Tensor:
+    """A view of memory that is there."""
+    (number, offset), form = view.place, view.form
+    base = tensors[number]
+    assert base is not None
+    if offset == 0 and base.shape == form.shape and base.dtype == form.dtype and base.stride() == form.stride:
+        return base
+    if base.dtype != form.dtype:
+        flat = base.as_strided((_bytes(Form.of(base)) // base.itemsize,), (1,))
+        base = flat.view(form.dtype)
+    return base.as_strided(form.shape, form.stride, base.storage_offset() + offset // form.dtype.itemsize)
+
+
+def _bytes(form: Form) -> int:
+    """From a tensor's first element to its last."""
+    if 0 in form.shape:
+        return 0
+    return (1 + sum((size - 1) * stride for size, stride in zip(form.shape, form.stride))) * form.dtype.itemsize
+
+
+def _read(step: Operation) -> list[int]:
+    """Numbers of the memory that an operation reads or makes."""
+    views = [one for one in tree_flatten((step.args, step.options))[0] if isinstance(one, View)]
+    return [*(view.place.number for view in views), *(number for number in step.made if number is not None)]
+
+
+def _spans(steps: Sequence[Launch | Operation]) -> dict[int, tuple[int, int]]:
+    """First and last step that uses each piece of memory, inputs too."""
+    spans: dict[int, tuple[int, int]] = {}
+    for index, step in enumerate(steps):
+        numbers = [place.number for _, place in step.pointers] if isinstance(step, Launch) else _read(step)
+        for number in numbers:
+            spans[number] = spans.get(number, (index, index))[0], index
+    return spans
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream, as the driver knows it."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+class Programs:
+    """The walks of late by key: how often they were seen, and their programs."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, Program | bool] = OrderedDict()  # True: seen once; False: it stays a walk
+        self._lock = threading.Lock()
+
+    def repeated(
+        self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """See `fastres.ops.backends.protocol.Backend.repeated`."""
+        if not _is_plain(inputs):
+            return walk()
+        whole = (key, *[None if t is None else (t.shape, t.dtype, t.data_ptr() % VECTOR) for t in inputs], *_settings())
+        known = self._known.get(whole)
+        if known is None:
+            self._keep(whole, True)
+            return walk()
+        if known is False:
+            return walk()
+        if known is not True:
+            return known.run(inputs)
+        if torch.cuda.is_current_stream_capturing() or not _are_apart(inputs):
+            return walk()
+        recording = Recording(inputs)
+        with recording:
+            results = walk()
+        try:
+            self._keep(whole, Program(recording, inputs, results))
+        except Unrepeatable:
+            self._keep(whole, False)
+        return results
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._known.clear()
+
+    def _keep(self, key: Hashable, what: Program | bool) -> None:
+        with self._lock:
+            self._known[key] = what
+            self._known.move_to_end(key)
+            while len(self._known) > MOST_PROGRAMS:
+                self._known.popitem(last=False)
+
+
+def _is_plain(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether nothing but a GPU's memory is behind the tensors, and nobody watches what is launched."""
+    return (
+        all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cuda and t.is_contiguous()) for t in inputs)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not knobs.runtime.launch_enter_hook.calls
+        and not knobs.runtime.launch_exit_hook.calls
+    )
+
+
+def _settings() -> tuple[Hashable, ...]:
+    """What a walk depends on beside its key and inputs: the device, and how products of fp32 are computed."""
+    return torch.cuda.current_device(), torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+
+
+def _are_apart(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether no two tensors share memory, so that an address tells which of them is meant."""
+    storages = [t.untyped_storage().data_ptr() for t in inputs if t is not None]
+    return len(set(storages)) == len(storages)

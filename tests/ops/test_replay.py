@@ -1,0 +1,245 @@
+"""Walks of a GPU made again as lists of launches: the same bits, memory and operations between them.
+
+Without a GPU the kernels are interpreted and the vendor's part is ATen's; both take the addresses that a GPU would.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import weakref
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from support_fused import cast, random_layer, random_norm
+from support_kernels import INTERPRETED, assert_same_bits, device
+from support_triton import fp32_products
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime.interpreter import InterpretedFunction
+
+from fastres import ops
+from fastres.kernels.launch import launch, spoil
+from fastres.ops.backends import replay
+from fastres.ops.backends.aten import Aten
+from fastres.ops.backends.replay import Programs, Recording
+from fastres.ops.backends.triton import Triton
+
+BF16 = torch.bfloat16
+
+
+class Interpreted:
+    """What Triton's interpreter would have compiled: takes addresses where the kernel was launched with tensors."""
+
+    function = packed_metadata = None
+
+    def __init__(self, launched, kernel: InterpretedFunction, arguments: dict):
+        self.launched, self.kernel = launched, kernel
+        self.dtypes = {name: value.dtype for name, value in arguments.items() if isinstance(value, Tensor)}
+        self.options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments) -> None:
+        named = dict(zip(self.kernel.arg_names, arguments, strict=True))
+        for name, dtype in self.dtypes.items():
+            named[name] = torch.frombuffer((ctypes.c_char * 8).from_address(named[name]), dtype=dtype, count=1)
+        self.launched(self.kernel, grid=(x, y, z), warmup=False, **named, **self.options)
+
+
+@contextmanager
+def on_stand_in():
+    """Interpreted kernels leave behind what a GPU's launch does, and CPU tensors count as a GPU's."""
+    if not INTERPRETED:
+        yield
+        return
+    launched = InterpretedFunction.run
+
+    def run(kernel, *args, grid, warmup, **options):
+        with _disable_current_modes():  # the interpreter's own operations
+            launched(kernel, *args, grid=grid, warmup=warmup, **options)
+        return Interpreted(launched, kernel, dict(zip(kernel.arg_names, args)) | options)
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(InterpretedFunction, "run", run))
+        patches.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
+        for name, stand_in in dict(
+            _is_plain=lambda inputs: True, _stream=lambda device: 0, _settings=lambda: ()
+        ).items():
+            patches.enter_context(mock.patch.object(replay, name, stand_in))
+        yield
+
+
+class Remembered(Aten):
+    """ATen, remembering its walks."""
+
+    def __init__(self):
+        self.programs = Programs()
+
+    def repeated(self, key, inputs, walk):
+        return self.programs.repeated(key, inputs, walk)
+
+
+@pytest.fixture(params=[Triton, Remembered], ids=["triton", "aten"])
+def backend(request):
+    with on_stand_in(), fp32_products():
+        made = request.param()
+        with ops.implementation(made):
+            yield made
+
+
+def drawn(shortcut: str, width: int = 8, images: int = 2):
+    """x and the layers of a block, fp64."""
+    with device():
+        x = torch.randn(images, 6, 6, 16, dtype=torch.float64)
+        layers = [random_layer(16, width, 1), random_layer(width, width, 3), random_layer(width, 16, 1)]
+        return x, layers, random_layer(16, 16, 1) if shortcut == "projection" else None
+
+
+def step(made, dtype=torch.float32, factor=1.0):
+    """Results and gradients of a block."""
+    x, layers, added = (cast(one, dtype) for one in made)
+    x = (factor * x).detach().requires_grad_()
+    out, used = ops.residual_block(x, layers, x if added is None else added)
+    weights = [layer.weight for layer in layers]
+    grads = torch.autograd.grad(out.float().square().sum(), [x, *weights, layers[0].norm.gamma])
+    return [out.detach(), *(one.coef for one in used), *grads]
+
+
+def programs(backend) -> list[replay.Program]:
+    return [one for one in backend.programs._known.values() if isinstance(one, replay.Program)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_a_repetition_has_the_bits_of_a_walk(backend, shortcut, dtype):
+    torch.manual_seed(0)
+    made = drawn(shortcut)
+    walks = {factor: step(made, dtype, factor) for factor in (1.0, -0.5)}  # the second is noted
+    assert len(programs(backend)) == 2  # forward and backward
+    for factor in (1.0, -0.5, 1.0):
+        assert_same_bits(step(made, dtype, factor), walks[factor])
+    assert not any(known is False for known in backend.programs._known.values())
+
+
+def test_a_repetition_walks_no_more(backend, monkeypatch):
+    torch.manual_seed(0)
+    made = drawn("identity")
+    results = [step(made) for _ in range(2)]
+    monkeypatch.setattr(type(backend), "conv", lambda *_, **__: pytest.fail("walked"))
+    assert_same_bits(step(made), results[0])
+
+
+def test_other_shapes_and_dtypes_walk_for_themselves(backend):
+    torch.manual_seed(0)
+    for images in (1, 2, 3):
+        for dtype in (torch.float32, BF16):
+            made = drawn("identity", images=images)
+            for _ in range(2):
+                step(made, dtype)
+    assert len(programs(backend)) == 12
+
+
+@pytest.mark.parametrize("small", [0, 2**20])
+def test_memory_goes_as_it_comes(backend, monkeypatch, small):
+    """What no result is has gone after a repetition, and results share nothing with one another or with the next."""
+    monkeypatch.setattr(replay, "SMALL", small)
+    torch.manual_seed(0)
+    made, alive = drawn("projection"), weakref.WeakSet()
+    for _ in range(2):
+        step(made)
+    empty, pieces = torch.empty_strided, []
+
+    def counted(*args, **options):
+        tensor = empty(*args, **options)
+        alive.add(tensor)
+        pieces.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty_strided", counted)
+    first = step(made)
+    again = step(made)
+    gc.collect()
+    places = [t.untyped_storage().data_ptr() for t in (*first, *again)]
+    assert len(set(places)) == len(places) and (pieces or isinstance(backend, Aten))
+    assert {t.untyped_storage().data_ptr() for t in alive} <= set(places)
+
+
+def test_the_least_recent_go_first(backend, monkeypatch):
+    monkeypatch.setattr(replay, "MOST_PROGRAMS", 2)
+    torch.manual_seed(0)
+    norm = cast(random_norm(8), torch.float32)
+    for images in range(1, 5):
+        for _ in range(3):
+            with torch.no_grad():
+                ops.bn_relu(torch.randn(images, 3, 4, 8, device=device()), norm)
+    assert len(backend.programs._known) == 2
+
+
+def repeated(walk, *inputs, times=3):
+    """The results of walks of one kind, and what is known of it."""
+    known = Programs()
+    with on_stand_in():
+        results = [known.repeated("key", inputs, walk) for _ in range(times)]
+    return results, next(iter(known._known.values()))
+
+
+@pytest.mark.parametrize(
+    "walk",
+    [
+        lambda x: [x + 1, x * 2],
+        lambda x: [x.clone().mul_(2)],
+        lambda x: [x[1:].contiguous(), x.float().bfloat16()],
+        lambda x: list(torch.empty_like(x).copy_(x).split([1, 2])),
+        lambda x: [torch.cat([x, x]).view(torch.int16)],
+        lambda x: [x, x.t()],
+        lambda x: list(torch.max(x.float(), 1)),
+        lambda x: [torch.ops.aten.native_batch_norm(x[None].float(), None, None, None, None, True, 0.1, 1e-5)[0]],
+        lambda x: [torch.empty(0, device=x.device), x.sum()],
+    ],
+)
+def test_operations_of_pytorch_are_called_again(walk):
+    x = torch.arange(12.0, device=device()).view(3, 4).bfloat16()
+    results, known = repeated(lambda: walk(x), x)
+    assert isinstance(known, replay.Program)
+    assert_same_bits(results[0], results[2])
+    assert [t.stride() for t in results[0]] == [t.stride() for t in results[2]]
+    with on_stand_in():
+        assert_same_bits(known.run([x + 3]), walk(x + 3))
+
+
+def test_a_constant_is_kept():
+    x = torch.ones(3, device=device())
+
+    def walk(kept=[]):  # noqa: B006  made by the first walk
+        kept or kept.append(torch.arange(3.0, device=device()))
+        return [x + kept[0]]
+
+    results, known = repeated(walk, x)
+    assert isinstance(known, replay.Program) and torch.equal(results[2][0], torch.arange(1.0, 4.0, device=device()))
+
+
+@pytest.mark.parametrize("walk", [lambda x: [x * x.sum().item()], lambda x: (spoil("said so"), [x + 1])[1]])
+def test_what_no_list_can_do_stays_a_walk(walk):
+    x = torch.ones(3, device=device())
+    results, known = repeated(lambda: walk(x), x)
+    assert known is False
+    assert_same_bits(results[0], results[2])
+
+
+def test_inputs_that_share_memory_are_walked():
+    x = torch.ones(4, device=device())
+    walks = []
+    _, known = repeated(lambda: walks.append(1) or [x + 1], x, x[:2])
+    assert known is True and len(walks) == 3
+
+
+def test_launches_are_told_in_the_kernels_order():
+    kernel, told = mock.MagicMock(), Recording([])
+    kernel.arg_names = ["a", "b", "N", "BLOCK"]
+    launch(kernel, (2,), 1, 2, N=3, BLOCK=4, num_warps=8)
+    with told:
+        launch(kernel, (5, 6), 1, b=None, BLOCK=4, N=3, num_warps=8)
+    (one,) = told.steps
+    assert one.grid == (5, 6, 1) and one.arguments == [1, None, 3, 4] and not one.pointers
+    assert kernel.__getitem__.return_value.call_count == 2

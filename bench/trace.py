@@ -14,10 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 from fastres.measure import synchronize
 
 KERNEL, MEMORY = "kernel", ("gpu_memcpy", "gpu_memset")  # categories of the profiler's trace
+SHOWN = 120  # characters of a kernel's name
 
 
-def kernels(call: Callable[[], Any], device: torch.device, top: int = 25) -> dict[str, Any]:
+def kernels(call: Callable[[], Any], device: torch.device, top: int = 25, each_launch: bool = False) -> dict[str, Any]:
     """What one call launches; on a CPU its ATen operations, without those that others call.
+
+    Args:
+        each_launch: also `in_order`, under that name, on a GPU.
 
     Returns:
         ``launches`` and ``seconds`` of all kernels (CPU: operations, own time), ``copies`` (copies and fills of memory,
@@ -33,7 +37,20 @@ def kernels(call: Callable[[], Any], device: torch.device, top: int = 25) -> dic
         path = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return summary(events, gpu, top)
+    return {**summary(events, gpu, top), **({"in_order": in_order(events)} if gpu and each_launch else {})}
+
+
+def in_order(events: list[dict[str, Any]]) -> list[list[Any]]:
+    """The kernels of a GPU's trace by their begin.
+
+    Returns:
+        Of each its name, microseconds, grid, block, registers a thread and bytes of shared memory.
+    """
+    found = sorted((event for event in events if event.get("cat") == KERNEL), key=lambda event: event["ts"])
+    facts = ("grid", "block", "registers per thread", "shared memory")
+    return [
+        [event["name"][:SHOWN], round(event["dur"], 3), *(event["args"].get(fact) for fact in facts)] for event in found
+    ]
 
 
 def summary(events: list[dict[str, Any]], gpu: bool, top: int) -> dict[str, Any]:
@@ -49,7 +66,7 @@ def summary(events: list[dict[str, Any]], gpu: bool, top: int) -> dict[str, Any]
         "launches": len(wanted),
         "seconds": sum(seconds for _, (_, seconds) in rows),
         "copies": sum(event.get("cat") in MEMORY for event in events),
-        "top": [{"name": name[:120], "count": count, "seconds": seconds} for name, (count, seconds) in rows[:top]],
+        "top": [{"name": name[:SHOWN], "count": count, "seconds": seconds} for name, (count, seconds) in rows[:top]],
     }
 
 

@@ -5,7 +5,7 @@ that the assembler wrote into them, the rate of each pipe, the port of the share
 groups of cp.async and wgmma, and as many programs at once as registers and shared memory admit
 (`bench.machine.multiprocessor`). A launch takes what the fullest multiprocessor takes, or its bytes at the memory's
 rate where that is more. PyTorch's and Inductor's steps are put together from the same model's plain matrix products and
-counted bytes (`bench.machine.peers`).
+counted bytes (`bench.machine.peers`). `bench.machine.compare` has what a GPU took for each launch beside it.
 
 Everything here is a prediction of a model: no GPU has timed these kernels. What it assumes stands in
     `bench.machine.chips`.

@@ -14,7 +14,8 @@ from bench.workloads import Setting
 from fastres.measure import Step, Workload, all_of, interleaved, synchronize
 
 NAMES = ("resnet50 224", "notebook", "resnet50 CIFAR", "resnet110")
-VARIANTS = ("eager", "compile", "fused", "fused graph")
+EACH_LAUNCH = "fused Triton"  # the variant whose launches are kept one by one, for `bench.machine.compare`
+VARIANTS = ("eager", "compile", "fused", EACH_LAUNCH, "fused graph")
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -42,7 +43,7 @@ def look_into(setting: Setting, workload: Workload, variant: str) -> dict[str, A
         "variant": variant,
         "step": timing._asdict(),
         "host_seconds": host_seconds(step, setting.device),
-        "kernels": kernels(step, setting.device),
+        "kernels": kernels(step, setting.device, each_launch=variant == EACH_LAUNCH),
     }
 
 

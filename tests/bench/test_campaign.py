@@ -23,7 +23,7 @@ from bench.slices import SLICES, STAGES, Part
 from bench.stages import autotune, models
 from bench.stages import tests as stage_tests
 from bench.stages.tests import read as read_junit
-from bench.trace import summary
+from bench.trace import in_order, summary
 from bench.workloads import GPU, Setting
 from fastres.errors import FastresError
 from fastres.measure import VARIANTS
@@ -376,6 +376,19 @@ def test_trace_counts_kernels_and_their_own_time():
     assert found["top"] == [{"name": "gemm", "count": 2, "seconds": pytest.approx(8e-6)}]
     own = {top["name"]: top["seconds"] for top in summary(events, gpu=False, top=5)["top"]}
     assert own == {"outer": pytest.approx(6e-6), "inner": pytest.approx(5e-6)}
+
+
+def test_a_traces_kernels_in_order():
+    """As the profiler writes them, which is not by time."""
+    facts = {"grid": [8, 1, 1], "block": [128, 1, 1], "registers per thread": 32, "shared memory": 0}
+    events = [
+        {"cat": "kernel", "name": "second", "ts": 10.5, "dur": 3.25, "args": facts},
+        {"cat": "gpu_memcpy", "name": "copy", "ts": 7, "dur": 1, "args": {}},
+        {"cat": "kernel", "name": "first" * 99, "ts": 2, "dur": 5.0, "args": facts},
+    ]
+    first, second = in_order(events)
+    assert second == ["second", 3.25, [8, 1, 1], [128, 1, 1], 32, 0]
+    assert first[0].startswith("firstfirst") and len(first[0]) == 120
 
 
 def test_a_gpu_campaign_names_every_network_and_variant():

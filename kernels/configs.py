@@ -84,16 +84,21 @@ class Product(NamedTuple):
     least_registers: int = 0  # a thread's limit is no lower
     stores: bool = False  # whether that operand is stored, too
     strided: bool = False  # whether the result has a strided residual added to it
+    sums: bool = False  # whether the result goes through an activation and is summed for a BatchNorm
+    masked: bool = False  # moreover by the end of a block, which is loaded
+    step: int = 1  # stride of the convolution whose gradient it is
 
 
 def conv_configs(product: Product) -> list[Config]:
-    """Configurations of a convolution, the one to take first: on an H100 as its model ranks them."""
+    """Configurations of a convolution, the one to take first: on an H100 as they were timed."""
     if not _on_warp_groups(product):
         return _plain_configs(product)
     if product.flat:  # bound by its addresses: many small programs
-        return _ordered([Config(64, 64, 32, 4, 4, 128), *_plain_configs(product)], product)
-    if product.taps == 1 and (product.loaded == 2 or product.depth <= 64):  # bound by memory: many small programs
+        return _ordered([Config(64, 64, 64, 4, 3, 128), *_plain_configs(product)], product)
+    if product.taps == 1 and product.loaded == 2:  # bound by memory: many small programs
         sizes = [(128, 64), (128, 128), (64, 64)]
+    elif product.taps == 1 and product.depth <= 64:
+        sizes = [(128, 128), (128, 64), (64, 64)]
     elif product.taps > 1 and product.depth <= 32:  # bound by the addresses; 128x128 would spill 16 bytes
         sizes = [(128, 64), (64, 64)]
     elif product.columns >= 256 and (product.taps > 1 or not product.made or product.depth >= 512):
@@ -115,26 +120,43 @@ def conv_configs(product: Product) -> list[Config]:
 
 
 def dgrad_configs(product: Product) -> list[Config]:
-    """Configurations of an input gradient, the one to take first: on an H100 as its model ranks them."""
+    """Configurations of an input gradient, the one to take first: on an H100 as they were timed."""
     if not _on_warp_groups(product) or (product.loaded == 1 and product.made):
         return _plain_configs(product)
-    if product.loaded == 1:
-        found = [Config(128, 128, 64, 8, 3, 128 if product.taps == 1 else MORE_REGISTERS)]
-        return _ordered([*found, Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 8, 3, 168)], product)
-    if product.taps == 1 and product.depth <= 64 and product.columns > 64:  # a single step: many small programs
-        found = [Config(64, 64, 64, 4, 3, 128), Config(64, 128, 64, 8, 3, 128), Config(128, 128, 64, 8, 3, 128)]
-    elif product.columns <= 64:
+    columns, deep = product.columns, product.depth > 64
+    if product.taps > 1 or product.loaded == 1:
+        found = _window_gradients(product)
+    elif columns <= 64:
         found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
-    else:  # both tensors of the prologue in shallow steps, so that two programs have room
+    elif product.masked:  # its end waits for three more tensors: programs of few registers, side by side
+        found = [Config(128, 64, 32 if deep else 64, 4, 4 if deep else 3, 168), Config(64, 64, 64, 4, 3, 128)]
+    elif not deep:
+        found = [Config(128, 128, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
+    elif columns <= 128:
+        found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128), Config(128, 128, 32, 8, 4, 128)]
+        found = found if product.sums else found[::-1]
+    elif product.sums:
+        found = [Config(256, 128, 64, 16, 3, 128), Config(64, 128, 64, 4, 3, 168), Config(128, 256, 64, 16, 3, 128)]
+    else:
+        found = [Config(64, 256, 32, 8, 4, 128), Config(128, 256, 64, 16, 3, 128), Config(128, 128, 32, 8, 4, 128)]
+        found = found if product.depth < 256 else [found[1], found[0], found[2]]
+    return _ordered(found, product)
+
+
+def _window_gradients(product: Product) -> list[Config]:
+    """Of `dgrad_configs`: windows, and what reads a gradient that is there."""
+    narrow = Config(128, 64, 64, 4, 3, 168)  # three programs run at once
+    square = Config(128, 128, 64, 8, 3, 128 if product.taps == 1 else MORE_REGISTERS)
+    if product.loaded == 2:  # both tensors in shallow steps, so that two programs have room
         found = [Config(128, 128, 32, 8, 3, 128), Config(128, 64, 32, 8, 4, 128), Config(64, 64, 64, 4, 3, 128)]
-        if product.taps == 1:  # a window's places would spill
-            found[0] = found[0]._replace(num_stages=4)
-            if product.columns > 128:
-                found[:0] = [Config(64, 256, 32, 8, 4, 128)]
-    if product.stores and product.taps > 1:  # Triton 3.6 would spill 8 bytes, in large tiles and with 128 registers
-        found = [one for one in found if one.block_m * one.block_n < 128 * 128]
-        found = [one._replace(most_registers=MORE_REGISTERS) if one.num_warps == 4 else one for one in found]
-    return _ordered(found[:3], product)
+        if product.stores:  # Triton 3.6 would spill 8 bytes, in large tiles and with 128 registers
+            found = [found[1], found[2]._replace(most_registers=MORE_REGISTERS)]
+        return [Config(128, 64, 64, 8, 3, 128), *found[-1:]] if product.columns <= 64 else found
+    if product.least_registers:  # behind GELU
+        return [Config(64, 128 if product.columns > 64 else 64, 64, 4, 3, 168), square, narrow]
+    if product.columns <= 64 or (product.sums and (product.columns <= 128 or product.step > 1)):
+        return [narrow, Config(64, 64, 64, 4, 3, 128), square]
+    return [Config(256, 128, 64, 16, 3, 128), square, narrow] if product.taps > 1 else [square, narrow]
 
 
 def _on_warp_groups(product: Product) -> bool:
@@ -184,6 +206,7 @@ def wgrad_configs(
     arch: int = 90,
     made: bool = True,
     flat: bool = False,
+    window: bool = False,
 ) -> list[Config]:
     """Configurations of a weight gradient, the one to take first.
 
@@ -196,17 +219,37 @@ def wgrad_configs(
         arch: compute capability, as 90.
         made: whether the gradient is computed here, not loaded as it is.
         flat: whether the columns are gathered one by one, from all taps in a row.
+        window: whether there are several taps.
     """
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
     tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype, arch)
     configs = [_config(*tile, pixels, dtype, least_registers, arch) for tile in tiles]
     if has_warp_groups(arch) and dtype.itemsize == 2 and flat and block_m >= 64:
         configs = [Config(64, 64, 32, 4, 4, MORE_REGISTERS), *configs]
-    elif has_warp_groups(arch) and dtype.itemsize == 2 and not made:  # so lean that several programs run at once
-        lean = {(128, 128): Config(128, 128, 64, 8, 3, 128), (64, 64): Config(64, 64, 64, 4, 3, 128)}
-        configs = [lean.get((one.block_m, one.block_n), one) for one in configs]
+    elif has_warp_groups(arch) and dtype.itemsize == 2:
+        configs = _ranked_weight_gradients(rows, columns, made, window) + configs
+        configs = [one._replace(most_registers=max(one.most_registers, least_registers)) for one in configs]
         configs = [one._replace(block_k=min(one.block_k, power_of_2(pixels, LEAST, 64))) for one in configs]
+        configs = [one for one in configs if one.block_m <= 2 * block_m and one.block_n <= 2 * block_n]
     return configs
+
+
+def _ranked_weight_gradients(rows: int, columns: int, made: bool, window: bool) -> list[Config]:
+    """Those of `wgrad_configs` that were quickest on an H100, where it was timed."""
+    tall, wide = Config(256, 128, 64, 8, 3, 255), Config(128, 256, 64, 8, 3, 255)
+    lean, narrow = Config(128, 128, 64, 8, 3, 128), Config(128, 64, 64, 8, 3, 128)
+    small = Config(64, 64, 64, 4, 4, 168)
+    if made:
+        return [wide] if rows >= 256 and columns >= 256 else [small] if columns <= 64 else []
+    if rows <= 64 and columns <= 64:
+        return [small]
+    if rows <= 32 or columns <= 32:
+        return []
+    if columns <= 64 or (min(rows, columns) <= 128 and not window):
+        return [narrow, lean] if columns > 64 else [narrow]
+    if rows >= 256:
+        return [tall, wide, lean] if window else [wide, lean]
+    return [lean, narrow]
 
 
 def _distinct(tiles: list[tuple[int, int]], dtype: torch.dtype, arch: int) -> list[tuple[int, int]]:

@@ -388,6 +388,9 @@ def conv_dgrad(
         least_registers=needed,
         stores=dy is not None,
         strided=strided,
+        sums=below is not None,
+        masked=mask is not None,
+        step=stride,
     )
     config = at_rank(dgrad_configs(product), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)

@@ -179,6 +179,7 @@ def conv_wgrad(
         arch=architecture(dz.device),
         made=abc is not None,
         flat=flat,
+        window=kh * kw > 1,
     )
     config = at_rank(configs, rank, fitting(demand))
     programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)

@@ -353,7 +353,7 @@ def test_a_process_that_hangs_or_dies_is_noted(tmp_path, monkeypatch):
 def test_pytest_results_are_read(tmp_path):
     (tmp_path / "r.xml").write_text(
         '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase classname="a" name="t1"/>'
-        '<testcase classname="a" name="t2"><failure message="assert 1 == 2"/></testcase>'
+        '<testcase classname="a" name="t2"><failure message="assert 1 == 2">trace</failure></testcase>'
         '<testcase classname="a" name="t3"><skipped/></testcase></testsuite></testsuites>'
     )
     found = read_junit(tmp_path / "r.xml")

@@ -35,9 +35,7 @@ class Way(Enum):
     ONCE = "dy once"  # stored by the data gradient, by a pass for windows of many channels, in each for those of few
     EACH = "dy in each"
     PASS = "dy by a pass"  # for all windows
-    STORED = (
-        "dy by a pass, activation stored"  # and a window reads a pass's activation, its data gradient stores it
-    )
+    STORED = "dy by a pass, activation stored"  # and a window reads a pass's activation, its data gradient stores it
 
 
 class Triton(Passes):

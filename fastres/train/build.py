@@ -157,8 +157,8 @@ def build_batches(
     )
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, scaled: bool, device: torch.device) -> Optimizer:
-    """The optimizer at its peak learning rates; ``scaled`` as in `make_optimizer`."""
+def build_optimizer(config: TrainConfig, model: nn.Module, scaled: bool, lr_on: torch.device | None) -> Optimizer:
+    """The optimizer at its peak learning rates; ``scaled`` and ``lr_on`` as in `make_optimizer`."""
     muon = None
     if config.optimizer == "muon":
         muon = {"lr": config.muon_lr, "momentum": config.muon_momentum, "weight_decay": config.muon_decay}
@@ -176,5 +176,5 @@ def build_optimizer(config: TrainConfig, model: nn.Module, scaled: bool, device:
         layer_decay=config.layer_decay,
         depths=depths(model),
         muon=muon,
-        lr_on=device if config.cuda_graph else None,
+        lr_on=lr_on,
     )

@@ -240,7 +240,11 @@ class TrainConfig:
     )
     channels_last: bool = option(True, "NHWC activations and weights", kind=bool)
     compile: bool = option(False, "run the network through torch.compile", kind=bool)
-    cuda_graph: bool = option(False, "launch each training step as one CUDA graph", kind=bool)
+    cuda_graph: bool | None = option(
+        None,
+        "launch each training step as one CUDA graph; unless told, where one GPU trains a network of `fastres models`",
+        kind=bool,
+    )
     sync_bn: bool = option(False, "BatchNorm by all ranks' images together, under torchrun", kind=bool)
     save_minutes: float | None = option(
         None, "save a checkpoint within an epoch too, after so many minutes", kind=float, low=0.0

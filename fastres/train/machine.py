@@ -14,6 +14,7 @@ import torch
 from fastres.atomic import warn_once
 from fastres.data.dataset import first_line
 from fastres.errors import FastresError
+from fastres.models import model_names
 from fastres.ops import cpu
 from fastres.ops.cpu import pages
 from fastres.train.config import TrainConfig
@@ -138,16 +139,27 @@ def check_compile(device: torch.device) -> None:
         ) from error
 
 
-def check_cuda_graph(wanted: bool, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a CUDA graph where there can be none.
+def takes_graph(config: TrainConfig, device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
+    """Whether each training step is one CUDA graph.
+
+    Unless the configuration says so it is where that is known to be right: a network that nothing else compiles or
+    computes in pieces, whose steps are all alike, on one GPU. Between launches a GPU would else wait for the host.
 
     Raises:
-        FastresError: without a GPU, or in fp16, whose gradient scaler decides on the host whether to skip a step.
+        FastresError: where it is wanted and cannot be: without a GPU, with several ranks, or in fp16, whose gradient
+            scaler decides on the host whether to skip a step.
     """
+    wanted = config.cuda_graph
+    if wanted is None:
+        alone = device.type == "cuda" and dtype != torch.float16 and ranks == 1
+        return alone and config.model in model_names() and not config.compile and not config.checkpoint_every
     if wanted and device.type != "cuda":
         raise FastresError(f"--cuda-graph needs a CUDA device, not {device}: leave it out")
     if wanted and dtype == torch.float16:
         raise FastresError("--cuda-graph cannot hold fp16's loss scaling: add --precision bf16 or fp32")
+    if wanted and ranks > 1:
+        raise FastresError("--cuda-graph cannot hold the exchange between ranks: leave it out")
+    return wanted
 
 
 @contextmanager

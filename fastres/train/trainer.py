@@ -94,9 +94,7 @@ class Trainer:
         check_center_share(config, dataset)
         self.dataset = dataset = with_statistics(config, dataset)
         self.dtype = machine.pick_dtype(config.precision, self.device)
-        machine.check_cuda_graph(config.cuda_graph, self.device, self.dtype)
-        if config.cuda_graph and ranks.count > 1:
-            raise FastresError("--cuda-graph cannot hold the exchange between ranks: leave it out")
+        graphed = machine.takes_graph(config, self.device, self.dtype, ranks.count)
         machine.use_device(self.device)
         if config.compile:
             machine.check_compile(self.device)
@@ -122,7 +120,7 @@ class Trainer:
         self.average = WeightAverage(self.model, config.ema) if config.ema is not None else None
         scaled = self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        self.optimizer = build_optimizer(config, self.model, scaled, self.device)
+        self.optimizer = build_optimizer(config, self.model, scaled, self.device if graphed else None)
         self.tally = Tally.zero(self.device)
         class_weights = None
         if config.class_weights == "balanced":
@@ -141,7 +139,7 @@ class Trainer:
             clip=config.clip,
             average=self.average,
         )
-        self.learn = GraphedUpdate(self.update) if config.cuda_graph else self.update
+        self.learn = GraphedUpdate(self.update) if graphed else self.update
 
         self._columns = config.tta, scaled  # of the table
         self.step = self.epoch = self.batch = 0  # batch: steps done in the current epoch

@@ -27,12 +27,14 @@ class Refusing:
     """A kernel whose launches with tiles of more than ``most`` rows and columns together fail as Triton's do."""
 
     def __init__(self, kernel, most, error=None):
-        self.kernel, self.most, self.tried = kernel, most, []
+        self.kernel, self.most, self.tried, self.configs = kernel, most, [], []
         self.error = error or OutOfResources(116_224, 101_376, "shared memory")
 
     def __getitem__(self, grid):
         def launch(*args, **options):
             self.tried.append((options["BLOCK_M"], options["BLOCK_N"]))
+            names = ("BLOCK_K", "num_warps", "num_stages", "maxnreg")
+            self.configs.append((*self.tried[-1], *(options[name] for name in names)))
             if sum(self.tried[-1]) > self.most:
                 raise self.error
             return self.kernel[grid](*args, **options)
@@ -95,19 +97,20 @@ def test_a_refused_launch_takes_the_next_configuration_for_good(refusing, monkey
         with taken() as tiles:
             result, exact = call()
     assert relative_error(result, exact) < 2e-3
-    assert kernel.tried[0] == (128, 128) and len(kernel.tried) == 2
-    assert [(tile.block_m, tile.block_n) for tile in tiles] == kernel.tried[1:]
+    *refused, took = kernel.tried
+    assert refused[0] == (128, 128) and took[0] * took[1] < 128 * 128
+    assert [(tile.block_m, tile.block_n) for tile in tiles] == [took]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call()
-    assert kernel.tried[2:] == kernel.tried[1:2]
+    assert kernel.tried[len(refused) + 1 :] == [took]
 
 
 def test_where_nothing_fits_the_launch_says_so(refusing):
     kernel, call = refusing(0)
     with pytest.warns(UserWarning, match="does not fit"), pytest.raises(OutOfResources, match="Required: 116224"):
         call()
-    assert len(kernel.tried) == len(set(kernel.tried)) + 1  # the first one again, to raise
+    assert len(kernel.configs) == len(set(kernel.configs)) + 1  # the first one again, to raise
 
 
 def test_other_errors_are_raised_at_once(refusing):

@@ -1,15 +1,16 @@
 """One update: nothing in it waits for the device, and a CUDA graph of it learns the same."""
 
+import dataclasses
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support_train import NoWait, same_weights, tiny_trainer
+from support_train import NoWait, same_weights, tiny_config, tiny_trainer
 
 from bench import stand_ins
 from fastres.errors import FastresError
-from fastres.train import graph
+from fastres.train import graph, machine
 from fastres.train.evaluate import all_finite
 from fastres.train.signals import StopRequest
 from fastres.train.update import GraphedUpdate
@@ -58,6 +59,25 @@ def test_learning_rates_as_tensors_are_the_same_numbers(tmp_path):
 def test_a_graph_needs_a_gpu(tmp_path):
     with pytest.raises(FastresError, match="--cuda-graph needs a CUDA device, not cpu"):
         tiny_trainer(tmp_path, cuda_graph=True)
+
+
+@pytest.mark.parametrize(
+    "graphed, changes, ranks",
+    [(True, {}, 1), (False, {}, 2), (False, dict(precision="fp16"), 1), (False, dict(compile=True), 1),
+     (False, dict(checkpoint_every=2), 1), (False, dict(model="timm/resnet50"), 1), (False, dict(device="cpu"), 1),
+     (False, dict(cuda_graph=False), 1), (True, dict(cuda_graph=True, compile=True), 1)],
+    ids=str,
+)  # fmt: skip
+def test_a_step_is_a_graph_where_that_is_known_to_be_right(graphed, changes, ranks):
+    config = dataclasses.replace(tiny_config(device="cuda"), **changes)
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    assert machine.takes_graph(config, torch.device(config.device), dtype, ranks) == graphed
+
+
+@pytest.mark.parametrize("dtype, ranks, wrong", [(torch.float16, 1, "loss scaling"), (torch.bfloat16, 2, "ranks")])
+def test_a_graph_is_refused_where_it_cannot_be(dtype, ranks, wrong):
+    with pytest.raises(FastresError, match=wrong):
+        machine.takes_graph(tiny_config(cuda_graph=True), torch.device("cuda"), dtype, ranks)
 
 
 def test_warm_up_and_recording_share_a_stream(monkeypatch):
@@ -118,7 +138,7 @@ def test_a_stand_in_for_the_graph_learns_the_same(tmp_path, changes):
 )  # fmt: skip
 def test_a_graph_learns_the_same(tmp_path, backend, changes):
     common = dict(device="cuda", backend=backend, epochs=4, deterministic=True, **changes)
-    plain = tiny_trainer(tmp_path / "plain", **common)
+    plain = tiny_trainer(tmp_path / "plain", cuda_graph=False, **common)
     graphed = tiny_trainer(tmp_path / "graphed", cuda_graph=True, **common)
     assert isinstance(graphed.learn, GraphedUpdate)
     for run in (plain, graphed):
@@ -136,7 +156,7 @@ def test_a_graph_learns_the_same(tmp_path, backend, changes):
 
 @pytest.mark.gpu
 def test_an_epoch_on_a_gpu_never_waits(tmp_path):
-    run = tiny_trainer(tmp_path, device="cuda", ema=0.9, cutout=3, epochs=3)
+    run = tiny_trainer(tmp_path, device="cuda", ema=0.9, cutout=3, epochs=3, cuda_graph=False)
     run._train_epoch(StopRequest())
     run._end_epoch(StopRequest())
     run.check_finite = lambda: None  # at an epoch's end it waits, once

@@ -78,12 +78,17 @@ class Launch(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """An operation of PyTorch: tensors among the arguments are `View`; ``made`` has the number of each new result."""
+    """An operation of PyTorch: tensors among the arguments are `View`, on their own or in a list."""
 
     function: Callable
-    args: Any
-    options: Any
-    made: list[int | None]
+    args: list[Any]
+    options: dict[str, Any]
+    made: list[tuple[int, int]]  # place among the results, and number, of each that is new memory
+
+    @property
+    def views(self) -> list[View]:
+        """The tensors that it reads."""
+        return [one for one in tree_flatten((self.args, self.options))[0] if isinstance(one, View)]
 
 
 class Recording(TorchDispatchMode):
@@ -146,11 +151,12 @@ class Recording(TorchDispatchMode):
             self.spoiled(f"{func} is called")
             return result
         known = {t.untyped_storage()._cdata for t in given if isinstance(t, Tensor)}
-        made = [None if r is None or r.untyped_storage()._cdata in known else self._made(r) for r in results]
+        there = [(place, one) for place, one in enumerate(results) if one is not None]
+        made = [(place, self._made(one)) for place, one in there if one.untyped_storage()._cdata not in known]
         if func._schema.name in _ALLOCATIONS:
-            self.allocated.update(number for number in made if number is not None)
-        elif func._schema.is_mutable or any(number is not None for number in made):
-            self.steps.append(Operation(func, *views, made))
+            self.allocated.update(number for _, number in made)
+        elif func._schema.is_mutable or made:
+            self.steps.append(Operation(func, list(views[0]), views[1], made))
         return result
 
     def _made(self, tensor: Tensor) -> int:
@@ -258,10 +264,19 @@ class Program:
 
 
 def _call(operation: Operation, tensors: list[Tensor | None], bases: list[int]) -> None:
-    args, options = tree_map_only(View, lambda view: _tensor(view, tensors), (operation.args, operation.options))
-    for number, tensor in zip(operation.made, tree_flatten(operation.function(*args, **options))[0]):
-        if number is not None:
-            tensors[number], bases[number] = tensor, tensor.data_ptr()
+    args = [_filled(value, tensors) for value in operation.args]
+    options = {name: _filled(value, tensors) for name, value in operation.options.items()}
+    result = operation.function(*args, **options)
+    for place, number in operation.made:
+        made = result if isinstance(result, Tensor) else result[place]
+        tensors[number], bases[number] = made, made.data_ptr()
+
+
+def _filled(value: Any, tensors: Sequence[Tensor | None]) -> Any:
+    """An argument with its tensors."""
+    if isinstance(value, View):
+        return _tensor(value, tensors)
+    return [_filled(one, tensors) for one in value] if isinstance(value, list) else value
 
 
 def _tensor(view: View, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -286,8 +301,7 @@ def _bytes(form: Form) -> int:
 
 def _read(step: Operation) -> list[int]:
     """Numbers of the memory that an operation reads or makes."""
-    views = [one for one in tree_flatten((step.args, step.options))[0] if isinstance(one, View)]
-    return [*(view.place.number for view in views), *(number for number in step.made if number is not None)]
+    return [*(view.place.number for view in step.views), *(number for _, number in step.made)]
 
 
 def _spans(steps: Sequence[Launch | Operation]) -> dict[int, tuple[int, int]]:

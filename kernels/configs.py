@@ -94,7 +94,7 @@ def conv_configs(product: Product) -> list[Config]:
     if not _on_warp_groups(product):
         return _plain_configs(product)
     if product.flat:  # bound by its addresses: many small programs
-        return _ordered([Config(64, 64, 64, 4, 3, 128), *_plain_configs(product)], product)
+        return _ordered([Config(64, 64, 64, 4, 3, 168), *_plain_configs(product)], product)
     if product.taps == 1 and product.loaded == 2:  # bound by memory: many small programs
         sizes = [(128, 64), (128, 128), (64, 64)]
     elif product.taps == 1 and product.depth <= 64:
@@ -129,14 +129,17 @@ def dgrad_configs(product: Product) -> list[Config]:
     elif columns <= 64:
         found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     elif product.masked:  # its end waits for three more tensors: programs of few registers, side by side
-        found = [Config(128, 64, 32 if deep else 64, 4, 4 if deep else 3, 168), Config(64, 64, 64, 4, 3, 128)]
+        found = [
+            Config(128, 64, 32, 4, 4, 168) if deep else Config(256, 64, 64, 8, 3, 128),
+            Config(64, 64, 64, 4, 3, 128),
+        ]
     elif not deep:
         found = [Config(128, 128, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     elif columns <= 128:
         found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128), Config(128, 128, 32, 8, 4, 128)]
         found = found if product.sums else found[::-1]
     elif product.sums:
-        found = [Config(256, 128, 64, 16, 3, 128), Config(64, 128, 64, 4, 3, 168), Config(128, 256, 64, 16, 3, 128)]
+        found = [Config(64, 128, 64, 4, 3, 168), Config(128, 256, 64, 16, 3, 128), Config(128, 128, 64, 8, 3, 255)]
     else:
         found = [Config(64, 256, 32, 8, 4, 128), Config(128, 256, 64, 16, 3, 128), Config(128, 128, 32, 8, 4, 128)]
         found = found if product.depth < 256 else [found[1], found[0], found[2]]
@@ -145,18 +148,22 @@ def dgrad_configs(product: Product) -> list[Config]:
 
 def _window_gradients(product: Product) -> list[Config]:
     """Of `dgrad_configs`: windows, and what reads a gradient that is there."""
-    narrow = Config(128, 64, 64, 4, 3, 168)  # three programs run at once
-    square = Config(128, 128, 64, 8, 3, 128 if product.taps == 1 else MORE_REGISTERS)
+    # Three programs of few registers run at once; a step of 64 channels alone, or a stride, would spill.
+    narrow = (
+        Config(128, 64, 64, 4, 3, 168) if product.depth > 64 and product.step == 1 else Config(128, 64, 32, 4, 4, 168)
+    )
+    small = Config(64, 64, 64, 4, 3, 128)
+    square = Config(128, 128, 64, 8, 3, MORE_REGISTERS if product.taps > 1 and product.sums else 128)
     if product.loaded == 2:  # both tensors in shallow steps, so that two programs have room
-        found = [Config(128, 128, 32, 8, 3, 128), Config(128, 64, 32, 8, 4, 128), Config(64, 64, 64, 4, 3, 128)]
+        found = [Config(128, 128, 32, 8, 3, 128), Config(128, 64, 32, 8, 4, 128), small]
         if product.stores:  # Triton 3.6 would spill 8 bytes, in large tiles and with 128 registers
-            found = [found[1], found[2]._replace(most_registers=MORE_REGISTERS)]
+            found = [found[1], small._replace(most_registers=MORE_REGISTERS)]
         return [Config(128, 64, 64, 8, 3, 128), *found[-1:]] if product.columns <= 64 else found
     if product.least_registers:  # behind GELU
-        return [Config(64, 128 if product.columns > 64 else 64, 64, 4, 3, 168), square, narrow]
+        return [Config(64, 128, 64, 4, 3, 168) if product.columns > 64 else small, square]
     if product.columns <= 64 or (product.sums and (product.columns <= 128 or product.step > 1)):
-        return [narrow, Config(64, 64, 64, 4, 3, 128), square]
-    return [Config(256, 128, 64, 16, 3, 128), square, narrow] if product.taps > 1 else [square, narrow]
+        return [narrow, small, square]
+    return [Config(256, 128, 64, 16, 3, 128), square, narrow] if product.sums else [square, narrow]
 
 
 def _on_warp_groups(product: Product) -> bool:

@@ -1,11 +1,16 @@
-"""Every launch of a kernel, in one place, so that those of a walk can be noted and made again."""
+"""Every launch of a kernel, in one place, so that those of a walk can be compiled ahead, noted and made again."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
+
+from triton import AsyncCompileMode
+from triton.runtime import driver
 
 
 class Observer(Protocol):
@@ -24,6 +29,7 @@ class Observer(Protocol):
 
 
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+_ahead: ContextVar[bool] = ContextVar("ahead", default=False)
 
 
 @contextmanager
@@ -43,6 +49,33 @@ def spoil(reason: str) -> None:
         observer.spoiled(reason)
 
 
+@contextmanager
+def compiled_ahead() -> Iterator[None]:
+    """Inside nothing is launched: all cores compile what would have been, and results are undefined.
+
+    At the end all of it is compiled. What cannot be raises when it is launched.
+    """
+    token = _ahead.set(True)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with AsyncCompileMode(pool, ignore_errors=True) as mode:
+                yield
+            kernels = [future.result(ignore_errors=True) for future in mode.future_kernels.values()]
+            list(pool.map(_launcher, filter(None, kernels)))
+    finally:
+        _ahead.reset(token)
+
+
+def is_ahead() -> bool:
+    """Whether this is inside `compiled_ahead`."""
+    return _ahead.get()
+
+
+def _launcher(kernel: Any) -> None:
+    """Make what launches a kernel: until Triton 3.7 a compiled C function for each signature."""
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)``.
 
@@ -50,6 +83,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel: a function under ``triton.jit``. grid: programs along each axis.
         args: its first arguments. options: its others by name, and the compiler's, as num_warps.
     """
+    if _ahead.get():
+        kernel.run(*args, grid=grid, warmup=True, **options)
+        return
     compiled = kernel[grid](*args, **options)
     observer = _observer.get()
     if observer is not None:

@@ -113,7 +113,8 @@ def fake_cuda(pick: int = 0, shared_memory: int = 232448, capability: tuple[int,
 
 def _launch_patches(cuda: FakeCuda) -> list[Any]:
     def run(function: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
-        cuda.launches.append(checked_launch(function.fn, args, grid, given, cuda.current))
+        if not warmup:
+            cuda.launches.append(checked_launch(function.fn, args, grid, given, cuda.current))
 
     return [mock.patch.object(kind, "run", run) for kind in (JITFunction, InterpretedFunction)]
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from triton import knobs
 
 from fastres.kernels import buffers
-from fastres.kernels.launch import observed_by
+from fastres.kernels.launch import compiled_ahead, observed_by
 from fastres.ops.arena import Span, layout
 
 # Programs and notes of walks that are kept; bytes below which memory is a part of one piece; alignment in that.
@@ -336,6 +337,7 @@ class Programs:
         known = self._known.get(whole)
         if known is None:
             self._keep(whole, True)
+            _compile(walk)
             return walk()
         if known is False:
             return walk()
@@ -362,6 +364,14 @@ class Programs:
             self._known.move_to_end(key)
             while len(self._known) > MOST_PROGRAMS:
                 self._known.popitem(last=False)
+
+
+def _compile(walk: Callable[[], list[Tensor]]) -> None:
+    """Have all cores compile what a walk launches; where ranks exchange something in it each compiles as it goes."""
+    if torch.cuda.is_current_stream_capturing() or (dist.is_available() and dist.is_initialized()):
+        return
+    with suppress(Exception), compiled_ahead():  # what is wrong shows in the walk itself
+        walk()
 
 
 def _is_plain(inputs: Sequence[Tensor | None]) -> bool:

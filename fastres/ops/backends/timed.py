@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastres.kernels.launch import spoil
+from fastres.kernels.launch import is_ahead, spoil
 from fastres.kernels.parts import joining
 from fastres.kernels.types import Moments
 from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient, Normalised, Shortcut
@@ -82,17 +83,32 @@ class Timed(Triton):
     def _fastest(self, primitive: str, *arguments: Any) -> Any:
         key = primitive, _signature(arguments)
         call = self._calls.get(key)
+        if call is None and is_ahead():
+            return self._compile(primitive, key, arguments)
         if call is None:
             call = self._choose(primitive, key, arguments)
         return call(*arguments)
 
-    def _choose(self, primitive: str, key: tuple, arguments: tuple) -> Callable:
-        text = _text(key)
-        calls = {
+    def _compile(self, primitive: str, key: tuple, arguments: tuple) -> Any:
+        """The undefined result of the chosen candidate, or of any; what all need that may be chosen is compiled."""
+        calls = self._calls_of(primitive)
+        known = self._choices.known(_text(key), calls)
+        result = None
+        for name, call in calls.items():
+            if name == known or (known is None and not isinstance(self._candidates[name], Vendor)):
+                with suppress(Exception):  # shows where it is timed
+                    result = call(*arguments)
+        return result
+
+    def _calls_of(self, primitive: str) -> dict[str, Callable]:
+        return {
             name: getattr(backend, primitive)
             for name, backend in self._candidates.items()
             if primitive == "conv_backward" or not _differs_in_backward(backend, primitive == "conv")
         }
+
+    def _choose(self, primitive: str, key: tuple, arguments: tuple) -> Callable:
+        text, calls = _text(key), self._calls_of(primitive)
         if torch.cuda.is_current_stream_capturing():  # a graph cannot hold the timing; an eager call may still decide
             return calls[self._choices.known(text, calls) or next(iter(calls))]
         spoil("its implementations are timed")

@@ -129,10 +129,9 @@ def dgrad_configs(product: Product) -> list[Config]:
     elif columns <= 64:
         found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     elif product.masked:  # its end waits for three more tensors: programs of few registers, side by side
-        found = [
-            Config(128, 64, 32, 4, 4, 168) if deep else Config(256, 64, 64, 8, 3, 128),
-            Config(64, 64, 64, 4, 3, 128),
-        ]
+        found = [Config(64, 64, 64, 4, 3, 128), Config(256, 64, 64, 8, 3, 128)]
+        if deep:
+            found = [Config(128, 64, 32, 4, 4, 168), Config(64, 128, 32, 4, 4, 168), found[0]]
     elif not deep:
         found = [Config(128, 128, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     elif columns <= 128:
@@ -149,9 +148,9 @@ def dgrad_configs(product: Product) -> list[Config]:
 def _window_gradients(product: Product) -> list[Config]:
     """Of `dgrad_configs`: windows, and what reads a gradient that is there."""
     # Three programs of few registers run at once; a step of 64 channels alone, or a stride, would spill.
-    narrow = (
-        Config(128, 64, 64, 4, 3, 168) if product.depth > 64 and product.step == 1 else Config(128, 64, 32, 4, 4, 168)
-    )
+    narrow = Config(128, 64, 64, 4, 3, 168)
+    if product.depth <= 64 or product.step > 1:
+        narrow = narrow._replace(block_k=32, num_stages=4)
     small = Config(64, 64, 64, 4, 3, 128)
     square = Config(128, 128, 64, 8, 3, MORE_REGISTERS if product.taps > 1 and product.sums else 128)
     if product.loaded == 2:  # both tensors in shallow steps, so that two programs have room

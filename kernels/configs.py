@@ -86,6 +86,7 @@ class Product(NamedTuple):
     strided: bool = False  # whether the result has a strided residual added to it
     sums: bool = False  # whether the result goes through an activation and is summed for a BatchNorm
     masked: bool = False  # moreover by the end of a block, which is loaded
+    keeps: bool = False  # whether that activation is stored
     step: int = 1  # stride of the convolution whose gradient it is
 
 
@@ -122,6 +123,8 @@ def conv_configs(product: Product) -> list[Config]:
 def dgrad_configs(product: Product) -> list[Config]:
     """Configurations of an input gradient, the one to take first: on an H100 as they were timed."""
     if not _on_warp_groups(product) or (product.loaded == 1 and product.made):
+        if product.keeps and product.columns > 64:  # 16 bytes would spill with 168
+            product = product._replace(least_registers=255)
         return _plain_configs(product)
     columns, deep = product.columns, product.depth > 64
     if product.taps > 1 or product.loaded == 1:

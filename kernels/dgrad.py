@@ -373,7 +373,7 @@ def conv_dgrad(
     gelu = below is not None and act == "gelu"
     if gelu:
         needed = MORE_REGISTERS
-    if cin > 64 and (gelu or activation is not None):  # 16 bytes would spill with 168
+    if cin > 64 and gelu:  # 16 bytes would spill with 168
         needed = 255
     strided = residual is not None and residual.shape != (n, height, width, cin)
     product = Product(
@@ -390,6 +390,7 @@ def conv_dgrad(
         strided=strided,
         sums=below is not None,
         masked=mask is not None,
+        keeps=activation is not None,
         step=stride,
     )
     config = at_rank(dgrad_configs(product), rank, fitting(demand))

@@ -19,6 +19,7 @@ from fastres.kernels.geometry import cdiv, power_of_2
 
 # Programs that fill a large GPU once (132 multiprocessors on an H100): with fewer, smaller tiles are taken.
 PROGRAMS = 132
+FULL = 0.9  # share of the multiprocessors that have work all along
 OTHER = 0  # an architecture that is not NVIDIA's
 REGISTERS, LANES = 65536, 32  # of a multiprocessor, of a warp: NVIDIA's since sm_50
 # Smallest side of a tile that tl.dot takes.
@@ -102,15 +103,13 @@ def conv_configs(product: Product) -> list[Config]:
         sizes = [(128, 128), (128, 64), (64, 64)]
     elif product.taps > 1 and product.depth <= 32:  # bound by the addresses; 128x128 would spill 16 bytes
         sizes = [(128, 64), (64, 64)]
-    elif product.columns >= 256 and (product.taps > 1 or not product.made or product.depth >= 512):
+    elif product.columns >= 256 and (product.taps > 1 or (product.made and product.depth >= 512)):
         sizes = [(128, 256), (128, 128), (128, 64)]  # bound by the L2: few large programs
     else:
         sizes = [(128, 128), (128, 64), (64, 64)]
     if product.columns.bit_count() > 1:  # 96, 192 or 384 channels: wide tiles would spill up to 104 bytes
         sizes = [one for one in sizes if one[1] <= 64]
     square = Config(128, 128, 64, 8, 3, 128 if product.loaded == 1 else 255)
-    if product.taps == 1 and not product.made and product.columns > 128:  # Triton 3.6 would spill 8 bytes
-        square = square._replace(block_k=32, num_stages=4)
     of_size = {
         (128, 256): Config(128, 256, 64, 16, 3, 128),
         (128, 128): square,
@@ -125,23 +124,26 @@ def dgrad_configs(product: Product) -> list[Config]:
     if not _on_warp_groups(product) or (product.loaded == 1 and product.made):
         if product.keeps and product.columns > 64:  # 16 bytes would spill with 168
             product = product._replace(least_registers=255)
-        return _plain_configs(product)
+        found = _plain_configs(product)
+        if has_warp_groups(product.arch) and product.dtype.itemsize == 2 and product.loaded == 1 and product.taps > 1:
+            found[:0] = _ordered([Config(128, 32, 64, 4, 3, 168)], product)  # few channels
+        return found
     columns, deep = product.columns, product.depth > 64
     if product.taps > 1 or product.loaded == 1:
         found = _window_gradients(product)
     elif columns <= 64:
         found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     elif product.masked:  # its end waits for three more tensors: programs of few registers, side by side
-        found = [Config(64, 64, 64, 4, 3, 128), Config(256, 64, 64, 8, 3, 128)]
+        found = [Config(128, 64, 64, 4, 3, 168), Config(256, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
         if deep:
-            found = [Config(128, 64, 32, 4, 4, 168), Config(64, 128, 32, 4, 4, 168), found[0]]
+            found[:2] = [Config(128, 64, 32, 4, 4, 168), Config(64, 128, 32, 4, 4, 168)]
     elif not deep:
         found = [Config(128, 128, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     elif columns <= 128:
         found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128), Config(128, 128, 32, 8, 4, 128)]
         found = found if product.sums else found[::-1]
     elif product.sums:
-        found = [Config(64, 128, 64, 4, 3, 168), Config(128, 256, 64, 16, 3, 128), Config(128, 128, 64, 8, 3, 255)]
+        found = [Config(256, 128, 64, 16, 3, 128), Config(64, 128, 64, 4, 3, 168), Config(128, 256, 64, 16, 3, 128)]
     else:
         found = [Config(64, 256, 32, 8, 4, 128), Config(128, 256, 64, 16, 3, 128), Config(128, 128, 32, 8, 4, 128)]
         found = found if product.depth < 256 else [found[1], found[0], found[2]]
@@ -150,12 +152,9 @@ def dgrad_configs(product: Product) -> list[Config]:
 
 def _window_gradients(product: Product) -> list[Config]:
     """Of `dgrad_configs`: windows, and what reads a gradient that is there."""
-    # Three programs of few registers run at once; a step of 64 channels alone, or a stride, would spill.
-    narrow = Config(128, 64, 64, 4, 3, 168)
-    if product.depth <= 64 or product.step > 1:
-        narrow = narrow._replace(block_k=32, num_stages=4)
+    narrow = Config(128, 64, 64, 4, 3, 168)  # three programs of few registers run at once
     small = Config(64, 64, 64, 4, 3, 128)
-    square = Config(128, 128, 64, 8, 3, MORE_REGISTERS if product.taps > 1 and product.sums else 128)
+    square = Config(128, 128, 64, 8, 3, 128)
     if product.loaded == 2:  # both tensors in shallow steps, so that two programs have room
         found = [Config(128, 128, 32, 8, 3, 128), Config(128, 64, 32, 8, 4, 128), small]
         if product.stores:  # Triton 3.6 would spill 8 bytes, in large tiles and with 128 registers
@@ -197,11 +196,13 @@ def _ordered(configs: list[Config], product: Product) -> list[Config]:
         if one.block_n <= widest
     ]
 
-    def programs(one: Config) -> int:
-        return cdiv(product.rows, one.block_m) * cdiv(product.columns, one.block_n)
+    def fills(one: Config) -> bool:
+        programs = cdiv(product.rows, one.block_m) * cdiv(product.columns, one.block_n)
+        if one.num_warps == 16:  # they run one at a time: the last ones are to leave few multiprocessors idle
+            return programs >= FULL * cdiv(programs, PROGRAMS) * PROGRAMS
+        return programs >= PROGRAMS
 
-    # Of the programs that run one at a time so many that the last ones count little.
-    full = [one for one in configs if programs(one) >= (2 if one.num_warps == 16 else 1) * PROGRAMS]
+    full = [one for one in configs if fills(one)]
     first = full[0] if full else configs[-1]
     return sorted(dict.fromkeys(configs), key=lambda one: one != first)
 
@@ -216,6 +217,7 @@ def wgrad_configs(
     made: bool = True,
     flat: bool = False,
     window: bool = False,
+    reads_made: bool = False,
 ) -> list[Config]:
     """Configurations of a weight gradient, the one to take first.
 
@@ -229,6 +231,7 @@ def wgrad_configs(
         made: whether the gradient is computed here, not loaded as it is.
         flat: whether the columns are gathered one by one, from all taps in a row.
         window: whether there are several taps.
+        reads_made: whether what the convolution read is computed here, too.
     """
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
     tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype, arch)
@@ -236,27 +239,27 @@ def wgrad_configs(
     if has_warp_groups(arch) and dtype.itemsize == 2 and flat and block_m >= 64:
         configs = [Config(64, 64, 32, 4, 4, MORE_REGISTERS), *configs]
     elif has_warp_groups(arch) and dtype.itemsize == 2:
-        configs = _ranked_weight_gradients(rows, columns, made, window) + configs
+        configs = _ranked_weight_gradients(rows, columns, made, window, reads_made) + configs
         configs = [one._replace(most_registers=max(one.most_registers, least_registers)) for one in configs]
         configs = [one._replace(block_k=min(one.block_k, power_of_2(pixels, LEAST, 64))) for one in configs]
         configs = [one for one in configs if one.block_m <= 2 * block_m and one.block_n <= 2 * block_n]
     return configs
 
 
-def _ranked_weight_gradients(rows: int, columns: int, made: bool, window: bool) -> list[Config]:
+def _ranked_weight_gradients(rows: int, columns: int, made: bool, window: bool, reads_made: bool) -> list[Config]:
     """Those of `wgrad_configs` that were quickest on an H100, where it was timed."""
     tall, wide = Config(256, 128, 64, 8, 3, 255), Config(128, 256, 64, 8, 3, 255)
     lean, narrow = Config(128, 128, 64, 8, 3, 128), Config(128, 64, 64, 8, 3, 128)
     small = Config(64, 64, 64, 4, 4, 168)
     if made:
         return [wide] if rows >= 256 and columns >= 256 else [small] if columns <= 64 else []
+    if rows <= 32 or columns <= 32:
+        return [Config(64, 32, 64, 4, 4, 128)] if rows >= 64 else []
     if rows <= 64 and columns <= 64:
         return [small]
-    if rows <= 32 or columns <= 32:
-        return []
     if columns <= 64 or (min(rows, columns) <= 128 and not window):
         return [narrow, lean] if columns > 64 else [narrow]
-    if rows >= 256:
+    if rows >= 256 and not reads_made:
         return [tall, wide, lean] if window else [wide, lean]
     return [lean, narrow]
 

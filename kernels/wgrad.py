@@ -180,6 +180,7 @@ def conv_wgrad(
         made=abc is not None,
         flat=flat,
         window=kh * kw > 1,
+        reads_made=coef is not None,
     )
     config = at_rank(configs, rank, fitting(demand))
     programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)

@@ -126,7 +126,7 @@ def dgrad_configs(product: Product) -> list[Config]:
             product = product._replace(least_registers=255)
         found = _plain_configs(product)
         if has_warp_groups(product.arch) and product.dtype.itemsize == 2 and product.loaded == 1 and product.taps > 1:
-            found[:0] = _ordered([Config(128, 32, 64, 4, 3, 168)], product)  # few channels
+            found = _ordered([Config(128, 32, 64, 4, 3, 168), *found], product) if product.columns > LEAST else found
         return found
     columns, deep = product.columns, product.depth > 64
     if product.taps > 1 or product.loaded == 1:

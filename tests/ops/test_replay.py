@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
+import os
+import subprocess
+import sys
 import weakref
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -22,10 +26,11 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from fastres import ops
 from fastres.kernels.launch import launch, spoil
-from fastres.ops.backends import replay
+from fastres.ops.backends import replay, timed
 from fastres.ops.backends.aten import Aten
+from fastres.ops.backends.protocol import Activation, Convolution, Gradient
 from fastres.ops.backends.replay import Programs, Recording
-from fastres.ops.backends.triton import Triton
+from fastres.ops.backends.triton import Triton, Vendor
 
 BF16 = torch.bfloat16
 
@@ -64,7 +69,7 @@ def on_stand_in():
         patches.enter_context(mock.patch.object(InterpretedFunction, "run", run))
         patches.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         for name, stand_in in dict(
-            _is_plain=lambda inputs: True, _stream=lambda device: 0, _settings=lambda: ()
+            _is_plain=lambda inputs: True, _stream=lambda device: 0, _settings=lambda: (), _compile=lambda walk: None
         ).items():
             patches.enter_context(mock.patch.object(replay, name, stand_in))
         yield
@@ -243,3 +248,62 @@ def test_launches_are_told_in_the_kernels_order():
     (one,) = told.steps
     assert one.grid == (5, 6, 1) and one.arguments == [1, None, 3, 4] and not one.pointers
     assert kernel.__getitem__.return_value.call_count == 2
+
+
+AHEAD = """
+import json
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from fastres import kernels
+from fastres.kernels.launch import compiled_ahead
+
+made = []
+class Device:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    launcher_cls = staticmethod(lambda source, metadata: made.append(source.fn.__name__))
+driver.set_active(Device())
+x, w = torch.randn(2, 4, 4, 64).bfloat16(), torch.randn(64, 1, 1, 64).bfloat16()
+for _ in range(2):  # another call compiles nothing more
+    with compiled_ahead():
+        y, moments = kernels.conv(x, w, 1, (0, 0, 0, 0))
+        kernels.conv(x, w, 1, (0, 0, 0, 0))
+        kernels.finalize(moments, None, None, 1e-5)
+print(json.dumps(sorted(made)))
+"""
+
+
+def test_all_that_a_walk_launches_is_compiled_ahead(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == ["conv_kernel", "finalize_kernel"]
+
+
+def test_ahead_all_candidates_are_called_and_none_is_chosen(monkeypatch):
+    calls, choices = [], mock.Mock()
+    choices.known.return_value = None
+
+    class Candidate:
+        def __init__(self, name, fails=False):
+            self.name, self.fails = name, fails
+
+        def conv_wgrad(self, *arguments):
+            calls.append(self.name)
+            if self.fails:
+                raise RuntimeError
+            return self.name
+
+    library = Vendor()
+    monkeypatch.setattr(library, "conv_wgrad", lambda *_: calls.append("vendor"))
+    choose = timed.Timed(choices, [Candidate("first"), Candidate("broken", fails=True), library, Candidate("last")])
+    monkeypatch.setattr(timed, "is_ahead", lambda: True)
+    x = torch.ones(1, 2, 2, 4)
+    assert choose.conv_wgrad(Gradient(x), Activation(x), Convolution(torch.ones(4, 1, 1, 4))) == "last"
+    assert calls == ["first", "broken", "last"] and not choices.choose.called and not choose.chosen
+    choices.known.return_value = "vendor"  # from an earlier run
+    choose.conv_wgrad(Gradient(x), Activation(x), Convolution(torch.ones(4, 1, 1, 4)))
+    assert calls[3:] == ["vendor"]

@@ -96,7 +96,7 @@ def conv_configs(product: Product) -> list[Config]:
     if not _on_warp_groups(product):
         return _plain_configs(product)
     if product.flat:  # bound by its addresses: many small programs
-        return _ordered([Config(64, 64, 64, 4, 3, 168), *_plain_configs(product)], product)
+        return _ordered([Config(64, 64, 64, 4, 3, 184), *_plain_configs(product)], product)
     if product.taps == 1 and product.loaded == 2:  # bound by memory: many small programs
         sizes = [(128, 64), (128, 128), (64, 64)]
     elif product.taps == 1 and product.depth <= 64:
@@ -134,9 +134,9 @@ def dgrad_configs(product: Product) -> list[Config]:
     elif columns <= 64:
         found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     elif product.masked:  # its end waits for three more tensors: programs of few registers, side by side
-        found = [Config(128, 64, 64, 4, 3, 168), Config(256, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
+        found = [Config(128, 64, 64, 4, 3, 168), Config(64, 64, 64, 4, 3, 128)]
         if deep:
-            found[:2] = [Config(128, 64, 32, 4, 4, 168), Config(64, 128, 32, 4, 4, 168)]
+            found[:1] = [Config(128, 64, 32, 4, 4, 168), Config(64, 128, 32, 4, 4, 168)]
     elif not deep:
         found = [Config(128, 128, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     elif columns <= 128:

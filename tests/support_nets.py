@@ -60,7 +60,7 @@ def train_step(model: nn.Module, x: Tensor, call=None) -> dict[str, Tensor]:
     """One forward and backward: logits, gradients, and buffers after it, by name."""
     model.zero_grad()
     logits = model(x) if call is None else call(x)
-    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
     (logits * weights).sum().backward()
     grads = {f"grad of {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **grads, **{name: b.clone() for name, b in model.named_buffers()}}

@@ -398,7 +398,12 @@ COLUMNS = (
 )
 
 
-def speeds(found: list[dict[str, Any]]) -> str:
+def few_speeds(found: list[dict[str, Any]]) -> str:
+    """`speeds`, of inference single images and the largest batch alone."""
+    return speeds(found, all_batches=False)
+
+
+def speeds(found: list[dict[str, Any]], all_batches: bool = True) -> str:
     """A row for a workload's training and one for each batch of its inference: ours against the best baselines and the
     limits.
     """
@@ -406,7 +411,13 @@ def speeds(found: list[dict[str, Any]]) -> str:
     for one in found:
         facts = summary(one)
         kinds = {"training": facts["training"]} if "training" in facts else {}
-        kinds |= {f"inference, batch {batch}": of for batch, of in facts.get("inference", {}).items()}
+        inference = facts.get("inference", {})
+        shown = (
+            inference
+            if all_batches
+            else {batch: inference[batch] for batch in (*inference,)[:: len(inference) - 1 or 1]}
+        )
+        kinds |= {f"inference, batch {batch}": of for batch, of in shown.items()}
         for kind, f in kinds.items():
             ratios = [
                 f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})"

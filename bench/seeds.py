@@ -47,7 +47,7 @@ def row(content: dict[str, Any]) -> list[str]:
     cells.append(_share(entry["tta_accuracy"]) if "tta_accuracy" in entry else "")
     rate = sum(one["images_per_second"] for run in runs for one in run["epochs"])
     rate /= sum(len(run["epochs"]) for run in runs)
-    return [*cells, f"{runs[0]['flops'] / 1e15:.3g}", f"{rate:.0f}", f"{seconds / 60:.1f}"]
+    return [*cells, f"{runs[0]['flops'] / 1e15:.3g}", f"{rate:.0f}", f"{seconds / 60:.2g}"]
 
 
 def _share(value: dict[str, Any]) -> str:

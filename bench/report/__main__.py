@@ -7,8 +7,8 @@ from pathlib import Path
 
 from bench import cpu, report
 from bench.record import RESULTS, ROOT
-from bench.report import counted, headline, predicted, single, training
-from bench.report.campaign import CAMPAIGN, models_section
+from bench.report import counted, headline, measured, predicted, single, training
+from bench.report.campaign import CAMPAIGN, memory_section, models_section, speeds_section
 from bench.report.common import read
 from bench.report.plots import plots
 from bench.tables import fill
@@ -17,14 +17,16 @@ from fastres.atomic import atomic_write
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
-def newest_campaign(results: Path) -> Path | None:
-    """The folder of the last campaign: one on a GPU before any on a CPU."""
+def newest_campaign(results: Path, on_cpu: bool = False) -> Path | None:
+    """The folder of the last campaign: one on a GPU before any on a CPU; or of the last ``on_cpu``."""
     folders = sorted(file.parent for file in results.glob("*/environment.json"))
-    return max(
-        folders,
-        key=lambda folder: ((read(folder / "environment.json") or {}).get("device") != "cpu", folder.name[-8:]),
-        default=None,
-    )
+    if on_cpu:
+        folders = [folder for folder in folders if not _is_on_gpu(folder)]
+    return max(folders, key=lambda folder: (_is_on_gpu(folder), folder.name[-8:]), default=None)
+
+
+def _is_on_gpu(folder: Path) -> bool:
+    return (read(folder / "environment.json") or {}).get("device") != "cpu"
 
 
 def sections(results: Path, folder: Path | None) -> dict[str, str]:
@@ -32,6 +34,8 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
     roofline = results / "roofline.json"
     found = {
         "headline": headline.sentence(results),
+        "machine-launches": measured.launches_section(results / "launches-h100.json"),
+        "gpu-seconds": measured.seconds_sentence(results),
         "aot": counted.machine_code_section(results),
         "aot-architectures": counted.architectures_section(results),
         "traffic": counted.traffic_section(results),
@@ -46,7 +50,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "machine-test": predicted.sharpest_section(results),
         "growth": single.growth_section(results / "growth-cpu.json"),
         "cpu": single.cpu_section(results),
-        "cpu-speeds": single.cpu_section(results, cpu.speeds),
+        "cpu-speeds": single.cpu_section(results, cpu.few_speeds),
         "levers": single.cpu_ablation_section(results / "levers-cpu.json"),
         "faults": single.faults_section(results / "faults.json"),
         "rate": training.rates_section(results / "rate-cpu.json"),
@@ -61,6 +65,10 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
     if folder is not None:
         found |= {name: make(folder) for name, make in CAMPAIGN.items()}
         found["models"] = models_section(folder, counted.bytes_an_image(results))
+        found |= {"gpu-steps": measured.steps_section(folder), "gpu-headline": measured.headline(folder)}
+    if (on_cpu := newest_campaign(results, on_cpu=True)) is not None:
+        found |= {"speeds-cpu": speeds_section(on_cpu), "memory-cpu": memory_section(on_cpu)}
+        found["models-cpu"] = models_section(on_cpu)
     return {name: text for name, text in found.items() if text}
 
 

@@ -257,7 +257,6 @@ CAMPAIGN: dict[str, Callable[[Path], str | None]] = {
     "environment": environment_section,
     "tests": tests_section,
     "models": models_section,
-    "speeds": speeds_section,
     "memory": memory_section,
     "parts": parts_section,
     "step": step_section,

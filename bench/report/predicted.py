@@ -10,7 +10,7 @@ from bench.machine import tables
 from bench.report.common import Record, read
 from bench.tables import markdown
 
-LABEL = "**Predictions of a model; no GPU has timed these kernels.**"
+LABEL = "**Predictions of a model, not measurements.**"
 # Launches of ResNet-50 at 224 pixels that test the model most sharply, since it predicts far more than their bytes
 # take.
 SHARPEST = (("conv 1x1", 64, 256), ("conv_wgrad 3x3", 256, 256))
@@ -74,7 +74,7 @@ def runs_sentence(results: Path) -> str | None:
     lines = []
     for record in _runs(results):
         each = ", ".join(f"`{run['preset']}` {_range(run['seconds'], 1, '.1f')} s" for run in record["runs"])
-        lines.append(f"On one {record['chip']['name']} a model predicts {each} of training; no GPU has run it.")
+        lines.append(f"On one {record['chip']['name']} a model predicts {each} of training.")
     return " ".join(lines) or None
 
 

@@ -64,11 +64,12 @@ def runs_section(path: Path) -> str | None:
 
 
 def seeds_section(results: Path) -> str | None:
-    """Presets over seeds, those of one set of data in a table."""
-    records = [read(path) for path in sorted(results.glob("seeds-*-cpu.json"))]
+    """Presets over seeds, those of one set of data and one kind of device in a table."""
+    records = [read(path) for path in sorted(results.glob("seeds-*.json"))]
     tables = []
-    for data in dict.fromkeys(record["data"] for record in records if record):
-        of_data = [record for record in records if record and record["data"] == data]
+    kinds = dict.fromkeys((record["data"], record["device"]) for record in records if record)
+    for data, device in kinds:
+        of_data = [record for record in records if record and (record["data"], record["device"]) == (data, device)]
         where = "; ".join(dict.fromkeys(f"{machine_line(record)}" for record in of_data))
         warning = busy(max(record["load"] for record in of_data), of_data[0]["threads"])
         tables.append(f"{data}, measured on {where}.{warning}\n\n{seeds.table(of_data)}")

@@ -399,7 +399,7 @@ COLUMNS = (
 
 
 def few_speeds(found: list[dict[str, Any]]) -> str:
-    """`speeds`, of inference single images and the largest batch alone."""
+    """`speeds`, of inference the largest batch alone."""
     return speeds(found, all_batches=False)
 
 
@@ -412,12 +412,8 @@ def speeds(found: list[dict[str, Any]], all_batches: bool = True) -> str:
         facts = summary(one)
         kinds = {"training": facts["training"]} if "training" in facts else {}
         inference = facts.get("inference", {})
-        shown = (
-            inference
-            if all_batches
-            else {batch: inference[batch] for batch in (*inference,)[:: len(inference) - 1 or 1]}
-        )
-        kinds |= {f"inference, batch {batch}": of for batch, of in shown.items()}
+        shown = list(inference) if all_batches else list(inference)[-1:]
+        kinds |= {f"inference, batch {batch}": inference[batch] for batch in shown}
         for kind, f in kinds.items():
             ratios = [
                 f"{f[p]['ratio']:.2f} ({f[p]['name'].rpartition(', ')[0]})"

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastres.train.optimizer_state import load_state
+
 if TYPE_CHECKING:  # which imports this module
     from fastres.train.optimizer import SGDW
 
@@ -113,6 +115,6 @@ class MuonBesideSGD:
         """
         if state.keys() != {"sgd", "muon"}:
             raise ValueError("no state of Muon")
-        self.sgd.load_state_dict(state["sgd"])
+        load_state(self.sgd, state["sgd"])
         self.muon.load_state_dict(state["muon"])
         self.muon.param_groups[0].update(lr=1.0, weight_decay=0.0)  # others in a state that an earlier version saved

@@ -9,6 +9,7 @@ from fastres.data.dataset import first_line
 from fastres.errors import FastresError
 from fastres.train.checkpoint import CheckpointError, load_weights
 from fastres.train.memory import is_out_of_memory
+from fastres.train.optimizer_state import load_state
 
 if TYPE_CHECKING:
     from fastres.train.trainer import Trainer
@@ -75,7 +76,7 @@ def take_up(trainer: Trainer, saved: dict[str, Any], source: Path) -> None:
     try:
         if trainer.average is not None:
             trainer.average.load_state_dict(saved["average"])
-        trainer.optimizer.load_state_dict(saved["optimizer"])
+        load_state(trainer.optimizer, saved["optimizer"])
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(saved["scaler"])
     except Exception as error:  # what is wrong in a nest of values can raise anything

@@ -72,7 +72,9 @@ class View:
 class Launch(NamedTuple):
     """A kernel's launch: pointers among the arguments are None here, and `Place` in ``pointers``."""
 
-    compiled: Any
+    run: Callable  # what Triton compiled, and what launches it
+    function: Any
+    metadata: Any
     grid: tuple[int, ...]
     arguments: list[Any]
     pointers: list[tuple[int, Place]]
@@ -139,7 +141,8 @@ class Recording(TorchDispatchMode):
         """See `fastres.kernels.launch.Observer`."""
         pointers = [(i, self.place(value)) for i, value in enumerate(arguments) if isinstance(value, Tensor)]
         plain = [None if isinstance(value, Tensor) else value for value in arguments]
-        self.steps.append(Launch(compiled, (*grid, 1, 1)[:3], plain, pointers))
+        how = compiled.run, compiled.function, compiled.packed_metadata
+        self.steps.append(Launch(*how, (*grid, 1, 1)[:3], plain, pointers))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
@@ -248,13 +251,11 @@ class Program:
                 tensor = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=device)
                 tensors[number], bases[number] = tensor, tensor.data_ptr()
             if isinstance(what, Launch):
-                arguments = what.arguments.copy()
-                for index, (number, offset) in what.pointers:
+                run, function, metadata, grid, fixed, pointers = what
+                arguments = fixed.copy()
+                for index, (number, offset) in pointers:
                     arguments[index] = bases[number] + offset
-                compiled = what.compiled
-                compiled.run(
-                    *what.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
-                )
+                run(*grid, stream, function, metadata, None, None, None, *arguments)
             else:
                 _call(what, tensors, bases)
             for number in frees:

@@ -60,7 +60,7 @@ def plain_rows(config: TrainConfig, dataset: Dataset, workers: int, target: floa
     model = create_model(config.model, num_classes=len(dataset.classes))
     if config.whiten:
         whiten(model, dataset)
-    optimizer = build_optimizer(config, model, scaled=False, device=torch.device("cpu"))
+    optimizer = build_optimizer(config, model, scaled=False, lr_on=None)
     train, test = plain.loaders(dataset, config.batch_size, config.crop_pad, "reflect", workers)
     epochs, smoothing = cast(int, config.epochs), config.label_smoothing
     steps = epochs * len(train)

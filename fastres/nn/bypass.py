@@ -161,11 +161,11 @@ def absent_reason(module: nn.Module | None) -> str | None:
 
 
 def _held(module: Any, name: str) -> str | None:
-    """Why a parameter is not to be read: it is a Parameter or a buffer of the module or a parametrization's, or else a
-    stale result.
+    """Why a parameter is not to be read: it is a Parameter of the module or a parametrization's, or else a stale
+    result.
     """
-    if name in module._parameters or name in module._buffers:
-        value = module._parameters[name] if name in module._parameters else module._buffers[name]
+    if name in module._parameters:
+        value = module._parameters[name]
         if value is None or is_plain(type(value)):
             return None
         if getattr(module, "_is_fsdp_managed_module", False):  # sharded for now, whole in the forward

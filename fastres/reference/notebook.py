@@ -7,6 +7,7 @@ stage (so the shortcut of that unit is an identity, subsampled), and `batch_norm
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,17 +65,28 @@ class Subsample(nn.Module):
         return x[:, :, :: self.stride, :: self.stride]
 
 
-def batch_norm(channels: int, gamma: bool) -> nn.BatchNorm2d:
-    """slim's `batch_norm`: with ``gamma`` False the scale is 1 and no parameter.
+class ShiftedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with a beta and without gamma.
 
-    It is a tensor nevertheless: without one PyTorch (2.11) has no gradient of beta for channels-last tensors on a GPU.
+    In training on a GPU it is given ones: without gamma PyTorch (2.11) has no gradient of beta for channels-last
+    tensors there.
     """
-    norm = nn.BatchNorm2d(channels, eps=EPSILON, momentum=1 - DECAY)
-    if not gamma:
-        ones = norm.weight.detach()
-        del norm.weight
-        norm.register_buffer("weight", ones, persistent=False)
-    return norm
+
+    def __init__(self, channels: int, eps: float, momentum: float):
+        super().__init__(channels, eps, momentum)
+        self.register_parameter("weight", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and x.is_cuda):
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        ones = torch.ones_like(self.bias)
+        return F.batch_norm(x, self.running_mean, self.running_var, ones, self.bias, True, self.momentum, self.eps)
+
+
+def batch_norm(channels: int, gamma: bool) -> nn.BatchNorm2d:
+    """slim's `batch_norm`: with ``gamma`` False the scale is 1 and no parameter."""
+    return (nn.BatchNorm2d if gamma else ShiftedBatchNorm2d)(channels, eps=EPSILON, momentum=1 - DECAY)
 
 
 class NotebookBlock(nn.Module):

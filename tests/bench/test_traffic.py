@@ -108,10 +108,10 @@ def test_target_of_memory_kept_by_an_identity_bottleneck(stage, mode, share):
 
 
 def test_target_of_bytes_moved_by_a_block_that_subsamples_its_shortcut():
-    """Neither its forward nor its backward leaves a pass to ATen."""
+    """Neither its forward nor its backward leaves a pass to ATen; its window reads the activation that a pass made."""
     part = next(part for part in parts_of("resnet20", 32) if part.name == "layer3.0")
     one = traffic.measure(part.first(), 256)
-    assert one.moved["fused"] <= min(0.60 * one.moved["eager"], 0.80 * one.moved["compiled"])
+    assert one.moved["fused"] <= min(0.60 * one.moved["eager"], 0.83 * one.moved["compiled"])
     assert sum(call.loaded + call.stored for call in one.other) <= 0.02 * one.moved["fused"]
 
 

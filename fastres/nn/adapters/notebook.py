@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastres.nn.adapters.common import reference_steps, residual_block
-from fastres.nn.roles import Window, declare_convolution, declare_pool, declare_shortcut
+from fastres.nn.roles import NORMS, Window, declare_convolution, declare_pool, declare_shortcut
 from fastres.nn.structure import register_block, register_network
 from fastres.ops import Identity
 from fastres.ops.layers import Pad
@@ -14,6 +14,7 @@ from fastres.reference.notebook import (
     NotebookResNet,
     SameConv2d,
     SameMaxPool2d,
+    ShiftedBatchNorm2d,
     Subsample,
     same_padding,
 )
@@ -30,6 +31,7 @@ def same_window(pool: SameMaxPool2d, hw: tuple[int, int]) -> Window:
     return Window(pool.kernel, pool.stride, same_pad(hw, (pool.kernel, pool.kernel), pool.stride))
 
 
+NORMS.add(ShiftedBatchNorm2d)
 declare_convolution(SameConv2d, same_pad)
 declare_pool(SameMaxPool2d, same_window)
 declare_shortcut(Subsample, lambda shortcut: Identity(shortcut.stride))

@@ -79,9 +79,11 @@ class ShiftedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and x.is_cuda):
             return super().forward(x)
-        self.num_batches_tracked.add_(1)
+        counter, momentum = self.num_batches_tracked, self.momentum
+        assert counter is not None and momentum is not None
+        counter.add_(1)
         ones = torch.ones_like(self.bias)
-        return F.batch_norm(x, self.running_mean, self.running_var, ones, self.bias, True, self.momentum, self.eps)
+        return F.batch_norm(x, self.running_mean, self.running_var, ones, self.bias, True, momentum, self.eps)
 
 
 def batch_norm(channels: int, gamma: bool) -> nn.BatchNorm2d:

@@ -10,8 +10,6 @@ launches, such as the vendor's convolutions, are called again.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from triton import knobs
 from fastres.kernels import buffers
 from fastres.kernels.launch import compiled_ahead, observed_by
 from fastres.ops.arena import Span, layout
+from fastres.ops.recent import Recent
 
 # Programs and notes of walks that are kept; bytes below which memory is a part of one piece; alignment in that.
 MOST_PROGRAMS, SMALL, ALIGNMENT = 256, 2**20, 256
@@ -325,8 +324,7 @@ class Programs:
     """The walks of late by key: how often they were seen, and their programs."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, Program | bool] = OrderedDict()  # True: seen once; False: it stays a walk
-        self._lock = threading.Lock()
+        self._known: Recent[Program | bool] = Recent()  # True: seen once; False: it stays a walk
 
     def repeated(
         self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
@@ -337,7 +335,7 @@ class Programs:
         whole = (key, *[None if t is None else (t.shape, t.dtype, t.data_ptr() % VECTOR) for t in inputs], *_settings())
         known = self._known.get(whole)
         if known is None:
-            self._keep(whole, True)
+            self._known.keep(whole, True, MOST_PROGRAMS)
             _compile(walk)
             return walk()
         if known is False:
@@ -350,21 +348,14 @@ class Programs:
         with recording:
             results = walk()
         try:
-            self._keep(whole, Program(recording, inputs, results))
+            self._known.keep(whole, Program(recording, inputs, results), MOST_PROGRAMS)
         except Unrepeatable:
-            self._keep(whole, False)
+            self._known.keep(whole, False, MOST_PROGRAMS)
         return results
 
     def clear(self) -> None:
         """Forget them all."""
         self._known.clear()
-
-    def _keep(self, key: Hashable, what: Program | bool) -> None:
-        with self._lock:
-            self._known[key] = what
-            self._known.move_to_end(key)
-            while len(self._known) > MOST_PROGRAMS:
-                self._known.popitem(last=False)
 
 
 def _compile(walk: Callable[[], list[Tensor]]) -> None:

@@ -10,8 +10,6 @@ between ranks, stays a walk, and so does what needs much memory, whose calls are
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from fastres.ops.arena import Span, layout
 from fastres.ops.cpu import tiles
 from fastres.ops.cpu.native import call, integers, with_slots
 from fastres.ops.cpu.tape import Place, Tape, apart
+from fastres.ops.recent import Recent
 
 # Programs and notes of walks that are kept; what one walk's memory beside its results may be.
 MOST_PROGRAMS, MOST_BYTES = 256, 16 * 2**20
@@ -121,8 +120,7 @@ class Programs:
     """The walks of late by key: how often they were seen, and their programs."""
 
     def __init__(self):
-        self._known: OrderedDict[Hashable, Program | bool] = OrderedDict()  # True: seen once; False: it stays a walk
-        self._lock = threading.Lock()
+        self._known: Recent[Program | bool] = Recent()  # True: seen once; False: it stays a walk
 
     def repeated(
         self, key: Hashable, inputs: Sequence[Tensor | None], walk: Callable[[], list[Tensor]]
@@ -132,7 +130,7 @@ class Programs:
         whole = (key, tuple(forms), torch.get_num_threads(), tiles.form())
         known = self._known.get(whole)
         if known is None:
-            self._keep(whole, True)
+            self._known.keep(whole, True, MOST_PROGRAMS)
         if not known or not all(t is None or (t.is_contiguous() and t.is_cpu) for t in inputs):
             return walk()
         if known is not True:
@@ -146,18 +144,11 @@ class Programs:
         with tape:
             results = walk()
         try:
-            self._keep(key, Program(tape, results, inputs))
+            self._known.keep(key, Program(tape, results, inputs), MOST_PROGRAMS)
         except Unrecordable:
-            self._keep(key, False)
+            self._known.keep(key, False, MOST_PROGRAMS)
         return results
 
     def clear(self) -> None:
         """Forget them all."""
         self._known.clear()
-
-    def _keep(self, key: Hashable, what: Program | bool) -> None:
-        with self._lock:
-            self._known[key] = what
-            self._known.move_to_end(key)
-            while len(self._known) > MOST_PROGRAMS:
-                self._known.popitem(last=False)

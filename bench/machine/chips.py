@@ -10,7 +10,8 @@ class Chip(NamedTuple):
 
     Sources: [DS] the data sheet; [CC] CUDA C++ Programming Guide, technical specifications and arithmetic throughput by
     compute capability; [WP] NVIDIA's architecture white paper; [MB] published microbenchmarks of Ampere and Hopper,
-    rounded; [A] assumed here.
+    rounded; [H] fitted to the launches that an H100 was measured at (``bench/results/launches-h100.json``); [A]
+    assumed here.
     """
 
     name: str
@@ -27,7 +28,7 @@ class Chip(NamedTuple):
     most_programs: int = 32  # [CC]
     shared_bytes: int = 128  # bytes through the shared memory's port [CC]: 32 banks of 4
     l2_latency: int = 280  # cycles [MB]
-    memory_latency: int = 650  # [MB]
+    memory_latency: int = 900  # of a loaded memory [H]; 650 of an idle one [MB]
     shared_latency: int = 29  # [MB]
     barrier: int = 20  # from the last warp's arrival on [MB]
     fence: int = 25  # of the shared memory, before wgmma reads it [A]

@@ -39,7 +39,7 @@ from fastres.train.presets import preset
 
 PRESETS = ("speed94", "speed95", "speed96")
 IMAGES, SIZE, CLASSES = 50_000, 32, 10  # of CIFAR-10
-ERROR = 0.25  # of the model's absolute times, either way [A]: no GPU has timed what it predicts
+ERROR = 0.25  # of the model's absolute times, either way [A]
 ELEMENT = 2  # bytes of what the products of Muon read and write
 
 

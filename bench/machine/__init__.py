@@ -7,6 +7,6 @@ groups of cp.async and wgmma, and as many programs at once as registers and shar
 rate where that is more. PyTorch's and Inductor's steps are put together from the same model's plain matrix products and
 counted bytes (`bench.machine.peers`). `bench.machine.compare` has what a GPU took for each launch beside it.
 
-Everything here is a prediction of a model. What it assumes stands in `bench.machine.chips`; an H100 took 0.99 to 1.05
+Everything here is a prediction of a model. What it assumes stands in `bench.machine.chips`; an H100 took 1.02 to 1.05
 times as long for the launches of three networks.
 """

@@ -96,7 +96,7 @@ def conv_configs(product: Product) -> list[Config]:
     if not _on_warp_groups(product):
         return _plain_configs(product)
     if product.flat:  # bound by its addresses: many small programs
-        return _ordered([Config(64, 64, 64, 4, 3, 184), *_plain_configs(product)], product)
+        return _ordered([Config(64, 64, 64, 4, 3, 255), *_plain_configs(product)], product)
     if product.taps == 1 and product.loaded == 2:  # bound by memory: many small programs
         sizes = [(128, 64), (128, 128), (64, 64)]
     elif product.taps == 1 and product.depth <= 64:

@@ -8,8 +8,9 @@ longer. One table row stands for all specialisations that differ in nothing but 
 of their images, and is that of the largest; ``--every-shape`` compiles them all.
 
 What is compiled is kept, so a run goes on where an earlier one ended, and ``--minutes 0`` tells what there is; the
-result says what it covers. Exits with 1 when a configuration does not compile, spills, takes more shared memory than
-there is, has a `tl.dot` but no tensor-core instruction, or is slower by the model than `bench.machine.shares` allows.
+result says what it covers. Exits with 1 when a configuration does not compile, spills more than `bench.sass.SPILLED`,
+takes more shared memory than there is, has a `tl.dot` but no tensor-core instruction, or is slower by the model than
+`bench.machine.shares` allows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tile configurations of the convolution kernels, chosen from plain tables by shape and dtype.
 
 Entries are compiled ahead of time for sm_80, 86, 89, 90, 100, 120 and gfx942 (``bench/aot.py``). None may spill, but
-for a few bytes with which an H100 was quickest: 128x128 tiles with 4 warps do. Where there is less shared memory those are
-passed over that do not fit (`fastres.kernels.resources`).
+for a few bytes with which an H100 was quickest: 128x128 tiles with 4 warps do. Where there is less shared memory those
+are passed over that do not fit (`fastres.kernels.resources`).
 `triton.autotune` is left out on purpose: it needs a GPU to import under, and times inside the first step of training.
 """
 

@@ -224,6 +224,12 @@ def test_a_constant_is_kept():
     assert isinstance(known, replay.Program) and torch.equal(results[2][0], torch.arange(1.0, 4.0, device=device()))
 
 
+def test_a_constant_can_be_a_result():
+    x, kept = torch.ones(3, device=device()), torch.arange(3.0, device=device())
+    results, known = repeated(lambda: [kept, x + 1], x)
+    assert isinstance(known, replay.Program) and torch.equal(results[2][0], kept)
+
+
 @pytest.mark.parametrize("walk", [lambda x: [x * x.sum().item()], lambda x: (spoil("said so"), [x + 1])[1]])
 def test_what_no_list_can_do_stays_a_walk(walk):
     x = torch.ones(3, device=device())

@@ -11,7 +11,7 @@ launches, such as the vendor's convolutions, are called again.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,10 +34,6 @@ VECTOR = 16  # bytes: Triton compiles a kernel anew for addresses that are no mu
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 # What an operation's arguments can be that are the same every time, and tensors.
 _PLAIN = (Tensor, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-
-
-class Unrepeatable(Exception):
-    """A walk cannot be made again by a list of launches; says why."""
 
 
 class Form(NamedTuple):
@@ -104,7 +100,7 @@ class Recording(TorchDispatchMode):
     Attributes:
         reason: why the walk cannot be made again; empty: it can.
         steps: launches and operations in order.
-        forms: of each piece of memory that the walk made, behind the inputs', as it was made; None: of no known form.
+        forms: of each piece of memory that the walk made, behind the inputs', as it was made.
         allocated: the numbers of those that no operation computed.
         constants: by number.
     """
@@ -122,15 +118,15 @@ class Recording(TorchDispatchMode):
         for number, tensor in enumerate(inputs):
             if tensor is not None:
                 self._number(tensor, number)
-        self._contexts = ExitStack()
+        self._observed = observed_by(self)
 
     def __enter__(self) -> Recording:
-        self._contexts.enter_context(observed_by(self))
+        self._observed.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._contexts.close()
+        self._observed.__exit__(*error)
 
     def spoiled(self, reason: str) -> None:
         """See `fastres.kernels.launch.Observer`."""
@@ -199,28 +195,18 @@ class Program:
     """The launches of a walk.
 
     Args:
-        recording: of the walk. inputs, results: of it.
-
-    Raises:
-        Unrepeatable: where it cannot be made again.
+        recording: of a walk that can be made again. inputs, results: of it.
     """
 
     def __init__(self, recording: Recording, inputs: Sequence[Tensor | None], results: Sequence[Tensor]):
         self._results = [recording.view(result) for result in results]
-        if recording.reason:
-            raise Unrepeatable(recording.reason)
         self._constants, self._inputs = recording.constants, len(inputs)
         forms, kept = recording.forms, {view.place.number for view in self._results}
         self._count = self._inputs + len(forms)
         spans = _spans(recording.steps)
-        computed = {number for step in recording.steps if isinstance(step, Operation) for number in _read(step)}
-        small = {
-            number: Span(*span, size)
-            for number, span in spans.items()
-            if number in recording.allocated
-            and number not in kept | computed
-            and (size := _bytes(forms[number])) < SMALL
-        }
+        of_operations = {number for step in recording.steps if isinstance(step, Operation) for number in _read(step)}
+        inner = recording.allocated.intersection(spans) - kept - of_operations
+        small = {number: Span(*spans[number], size) for number in inner if (size := _bytes(forms[number])) < SMALL}
         self._arena, self._offsets = layout(small, ALIGNMENT)
         needs: list[list[tuple[int, Form]]] = [[] for _ in recording.steps]
         frees: list[list[int]] = [[] for _ in recording.steps]
@@ -231,7 +217,7 @@ class Program:
                 if number not in kept:
                     frees[last].append(number)
         self._steps = [_Step(*one) for one in zip(needs, recording.steps, frees)]
-        self._unused = [(n, forms[n]) for n in sorted(kept - spans.keys()) if n >= self._inputs]
+        self._unused = [(number, forms[number]) for number in recording.allocated & kept - spans.keys()]
 
     def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
         """The walk's results for other inputs of the same forms and alignment."""
@@ -347,10 +333,8 @@ class Programs:
         recording = Recording(inputs)
         with recording:
             results = walk()
-        try:
-            self._known.keep(whole, Program(recording, inputs, results), MOST_PROGRAMS)
-        except Unrepeatable:
-            self._known.keep(whole, False, MOST_PROGRAMS)
+        known = False if recording.reason else Program(recording, inputs, results)
+        self._known.keep(whole, known, MOST_PROGRAMS)
         return results
 
     def clear(self) -> None:

@@ -11,6 +11,7 @@ from bench.report.common import (
     ceilings,
     machine_line,
     measured_cases,
+    median,
     networks,
     number,
     picture,
@@ -80,11 +81,6 @@ def _variants(case: Record, limit: float | None, bytes_an_image: dict[str, float
     return markdown(columns, rows)
 
 
-def _median(case: Record, variant: str) -> float | None:
-    """Seconds of a step; None: it was not measured, or failed."""
-    return case["variants"].get(variant, {}).get("seconds", {}).get("median")
-
-
 def _measured_on(folder: Path, record: Record) -> str:
     """The machine, with a warning where it was busy as the campaign began."""
     environment = read(folder / "environment.json")
@@ -103,7 +99,7 @@ def speeds_section(folder: Path) -> str | None:
     )
     rows = []
     for case in single.values():
-        if not (base := _median(case, "eager")):
+        if not (base := median(case, "eager")):
             continue
         speeds = [case["variants"].get(variant, {}).get("speed") for variant in variants]
         cells = ["" if speed is None else f"{speed:.2f}x" for speed in speeds]

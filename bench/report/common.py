@@ -71,6 +71,11 @@ def networks(record: Record) -> dict[str, Record]:
     return found
 
 
+def median(case: Record, variant: str) -> float | None:
+    """Seconds of a step in a case of stage `models`; None: it was not measured, or failed."""
+    return case["variants"].get(variant, {}).get("seconds", {}).get("median")
+
+
 def ceilings(folder: Path) -> dict[str, float]:
     """GB/s of a copy and TFLOP/s of a matrix product by dtype, as measured; what there is of it."""
     record = read(folder / "environment.json")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bench.machine import compare
-from bench.report.common import Record, machine_line, measured_cases, networks, read
+from bench.report.common import Record, machine_line, measured_cases, median, networks, read
 from bench.tables import markdown
 
 # The ways to run a step that a network's best is taken of.
@@ -16,8 +15,7 @@ SHOWN = ("eager", *LIBRARY[:2], *OURS)
 
 def best(case: Record, variants: tuple[str, ...]) -> float | None:
     """Seconds of a step by the fastest of the variants; None: none was measured."""
-    found = [case["variants"].get(name, {}).get("seconds", {}).get("median") for name in variants]
-    return min((one for one in found if one), default=None)
+    return min(filter(None, (median(case, name) for name in variants)), default=None)
 
 
 def steps_section(folder: Path) -> str | None:
@@ -29,8 +27,8 @@ def steps_section(folder: Path) -> str | None:
     for name, case in networks(record).items():
         if ", batch " in name:
             continue
-        times = [best(case, (variant,)) for variant in SHOWN]
-        ours, library, eager = best(case, OURS), best(case, LIBRARY), best(case, ("eager",))
+        times = [median(case, variant) for variant in SHOWN]
+        ours, library, eager = best(case, OURS), best(case, LIBRARY), median(case, "eager")
         ratios = [f"{other / ours:.2f}x" if other and ours else "" for other in (library, eager)]
         title = f"{case['model']}, batch {case['batch']}, {case['image_size']} pixels"
         rows.append([title, *(f"{1e3 * one:.2f}" if one else "" for one in times), *ratios])
@@ -44,15 +42,11 @@ def seconds_sentence(results: Path) -> str | None:
     for path in sorted(results.glob("seeds-*.json")):
         record = read(path)
         if record and record["device"] != "cpu":
-            seconds = sorted(_seconds(run) for run in record["curves"].values())
+            seconds = sorted(run["epochs"][-1]["train_seconds"] for run in record["curves"].values())
             found.append((f"`{record['preset']}` {seconds[len(seconds) // 2]:.1f} s", machine_line(record)))
     if not found:
         return None
     return f"On one {found[0][1]}: {', '.join(text for text, _ in found)} of training, one CUDA graph a step."
-
-
-def _seconds(run: dict[str, Any]) -> float:
-    return run["epochs"][-1]["train_seconds"]
 
 
 def launches_section(path: Path) -> str | None:
@@ -76,7 +70,7 @@ def headline(folder: Path) -> str | None:
     case = networks(record).get("resnet50 224") if record and measured_cases(record) else None
     if record is None or case is None or record["device"] == "cpu":
         return None
-    ours, library, eager = best(case, OURS), best(case, LIBRARY), best(case, ("eager",))
+    ours, library, eager = best(case, OURS), best(case, LIBRARY), median(case, "eager")
     if not ours or not library or not eager:
         return None
     return (

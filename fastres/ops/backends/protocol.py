@@ -25,6 +25,12 @@ class Activation(NamedTuple):
     coef: Tensor | None = None  # [5, C]
     act: str = "relu"  # one of `fastres.kernels.types.ACTIVATIONS`
 
+    @property
+    def normalised(self) -> Normalised:
+        """The BatchNorm with its activation, where there is one."""
+        assert self.coef is not None
+        return Normalised(self.y, self.coef, self.act)
+
 
 class Normalised(NamedTuple):
     """``y*scale + shift``, what a BatchNorm makes of y, which a primitive computes while it reads y."""

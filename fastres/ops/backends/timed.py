@@ -104,7 +104,7 @@ class Timed(Triton):
         return {
             name: getattr(backend, primitive)
             for name, backend in self._candidates.items()
-            if primitive == "conv_backward" or not _differs_in_backward(backend, primitive == "conv")
+            if _differs_in(backend, primitive)
         }
 
     def _choose(self, primitive: str, key: tuple, arguments: tuple) -> Callable:
@@ -119,10 +119,15 @@ class Timed(Triton):
         return calls[name]
 
 
-def _differs_in_backward(backend: Backend, once_too: bool) -> bool:
-    """Whether a candidate is plain Triton but for a convolution's joint gradients; or forward, too, `Way.ONCE`."""
-    ways = (Way.MODEL, Way.ONCE) if once_too else (Way.MODEL,)
-    return isinstance(backend, TritonVendorWeights) or (isinstance(backend, Triton) and backend.way not in ways)
+def _differs_in(backend: Backend, primitive: str) -> bool:
+    """Whether a candidate is no plain Triton in a primitive: the ways differ in a convolution's joint gradients, and
+    `Way.ONCE` forward too.
+    """
+    if primitive == "conv_backward":
+        return True
+    ways = (Way.MODEL, Way.ONCE) if primitive == "conv" else (Way.MODEL,)
+    way = backend.way if isinstance(backend, Triton) else Way.MODEL
+    return way in ways and not isinstance(backend, TritonVendorWeights)
 
 
 def _signature(values: tuple) -> tuple:

@@ -80,7 +80,7 @@ class Triton(Passes):
         weight, stride, pad, dilation = conv
         if self._is_window(conv) and activation.coef is not None and self._way_of(activation, conv) is Way.STORED:
             note("activation by a pass")
-            activation = Activation(self.bn_add_relu(normalised(activation)))
+            activation = Activation(self.bn_add_relu(activation.normalised))
         y, coef, act = activation
         return kernels.conv(y, weight, stride, pad, coef, residual, moments, self.rank, dilation, act)
 
@@ -148,7 +148,7 @@ class Triton(Passes):
         """
         if activation.coef is None or activation.act != "gelu" or not self._is_window(conv):
             return activation
-        return Activation(self.bn_add_relu(normalised(activation)))
+        return Activation(self.bn_add_relu(activation.normalised))
 
     @staticmethod
     def _is_window(conv: Convolution) -> bool:
@@ -170,13 +170,6 @@ class Triton(Passes):
     ) -> Tensor:
         weight, stride, pad, dilation = conv
         return kernels.conv_bias_act(x, weight, bias, stride, pad, residual, relu, rank=self.rank, dilation=dilation)
-
-
-def normalised(activation: Activation) -> Normalised:
-    """The BatchNorm with its activation that a convolution is to read."""
-    y, coef, act = activation
-    assert coef is not None
-    return Normalised(y, coef, act)
 
 
 class Vendor(VendorConvolutions, Triton):

@@ -65,7 +65,7 @@ class VendorConvolutions(Backend):
         if dx is None:
             return None, None, dw
         if activation.coef is not None:
-            end = Normalised(activation.y, activation.coef, activation.act)
+            end = activation.normalised
         if end is not None:
             return *self.through(dx, a, end, joined, ends=activation.coef is None), dw
         if joined is not None:
@@ -102,8 +102,7 @@ class VendorConvolutions(Backend):
         return dw
 
     def _read(self, activation: Activation) -> Tensor:
-        y, coef, act = activation
-        return y if coef is None else self.bn_add_relu(Normalised(y, coef, act))
+        return activation.y if activation.coef is None else self.bn_add_relu(activation.normalised)
 
     def _through(self, dout: Tensor, normalised: Normalised) -> Tensor:
         """The gradient at a BatchNorm's result from that of its activation, which is computed again."""

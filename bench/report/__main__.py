@@ -35,6 +35,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
     found = {
         "headline": headline.sentence(results),
         "machine-launches": measured.launches_section(results / "launches-h100.json"),
+        "host": measured.host_section(results),
         "gpu-seconds": measured.seconds_sentence(results),
         "aot": counted.machine_code_section(results),
         "aot-architectures": counted.architectures_section(results),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench.host import table as host_table
 from bench.machine import compare
 from bench.report.common import Record, machine_line, measured_cases, median, networks, read
 from bench.tables import markdown
@@ -79,3 +80,14 @@ def headline(folder: Path) -> str | None:
         f"ms, {library / ours:.2f} times as fast as torch.compile's fastest, {eager / ours:.2f} times as fast as eager "
         "PyTorch.**"
     )
+
+
+def host_section(results: Path) -> str | None:
+    """What the host does for a step's launches, by each Triton's launcher and by the driver directly."""
+    text = []
+    for path in sorted(results.glob("host-triton*.json")):
+        record = read(path)
+        if record:
+            version = record["versions"]["triton"]
+            text.append(f"Triton {version}, measured on {machine_line(record)}.\n\n{host_table(record['networks'])}")
+    return "\n\n".join(text) or None

@@ -5,74 +5,32 @@ Without a GPU the kernels are interpreted and the vendor's part is ATen's; both 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
 import subprocess
 import sys
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
 from support_fused import cast, random_layer, random_norm
 from support_kernels import INTERPRETED, assert_same_bits, device
+from support_launches import driver_stand_in, on_stand_in
 from support_triton import fp32_products
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from triton.runtime.interpreter import InterpretedFunction
 
 from fastres import ops
 from fastres.kernels.launch import launch, spoil
 from fastres.ops.backends import replay, timed
 from fastres.ops.backends.aten import Aten
+from fastres.ops.backends.launches import ENVIRONMENT, ByDriver, ByTriton
 from fastres.ops.backends.protocol import Activation, Convolution, Gradient
 from fastres.ops.backends.replay import Programs, Recording
 from fastres.ops.backends.triton import Triton, Vendor
 
 BF16 = torch.bfloat16
-
-
-class Interpreted:
-    """What Triton's interpreter would have compiled: takes addresses where the kernel was launched with tensors."""
-
-    function = packed_metadata = None
-
-    def __init__(self, launched, kernel: InterpretedFunction, arguments: dict):
-        self.launched, self.kernel = launched, kernel
-        self.dtypes = {name: value.dtype for name, value in arguments.items() if isinstance(value, Tensor)}
-        self.options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
-
-    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments) -> None:
-        named = dict(zip(self.kernel.arg_names, arguments, strict=True))
-        for name, dtype in self.dtypes.items():
-            named[name] = torch.frombuffer((ctypes.c_char * 8).from_address(named[name]), dtype=dtype, count=1)
-        self.launched(self.kernel, grid=(x, y, z), warmup=False, **named, **self.options)
-
-
-@contextmanager
-def on_stand_in():
-    """Interpreted kernels leave behind what a GPU's launch does, and CPU tensors count as a GPU's."""
-    if not INTERPRETED:
-        yield
-        return
-    launched = InterpretedFunction.run
-
-    def run(kernel, *args, grid, warmup, **options):
-        with _disable_current_modes():  # the interpreter's own operations
-            launched(kernel, *args, grid=grid, warmup=warmup, **options)
-        return Interpreted(launched, kernel, dict(zip(kernel.arg_names, args)) | options)
-
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(InterpretedFunction, "run", run))
-        patches.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
-        for name, stand_in in dict(
-            _is_plain=lambda inputs: True, _stream=lambda device: 0, _settings=lambda: (), _compile=lambda walk: None
-        ).items():
-            patches.enter_context(mock.patch.object(replay, name, stand_in))
-        yield
 
 
 class Remembered(Aten):
@@ -85,10 +43,13 @@ class Remembered(Aten):
         return self.programs.repeated(key, inputs, walk)
 
 
-@pytest.fixture(params=[Triton, Remembered], ids=["triton", "aten"])
-def backend(request):
-    with on_stand_in(), fp32_products():
-        made = request.param()
+@pytest.fixture(params=["triton", "driver", "aten"])
+def backend(request, monkeypatch):
+    """Of repeated walks: launches by Triton, by the driver, and ATen's operations alone."""
+    by_driver = request.param == "driver"
+    monkeypatch.setenv(ENVIRONMENT, "driver" if by_driver else "triton")
+    with on_stand_in(), fp32_products(), driver_stand_in() if by_driver and INTERPRETED else nullcontext():
+        made = Remembered() if request.param == "aten" else Triton()
         with ops.implementation(made):
             yield made
 
@@ -112,7 +73,7 @@ def step(made, dtype=torch.float32, factor=1.0):
 
 
 def programs(backend) -> list[replay.Program]:
-    return [one for one in backend.programs._known.values() if isinstance(one, replay.Program)]
+    return [one for one in backend.programs.known if isinstance(one, replay.Program)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
@@ -124,7 +85,9 @@ def test_a_repetition_has_the_bits_of_a_walk(backend, shortcut, dtype):
     assert len(programs(backend)) == 2  # forward and backward
     for factor in (1.0, -0.5, 1.0):
         assert_same_bits(step(made, dtype, factor), walks[factor])
-    assert not any(known is False for known in backend.programs._known.values())
+    assert not any(known is False for known in backend.programs.known)
+    by_driver = os.environ[ENVIRONMENT] == "driver"
+    assert {type(one._launch) for one in programs(backend)} == {ByDriver if by_driver else ByTriton}
 
 
 def test_a_repetition_walks_no_more(backend, monkeypatch):

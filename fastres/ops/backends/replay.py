@@ -10,6 +10,7 @@ launches, such as the vendor's convolutions, are called again.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from triton import knobs
 from fastres.kernels import buffers
 from fastres.kernels.launch import compiled_ahead, observed_by
 from fastres.ops.arena import Span, layout
+from fastres.ops.backends.launches import Launch, Place, launcher
 from fastres.ops.recent import Recent
 
 # Programs and notes of walks that are kept; bytes below which memory is a part of one piece; alignment in that.
@@ -49,30 +51,13 @@ class Form(NamedTuple):
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-class Place(NamedTuple):
-    """Where an argument lies: ``offset`` bytes behind the begin of a piece of memory, or of an input."""
-
-    number: int  # inputs come first
-    offset: int
-
-
 @dataclass(frozen=True)  # no tuple, which PyTorch's trees would take apart
 class View:
-    """A tensor in memory that is known by its place."""
+    """A tensor in memory that is known by its place; ``whole``: the very one that the memory came as."""
 
     place: Place
     form: Form
-
-
-class Launch(NamedTuple):
-    """A kernel's launch: pointers among the arguments are None here, and `Place` in ``pointers``."""
-
-    run: Callable  # what Triton compiled, and what launches it
-    function: Any
-    metadata: Any
-    grid: tuple[int, ...]
-    arguments: list[Any]
-    pointers: list[tuple[int, Place]]
+    whole: bool
 
 
 class Operation(NamedTuple):
@@ -110,6 +95,7 @@ class Recording(TorchDispatchMode):
         self.reason = ""
         self.steps: list[Launch | Operation] = []
         self.forms: dict[int, Form] = {}
+        self._given = {number: Form.of(tensor) for number, tensor in enumerate(inputs) if tensor is not None}
         self.allocated: set[int] = set()
         self.constants: dict[int, Tensor] = {}
         self._count = len(inputs)
@@ -136,8 +122,8 @@ class Recording(TorchDispatchMode):
         """See `fastres.kernels.launch.Observer`."""
         pointers = [(i, self.place(value)) for i, value in enumerate(arguments) if isinstance(value, Tensor)]
         plain = [None if isinstance(value, Tensor) else value for value in arguments]
-        how = compiled.run, compiled.function, compiled.packed_metadata
-        self.steps.append(Launch(*how, (*grid, 1, 1)[:3], plain, pointers))
+        x, y, z = (*grid, 1, 1)[:3]
+        self.steps.append(Launch(compiled, (x, y, z), plain, pointers))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
@@ -180,15 +166,18 @@ class Recording(TorchDispatchMode):
 
     def view(self, tensor: Tensor) -> View:
         """The tensor by its place."""
-        return View(self.place(tensor), Form.of(tensor))
+        place, form = self.place(tensor), Form.of(tensor)
+        as_it_came = self.forms.get(place.number) or self._given[place.number]
+        return View(place, form, place.offset == 0 and form == as_it_came)
 
 
-class _Step(NamedTuple):
-    """A step to be made: memory to be had before it, what to do, memory to be let go after it."""
+class _Stage(NamedTuple):
+    """Launches that follow one another, or an operation, between which no memory comes."""
 
-    needs: list[tuple[int, Form]]
-    what: Launch | Operation
-    frees: list[int]
+    needs: list[tuple[int, Form]]  # memory to be had before it
+    operation: Operation | None
+    launches: tuple[int, int]  # where there is no operation: from the first one on, before the second
+    frees: list[int]  # memory to be let go after it
 
 
 class Program:
@@ -196,6 +185,9 @@ class Program:
 
     Args:
         recording: of a walk that can be made again. inputs, results: of it.
+
+    Attributes:
+        stages: what is done, in order.
     """
 
     def __init__(self, recording: Recording, inputs: Sequence[Tensor | None], results: Sequence[Tensor]):
@@ -216,41 +208,58 @@ class Program:
                     needs[first].append((number, forms[number]))
                 if number not in kept:
                     frees[last].append(number)
-        self._steps = [_Step(*one) for one in zip(needs, recording.steps, frees)]
+        self.stages = _stages(recording.steps, needs, frees)
+        self._launch = launcher([step for step in recording.steps if isinstance(step, Launch)])
         self._unused = [(number, forms[number]) for number in recording.allocated & kept - spans.keys()]
 
     def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
         """The walk's results for other inputs of the same forms and alignment."""
         like = next(t for t in inputs if t is not None)
-        device, stream = like.device, _stream(like.device)
+        device, stream, empty = like.device, _stream(like.device), torch.empty_strided
         tensors: list[Tensor | None] = [*inputs, *[None] * (self._count - self._inputs)]
-        bases = [0 if t is None else t.data_ptr() for t in tensors]
+        bases = (ctypes.c_uint64 * self._count)(*[0 if t is None else t.data_ptr() for t in inputs])
         for number, constant in self._constants.items():
             tensors[number], bases[number] = constant, constant.data_ptr()
         arena = buffers.empty(like, self._arena, dtype=torch.uint8)
         begin = arena.data_ptr()
         for number, offset in self._offsets.items():
             bases[number] = begin + offset
-        for needs, what, frees in self._steps:
+        for needs, operation, launches, frees in self.stages:
             for number, form in needs:
-                tensor = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=device)
+                tensor = empty(form.shape, form.stride, dtype=form.dtype, device=device)
                 tensors[number], bases[number] = tensor, tensor.data_ptr()
-            if isinstance(what, Launch):
-                run, function, metadata, grid, fixed, pointers = what
-                arguments = fixed.copy()
-                for index, (number, offset) in pointers:
-                    arguments[index] = bases[number] + offset
-                run(*grid, stream, function, metadata, None, None, None, *arguments)
+            if operation is None:
+                self._launch(*launches, bases, stream, device.index or 0)
             else:
-                _call(what, tensors, bases)
+                _call(operation, tensors, bases)
             for number in frees:
                 tensors[number] = None
         for number, form in self._unused:
-            tensors[number] = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=device)
+            tensors[number] = empty(form.shape, form.stride, dtype=form.dtype, device=device)
         return [_tensor(view, tensors) for view in self._results]
 
 
-def _call(operation: Operation, tensors: list[Tensor | None], bases: list[int]) -> None:
+def _stages(
+    steps: Sequence[Launch | Operation], needs: Sequence[list[tuple[int, Form]]], frees: Sequence[list[int]]
+) -> list[_Stage]:
+    """The steps in few stages, with memory coming and going in the same order."""
+    stages: list[_Stage] = []
+    launched = 0
+    for step, needed, freed in zip(steps, needs, frees):
+        if isinstance(step, Operation):
+            stages.append(_Stage(needed, step, (launched, launched), freed))
+            continue
+        launched += 1
+        if stages and stages[-1].operation is None and not (needed and stages[-1].frees):
+            before = stages.pop()
+            range_, all_freed = (before.launches[0], launched), [*before.frees, *freed]
+            stages.append(_Stage([*before.needs, *needed], None, range_, all_freed))
+        else:
+            stages.append(_Stage(needed, None, (launched - 1, launched), freed))
+    return stages
+
+
+def _call(operation: Operation, tensors: list[Tensor | None], bases: ctypes.Array[ctypes.c_uint64]) -> None:
     args = [_filled(value, tensors) for value in operation.args]
     options = {name: _filled(value, tensors) for name, value in operation.options.items()}
     result = operation.function(*args, **options)
@@ -271,7 +280,7 @@ def _tensor(view: View, tensors: Sequence[Tensor | None]) -> Tensor:
     (number, offset), form = view.place, view.form
     base = tensors[number]
     assert base is not None
-    if offset == 0 and base.shape == form.shape and base.dtype == form.dtype and base.stride() == form.stride:
+    if view.whole:
         return base
     if base.dtype != form.dtype:
         flat = base.as_strided((_bytes(Form.of(base)) // base.itemsize,), (1,))
@@ -336,6 +345,11 @@ class Programs:
         known = False if recording.reason else Program(recording, inputs, results)
         self._known.keep(whole, known, MOST_PROGRAMS)
         return results
+
+    @property
+    def known(self) -> list[Program | bool]:
+        """What is known of each walk: its program, True where it was seen once, False where it stays a walk."""
+        return list(self._known.values())
 
     def clear(self) -> None:
         """Forget them all."""

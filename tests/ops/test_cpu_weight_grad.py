@@ -93,10 +93,24 @@ def test_units_with_taps_apart(stride, dilation):
     assert_good((problem.x(), problem.coef(), problem.y(7), problem.w(), stride, pad, dilation))
 
 
-@pytest.mark.parametrize("outputs", [36, 800], ids=["a gradient a thread", "one gradient"])
-def test_threads(outputs):
+@pytest.mark.parametrize("form", ["plain", "avx512"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (3, (4, 23), 400, 36, 3, 1, (1, 1, 1, 1)),  # a gradient a thread
+        (3, (4, 23), 400, 800, 3, 1, (1, 1, 1, 1)),  # one gradient, as it is large
+        (3, (7, 9), 800, 656, 1, 1, (0, 0, 0, 0)),  # one gradient, as there are few pixels
+        (3, (17, 30), 40, 36, 1, 1, (0, 0, 0, 0)),  # rows of pixels for each thread
+        (1, (1, 3), 40, 36, 1, 1, (0, 0, 0, 0)),  # fewer than threads
+    ],
+    ids=str,
+)
+def test_threads(sizes, form, monkeypatch):
     """More than there are rows of pairs, too; the same threads give the same."""
-    arguments, before, results = made(3, (4, 23), 400, outputs, 3, 1, (1, 1, 1, 1)), torch.get_num_threads(), {}
+    if tiles.FORMS[form] > tiles.answer("form"):
+        pytest.skip(f"the CPU has no {form}")
+    monkeypatch.setattr(tiles, "form", lambda: tiles.FORMS[form])
+    arguments, before, results = made(*sizes), torch.get_num_threads(), {}
     try:
         for threads in (1, 2, 5, 11):
             torch.set_num_threads(threads)

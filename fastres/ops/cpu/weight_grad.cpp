@@ -15,11 +15,17 @@ namespace {
 
 constexpr int64_t kUnitBytes = 768 << 10, kGradBytes = 512 << 10;  // of a unit's packed pixels, of those of dy
 constexpr int64_t kOwnBytes = 16 << 20;    // of all threads' own dw
+constexpr int64_t kLargeBytes = 2 << 20, kFewPixels = 256;  // of a dw that threads share where each has few pixels
 constexpr int64_t kMostPairs = 256;        // of a row of pointwise pixels
+constexpr int64_t kPartPairs = 32;         // of a row, packed by one thread; a multiple of kLanes
 
 // Pixels of one of the tensors in memory: their distances in values, and how many columns are there in each image.
 struct Pixels {
   int64_t image_pitch, row_pitch, column_pitch, channels;
+};
+
+struct Columns {  // of a packed row
+  int64_t begin, end;
 };
 
 struct Unit {  // pairs of images, and rows of dy
@@ -38,13 +44,14 @@ struct Plan {
   int64_t panel;     // outputs that are packed together: those of a tile, or a vector of them
   int64_t x_line;    // bytes of a pair of x in a panel: a line has half the columns where that is all
 
-  Plan(const Shape& shape, const Source& x, const Source& dy) : x(x), dy(dy), s(shape) {
+  // `workers`: that rows are shared between.
+  Plan(const Shape& shape, const Source& x, const Source& dy, int64_t workers) : x(x), dy(dy), s(shape) {
     of_x = {s.in_height * s.in_width * s.in_channels, s.in_width * s.in_channels, s.in_channels, s.in_channels};
     of_dy = {s.out_height * s.out_width * s.out_channels, s.out_width * s.out_channels, s.out_channels, s.out_channels};
     images = s.n;
     if (s.is_pointwise() && s.stride == 1) {
       const int64_t pixels = s.n * s.in_height * s.in_width, pairs = up(pixels, 2);
-      const int64_t width = up(pairs, up(pairs, kMostPairs));
+      const int64_t width = up(pairs, up(up(pairs, kMostPairs), workers) * workers);  // as many rows for each
       s.in_height = s.out_height = 1, s.in_width = s.out_width = width;
       images = up(pixels, width), tail = pixels - (images - 1) * width;
       of_x.image_pitch = width * s.in_channels, of_dy.image_pitch = width * s.out_channels;
@@ -92,30 +99,34 @@ struct Plan {
 
   int64_t columns_of(int64_t image) const { return image + 1 == images ? tail : image < images ? s.out_width : 0; }
 
-  // Rows of x and of dy to be packed.
-  int64_t lines(const Unit& u) const { return u.pairs * (packed_rows(u) + u.rows); }
+  // Parts of rows of x and of dy to be packed.
+  int64_t packings(const Unit& u) const { return u.pairs * (packed_rows(u) + u.rows) * row_parts(); }
+  int64_t row_parts() const { return up(std::max(packed_width, line_pairs), kPartPairs); }
 
-  void pack(const Unit& u, int64_t index, char* to, uint32_t* of_x_pairs, uint32_t* of_dy_pairs) const {
+  void pack(const Unit& u, int64_t packing, char* to, uint32_t* of_x_pairs, uint32_t* of_dy_pairs) const {
+    const int64_t index = packing / row_parts(), from = packing % row_parts() * kPartPairs;
     const int64_t rows_of_x = packed_rows(u), pair = index / (rows_of_x + u.rows), row = index % (rows_of_x + u.rows);
+    const Columns of_row{from, from + kPartPairs};
     const int64_t even = 2 * (u.first_pair + pair);
     if (row >= rows_of_x) {
       const int64_t at = even * of_dy.image_pitch + (u.first_row + row - rows_of_x) * of_dy.row_pitch;
       const int64_t line = (pair * u.rows + row - rows_of_x) * line_pairs;
-      dy.prologue == Prologue::kPlain ? pack_dy<Prologue::kPlain>(u, even, at, line, to + x_bytes(u), of_dy_pairs)
-                                      : pack_dy<Prologue::kGrad>(u, even, at, line, to + x_bytes(u), of_dy_pairs);
+      dy.prologue == Prologue::kPlain ? pack_dy<Prologue::kPlain>(u, even, at, line, of_row, to + x_bytes(u), of_dy_pairs)
+                                      : pack_dy<Prologue::kGrad>(u, even, at, line, of_row, to + x_bytes(u), of_dy_pairs);
       return;
     }
     const int64_t in_row = u.first_row * s.stride - s.top + row, line = (pair * rows_of_x + row) * packed_width;
     if (in_row < 0 || in_row >= s.in_height) {
+      const int64_t count = std::max<int64_t>(0, std::min(of_row.end, packed_width) - of_row.begin);
       for (int64_t c_panel = 0; c_panel < c_panels; ++c_panel)
-        std::memset(to + (c_panel * x_lines(u) + line) * x_line, 0, packed_width * x_line);
+        std::memset(to + (c_panel * x_lines(u) + line + of_row.begin) * x_line, 0, count * x_line);
     } else {
       const int64_t at = even * of_x.image_pitch + in_row * of_x.row_pitch;
-      x.prologue == Prologue::kPlain  ? pack_x<Prologue::kPlain>(u, even, at, line, to, of_x_pairs)
-      : x.prologue == Prologue::kGelu ? pack_x<Prologue::kGelu>(u, even, at, line, to, of_x_pairs)
-                                      : pack_x<Prologue::kNorm>(u, even, at, line, to, of_x_pairs);
+      x.prologue == Prologue::kPlain  ? pack_x<Prologue::kPlain>(u, even, at, line, of_row, to, of_x_pairs)
+      : x.prologue == Prologue::kGelu ? pack_x<Prologue::kGelu>(u, even, at, line, of_row, to, of_x_pairs)
+                                      : pack_x<Prologue::kNorm>(u, even, at, line, of_row, to, of_x_pairs);
     }
-    if (index == 0) std::memset(to + x_bytes(u) - slack(), 0, slack());
+    if (packing == 0) std::memset(to + x_bytes(u) - slack(), 0, slack());
   }
 
   // Pairs of two images' pixels, of which each may be missing, in all channels.
@@ -136,12 +147,12 @@ struct Plan {
   }
 
   template <Prologue kPrologue>
-  void pack_x(const Unit& u, int64_t even, int64_t at, int64_t line, char* to, uint32_t* pairs) const {
+  void pack_x(const Unit& u, int64_t even, int64_t at, int64_t line, Columns of_row, char* to, uint32_t* pairs) const {
     // columns of x that are packed: all, or those of pixels that there are
     const bool flat = s.in_height == 1 && tail != s.out_width;
     const int64_t begin = std::min(packed_width, s.left), end = std::clamp(s.in_width + s.left, begin, packed_width);
     const int64_t width[] = {flat ? columns_of(even) : s.in_width, flat ? columns_of(even + 1) : even + 1 < images ? s.in_width : 0};
-    for (int64_t column = 0; column < packed_width; ++column) {
+    for (int64_t column = of_row.begin; column < std::min(of_row.end, packed_width); ++column) {
       const int64_t i = column - s.left, from = at + i * of_x.column_pitch;
       const bool inside = column >= begin && column < end;
       uint32_t* const line_of_all = reinterpret_cast<uint32_t*>(to + (line + column) * x_line);  // where there is one vector
@@ -154,11 +165,11 @@ struct Plan {
   }
 
   template <Prologue kPrologue>
-  void pack_dy(const Unit& u, int64_t even, int64_t at, int64_t line, char* to, uint32_t* pairs) const {
+  void pack_dy(const Unit& u, int64_t even, int64_t at, int64_t line, Columns of_row, char* to, uint32_t* pairs) const {
     const int64_t width[] = {columns_of(even), columns_of(even + 1)};
     const int64_t pitch = pairs_of_pixel();
     constexpr int64_t kBlock = kLines ? 1 : kLanes;
-    for (int64_t block = 0; block < line_pairs; block += kBlock) {
+    for (int64_t block = of_row.begin; block < std::min(of_row.end, line_pairs); block += kBlock) {
       for (int64_t i = 0; i < kBlock; ++i) {
         const int64_t column = block + i, from = at + column * of_dy.column_pitch;
         pair_pixels<kPrologue>(dy, from, from + of_dy.image_pitch, column < width[0], column < width[1], s.out_channels,
@@ -246,7 +257,7 @@ void apart(const Plan<Tiles>& plan, float* dw, int64_t threads) {
     for (int64_t row = begin; row < end;) {
       const Unit u = plan.unit(row, end);
       char* const packed = workspace(0).bytes(plan.bytes(u));
-      for (int64_t line = 0; line < plan.lines(u); ++line) plan.pack(u, line, packed, pairs.data(), of_dy.data());
+      for (int64_t i = 0; i < plan.packings(u); ++i) plan.pack(u, i, packed, pairs.data(), of_dy.data());
       for (int64_t job = 0; job < plan.c_panels * plan.taps; ++job) plan.multiply(u, job, packed, row == begin, mine);
       row += u.pairs * u.rows;
     }
@@ -269,7 +280,7 @@ void together(const Plan<Tiles>& plan, float* dw, int64_t threads) {
     for (int64_t row = 0; row < plan.rows;) {
       const Unit u = plan.unit(row, plan.rows);
 #pragma omp for schedule(static)
-      for (int64_t line = 0; line < plan.lines(u); ++line) plan.pack(u, line, packed, pairs.data(), of_dy.data());
+      for (int64_t i = 0; i < plan.packings(u); ++i) plan.pack(u, i, packed, pairs.data(), of_dy.data());
 #pragma omp for schedule(static)
       for (int64_t job = 0; job < plan.c_panels * plan.taps; ++job) plan.multiply(u, job, packed, row == 0, dw);
       row += u.pairs * u.rows;
@@ -278,10 +289,20 @@ void together(const Plan<Tiles>& plan, float* dw, int64_t threads) {
   }
 }
 
+// Whether threads share one dw: it is too large for one each, or so large that adding up one each takes longer than what few
+// pixels there are.
+bool is_shared(const Shape& s, int64_t threads) {
+  const int64_t bytes = 4 * s.out_channels * s.kernel_h * s.kernel_w * s.in_channels;
+  return bytes * threads > kOwnBytes || (bytes >= kLargeBytes && s.n * s.out_height * s.out_width < kFewPixels * threads);
+}
+
 template <class Tiles>
 void weight_grad_with(const Shape& shape, const Source& x, const Source& dy, float* dw, int64_t threads) {
-  const Plan<Tiles> plan(shape, x, dy);
-  (plan.dw_size() * 4 * threads <= kOwnBytes ? apart<Tiles> : together<Tiles>)(plan, dw, threads);
+  if (is_shared(shape, threads)) {
+    together(Plan<Tiles>(shape, x, dy, 1), dw, threads);
+  } else {
+    apart(Plan<Tiles>(shape, x, dy, threads), dw, threads);
+  }
 }
 
 }  // namespace

@@ -100,7 +100,7 @@ def fake_cuda(pick: int = 0, shared_memory: int = 232448, capability: tuple[int,
             *_stream_patches(cuda),
             *_tensor_patches(cuda),
             *_autograd_patches(),
-            mock.patch.object(select, "TimedChoices", lambda *_: EveryCandidate(cuda)),
+            mock.patch.object(select, "TimedChoices", lambda *_, host: EveryCandidate(cuda, host)),
         ):
             stack.enter_context(patch)
         stack.enter_context(fastres.ops.implementation("auto"))
@@ -252,13 +252,14 @@ def _stream_patches(cuda: FakeCuda) -> list[Any]:
 class EveryCandidate:
     """Stands for `TimedChoices`: runs every candidate, compares what they made, and takes the one that is asked for."""
 
-    def __init__(self, cuda: FakeCuda):
-        self._cuda = cuda
+    def __init__(self, cuda: FakeCuda, host: Callable[[Callable[[], Any]], float]):
+        self._cuda, self._host = cuda, host
 
     def choose(self, key: str, candidates: dict[str, Callable[[], Any]]) -> str:
         """The name of the candidate whose turn it is."""
         assert not self._cuda.capturing, "timed inside a graph"
         made = {name: described(call()) for name, call in candidates.items()}
+        assert all(self._host(call) > 0 for call in candidates.values())
         first, *others = made
         for name in others:
             if made[name] != made[first]:

@@ -1,8 +1,9 @@
 """Which backend runs a fused operation. ``FASTRES_IMPL`` or `implementation` decide:
 
 ``auto``    on a GPU Triton and the vendor's convolutions, each timed once per shape (``FASTRES_TIMED=0``: Triton
-            untimed), or ``vendor`` where Triton has no tensor cores (Turing); on a CPU the compiled passes, ATen where
-            they cannot be had, or Triton in its interpreter with ``TRITON_INTERPRET=1``.
+            untimed) and chosen with or without the host's time (`fastres.ops.graphs`), or ``vendor`` where Triton has
+            no tensor cores (Turing); on a CPU the compiled passes, ATen where they cannot be had, or Triton in its
+            interpreter with ``TRITON_INTERPRET=1``.
 ``triton``  Triton everywhere; an error for CPU tensors without ``TRITON_INTERPRET=1``.
 ``vendor``  on a GPU the vendor's convolutions (cuDNN) between Triton's passes; on a CPU ATen.
 ``cpp``     the compiled passes of `fastres.ops.cpu` for CPU tensors, ATen for others; an error without a compiler.
@@ -130,9 +131,10 @@ def _triton_has_tensor_cores(device: torch.device) -> bool:
 
 @cache
 def _timed(device: torch.device) -> Backend:
+    from fastres.ops.backends.host import host_milliseconds
     from fastres.ops.backends.timed import Timed
 
-    return Timed(TimedChoices(choices_path(), machine_key(device)))
+    return Timed(TimedChoices(choices_path(), machine_key(device), host=host_milliseconds))
 
 
 def _checked(mode: str, source: str) -> str:

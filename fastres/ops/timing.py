@@ -16,6 +16,7 @@ from fastres.atomic import atomic_write
 from fastres.cache import cache_folder
 from fastres.kernels.configs import taken
 from fastres.ops.agreement import coarsest, difference
+from fastres.ops.graphs import is_one_graph
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -46,7 +47,7 @@ def choices_path() -> Path:
 
 
 class TimedChoices:
-    """Winners by key, measured when first asked for.
+    """Winners by key, measured when first asked for: by the GPU's time, and where it is no CUDA graph the host's.
 
     A candidate that takes the very tiles of an earlier one is left out. One that fails (no kernel for a shape, say)
     loses and its error is kept beside the times; when all fail, the first one's error is raised. One whose result is
@@ -62,17 +63,18 @@ class TimedChoices:
         path: the JSON file, made with its folder when first written.
         machine: first key of the file, see `machine_key`.
         timer: milliseconds of a call.
+        host: what a call costs the host in milliseconds; None: nothing.
     """
 
-    def __init__(self, path: Path, machine: str, timer: Timer = gpu_milliseconds):
-        self._path, self._machine, self._timer = path, machine, timer
+    def __init__(self, path: Path, machine: str, timer: Timer = gpu_milliseconds, host: Timer | None = None):
+        self._path, self._machine, self._timer, self._host = path, machine, timer, host
         known = self._read().get(machine, {})
         # an earlier version kept those that ran out of memory as losers
         self._known = {key: entry for key, entry in known.items() if not any(map(_tells_of_memory, _errors(entry)))}
 
     def known(self, key: str, candidates: Container[str]) -> str | None:
         """Name of the fastest, if it was measured before and is among the candidates."""
-        winner = self._known[key]["winner"] if key in self._known else None
+        winner = _fastest(self._known[key]) if key in self._known else None
         return winner if winner in candidates else None
 
     def choose(self, key: str, candidates: Mapping[str, Callable[[], Any]]) -> str:
@@ -85,12 +87,13 @@ class TimedChoices:
             else:
                 _warn(
                     f"{', '.join(short)} ran out of memory in the timing of {key}: this process takes "
-                    f"{entry['winner']}, the next one times again"
+                    f"{_fastest(entry)}, the next one times again"
                 )
-        return self._known[key]["winner"]
+        return _fastest(self._known[key])
 
     def _measure(self, key: str, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         times: dict[str, float] = {}
+        host: dict[str, float] = {}
         differences: dict[str, float] = {}
         errors: dict[str, Exception] = {}
         seen: list[Any] = []
@@ -110,6 +113,8 @@ class TimedChoices:
                     if fault is not None:
                         raise DifferentResult(f"{fault}, compared with {first[0]!r}")
                 result = None
+                if self._host is not None:
+                    host[name] = self._host(call)
                 times[name] = self._timer(call)
             except Exception as error:
                 errors[name] = error.with_traceback(None)  # which would keep tensors alive
@@ -126,6 +131,7 @@ class TimedChoices:
         return {
             "winner": min(times, key=times.__getitem__),
             "milliseconds": times,
+            "host": {name: host[name] for name in times if name in host},
             "differences": {name: min(size, sys.float_info.max) for name, size in differences.items()},
             "errors": {name: f"{type(error).__name__}: {error}"[:300] for name, error in errors.items()},
         }
@@ -164,6 +170,14 @@ class TimedChoices:
 
 class DifferentResult(Exception):
     """A candidate did not compute what the first one did."""
+
+
+def _fastest(entry: dict[str, Any]) -> str:
+    """The candidate of the least time: of the GPU's in a graph, else of that and the host's."""
+    if is_one_graph():
+        return entry["winner"]
+    times, host = entry["milliseconds"], entry.get("host", {})
+    return min(times, key=lambda name: times[name] + host.get(name, 0.0))
 
 
 def _errors(entry: dict[str, Any]) -> list[str]:
@@ -224,13 +238,16 @@ def _sound(content: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 def _is_choice(entry: Any) -> bool:
-    """Whether an entry is one that `TimedChoices` writes: the winner is the fastest of those with times."""
+    """Whether an entry is one that `TimedChoices` writes: the winner is the one of the least GPU time."""
     if not isinstance(entry, dict):
         return False
     winner, times = entry.get("winner"), entry.get("milliseconds")
     if not (isinstance(times, dict) and isinstance(winner, str) and winner in times):
         return False
-    numbers = all(type(time) in (int, float) and 0 <= time < math.inf for time in times.values())
+    host = entry.get("host", {})  # an earlier version kept none
+    if not isinstance(host, dict):
+        return False
+    numbers = all(type(time) in (int, float) and 0 <= time < math.inf for time in (*times.values(), *host.values()))
     return numbers and times[winner] == min(times.values())
 
 

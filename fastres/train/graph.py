@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from fastres.ops.graphs import as_one_graph
+
 T = TypeVar("T")
 WARMUP = 3  # steps without a graph: kernels are chosen and the optimizer makes its state
 
@@ -22,7 +24,7 @@ def aside(stream: torch.cuda.Stream) -> Iterator[None]:
     """What is inside runs on the stream, as recording does, so that no state belongs to the default stream."""
     current = torch.cuda.current_stream()
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), as_one_graph():
         yield
     current.wait_stream(stream)
 
@@ -33,6 +35,6 @@ def record(step: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Callable[[
     The stream, of the current device, is given as PyTorch's own for recording may be of another device.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream), as_one_graph():
         result = step()
     return graph.replay, result

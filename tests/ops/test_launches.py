@@ -18,8 +18,10 @@ from support_launches import driver_stand_in, on_stand_in
 
 from fastres import ops
 from fastres.ops.backends import launches, replay
+from fastres.ops.backends.host import LAUNCH, OPERATION, host_milliseconds
 from fastres.ops.backends.launches import ByDriver, ByTriton, Launch, Place, launcher
-from fastres.ops.backends.triton import Triton
+from fastres.ops.backends.protocol import Activation, Convolution
+from fastres.ops.backends.triton import Triton, Vendor
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the stand-in of the driver interprets kernels")
 
@@ -106,6 +108,18 @@ def test_launches_that_follow_one_another_are_one_call(monkeypatch):
     assert len(program.stages) == 1 and torch.equal(results[0], results[2])
 
 
+def test_what_a_call_costs_the_host():
+    """Its launches and PyTorch's operations, but neither views nor memory."""
+    x, found = torch.ones(2, 4, 4, 8), {}
+    with torch.no_grad(), on_stand_in():
+        for name, backend in (("triton", Triton()), ("vendor", Vendor())):
+            activation, conv = Activation(x), Convolution(torch.ones(8, 1, 1, 8))
+            found[name] = host_milliseconds(lambda backend=backend, a=activation, c=conv: backend.conv(a, c))
+    assert found["triton"] == pytest.approx(LAUNCH)
+    assert found["vendor"] == pytest.approx(OPERATION + LAUNCH)  # its statistics are a launch
+    assert host_milliseconds(lambda: torch.empty(3).view(3, 1)) == 0
+
+
 def test_a_thread_without_a_context_gets_the_devices():
     with on_stand_in(), driver_stand_in() as driver:
         driver.context = 0
@@ -137,6 +151,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from fastres import ops
 from fastres.ops.backends import launches, replay
+from fastres.ops.backends.host import LAUNCH, OPERATION, host_milliseconds
 from fastres.ops.backends.triton import Triton
 
 class Launcher:

@@ -15,6 +15,7 @@ from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient
 from fastres.ops.backends.timed import Timed
 from fastres.ops.backends.triton import PASS_CHANNELS, STORED_CHANNELS, WIDE_CHANNELS, Triton, Vendor, Way
+from fastres.ops.graphs import as_one_graph
 from fastres.ops.operation import isolated
 from fastres.ops.select import backend_for
 from fastres.ops.timing import TimedChoices
@@ -147,6 +148,18 @@ def test_each_shape_is_chosen_once(monkeypatch):
         and "x3" in other
     )
     assert both.chosen == {first: "second", other: "second"}
+
+
+def test_a_graph_has_choices_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr("fastres.ops.timing.difference", lambda *results: (0.0, None))
+    times, host = iter((2.0, 1.0)), iter((0.5, 2.0))
+    choices = TimedChoices(tmp_path / "c.json", "a machine", lambda call: next(times), host=lambda call: next(host))
+    both = timed(choices, "first", "second")
+    for _ in range(2):
+        assert both.conv(*call_of(1)) == "first"
+        with as_one_graph():
+            assert both.conv(*call_of(1)) == "second"
 
 
 def test_nothing_is_timed_inside_a_graph_capture(monkeypatch):

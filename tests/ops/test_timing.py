@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastres.kernels.configs import Product, at_rank, conv_configs, taken
+from fastres.ops.graphs import as_one_graph
 from fastres.ops.timing import TimedChoices, choices_path
 
 
@@ -41,6 +42,28 @@ def test_the_fastest_wins_once_for_all(tmp_path):
     again = TimedChoices(path, "gpu", timer)
     assert again.choose("conv", candidates("triton", "library")) == "library" and len(calls) == 2
     assert json.loads(path.read_text())["gpu"]["conv"]["milliseconds"] == {"triton": 2.0, "library": 1.0}
+
+
+def test_the_hosts_time_counts_but_for_a_graph(tmp_path):
+    """Measured once; an entry of an earlier version, without the host's time, still holds."""
+    path = tmp_path / "choices.json"
+    timer, calls = fake_timer({"triton": 0.07, "library": 0.06})
+    host = {"triton": 0.004, "library": 0.025}
+    for made_by in (lambda call: host[call()], None, lambda call: pytest.fail("measured")):
+        choices = TimedChoices(path, "gpu", timer, host=made_by)
+        for _ in range(2):
+            assert choices.choose("conv", candidates("triton", "library")) == "triton"
+            assert choices.known("conv", candidates("triton", "library")) == "triton"
+            with as_one_graph():
+                assert choices.choose("conv", candidates("triton", "library")) == "library"
+                with as_one_graph():
+                    pass
+                assert choices.known("conv", candidates("triton", "library")) == "library"
+    assert calls == ["triton", "library"]
+    content = json.loads(path.read_text())
+    assert content["gpu"]["conv"].pop("host") == host
+    path.write_text(json.dumps(content))
+    assert TimedChoices(path, "gpu", timer).known("conv", candidates("triton", "library")) == "library"
 
 
 def test_another_machine_measures_for_itself(tmp_path):
@@ -237,6 +260,7 @@ DAMAGED = [
     *({"gpu": {"op": entry}} for entry in ([], "x", None, 1, {}, {"winner": "x"}, {"milliseconds": {"x": 1.0}})),
     *({"gpu": {"op": {**GOOD, "winner": winner}}} for winner in (None, 1, [], {}, ["x"], "z", "y")),
     *({"gpu": {"op": {**GOOD, "milliseconds": times}}} for times in (None, 1, [1.0], "x", {}, {"y": 2.0})),
+    *({"gpu": {"op": {**GOOD, "host": times}}} for times in (None, 1, [1.0], {"x": "1.0"}, {"x": -1.0})),
     *(
         {"gpu": {"op": {**GOOD, "milliseconds": {"x": time, "y": 2.0}}}}
         for time in (None, "1.0", [], True, -1.0, math.nan, math.inf, 10**400)

@@ -28,6 +28,7 @@ from fastres.kernels import buffers
 from fastres.kernels.launch import compiled_ahead, observed_by
 from fastres.ops.arena import Span, layout
 from fastres.ops.backends.launches import Launch, Place, launcher
+from fastres.ops.graphs import is_one_graph
 from fastres.ops.recent import Recent
 
 # Programs and notes of walks that are kept; bytes below which memory is a part of one piece; alignment in that.
@@ -375,8 +376,9 @@ def _is_plain(inputs: Sequence[Tensor | None]) -> bool:
 
 
 def _settings() -> tuple[Hashable, ...]:
-    """What a walk depends on beside its key and inputs: the device, and how products of fp32 are computed."""
-    return torch.cuda.current_device(), torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    """What a walk depends on beside its key and inputs: the device, how choices are made, how fp32 is multiplied."""
+    fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return torch.cuda.current_device(), is_one_graph(), fp32_precision
 
 
 def _are_apart(inputs: Sequence[Tensor | None]) -> bool:

@@ -15,6 +15,7 @@ from fastres.kernels.parts import joining
 from fastres.kernels.types import Moments
 from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient, Normalised, Shortcut
 from fastres.ops.backends.triton import Triton, TritonVendorWeights, Vendor, Way
+from fastres.ops.graphs import is_one_graph
 from fastres.ops.timing import TimedChoices
 
 RANKS = 3  # tile configurations of a convolution that are timed, see `fastres.kernels.configs`
@@ -82,7 +83,7 @@ class Timed(Triton):
 
     def _fastest(self, primitive: str, *arguments: Any) -> Any:
         key = primitive, _signature(arguments)
-        call = self._calls.get(key)
+        call = self._calls.get((is_one_graph(), key))
         if call is None and is_ahead():
             return self._compile(primitive, key, arguments)
         if call is None:
@@ -114,7 +115,7 @@ class Timed(Triton):
         spoil("its implementations are timed")
         with joining(False):  # each candidate's own work, all of it
             name = self._choices.choose(text, {name: partial(call, *arguments) for name, call in calls.items()})
-        self._calls[key] = calls[name]
+        self._calls[is_one_graph(), key] = calls[name]
         self.chosen[text] = name
         return calls[name]
 

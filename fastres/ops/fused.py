@@ -64,6 +64,8 @@ class _Fused(torch.autograd.Function):
         coefs, kept = rest[len(rest) - n_coefs :], rest[: len(rest) - n_coefs]
         last = plan.nodes[-1]
         masks = isinstance(last, End) and last.relu
+        if plan.recompute:  # so are the casts of the weights
+            weights = [t for kind, t in zip(letters, parameters) if kind == "w" and t is not None]
         ctx.save_for_backward(x, out if masks else None, *weights, *coefs, *kept)
         ctx.mark_non_differentiable(*coefs)
         if not torch.compiler.is_compiling():  # which has no such method
@@ -78,14 +80,16 @@ class _Fused(torch.autograd.Function):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         dout = dense(dout)
-        x, out, *saved = contiguous(ctx.saved_tensors)
+        x, out, *saved = ctx.saved_tensors
+        first = ctx.code.counts[0]  # behind the weights
+        weights = nhwc_weights(saved[:first], x.dtype) if ctx.plan.recompute else saved[:first]
+        x, out, *saved = contiguous([x, out, *weights, *saved[first:]])
         _, _, need_x, need_added, _, *need_parameters = ctx.needs_input_grad
         if plain.is_differentiated(dout):
             dx, dadded, *grads = _differentiable(ctx, x, out, saved, dout)
             return None, None, dx, dadded, None, *grads
         need_weights = [need for kind, need in zip(ctx.letters, need_parameters) if kind == "w"]
         found = iter(direct(fused_backward, x)(*ctx.code, dout, x, out, saved, [need_x, need_added, *need_weights]))
-        first = len(need_weights)
         channels = [coef.shape[1] for coef in saved[first : first + ctx.code.nodes.count("n")] for _ in range(2)]
         vectors = iter(next(found).split(channels))
         dx = next(found) if need_x else None

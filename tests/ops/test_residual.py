@@ -15,6 +15,7 @@ from support_fused import (
     with_grads,
 )
 from support_ops import opcheck
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastres.ops import Identity, Layer, residual_block, residual_chain
 from fastres.ops.nodes import JOINED_CHANNELS
@@ -143,6 +144,34 @@ def test_recomputing_gives_the_same_bits(shortcut):
     wanted = leaves(*arguments[:2]) if shortcut == "identity" else leaves(*arguments)
     kept, recomputed = (torch.autograd.grad(out, wanted, dout) for out in outs)
     assert all(map(torch.equal, kept, recomputed))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_recomputing_casts_the_weights_again(memory_format):
+    """Under autocast: no copy of them is kept, the bits are those of one that is, and a changed one is an error."""
+    x, layers, _ = (cast(one, torch.float32) for one in bottleneck("identity"))
+    weights = [one.weight.detach().to(memory_format=memory_format).requires_grad_() for one in layers]
+    layers = [one._replace(weight=weight) for one, weight in zip(layers, weights)]
+    grads, kept = [], []
+    for recompute in (False, True):
+        kept.append([])
+        with (
+            torch.autocast(x.device.type, torch.bfloat16),
+            saved_tensors_hooks(lambda tensor, kept=kept[-1]: kept.append(tensor) or tensor, lambda tensor: tensor),
+        ):
+            out = result(x, layers, x, recompute=recompute)
+        grads.append(torch.autograd.grad(out.float().square().sum(), weights, retain_graph=True))
+    assert all(map(torch.equal, *grads))
+    places = [{tensor.untyped_storage().data_ptr() for tensor in of_one} for of_one in kept]
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    assert own <= places[1] and not own & places[0]
+    assert len(places[0]) - len(places[1]) == 1  # and the last convolution's output
+    with torch.autocast(x.device.type, torch.bfloat16):
+        out = result(x, layers, x, recompute=True)
+    with torch.no_grad():
+        weights[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.float().sum(), weights)
 
 
 def test_statistics_are_those_of_each_convolution():

@@ -154,7 +154,7 @@ class ByDriver:
         )
         if error:
             name = self._compiled[place.value].metadata.name
-            raise RuntimeError(f"kernel {name}: CUDA error {error}, see CUresult in the driver's documentation")
+            raise RuntimeError(f"kernel {name}: CUDA error {error}: {_text_of(error)}")
 
 
 def packed(launch: Launch) -> Iterator[tuple[int, int]]:
@@ -208,6 +208,16 @@ def driver() -> ctypes.Array | None:
     except (OSError, AttributeError):
         return None
     return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def _text_of(error: int) -> str:
+    """What the driver says of an error."""
+    text = ctypes.c_char_p()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuGetErrorString(error, ctypes.byref(text))
+    except (OSError, AttributeError):
+        pass
+    return (text.value or b"see CUresult in the driver's documentation").decode()
 
 
 @cache

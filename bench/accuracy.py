@@ -93,18 +93,20 @@ def reached(rows: list[dict[str, Any]], target: float) -> dict[str, Any] | None:
 
 def table(results: dict[str, list[dict]], target: float) -> str:
     """A row a contestant."""
-    return markdown(["", "training seconds", "accuracy", "to the preset"], ratios(results, target))
+    columns = ["", "training seconds", "accuracy", "over several views", "to the preset"]
+    return markdown(columns, ratios(results, target))
 
 
 def ratios(results: dict[str, list[dict]], target: float) -> list[list[str]]:
-    """A line of the table for each contestant: name, seconds, accuracy, how many times as long as the preset."""
+    """A line of the table for each contestant: name, seconds, accuracies, how many times as long as the preset."""
     ours, lines = reached(results["fastres"], target), []
     for name, rows in results.items():
         hit = reached(rows, target)
         row = hit or rows[-1]
         more = "" if hit else "more than "
         factor = f"{more}{row['train_seconds'] / ours['train_seconds']:.1f}x" if ours else ""
-        lines.append([name, f"{more}{row['train_seconds']:.0f}", f"{row['val_accuracy']:.2%}", factor])
+        views = "" if row.get("tta_accuracy") is None else f"{row['tta_accuracy']:.2%}"
+        lines.append([name, f"{more}{row['train_seconds']:.0f}", f"{row['val_accuracy']:.2%}", views, factor])
     return lines
 
 

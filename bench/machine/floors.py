@@ -27,12 +27,12 @@ FLOORS: dict[int, dict[tuple[str | int, ...], float]] = {
     90: {
         ("conv_kernel", 1, 1, 512, 128): 0.89,
         ("conv_kernel", 3, 1, 256, 256): 0.32,
-        ("conv_dgrad_kernel", 1, 1, 1024, 512): 0.36,
+        ("conv_dgrad_kernel", 1, 1, 1024, 512): 0.29,
         ("conv_dgrad_kernel", 3, 1, 256, 256): 0.39,
         ("conv_wgrad_kernel", 3, 1, 256, 256): 0.58,
         ("conv_wgrad_kernel", 7, 2, 3, 64): 0.135,
-        ("bn_add_relu_kernel",): 0.82,
-        ("bn_add_relu_backward_kernel",): 0.64,
+        ("bn_add_relu_kernel",): 0.72,
+        ("bn_add_relu_backward_kernel",): 0.41,
     },
 }
 

@@ -33,12 +33,13 @@ def row(accuracy):
 def test_ratios_and_lower_bounds():
     curves = {"fastres": [(0.5, 10.0), (0.9, 20.0)], "plain": [(0.9, 70.0)], "resnet18": [(0.4, 210.0)]}
     results = {n: [{"val_accuracy": a, "train_seconds": s} for a, s in rows] for n, rows in curves.items()}
+    results["fastres"][-1]["tta_accuracy"] = 0.91
     assert accuracy.reached(results["fastres"], 0.9) == results["fastres"][1]
     assert accuracy.reached(results["resnet18"], 0.9) is None
     assert accuracy.ratios(results, 0.9) == [
-        ["fastres", "20", "90.00%", "1.0x"],
-        ["plain", "70", "90.00%", "3.5x"],
-        ["resnet18", "more than 210", "40.00%", "more than 10.5x"],
+        ["fastres", "20", "90.00%", "91.00%", "1.0x"],
+        ["plain", "70", "90.00%", "", "3.5x"],
+        ["resnet18", "more than 210", "40.00%", "", "more than 10.5x"],
     ]
 
 

@@ -42,6 +42,7 @@ from fastres.train.schedule import lr_factor
 from fastres.train.whiten import whiten
 
 CONTESTANTS = ["fastres", "plain", "airbench", "resnet18"]
+IN_PLAIN_LOOP = ("plain", "resnet18")  # which has worker processes
 
 
 def fastres_rows(config: TrainConfig, dataset: Dataset) -> list[dict[str, Any]]:

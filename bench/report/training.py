@@ -95,7 +95,10 @@ def time_to_accuracy_section(results: Path) -> str | None:
 
 def _to_one_accuracy(record: dict[str, Any]) -> str:
     settings = record["settings"]
-    warning = busy(max(record["load_5_minutes"].values()), settings["threads"] + settings["workers"])
+    loads = record["load_5_minutes"]
+    workers = {name: settings["workers"] for name in accuracy.IN_PLAIN_LOOP}
+    excess, name = max((load - settings["threads"] - workers.get(name, 0), name) for name, load in loads.items())
+    warning = busy(loads[name], settings["threads"] + workers.get(name, 0)) if excess > 0 else ""
     return (
         f"{settings['target']:.2%} on {settings['data']}, {settings['options']['epochs']} epochs of the preset, "
         f"measured on {machine_line(record)}.{warning}\n\n{accuracy.table(record['results'], settings['target'])}"

@@ -161,5 +161,10 @@ def test_the_report_has_every_target(tmp_path):
         text.index("85.00% on drawn, 14 epochs of the preset") < text.index("80.00% on drawn")
         and "90.00% on" not in text
     )
-    assert text.count("| fastres | 20 | 90.00% | 1.0x |") == 2
+    assert text.count("| fastres | 20 | 90.00% |  | 1.0x |") == 2
+    assert "busy" not in text
+    for contestant, load, warns in (("resnet18", 3.5, False), ("airbench", 3.5, True), ("plain", 4.5, True)):
+        record["load_5_minutes"], record["results"] = {"fastres": 1.0, contestant: load}, {"fastres": rows}
+        write_results(tmp_path / "time-to-accuracy-90-cpu.json", record)
+        assert ("kept the machine busy" in training.time_to_accuracy_section(tmp_path)) == warns
     assert training.time_to_accuracy_section(tmp_path / "empty") is None

@@ -96,7 +96,7 @@ def time_to_accuracy_section(results: Path) -> str | None:
 def _to_one_accuracy(record: dict[str, Any]) -> str:
     settings = record["settings"]
     loads = record["load_5_minutes"]
-    workers = {name: settings["workers"] for name in accuracy.IN_PLAIN_LOOP}
+    workers = dict.fromkeys(accuracy.IN_PLAIN_LOOP, settings["workers"])
     excess, name = max((load - settings["threads"] - workers.get(name, 0), name) for name, load in loads.items())
     warning = busy(loads[name], settings["threads"] + workers.get(name, 0)) if excess > 0 else ""
     return (

@@ -330,7 +330,7 @@ void set_phase(Phase& phase, const Plan& p, const Unit& u, int64_t row_phase, in
       if (p.rows.reads(row_phase, r) && p.columns.reads(column_phase, t)) {
         taps.push_back({r, t});
         const auto at = [&](size_t tap) {
-          return input(0, u.rows.first + row_phase, column_phase, taps[tap].first, taps[tap].second);
+          return input(0, u.rows.first + row_phase, column_phase, phase.taps[tap].first, phase.taps[tap].second);
         };
         offsets.push_back(at(taps.size() - 1) - at(0));
         const int64_t a = p.gathered ? 2 * p.depth * int64_t(taps.size() - 1) : offsets.back();

@@ -254,7 +254,7 @@ void max_pool(const T* x, const int64_t* sizes, T* out, int64_t threads) {
         for (int64_t row = first_row; row < end_row; ++row)
           for (int64_t column = first; column < end; ++column) {
             const Floats value = load(image + (row * s.width + column) * s.c + c, lanes);
-            best = (value <= best) | (best != best) ? best : value;
+            best = ((value <= best) | (best != best)) ? best : value;
           }
         store(out + (line * s.out_width + pixel) * s.c + c, best, lanes);
       };

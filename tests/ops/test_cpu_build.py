@@ -193,7 +193,7 @@ OMP = """
 #pragma once
 extern "C" int omp_get_num_threads(void), omp_get_thread_num(void);
 """
-# What `python -m ziglang` calls them: a machine with AMX, one with AVX512-BF16, one with neither, ARM with and without SVE.
+# As `python -m ziglang` calls them: with AMX, with AVX512-BF16, with neither; ARM without and with SVE.
 MACHINES = ["x86_64 sapphirerapids", "x86_64 znver5", "x86_64 x86_64_v2", "aarch64 generic", "aarch64 neoverse_v1"]
 
 
@@ -203,10 +203,29 @@ def test_clang_compiles_it_for_other_machines(machine, tmp_path):
     """Without a warning; nothing is run, as there is no such machine."""
     (tmp_path / "omp.h").write_text(OMP)
     name, cpu = machine.split()
-    compiler = [sys.executable, "-m", "ziglang", "c++", "-target", f"{name}-linux-gnu", f"-mcpu={cpu}", "-Wall", "-Werror"]
+    compiler = [
+        sys.executable,
+        "-m",
+        "ziglang",
+        "c++",
+        "-target",
+        f"{name}-linux-gnu",
+        f"-mcpu={cpu}",
+        "-Wall",
+        "-Werror",
+    ]
     torch_headers = Path(torch.__file__).parent / "include"
     options = [*build._FLAGS[:1], "-O1", "-fopenmp", "-fPIC", f"-I{tmp_path}", f"-isystem{torch_headers}"]
     for source in SOURCES:
-        command = [*compiler, *options, "-Wno-pass-failed", "-Wno-psabi", "-c", str(source), "-o", str(tmp_path / "made.o")]
+        command = [
+            *compiler,
+            *options,
+            "-Wno-pass-failed",
+            "-Wno-psabi",
+            "-c",
+            str(source),
+            "-o",
+            str(tmp_path / "made.o"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{source.name}: {done.stderr[:2000]}"

@@ -43,13 +43,13 @@ class Remembered(Aten):
         return self.programs.repeated(key, inputs, walk)
 
 
-@pytest.fixture(params=["triton", "driver", "aten"])
+@pytest.fixture(params=["triton", "driver", "vendor", "aten"])
 def backend(request, monkeypatch):
-    """Of repeated walks: launches by Triton, by the driver, and ATen's operations alone."""
-    by_driver = request.param == "driver"
+    """Of repeated walks: launches by Triton, by the driver, those with ATen's convolutions between, ATen's alone."""
+    by_driver = request.param in ("driver", "vendor")
     monkeypatch.setenv(ENVIRONMENT, "driver" if by_driver else "triton")
     with on_stand_in(), fp32_products(), driver_stand_in() if by_driver and INTERPRETED else nullcontext():
-        made = Remembered() if request.param == "aten" else Triton()
+        made = {"aten": Remembered, "vendor": Vendor}.get(request.param, Triton)()
         with ops.implementation(made):
             yield made
 

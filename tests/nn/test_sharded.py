@@ -33,13 +33,15 @@ def shard(model, whole):
     return fully_shard(model, mesh=mesh)
 
 
-def losses(model):
+def losses(model, dtype=torch.float64, autocast=False):
     """Of three steps."""
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), 0.02)
     found = []
     for _ in range(3):
-        loss = model(torch.randn(4, 3, 32, 32, dtype=torch.float64)).square().mean()
+        images = torch.randn(4, 3, 32, 32, dtype=torch.float64).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(images).to(dtype).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -60,6 +62,14 @@ def test_trains_as_eager_and_unfuses(first, whole):
     assert not any(isinstance(module, Fused) for module in model.modules())
     assert type(model).__name__ == "FSDPResNet" and not report(model).fused_blocks
     assert losses(model) == pytest.approx(losses(eager), rel=1e-4)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["network", "blocks"])
+def test_recomputing_reads_the_weights_as_they_are_gathered_again(whole):
+    """Under autocast backward casts the weights itself, whose memory is let go between forward and backward."""
+    expected = losses(fuse(network().float()), torch.float32, autocast=True)
+    model = shard(fuse(network().float(), recompute=True), whole)
+    assert losses(model, torch.float32, autocast=True) == expected
 
 
 def test_data_parallel_in_a_process_group():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,9 @@ class Calls(NamedTuple):
         )
 
 
+_PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
+
+
 class _Listed(EagerTraffic):
     """`EagerTraffic` that keeps matrix products apart."""
 
@@ -65,10 +69,10 @@ class _Listed(EagerTraffic):
         self.products: list[tuple[int, int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if func not in _PRODUCTS:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        a, b = args[-2:]
-        self.products.append((a.shape[0], b.shape[1], a.shape[1]))
+        a, b = args[-2:]  # those of a batch are as one with all their rows: as many tiles
+        self.products.append((math.prod(a.shape[:-1]), b.shape[-1], a.shape[-1]))
         return func(*args, **(kwargs or {}))
 
 

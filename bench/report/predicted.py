@@ -64,7 +64,8 @@ def runs_section(results: Path) -> str | None:
     return (
         f"{LABEL} bfloat16, one CUDA graph a step; without validation, compiling and reading the data. A step's range "
         "is from timed choices to Triton alone; that of a run is a quarter wider either way, as much as the model's "
-        "absolute times may be off. The optimizer's time is mostly Muon's matrix products, one small launch each."
+        "absolute times may be off. The optimizer's time is mostly Muon's matrix products, fifteen launches for all "
+        "kernels of as many outputs."
         f"\n\n{markdown(RUNS, rows)}"
     )
 

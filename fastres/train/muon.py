@@ -2,17 +2,20 @@
 
 PyTorch's own ``torch.optim.Muon`` takes matrices only and a learning rate on the host. So each kernel [O, I, h, w] has
 a matrix [O, I*h*w] of zeros, which Muon moves at rate 1; the kernel is moved by that at the rate of the present step,
-which may be a tensor on the device.
+which may be a tensor on the device. On a GPU its arithmetic is done here, for all kernels at once: one by one they are
+hundreds of small launches, by the machine model a third of a step of the presets for speed.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastres.train.optimizer_state import load_state
+from fastres.train.orthogonal import orthogonalised
 
 if TYPE_CHECKING:  # which imports this module
     from fastres.train.optimizer import SGDW
@@ -61,6 +64,7 @@ class MuonBesideSGD:
         self._channels_last = [not kernel.is_contiguous() for kernel in kernels]
         self._moves = [nn.Parameter(torch.zeros_like(kernel.detach().flatten(1))) for kernel in kernels]
         self.muon = torch.optim.Muon(self._moves, lr=1.0, momentum=momentum, weight_decay=0.0)
+        self._at_once = lr_on is not None or any(kernel.is_cuda for kernel in kernels)
         rate = lr if lr_on is None else torch.tensor(lr, dtype=torch.float32, device=lr_on)
         self._kernel_group: dict[str, Any] = {"params": kernels, "peak": lr, "lr": rate}
 
@@ -89,13 +93,29 @@ class MuonBesideSGD:
                 views.append(as_kernel(move, kernel, last))
         if not kernels:
             return
-        torch._foreach_zero_(moves)
-        self.muon.step()
+        if self._at_once:
+            self._move(moves)
+        else:
+            torch._foreach_zero_(moves)
+            self.muon.step()
         lr = self._kernel_group["lr"]
         if self.decay:
             torch._foreach_mul_(kernels, 1 - lr * self.decay)
         torch._foreach_mul_(moves, lr)
         torch._foreach_add_(kernels, views)
+
+    def _move(self, moves: list[Tensor]) -> None:
+        """What ``torch.optim.Muon`` would make of the moves, were they zeros, to the same bits but for order of sums."""
+        momentum = self.muon.param_groups[0]["momentum"]
+        grads = [move.grad for move in moves if move.grad is not None]  # there are all
+        for move, grad in zip(moves, grads, strict=True):
+            if not self.muon.state[move]:
+                self.muon.state[move]["momentum_buffer"] = torch.zeros_like(grad)
+        buffers = [self.muon.state[move]["momentum_buffer"] for move in moves]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        made = orthogonalised(torch._foreach_lerp(grads, buffers, momentum), widened=True)
+        torch._foreach_copy_(moves, made)
+        torch._foreach_mul_(moves, [-math.sqrt(max(1, move.shape[0] / move.shape[1])) for move in moves])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget every gradient."""

@@ -1,14 +1,17 @@
 """Muon beside SGD: the kernels' update is orthogonal, the rest is SGD's, and both are saved."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from support_train import NoWait
 from torch import nn
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 from fastres.train.muon import MuonBesideSGD, as_matrix, hidden_kernels
 from fastres.train.optimizer import SGDW, make_optimizer, set_lr
+from fastres.train.orthogonal import COEFFICIENTS, EPS, STEPS, orthogonalised
 
 MUON = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
 
@@ -27,8 +30,8 @@ def learn(model, optimizer, steps=1):
         optimizer.step()
 
 
-def optimizer_of(model) -> MuonBesideSGD:
-    return make_optimizer(model, 0.1, 0.9, True, 0.01, scaled=False, muon=MUON)
+def optimizer_of(model, lr_on=None) -> MuonBesideSGD:
+    return make_optimizer(model, 0.1, 0.9, True, 0.01, scaled=False, muon=MUON, lr_on=lr_on)
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -66,15 +69,16 @@ def test_learning_rate_reaches_every_group():
     assert all(map(torch.equal, before, optimizer.kernels))
 
 
-def test_a_saved_state_goes_on_bit_for_bit():
+@pytest.mark.parametrize("lr_on", [None, torch.device("cpu")], ids=["a number", "a tensor"])
+def test_a_saved_state_goes_on_bit_for_bit(lr_on):
     whole = network()
-    learn(whole, optimizer_of(whole), steps=3)
+    learn(whole, optimizer_of(whole, lr_on), steps=3)
     part = network()
-    optimizer = optimizer_of(part)
+    optimizer = optimizer_of(part, lr_on)
     learn(part, optimizer, steps=2)
     saved, rest = copy.deepcopy(optimizer.state_dict()), network()
     rest.load_state_dict(part.state_dict())
-    again = optimizer_of(rest)
+    again = optimizer_of(rest, lr_on)
     again.load_state_dict(saved)
     x = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(2))
     again.zero_grad()
@@ -85,8 +89,9 @@ def test_a_saved_state_goes_on_bit_for_bit():
         again.load_state_dict(saved["sgd"])
 
 
+@pytest.mark.parametrize("lr_on", [None, torch.device("cpu")], ids=["a number", "a tensor"])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous", "neither"])
-def test_moves_as_pytorchs_muon_moves_the_matrix(layout):
+def test_moves_as_pytorchs_muon_moves_the_matrix(layout, lr_on):
     kernel = nn.Parameter(torch.randn(4, 6, 3, 3))
     if layout == "channels_last":
         kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
@@ -94,13 +99,14 @@ def test_moves_as_pytorchs_muon_moves_the_matrix(layout):
         kernel.data = kernel.data.transpose(2, 3).contiguous().transpose(2, 3)
     matrix = nn.Parameter(as_matrix(kernel.detach(), layout == "channels_last").clone())
     theirs = torch.optim.Muon([matrix], lr=0.1, momentum=0.9, weight_decay=0.5)
-    rest = SGDW([{"params": [nn.Parameter(torch.ones(1))], "decay": 0.0}], lr=0.1)
-    ours = MuonBesideSGD(rest, [kernel], **MUON)
+    rest = SGDW([{"params": [nn.Parameter(torch.ones(1))], "decay": 0.0, "peak": 0.1}], lr=0.1)
+    ours = MuonBesideSGD(rest, [kernel], **MUON, lr_on=lr_on)
     for seed in range(3):
         gradient = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(seed))
         kernel.grad, matrix.grad = gradient, as_matrix(gradient, layout == "channels_last")
+        theirs.param_groups[-1]["lr"] = 0.1 / (seed + 1)
+        set_lr(ours, 1 / (seed + 1))
         for optimizer in (ours, theirs):
-            optimizer.param_groups[-1]["lr"] = 0.1 / (seed + 1)
             optimizer.step()
     torch.testing.assert_close(
         as_matrix(kernel.detach(), layout == "channels_last"), matrix.detach(), rtol=0, atol=1e-6
@@ -138,3 +144,22 @@ def test_an_overflow_in_fp16_skips_muon_too():
     scaler.step(optimizer)
     scaler.update()
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+def test_matrices_of_as_many_rows_are_one_batch():
+    """Each as alone, to bits: the columns that widen it are zeros; more rows than columns, nothing but zeros, NaN."""
+    torch.manual_seed(0)
+    shapes = (8, 40), (8, 24), (40, 8), (5, 5), (8, 24)
+    matrices = [torch.randn(shape) * torch.rand(shape[0], 1) for shape in shapes] + [torch.zeros(8, 9)]
+    alone = [orthogonalised([matrix])[0] for matrix in matrices]
+    with mock.patch.object(torch, "baddbmm", wraps=torch.baddbmm) as products:
+        together = orthogonalised(matrices, widened=True)
+    assert products.call_count == 2 * 5 * 2  # for 8 rows, and for 5
+    assert [one.shape for one in together] == [one.shape for one in matrices]
+    for ours, theirs, matrix in zip(together, alone, matrices):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
+        expected = _zeropower_via_newtonschulz(matrix, COEFFICIENTS, STEPS, EPS)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0.02)
+    matrices[1][0, 0] = float("nan")
+    spoiled = [not one.isfinite().all() for one in orthogonalised(matrices, widened=True)]
+    assert spoiled == [place == 1 for place in range(len(matrices))]

@@ -37,7 +37,8 @@ def test_the_optimizer_makes_muons_products(small):
     operations = sum(2 * m * n * k for m, n, k in products)
     with torch.device("meta"):
         model = trained(preset("speed94"))
-    assert operations == muon_flops(model) and len(products) == 15 * 9
+    assert len(products) == 15 * 3  # nine kernels, of 64, 128 and 256 outputs
+    assert muon_flops(model) < operations < 1.5 * muon_flops(model)  # of columns that widen some to the widest
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(small["optimizer"].bytes) > 4 * 4 * weights  # gradient, momentum read and written, weight at least
 

@@ -105,7 +105,7 @@ class MuonBesideSGD:
         torch._foreach_add_(kernels, views)
 
     def _move(self, moves: list[Tensor]) -> None:
-        """What ``torch.optim.Muon`` would make of the moves, were they zeros, to the same bits but for order of sums."""
+        """What ``torch.optim.Muon`` would make of the moves, were they zeros; but sums may be in another order."""
         momentum = self.muon.param_groups[0]["momentum"]
         grads = [move.grad for move in moves if move.grad is not None]  # there are all
         for move, grad in zip(moves, grads, strict=True):

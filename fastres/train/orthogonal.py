@@ -1,9 +1,9 @@
 """Matrices made orthogonal, as Muon's updates are, many in few launches.
 
-The Newton-Schulz iteration of Jordan et al. 2024 in bf16, ``X <- a X + (b A + c A A) X`` with ``A = X X^T``, does nothing
-to columns of zeros: they stay so and change no others. So matrices of different widths can be one batch of matrices as
-wide as the widest, and an iteration is three products of batches: a GPU takes as long for one small product as for many,
-and a launch as long as either.
+The Newton-Schulz iteration of Jordan et al. 2024 in bf16, ``X <- a X + (b A + c A A) X`` with ``A = X X^T``, does
+nothing to columns of zeros: they stay so and change no others. So matrices of different widths can be one batch of
+matrices as wide as the widest, and an iteration is three products of batches: a GPU takes as long for one small product
+as for many, and a launch as long as either.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ FLOORS: dict[int, dict[tuple[str | int, ...], float]] = {
         ("conv_wgrad_kernel", 3, 1, 256, 256): 0.58,
         ("conv_wgrad_kernel", 7, 2, 3, 64): 0.135,
         ("bn_add_relu_kernel",): 0.72,
-        ("bn_add_relu_backward_kernel",): 0.41,
+        ("bn_add_relu_backward_kernel",): 0.45,
     },
 }
 

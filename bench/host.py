@@ -54,11 +54,12 @@ def build_driver(folder: Path) -> None:
     """A libcuda.so.1 with all functions that Triton's launcher and ours call; they return 0, which is success."""
     source = Path(nvidia.dirname, "driver.c").read_text() + Path(nvidia.__file__).read_text()
     names = {*re.findall(r"\b(cu[A-Z]\w+)\b", source), *launches.FUNCTIONS}
-    plain = [f"int {name}(void) {{ return 0; }}" for name in sorted(names - {"cuCtxGetCurrent", "cuLaunchKernel"})]
-    counted = "static long made; long launches(void) { return made; } int cuLaunchKernel(void) { ++made; return 0; }"
-    counted = counted + "\nint cuCtxGetCurrent(void** context) { *context = (void*)1; return 0; }"
-    plain = [line.replace("{ return", "{ ++made; return") if "LaunchKernelEx(" in line else line for line in plain]
-    (folder / "driver.c").write_text("\n".join([counted, *plain]) + "\n")
+    lines = ["static long made; long launches(void) { return made; }"]
+    for name in sorted(names - {"cuCtxGetCurrent"}):
+        counted = "++made; " if name.startswith("cuLaunchKernel") else ""
+        lines.append(f"int {name}(void) {{ {counted}return 0; }}")
+    lines.append("int cuCtxGetCurrent(void** context) { *context = (void*)1; return 0; }")
+    (folder / "driver.c").write_text("\n".join(lines) + "\n")
     target = folder / "libcuda.so.1"
     options = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
     subprocess.run(["cc", *options, str(folder / "driver.c"), "-o", str(target)], check=True)

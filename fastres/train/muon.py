@@ -113,7 +113,7 @@ class MuonBesideSGD:
                 self.muon.state[move]["momentum_buffer"] = torch.zeros_like(grad)
         buffers = [self.muon.state[move]["momentum_buffer"] for move in moves]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        made = orthogonalised(torch._foreach_lerp(grads, buffers, momentum), widened=True)
+        made = orthogonalised(torch._foreach_lerp(grads, buffers, momentum))
         torch._foreach_copy_(moves, made)
         torch._foreach_mul_(moves, [-math.sqrt(max(1, move.shape[0] / move.shape[1])) for move in moves])
 

@@ -16,23 +16,21 @@ from torch import Tensor
 COEFFICIENTS, STEPS, EPS = (3.4445, -4.775, 2.0315), 5, 1e-7  # those of ``torch.optim.Muon``
 
 
-def orthogonalised(matrices: Sequence[Tensor], widened: bool = False) -> list[Tensor]:
+def orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
     """``U V^T`` of each matrix ``U S V^T``, about: singular values end between 0.3 and 1.3.
 
     Args:
         matrices: [R, C] each, of one device.
-        widened: batch those of as many rows, not only those of one shape: fewer launches and more arithmetic.
 
     Returns:
         bf16, some of them views of one memory.
     """
     wide = [one.T if one.shape[0] > one.shape[1] else one for one in matrices]
     found: list[Tensor] = list(wide)
-    kinds = [one.shape[:1] if widened else one.shape for one in wide]
-    for kind in dict.fromkeys(kinds):
-        places = [place for place, one in enumerate(kinds) if one == kind]
+    for rows in dict.fromkeys(one.shape[0] for one in wide):
+        places = [place for place, one in enumerate(wide) if one.shape[0] == rows]
         columns = max(wide[place].shape[1] for place in places)
-        batch = wide[0].new_zeros(len(places), kind[0], columns, dtype=torch.bfloat16)
+        batch = wide[0].new_zeros(len(places), rows, columns, dtype=torch.bfloat16)
         for made, place in zip(batch, places):
             made[:, : wide[place].shape[1]].copy_(wide[place])
         for made, place in zip(_iterated(batch), places):

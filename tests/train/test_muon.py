@@ -153,7 +153,7 @@ def test_matrices_of_as_many_rows_are_one_batch():
     matrices = [torch.randn(shape) * torch.rand(shape[0], 1) for shape in shapes] + [torch.zeros(8, 9)]
     alone = [orthogonalised([matrix])[0] for matrix in matrices]
     with mock.patch.object(torch, "baddbmm", wraps=torch.baddbmm) as products:
-        together = orthogonalised(matrices, widened=True)
+        together = orthogonalised(matrices)
     assert products.call_count == 2 * 5 * 2  # for 8 rows, and for 5
     assert [one.shape for one in together] == [one.shape for one in matrices]
     for ours, theirs, matrix in zip(together, alone, matrices):
@@ -161,5 +161,5 @@ def test_matrices_of_as_many_rows_are_one_batch():
         expected = _zeropower_via_newtonschulz(matrix, COEFFICIENTS, STEPS, EPS)
         torch.testing.assert_close(ours, expected, rtol=0, atol=0.02)
     matrices[1][0, 0] = float("nan")
-    spoiled = [not one.isfinite().all() for one in orthogonalised(matrices, widened=True)]
+    spoiled = [not one.isfinite().all() for one in orthogonalised(matrices)]
     assert spoiled == [place == 1 for place in range(len(matrices))]

@@ -207,11 +207,12 @@ def _identity(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _flops(bound: dict[str, Any]) -> int:
-    """Operations of the convolution that a launch with these arguments is a pass of; 0 where it is none."""
-    if "KH" not in bound or "COUT" not in bound:
+    """Operations of the convolution that a launch with these arguments is a pass of, or two; 0 where it is none."""
+    if "COUT" not in bound:
         return 0
+    passes = 2 if "dx_ptr" in bound and "dw_ptr" in bound else 1
     pixels = bound["M"] if "M" in bound else bound["N"] * bound["OH"] * bound["OW"]
-    return 2 * pixels * math.prod(bound[name] for name in ("CIN", "COUT", "KH", "KW"))
+    return 2 * passes * pixels * math.prod(bound.get(name, 1) for name in ("CIN", "COUT", "KH", "KW"))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from fastres.kernels.batch_norm import bn_backward_coef, finalize, moments, runn
 from fastres.kernels.bn_add_relu import bn_act_backward, bn_add_relu, bn_add_relu_backward, bn_backward_apply
 from fastres.kernels.conv import bn_add_relu_conv, conv, conv_bias_act
 from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.grads import conv_grads, is_joint
 from fastres.kernels.pool import (
     bn_relu_max_pool,
     bn_relu_max_pool_backward,
@@ -29,10 +30,12 @@ __all__ = [
     "conv",
     "conv_bias_act",
     "conv_dgrad",
+    "conv_grads",
     "conv_wgrad",
     "finalize",
     "global_avg_pool",
     "global_avg_pool_backward",
+    "is_joint",
     "moments",
     "running_coef",
 ]

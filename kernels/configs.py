@@ -246,6 +246,44 @@ def wgrad_configs(
     return configs
 
 
+def grads_configs(
+    cin: int, cout: int, dtype: torch.dtype, arch: int = 90, sums: bool = True, masked: bool = False
+) -> list[Config]:
+    """Configurations of both gradients of a pointwise convolution in one kernel, the one to take first by the model
+    (`bench.machine`); none where a program could not hold its channels of dw and w.
+
+    BLOCK_M pixels a step, BLOCK_N of the CIN channels, all COUT channels in BLOCK_K: dw takes BLOCK_N * BLOCK_K
+    accumulators, a quarter or half of a multiprocessor's registers.
+
+    Args:
+        cin, cout: channels of the convolution.
+        dtype: of the operands.
+        arch: compute capability, as 90.
+        sums: whether the gradient goes through a ReLU and is summed for a BatchNorm.
+        masked: moreover whether that ReLU is the end of a block, which is loaded.
+    """
+    if not has_warp_groups(arch) or dtype.itemsize != 2 or min(cin, cout) < LEAST or cout > 256:
+        return []
+    block_k, block_n = power_of_2(cout, 64, 256), power_of_2(cin, 64, 128)
+    if block_k == 256:  # 18 to 28 spilled instructions with 128 channels behind the end of a block
+        block_n = 64 if sums else block_n
+        return [Config(32, block_n, block_k, 8, 4 if block_n == 64 else 3, 255)]
+    return [Config(32, block_n, block_k, 8, 4, 255), Config(32, block_n, block_k, 8, 3, 255)]
+
+
+LEAST_JOINT, MOST_JOINT = 8, 512  # steps of a program
+
+
+def joint_steps(pixels: int, groups: int, config: Config) -> int:
+    """Steps of a program of both gradients: the programs fill a GPU once, as each keeps its dw in the registers.
+
+    No fewer than `LEAST_JOINT`, since a program begins with the weights and ends with its dw, no more than `MOST_JOINT`:
+    each adds up its sums one after another, and its offsets fit 32 bits.
+    """
+    steps = cdiv(pixels, config.block_m * max(1, PROGRAMS // groups))
+    return min(max(steps, LEAST_JOINT), MOST_JOINT)
+
+
 def _ranked_weight_gradients(rows: int, columns: int, made: bool, window: bool, reads_made: bool) -> list[Config]:
     """Those of `wgrad_configs` that were quickest on an H100, where it was timed."""
     tall, wide = Config(256, 128, 64, 8, 3, 255), Config(128, 256, 64, 8, 3, 255)

@@ -17,7 +17,7 @@ from bench.machine.chips import LAUNCH, SMALL, Chip
 from bench.machine.peers import ENDS, Convolution
 from bench.machine.predict import Prediction, launch_seconds
 from bench.machine.program import Program, compiled
-from bench.machine.work import MERGING, STREAMING, Work, work_of
+from bench.machine.work import BOTH, MERGING, STREAMING, Work, work_of
 
 
 class Timed(NamedTuple):
@@ -38,7 +38,7 @@ class Timed(NamedTuple):
         constants = self.launch.specialisation.constants
         name = self.launch.specialisation.kernel.removesuffix("_kernel")
         if "KH" not in constants:
-            return "merging" if f"{name}_kernel" in MERGING else name
+            return "merging" if f"{name}_kernel" in MERGING else f"{name} 1x1" if f"{name}_kernel" == BOTH else name
         stride = f"/{constants['STRIDE']}" if constants["STRIDE"] > 1 else ""
         return f"{name} {constants['KH']}x{constants['KW']}{stride}"
 
@@ -99,8 +99,8 @@ def merging_seconds(launch: Launch, chip: Chip) -> float:
 
 
 def is_convolution(one: Timed) -> bool:
-    """Whether the launch is a convolution's product."""
-    return "KH" in one.launch.specialisation.constants
+    """Whether the launch is a convolution's product, or two."""
+    return one.launch.specialisation.kernel.startswith("conv")
 
 
 def quickest(ranks: list[list[Timed]]) -> list[Timed]:
@@ -162,6 +162,9 @@ def _candidates(group: list[Timed], end: str, arch: int, chip: Chip) -> tuple[fl
     one, triton = group[0], _seconds(group)
     if _is(one, "conv_kernel"):
         return triton, _library(one, "forward", end, arch, chip) + _passes(_around_forward(one), chip)
+    if _is(one, BOTH):
+        library = _passes(_before_gradients(one) + _behind_dgrad(one), chip)
+        return triton, library + sum(_library(one, each, end, arch, chip) for each in ("wgrad", "dgrad"))
     wgrad = next((each for each in group if _is(each, "conv_wgrad_kernel")), None)
     if wgrad is None:
         return triton, triton
@@ -184,6 +187,8 @@ def _library(one: Timed, direction: str, end: str, arch: int, chip: Chip) -> flo
 def convolution_of(launch: Launch) -> Convolution:
     """The convolution whose product or gradient a launch is."""
     constants, integers = launch.specialisation.constants, launch.integers
+    if launch.specialisation.kernel == BOTH:
+        return Convolution(integers["M"], integers["M"], constants["CIN"], constants["COUT"], 1, 1)
     outputs = integers["M"] if "M" in integers else integers["N"] * integers["OH"] * integers["OW"]
     images = outputs // (integers["OH"] * integers["OW"])
     inputs = images * integers["H"] * integers["W"]
@@ -206,8 +211,9 @@ def _around_forward(one: Timed) -> list[int]:
 
 
 def _before_gradients(wgrad: Timed) -> list[int]:
-    """BatchNorm's backward, and the normalised input again."""
-    return _applied(wgrad) + ([2 * _size(wgrad, "x_ptr")] if _size(wgrad, "coef_ptr") else [])
+    """BatchNorm's backward, and the normalised input again, where the end of a block is not there."""
+    made = _size(wgrad, "coef_ptr") and not _size(wgrad, "mask_ptr")
+    return _applied(wgrad) + ([2 * _size(wgrad, "x_ptr")] if made else [])
 
 
 def _applied(one: Timed) -> list[int]:

@@ -15,6 +15,8 @@ MERGING = {"finalize_kernel", "merge_kernel", "bn_backward_coef_kernel", "partia
            "update_running_kernel"}  # fmt: skip
 # Elementwise passes: at the memory's rate, as the peers' are.
 STREAMING = {"bn_add_relu_kernel", "bn_add_relu_backward_kernel", "bn_backward_apply_kernel", "moments_kernel"}
+# Both gradients of a pointwise convolution: two products a trip.
+BOTH = "conv_grads_kernel"
 
 
 class Work(NamedTuple):
@@ -28,7 +30,8 @@ class Work(NamedTuple):
 
 def work_of(launch: Launch, program: Program) -> Work:
     """What a launch of one of the project's kernels does."""
-    trips = math.ceil(_trips(launch) / unrolled(program, launch.specialisation.constants))
+    products = 2 if launch.specialisation.kernel == BOTH else 1
+    trips = math.ceil(_trips(launch) / unrolled(program, launch.specialisation.constants, products))
     return Work(launch.programs, trips, _bytes(launch), _operations(launch))
 
 
@@ -37,7 +40,7 @@ def _trips(launch: Launch) -> int:
     match launch.specialisation.kernel:
         case "conv_kernel":
             return integers["k_blocks"]
-        case "conv_wgrad_kernel":
+        case "conv_wgrad_kernel" | "conv_grads_kernel":
             return integers["steps"]
         case "conv_dgrad_kernel":  # a program's taps are those of its pixels' remainder modulo the stride: the mean
             taps = constants["KH"] * constants["KW"] / constants["STRIDE"] ** 2
@@ -59,14 +62,15 @@ def _bytes(launch: Launch) -> int:
 
 def _operations(launch: Launch) -> int:
     constants, integers = launch.specialisation.constants, launch.integers
-    if "KH" not in constants:
+    if "COUT" not in constants:
         return 0
     pixels = integers["M"] if "M" in integers else integers["N"] * integers["OH"] * integers["OW"]  # of dz
-    return 2 * pixels * math.prod(constants[name] for name in ("CIN", "COUT", "KH", "KW"))
+    products = 2 if launch.specialisation.kernel == BOTH else 1
+    return 2 * products * pixels * math.prod(constants.get(name, 1) for name in ("CIN", "COUT", "KH", "KW"))
 
 
-def unrolled(program: Program, constants: dict) -> int:
-    """Trips of the source's loop that one of the machine code's makes, by what both do."""
+def unrolled(program: Program, constants: dict, products: int = 1) -> int:
+    """Trips of the source's loop, of ``products`` each, that one of the machine code's makes, by what both do."""
     loop = main_loop(program.code)
     if loop is None:
         return 1
@@ -75,7 +79,7 @@ def unrolled(program: Program, constants: dict) -> int:
     if all(tile):
         per_warp = {"HGMMA": warps / WARPGROUP, "HMMA": warps}
         done = sum(operations(one) * per_warp.get(one.name, 0) for one in inside)
-        return max(1, round(done / (2 * math.prod(tile))))
+        return max(1, round(done / (2 * products * math.prod(tile))))
     if "PARTS" in constants:
         loaded = sum(moved(one) for one in inside if one.name == "LDG") * warps
         return max(1, round(loaded / (4 * constants["PARTS"] * constants["BLOCK"])))

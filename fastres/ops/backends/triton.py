@@ -24,6 +24,9 @@ from fastres.ops.backends.vendor import VendorConvolutions
 STORED_CHANNELS, PASS_CHANNELS, WIDE_CHANNELS = 64, 128, 64
 
 
+JOINT = "both gradients at once"
+
+
 class Way(Enum):
     """How the two gradients of a convolution share what both read: dy of the BatchNorm's backward, and the activation.
 
@@ -31,7 +34,9 @@ class Way(Enum):
     but for the passes of wide windows.
     """
 
-    MODEL = "as the model has it"  # `STORED` for wide windows and for those behind GELU, or else `ONCE`
+    # One kernel for both gradients of a pointwise convolution where there is one, `STORED` for wide windows and for
+    # those behind GELU, or else `ONCE`.
+    MODEL = "as the model has it"
     ONCE = "dy once"  # stored by the data gradient, by a pass for windows of many channels, in each for those of few
     EACH = "dy in each"
     PASS = "dy by a pass"  # for all windows
@@ -100,9 +105,9 @@ class Triton(Passes):
         need_dx: bool = True,
         need_dw: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Two kernels, and perhaps a pass; ``joined`` is left alone: to be timed they run again.
+        """One kernel or two, and perhaps a pass; ``joined`` is left alone: to be timed they run again.
 
-        What both read of the BatchNorm's backward, dy, a pointwise data gradient stores while it computes it, so that
+        Of a pointwise convolution of up to 256 channels one kernel reads everything once and makes both. Otherwise, what both read of the BatchNorm's backward, dy, a pointwise data gradient stores while it computes it, so that
         no more bytes move than if each kernel computed it. A window computes it once a tap, and once more for the
         weights, so that by the model (`bench.machine`) a pass of its own is quicker, though it moves a tensor more.
         So it is with the activation, which the data gradient of a wide window stores for the weights'.
@@ -110,6 +115,11 @@ class Triton(Passes):
         dx = sums = dw = dy = a = None
         weight, stride, pad, dilation = conv
         pointwise, both = not self._is_window(conv), need_dx and need_dw
+        if both and self._is_joint(activation, conv, joined):
+            note(JOINT)
+            y, coef, _ = activation
+            below = (y, coef, None) if end is None else (*end[:2], y)
+            return kernels.conv_grads(*gradient, weight, *below, joined and joined.tensor, rank=self.rank)
         way = self._way_of(activation, conv)
         if both and gradient.abc is not None and way is not Way.EACH:
             least = min(weight.shape[0], weight.shape[3])
@@ -141,6 +151,18 @@ class Triton(Passes):
         of = max if conv.stride == 1 else min
         wide = of(conv.weight.shape[0], conv.weight.shape[3]) >= WIDE_CHANNELS
         return Way.STORED if wide or activation.act == "gelu" else Way.ONCE
+
+    def _is_joint(self, activation: Activation, conv: Convolution, joined: Shortcut | None) -> bool:
+        """Whether one kernel makes both gradients."""
+        cout, _, _, cin = conv.weight.shape
+        return (
+            self.way is Way.MODEL
+            and conv.stride == 1
+            and not self._is_window(conv)
+            and (activation.coef is None or activation.act == "relu")
+            and (joined is None or joined.tensor.shape == activation.y.shape)
+            and kernels.is_joint(cin, cout, conv.weight.dtype, conv.weight.device)
+        )
 
     def _once(self, activation: Activation, conv: Convolution) -> Activation:
         """What a weight gradient reads: GELU in front of a window is computed by a pass, not once a tap and tile of
@@ -198,6 +220,9 @@ class TritonVendorWeights(Triton):
         super().__init__()
         self.name = "triton dgrad, vendor wgrad"
         self._vendor = library
+
+    def _is_joint(self, activation: Activation, conv: Convolution, joined: Shortcut | None) -> bool:
+        return False
 
     def conv_wgrad(self, gradient: Gradient, activation: Activation, conv: Convolution) -> Tensor:
         return self._vendor.conv_wgrad(gradient, activation, conv)

@@ -21,7 +21,7 @@ from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import sum_parts, sum_tile, waiting
 from fastres.kernels.row_tiles import reduction
-from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR
+from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR, merge_moments, welford
 from fastres.kernels.types import Moments
 
 INFINITY = tl.constexpr(float("inf"))
@@ -45,8 +45,7 @@ def moments_kernel(
 ):
     """Count, mean and M2 (sum of squared deviations) of each channel over this program's rows.
 
-    Welford's recurrence down the tiles for each of the BLOCK_M rows, ``mean += (y - mean)/k; m2 += (y - mean')*(y -
-    mean)``, then Chan's merge of the rows. Moves y once.
+    `welford` down the tiles for each of the BLOCK_M rows, then a merge of the rows. Moves y once.
 
     Args:
         y_ptr: [M, C]. count_ptr, mean_ptr, m2_ptr: [T], [T, C], [T, C] fp32, a row a program.
@@ -65,18 +64,11 @@ def moments_kernel(
     for tile in range(tiles):
         ok = (tile * BLOCK_M + row < rows)[:, None] & channel_ok[None, :]
         y = tl.load(y_ptr + tile * (BLOCK_M * C) + offset, mask=ok, other=0.0).to(tl.float32)
-        deviation = tl.where(ok, y - mean, 0.0)
-        mean += deviation * (1.0 / (tile + 1))
-        m2 += deviation * (y - mean)
+        mean, m2 = welford(y, ok, tile, mean, m2)
     count = tl.maximum((rows - row + BLOCK_M - 1) // BLOCK_M, 0).to(tl.float32)[:, None]
-    merged = tl.sum(count * mean, 0) / rows.to(tl.float32)
-    deviation = mean - merged[None, :]
-    tl.store(mean_ptr + part.to(tl.int64) * C + channel, merged, mask=channel_ok)
-    tl.store(
-        m2_ptr + part.to(tl.int64) * C + channel,
-        tl.sum(m2 + count * deviation * deviation, 0),
-        mask=channel_ok,
-    )
+    mean, m2 = merge_moments(count, mean, m2, rows.to(tl.float32), 0)
+    tl.store(mean_ptr + part.to(tl.int64) * C + channel, mean, mask=channel_ok)
+    tl.store(m2_ptr + part.to(tl.int64) * C + channel, m2, mask=channel_ok)
     if tl.program_id(1) == 0:
         tl.store(count_ptr + part, rows.to(tl.float32))
 

@@ -271,17 +271,41 @@ def grads_configs(
     return [Config(32, block_n, block_k, 8, 4, 255), Config(32, block_n, block_k, 8, 3, 255)]
 
 
-LEAST_JOINT, MOST_JOINT = 8, 512  # steps of a program
+def resident_configs(product: Product) -> list[Config]:
+    """Configurations of a pointwise convolution whose weights stay, the one to take first by the model; none where a
+    program could not hold its channels of them.
 
-
-def joint_steps(pixels: int, groups: int, config: Config) -> int:
-    """Steps of a program of both gradients: the programs fill a GPU once, as each keeps its dw in the registers.
-
-    No fewer than `LEAST_JOINT`, since a program begins with the weights and ends with its dw, no more than `MOST_JOINT`:
-    each adds up its sums one after another, and its offsets fit 32 bits.
+    BLOCK_M pixels a step, BLOCK_N channels of the result, all that are read in BLOCK_K.
     """
-    steps = cdiv(pixels, config.block_m * max(1, PROGRAMS // groups))
-    return min(max(steps, LEAST_JOINT), MOST_JOINT)
+    fits = _on_warp_groups(product) and LEAST <= product.depth <= 256
+    if not fits or product.taps > 1 or product.loaded > 1 or product.flat or product.least_registers:
+        return []
+    block_k, block_n = power_of_2(product.depth, LEAST, 256), power_of_2(product.columns, 64, 128)
+    if block_k <= 128:  # three programs side by side
+        return [Config(32, block_n, block_k, 4, 4, 168)]
+    return [Config(64, block_n, block_k, 8, 3, 255)]
+
+
+LEAST_STEPS_HELD, MOST_STEPS_HELD = 8, 512  # of a program that keeps its weights
+
+
+def steps_of(pixels: int, groups: int, config: Config, at_once: int = 1) -> int:
+    """Steps of BLOCK_M pixels of a program that keeps its weights: with ``groups`` for the channels the programs fill a
+    GPU once.
+
+    No fewer than `LEAST_STEPS_HELD`, since each begins with the weights and ends with its sums, no more than
+    `MOST_STEPS_HELD`: it adds them up one after another, and its offsets fit 32 bits.
+
+    Args:
+        at_once: programs of a multiprocessor.
+    """
+    steps = cdiv(pixels, config.block_m * max(1, at_once * PROGRAMS // groups))
+    return min(max(steps, LEAST_STEPS_HELD), MOST_STEPS_HELD)
+
+
+def programs_at_once(config: Config) -> int:
+    """Programs of a multiprocessor, by their registers."""
+    return max(1, REGISTERS // (config.most_registers * LANES * config.num_warps))
 
 
 def _ranked_weight_gradients(rows: int, columns: int, made: bool, window: bool, reads_made: bool) -> list[Config]:
@@ -389,7 +413,7 @@ def splits(programs: int, pixels: int, config: Config, light: int) -> int:
     Args:
         light: parts that weigh little, see `light_parts`.
     """
-    at_once = min(MOST, max(1, REGISTERS // (config.most_registers * LANES * config.num_warps)))  # by registers
+    at_once = min(MOST, programs_at_once(config))
     parts = at_once * PROGRAMS // programs
     if at_once > GAINFUL:
         parts = min(parts, max(GAINFUL * PROGRAMS // programs, light))

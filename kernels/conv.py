@@ -8,9 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import LEAST, MORE_REGISTERS, Product, at_rank, conv_configs, precision
+from fastres.kernels.configs import (
+    LEAST,
+    MORE_REGISTERS,
+    Product,
+    at_rank,
+    conv_configs,
+    precision,
+    resident_configs,
+)
 from fastres.kernels.geometry import Pad, cdiv, output_hw
 from fastres.kernels.launch import launch
+from fastres.kernels.resident import conv_resident
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.tiles import activate, bn, relu, store_moments, within, zero_outside
 from fastres.kernels.types import Moments
@@ -287,7 +296,12 @@ def _launch(
         flat=flat,
         least_registers=MORE_REGISTERS if act == "gelu" and coef is not None else 0,
     )
-    config = at_rank(conv_configs(product), rank, fitting(demand))
+    held = 0
+    if stride == 1 and not any(pad) and (bias, residual, shortcut) == (None,) * 3:
+        held = len(resident_configs(product))
+    if rank < held:
+        return conv_resident(x, w, coef, moments, product, rank)
+    config = at_rank(conv_configs(product), rank - held, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     y = buffers.empty(x, n, out_height, out_width, cout)
     count = mean = m2 = None

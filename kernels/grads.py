@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import at_rank, grads_configs, joint_steps, precision
+from fastres.kernels.configs import at_rank, grads_configs, precision, steps_of
 from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import total
@@ -197,7 +197,7 @@ def conv_grads(
     )
     config = at_rank(configs, rank, fitting(demand))
     groups = cdiv(cin, config.block_n)
-    steps = joint_steps(pixels, groups, config)
+    steps = steps_of(pixels, groups, config)
     parts = cdiv(pixels, config.block_m * steps)
     dx = buffers.empty(dz, n, height, width, cin)
     sums = None if coef is None else buffers.empty(dz, parts, 2, cin, dtype=torch.float32)

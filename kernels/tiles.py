@@ -113,6 +113,23 @@ def store_moments(values, rows, count_ptr, mean_ptr, m2_ptr, tile, channel, chan
 
 
 @triton.jit
+def welford(value, ok, before, mean, m2):
+    """Mean and M2 (sum of squared deviations) of each place with one more ``value`` where ``ok``, behind ``before``
+    others (Welford 1962)."""
+    deviation = tl.where(ok, value - mean, 0.0)
+    mean += deviation * (1.0 / (before + 1))
+    return mean, m2 + deviation * (value - mean)
+
+
+@triton.jit
+def merge_moments(count, mean, m2, total, AXIS: tl.constexpr):
+    """Mean and M2 over an axis of those of ``count`` values each, ``total`` together (Chan et al. 1979)."""
+    merged = tl.sum(count * mean, AXIS) / total
+    deviation = mean - tl.expand_dims(merged, AXIS)
+    return merged, tl.sum(m2 + count * deviation * deviation, AXIS)
+
+
+@triton.jit
 def bn_backward(dz, y, abc_ptr, channel, channel_ok, C):
     """BatchNorm's backward ``A*dz + B*y + C`` of tiles [BM, BC] in the columns ``channel``, fp32."""
     a = tl.load(abc_ptr + channel, mask=channel_ok, other=0.0)

@@ -38,7 +38,7 @@ class Timed(NamedTuple):
         constants = self.launch.specialisation.constants
         name = self.launch.specialisation.kernel.removesuffix("_kernel")
         if "KH" not in constants:
-            return "merging" if f"{name}_kernel" in MERGING else f"{name} 1x1" if f"{name}_kernel" == BOTH else name
+            return "merging" if f"{name}_kernel" in MERGING else f"{name} 1x1" if name.startswith("conv") else name
         stride = f"/{constants['STRIDE']}" if constants["STRIDE"] > 1 else ""
         return f"{name} {constants['KH']}x{constants['KW']}{stride}"
 
@@ -160,7 +160,7 @@ def _seconds(group: list[Timed]) -> float:
 def _candidates(group: list[Timed], end: str, arch: int, chip: Chip) -> tuple[float, float]:
     """Of a forward convolution, or of a pair of gradients, Triton's time and the library's."""
     one, triton = group[0], _seconds(group)
-    if _is(one, "conv_kernel"):
+    if _is(one, "conv_kernel") or _is(one, "conv_resident_kernel"):
         return triton, _library(one, "forward", end, arch, chip) + _passes(_around_forward(one), chip)
     if _is(one, BOTH):
         library = _passes(_before_gradients(one) + _behind_dgrad(one), chip)
@@ -187,7 +187,7 @@ def _library(one: Timed, direction: str, end: str, arch: int, chip: Chip) -> flo
 def convolution_of(launch: Launch) -> Convolution:
     """The convolution whose product or gradient a launch is."""
     constants, integers = launch.specialisation.constants, launch.integers
-    if launch.specialisation.kernel == BOTH:
+    if "KH" not in constants:  # of a kernel for pointwise ones
         return Convolution(integers["M"], integers["M"], constants["CIN"], constants["COUT"], 1, 1)
     outputs = integers["M"] if "M" in integers else integers["N"] * integers["OH"] * integers["OW"]
     images = outputs // (integers["OH"] * integers["OW"])

@@ -40,7 +40,7 @@ def _trips(launch: Launch) -> int:
     match launch.specialisation.kernel:
         case "conv_kernel":
             return integers["k_blocks"]
-        case "conv_wgrad_kernel" | "conv_grads_kernel":
+        case "conv_wgrad_kernel" | "conv_grads_kernel" | "conv_resident_kernel":
             return integers["steps"]
         case "conv_dgrad_kernel":  # a program's taps are those of its pixels' remainder modulo the stride: the mean
             taps = constants["KH"] * constants["KW"] / constants["STRIDE"] ** 2

@@ -117,7 +117,7 @@ def test_target_of_bytes_moved_by_a_block_that_subsamples_its_shortcut():
 
 def test_launches_move_little_more_than_each_tensor_once(stage):
     """Less for rows of coefficients that are not read."""
-    assert len(stage.counted.launches) > 30
+    assert len(stage.counted.launches) > 20
     for launch in stage.counted.launches:
         assert launch.loaded + launch.stored <= launch.least <= launch.issued * 1.5
 

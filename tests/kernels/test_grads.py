@@ -20,7 +20,7 @@ from support_kernels import (
     seeds,
 )
 
-from fastres.kernels.configs import Config, grads_configs, joint_steps
+from fastres.kernels.configs import Config, grads_configs, steps_of
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.grads import conv_grads, is_joint
 from fastres.kernels.parts import joining, waiting
@@ -82,7 +82,7 @@ def test_conv_grads(size, cin, cout, dtype, seed, backward, below, add, rank):
 def test_parts_of_the_pixels(least, most, parts, below):
     """Whatever their number, with a last one that is shorter than the others: what a kernel for each gradient finds."""
     given = arguments(1, (31, 23), 72, 64, torch.bfloat16, 0, "trained", below, True)
-    with mock.patch("fastres.kernels.configs.LEAST_JOINT", least), mock.patch("fastres.kernels.configs.MOST_JOINT", most):
+    with mock.patch.multiple("fastres.kernels.configs", LEAST_STEPS_HELD=least, MOST_STEPS_HELD=most):
         dx, sums, dw = guarded(conv_grads, *given)
         assert_same_bits((dx, sums, dw), conv_grads(*given))
     other = separately(conv_dgrad, conv_wgrad, given)
@@ -143,9 +143,9 @@ def test_a_program_holds_what_stays(cin, cout):
 
 def test_programs_fill_a_gpu_once():
     config = Config(32, 64, 256, 8, 4, 255)
-    assert joint_steps(802816, 1, config) == 191 and -(-802816 // (32 * 191)) == 132
-    assert joint_steps(100, 1, config) == 8 and joint_steps(10**9, 2, config) == 512
-    assert joint_steps(50176, 300, config) == 512  # more groups than multiprocessors: no less than one part at a time
+    assert steps_of(802816, 1, config) == 191 and -(-802816 // (32 * 191)) == 132
+    assert steps_of(100, 1, config) == 8 and steps_of(10**9, 2, config) == 512
+    assert steps_of(50176, 300, config) == 512  # more groups than multiprocessors: no less than one part at a time
 
 
 def test_parts_are_left_to_a_later_launch():

@@ -107,19 +107,19 @@ class Triton(Passes):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One kernel or two, and perhaps a pass; ``joined`` is left alone: to be timed they run again.
 
-        Of a pointwise convolution of up to 256 channels one kernel reads everything once and makes both. Otherwise, what both read of the BatchNorm's backward, dy, a pointwise data gradient stores while it computes it, so that
-        no more bytes move than if each kernel computed it. A window computes it once a tap, and once more for the
-        weights, so that by the model (`bench.machine`) a pass of its own is quicker, though it moves a tensor more.
-        So it is with the activation, which the data gradient of a wide window stores for the weights'.
+        Of a pointwise convolution of up to 256 channels one kernel reads everything once and makes both gradients.
+        Otherwise, what both read of the BatchNorm's backward, dy, a pointwise data gradient stores while it computes
+        it, so that no more bytes move than if each kernel computed it. A window computes it once a tap, and once more
+        for the weights, so that by the model (`bench.machine`) a pass of its own is quicker, though it moves a tensor
+        more. So it is with the activation, which the data gradient of a wide window stores for the weights'.
         """
         dx = sums = dw = dy = a = None
         weight, stride, pad, dilation = conv
         pointwise, both = not self._is_window(conv), need_dx and need_dw
         if both and self._is_joint(activation, conv, joined):
             note(JOINT)
-            y, coef, _ = activation
-            below = (y, coef, None) if end is None else (*end[:2], y)
-            return kernels.conv_grads(*gradient, weight, *below, joined and joined.tensor, rank=self.rank)
+            x, coef, mask = (*activation[:2], None) if end is None else (*end[:2], activation.y)
+            return kernels.conv_grads(*gradient, weight, x, coef, mask, joined and joined.tensor, self.rank)
         way = self._way_of(activation, conv)
         if both and gradient.abc is not None and way is not Way.EACH:
             least = min(weight.shape[0], weight.shape[3])

@@ -29,6 +29,7 @@ from triton import knobs
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 import fastres.kernels  # noqa: F401  (loads the launchers)
+from bench.workloads import IMAGE
 from fastres.kernels import configs
 from fastres.kernels.configs import Config
 from fastres.kernels.geometry import cdiv
@@ -212,7 +213,8 @@ def _flops(bound: dict[str, Any]) -> int:
         return 0
     passes = 2 if "dx_ptr" in bound and "dw_ptr" in bound else 1
     pixels = bound["M"] if "M" in bound else bound["N"] * bound["OH"] * bound["OW"]
-    return 2 * passes * pixels * math.prod(bound.get(name, 1) for name in ("CIN", "COUT", "KH", "KW"))
+    taps = bound.get("KH", 1) * bound.get("KW", 1)
+    return 2 * passes * pixels * bound.get("CIN", IMAGE) * bound["COUT"] * taps
 
 
 @contextmanager

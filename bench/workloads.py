@@ -14,6 +14,7 @@ from fastres.measure import VARIANTS, Workload, supported
 from fastres.reference.resnet import BasicBlock
 
 T = TypeVar("T")
+IMAGE = 3  # channels of an image, where a kernel does not tell
 IMAGENET = {"num_classes": 1000, "stem": "imagenet"}
 CIFAR = {"stem": "cifar"}
 GPU = {

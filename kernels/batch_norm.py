@@ -25,6 +25,8 @@ from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR, merge_moments, 
 from fastres.kernels.types import Moments
 
 INFINITY = tl.constexpr(float("inf"))
+# Trips of a loop over tiles whose loads are under way at once: they wait for the memory, one after another.
+IN_FLIGHT = tl.constexpr(4)
 # Tiles more than which are merged by two launches.
 MOST_TILES = 8192
 # Channels of a program, and its warps, where there are only [C] vectors: 16 bytes a thread.
@@ -138,7 +140,7 @@ def chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C: tl.conste
     weighted_lost = weighted
     squares = weighted
     squares_lost = weighted
-    for start in range(0, T, BLOCK_T):
+    for start in tl.range(0, T, BLOCK_T, loop_unroll_factor=IN_FLIGHT):
         ok = start + tile < T
         inside = ok[:, None] & channel_ok[None, :]
         count = tl.load(count_ptr + start + tile, mask=ok, other=0.0)
@@ -384,7 +386,7 @@ def store_backward_coef(
     dz_lost = dz
     dz_xhat = dz
     dz_xhat_lost = dz
-    for start in range(0, T, BLOCK_T):
+    for start in tl.range(0, T, BLOCK_T, loop_unroll_factor=IN_FLIGHT):
         ok = (start + row < T)[:, None] & channel_ok[None, :]
         of_rows = sums_ptr + start * (2 * C) + offset
         dz, dz_lost = two_sum(dz, dz_lost, tl.load(of_rows, mask=ok, other=0.0))

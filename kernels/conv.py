@@ -21,6 +21,7 @@ from fastres.kernels.geometry import Pad, cdiv, output_hw
 from fastres.kernels.launch import launch
 from fastres.kernels.resident import conv_resident
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
+from fastres.kernels.stem import conv_stem, is_stem
 from fastres.kernels.tiles import activate, bn, relu, store_moments, within, zero_outside
 from fastres.kernels.types import Moments
 
@@ -296,12 +297,17 @@ def _launch(
         flat=flat,
         least_registers=MORE_REGISTERS if act == "gelu" and coef is not None else 0,
     )
-    held = 0
-    if stride == 1 and not any(pad) and (bias, residual, shortcut) == (None,) * 3:
-        held = len(resident_configs(product))
-    if rank < held:
-        return conv_resident(x, w, coef, moments, product, rank)
-    config = at_rank(conv_configs(product), rank - held, fitting(demand))
+    if (bias, residual, shortcut) == (None,) * 3:  # what may be left to a kernel of its own comes first
+        arch = architecture(x.device)
+        if coef is None and is_stem(cin, cout, (kh, kw), stride, dilation, x.dtype, arch):
+            if rank == 0:
+                return conv_stem(x, w, pad, moments)
+            rank -= 1
+        held = len(resident_configs(product)) if stride == 1 and not any(pad) else 0
+        if rank < held:
+            return conv_resident(x, w, coef, moments, product, rank)
+        rank -= held
+    config = at_rank(conv_configs(product), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     y = buffers.empty(x, n, out_height, out_width, cout)
     count = mean = m2 = None

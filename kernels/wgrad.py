@@ -13,6 +13,7 @@ from fastres.kernels.geometry import Pad, cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import total
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
+from fastres.kernels.stem import is_stem, wgrad_stem
 from fastres.kernels.tiles import SCALE, SHIFT, activate, bn_backward, frozen_bn_backward, within, zero_outside
 
 
@@ -158,6 +159,11 @@ def conv_wgrad(
     kh, kw = kernel_hw
     pixels, flat = n * out_height * out_width, cin < LEAST
     columns = kh * kw * cin if flat else cin
+    arch = architecture(dz.device)
+    if coef is None and is_stem(cin, cout, (kh, kw), stride, dilation, dz.dtype, arch):
+        if rank == 0:
+            return wgrad_stem(dz, y, abc, x, pad, (kh, kw))
+        rank -= 1
     demand = Demand(
         kernel="conv_wgrad_kernel",
         device=dz.device,
@@ -176,7 +182,7 @@ def conv_wgrad(
         pixels,
         dz.dtype,
         least_registers=MORE_REGISTERS if needy else 0,
-        arch=architecture(dz.device),
+        arch=arch,
         made=abc is not None,
         flat=flat,
         window=kh * kw > 1,

@@ -26,7 +26,7 @@ from bench.machine.measured import Pair, pairs
 from bench.machine.tables import OPTIONAL
 from bench.record import write_results
 from bench.tables import markdown
-from bench.workloads import GPU
+from bench.workloads import GPU, IMAGE
 
 WITH = (*OPTIONAL, "a", "dy", "shortcut_coef", "shortcut_sums")  # tensors that a launch may go without
 
@@ -87,7 +87,9 @@ def _described(one: Pair, images: int) -> dict[str, Any]:
     name = specialisation.kernel.removesuffix("_kernel")
     return {
         "kernel": name if one.timed.kind == "merging" else one.timed.kind,
-        "channels": f"{constants['CIN']} to {constants['COUT']}" if "CIN" in constants else str(constants.get("C", "")),
+        "channels": f"{constants.get('CIN', IMAGE)} to {constants['COUT']}"
+        if "COUT" in constants
+        else str(constants.get("C", "")),
         "of": _of(one.timed, images),
         "with": [name for name in WITH if f"{name}_ptr" in specialisation.pointers],
         "tile": [constants[f"BLOCK_{side}"] for side in "MNK" if f"BLOCK_{side}" in constants],

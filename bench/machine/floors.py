@@ -41,5 +41,5 @@ def floor_of(one: Specialisation, arch: int) -> float | None:
     """The least share of a specialisation; None: there is none. fp32 has none."""
     if not (triton.__version__.startswith(TRITON) and {"bf16", "fp16"} & set(one.pointers.values())):
         return None
-    sizes = ("KH", "STRIDE", "CIN", "COUT") if "KH" in one.constants else ()
-    return FLOORS.get(arch, {}).get((one.kernel, *(one.constants[name] for name in sizes)))
+    sizes = (one.constants.get(name) for name in ("KH", "STRIDE", "CIN", "COUT"))
+    return FLOORS.get(arch, {}).get((one.kernel, *(size for size in sizes if size is not None)))

@@ -17,7 +17,8 @@ from bench.machine.chips import LAUNCH, SMALL, Chip
 from bench.machine.peers import ENDS, Convolution
 from bench.machine.predict import Prediction, launch_seconds
 from bench.machine.program import Program, compiled
-from bench.machine.work import BOTH, MERGING, STREAMING, Work, work_of
+from bench.machine.work import BOTH, MERGING, STEM, STEM_WGRAD, STREAMING, Work, work_of
+from bench.workloads import IMAGE
 
 
 class Timed(NamedTuple):
@@ -39,7 +40,7 @@ class Timed(NamedTuple):
         name = self.launch.specialisation.kernel.removesuffix("_kernel")
         if "KH" not in constants:
             return "merging" if f"{name}_kernel" in MERGING else f"{name} 1x1" if name.startswith("conv") else name
-        stride = f"/{constants['STRIDE']}" if constants["STRIDE"] > 1 else ""
+        stride = f"/{constants.get('STRIDE', 2)}" if constants.get("STRIDE", 2) > 1 else ""
         return f"{name} {constants['KH']}x{constants['KW']}{stride}"
 
 
@@ -160,12 +161,12 @@ def _seconds(group: list[Timed]) -> float:
 def _candidates(group: list[Timed], end: str, arch: int, chip: Chip) -> tuple[float, float]:
     """Of a forward convolution, or of a pair of gradients, Triton's time and the library's."""
     one, triton = group[0], _seconds(group)
-    if _is(one, "conv_kernel") or _is(one, "conv_resident_kernel"):
+    if any(_is(one, kernel) for kernel in ("conv_kernel", "conv_resident_kernel", STEM)):
         return triton, _library(one, "forward", end, arch, chip) + _passes(_around_forward(one), chip)
     if _is(one, BOTH):
         library = _passes(_before_gradients(one) + _behind_dgrad(one), chip)
         return triton, library + sum(_library(one, each, end, arch, chip) for each in ("wgrad", "dgrad"))
-    wgrad = next((each for each in group if _is(each, "conv_wgrad_kernel")), None)
+    wgrad = next((each for each in group if _is(each, "conv_wgrad_kernel") or _is(each, STEM_WGRAD)), None)
     if wgrad is None:
         return triton, triton
     library = _passes(_before_gradients(wgrad), chip) + _library(wgrad, "wgrad", end, arch, chip)
@@ -189,6 +190,9 @@ def convolution_of(launch: Launch) -> Convolution:
     constants, integers = launch.specialisation.constants, launch.integers
     if "KH" not in constants:  # of a kernel for pointwise ones
         return Convolution(integers["M"], integers["M"], constants["CIN"], constants["COUT"], 1, 1)
+    if launch.specialisation.kernel in (STEM, STEM_WGRAD):
+        taps = constants["KH"] * constants["KW"]
+        return Convolution(4 * integers["M"], integers["M"], IMAGE, constants["COUT"], taps, 2)
     outputs = integers["M"] if "M" in integers else integers["N"] * integers["OH"] * integers["OW"]
     images = outputs // (integers["OH"] * integers["OW"])
     inputs = images * integers["H"] * integers["W"]

@@ -10,6 +10,7 @@ from bench.machine.fused import Timed
 from bench.machine.pipes import WARP
 from bench.machine.program import Program
 from bench.tables import markdown
+from bench.workloads import IMAGE
 
 OPTIONAL = ("coef", "shortcut", "residual", "mean", "abc", "mask", "sums")  # tensors that a launch may go without
 MOST_ROWS = 24
@@ -22,7 +23,7 @@ def convolution_row(same: list[Timed], program: Program, chip: Chip) -> dict[str
     busy = sorted(one.prediction.busy.items(), key=lambda each: -each[1])[:4]
     return {
         "kernel": one.kind,
-        "cin": constants["CIN"],
+        "cin": constants.get("CIN", IMAGE),
         "cout": constants["COUT"],
         "with": [name for name in OPTIONAL if f"{name}_ptr" in one.launch.specialisation.pointers],
         "tile": [constants[f"BLOCK_{side}"] for side in "MNK"],

@@ -9,12 +9,18 @@ from bench.launches import Launch
 from bench.machine.loops import body, main_loop
 from bench.machine.pipes import WARPGROUP, moved, operations
 from bench.machine.program import Program
+from bench.workloads import IMAGE
 
 # Kernels that merge a few rows of sums: `bench.machine.chips.SMALL` each.
 MERGING = {"finalize_kernel", "merge_kernel", "bn_backward_coef_kernel", "partial_sums_kernel", "running_coef_kernel",
            "update_running_kernel"}  # fmt: skip
 # Elementwise passes: at the memory's rate, as the peers' are.
-STREAMING = {"bn_add_relu_kernel", "bn_add_relu_backward_kernel", "bn_backward_apply_kernel", "moments_kernel"}
+STREAMING = {"bn_add_relu_kernel", "bn_add_relu_backward_kernel", "bn_backward_apply_kernel", "moments_kernel",
+             "spread_kernel", "gather_kernel"}  # fmt: skip
+# Of the first layer.
+STEM, STEM_WGRAD = "conv_stem_kernel", "conv_stem_wgrad_kernel"
+# Those that go through a number of steps.
+STEPPING = {STEM, STEM_WGRAD, "conv_wgrad_kernel", "conv_grads_kernel", "conv_resident_kernel"}
 # Both gradients of a pointwise convolution: two products a trip.
 BOTH = "conv_grads_kernel"
 
@@ -37,11 +43,11 @@ def work_of(launch: Launch, program: Program) -> Work:
 
 def _trips(launch: Launch) -> int:
     integers, constants = launch.integers, launch.specialisation.constants
+    if launch.specialisation.kernel in STEPPING:
+        return integers["steps"]
     match launch.specialisation.kernel:
         case "conv_kernel":
             return integers["k_blocks"]
-        case "conv_wgrad_kernel" | "conv_grads_kernel" | "conv_resident_kernel":
-            return integers["steps"]
         case "conv_dgrad_kernel":  # a program's taps are those of its pixels' remainder modulo the stride: the mean
             taps = constants["KH"] * constants["KW"] / constants["STRIDE"] ** 2
             return max(1, round(integers["c_blocks"] * taps))
@@ -66,7 +72,8 @@ def _operations(launch: Launch) -> int:
         return 0
     pixels = integers["M"] if "M" in integers else integers["N"] * integers["OH"] * integers["OW"]  # of dz
     products = 2 if launch.specialisation.kernel == BOTH else 1
-    return 2 * products * pixels * math.prod(constants.get(name, 1) for name in ("CIN", "COUT", "KH", "KW"))
+    taps = constants.get("KH", 1) * constants.get("KW", 1)
+    return 2 * products * pixels * constants.get("CIN", IMAGE) * constants["COUT"] * taps
 
 
 def unrolled(program: Program, constants: dict, products: int = 1) -> int:

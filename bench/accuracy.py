@@ -5,7 +5,7 @@
 - ``fastres``: the preset through `fastres.train`.
 - ``plain``: the same network, optimizer, schedule, whitening and loss in `bench.plain`'s loop; it crops by the same
   padding and flips at random. fp32, contiguous, two worker processes.
-- ``airbench``: the network and recipe of `bench.airbench`, under torch.compile in bf16.
+- ``airbench``, ``airbench95``: the networks and recipes of `bench.airbench`, under torch.compile in bf16.
 - ``resnet18``: ResNet-18 with the CIFAR stem as it is mostly trained: SGD at 0.1, momentum 0.9, L2 5e-4, batches of
   128, crops padded by 4 zeros, cosine over ``--resnet18-epochs``; in the plain loop.
 
@@ -41,7 +41,8 @@ from fastres.train.run_folder import RunFolder
 from fastres.train.schedule import lr_factor
 from fastres.train.whiten import whiten
 
-CONTESTANTS = ["fastres", "plain", "airbench", "resnet18"]
+AIRBENCH = {"airbench": airbench.AIRBENCH94, "airbench95": airbench.AIRBENCH95}
+CONTESTANTS = ["fastres", "plain", *AIRBENCH, "resnet18"]
 IN_PLAIN_LOOP = ("plain", "resnet18")  # which has worker processes
 
 
@@ -162,8 +163,8 @@ def run_one(name: str, args: argparse.Namespace) -> None:
         results[name] = fastres_rows(config, dataset)
     elif name == "plain":
         results[name] = plain_rows(config, dataset, args.workers, args.target, limit)
-    elif name == "airbench":
-        results[name] = airbench.rows(dataset, args.seed, args.target, limit)
+    elif name in AIRBENCH:
+        results[name] = airbench.rows(AIRBENCH[name], dataset, args.seed, args.target, limit)
     else:
         results[name] = resnet18_rows(dataset, args.resnet18_epochs, args.workers, args.seed, args.target, limit)
     content["load_5_minutes"][name] = os.getloadavg()[1]

@@ -78,8 +78,9 @@ def test_contestants_run_once(tmp_path, monkeypatch):
         accuracy, "create_model", lambda name, stem=None, **rest: create_model("resnet20" if stem else name, **rest)
     )
     monkeypatch.setattr(airbench, "BATCH", 64)
-    quick = functools.partial(airbench.rows, epochs=1, widths=(24, 24, 24), compiled=False)
-    monkeypatch.setattr(airbench, "rows", quick)
+    tiny = dict.fromkeys(accuracy.AIRBENCH, airbench.Recipe((24, 24, 24), 1))
+    monkeypatch.setattr(accuracy, "AIRBENCH", tiny)
+    monkeypatch.setattr(airbench, "rows", functools.partial(airbench.rows, compiled=False))
     out = tmp_path / "tta.json"
     argv = [*TINY, "--limit-train", "128", "--target", "0", "--epochs", "1", "--workers", "0", "--out", str(out)]
     for name in accuracy.CONTESTANTS:

@@ -27,10 +27,21 @@ def test_the_network_begins_as_its_description_says():
 def test_rates_rise_and_fall_and_decay_is_the_same_for_all():
     factors = [airbench.rate_factor(step, 100) for step in range(101)]
     assert factors[0] == 0.2 and factors[23] == 1.0 == max(factors) and factors[100] == pytest.approx(0.07)
-    groups = airbench.optimizer_of(airbench.Airbench(widths=(24, 24, 24))).param_groups
+    groups = airbench.optimizer_of(airbench.Airbench(widths=(24, 24, 24)), 11.5).param_groups
     assert groups[0]["lr"] == pytest.approx(64 * groups[1]["lr"]) and len(groups[0]["params"]) == 6
     products = [group["lr"] * group["weight_decay"] for group in groups]
     assert products[0] == pytest.approx(products[1])
+
+
+def test_the_larger_recipe_has_the_arithmetic_that_is_published():
+    """Forward and twice that backward, over its epochs: 1.4 PFLOP, and the smaller one's 0.36."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for recipe, published in ((airbench.AIRBENCH94, 0.36), (airbench.AIRBENCH95, 1.4)):
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            airbench.Airbench(10, recipe.widths)(torch.empty(1, 3, 32, 32))
+        whole = 3 * counter.get_total_flops() * 50_000 * recipe.epochs / 1e15
+        assert whole == pytest.approx(published, rel=0.15)
 
 
 def test_the_average_sets_the_network_back():
@@ -48,6 +59,7 @@ def test_the_average_sets_the_network_back():
 
 
 def test_a_tiny_run():
-    rows = airbench.rows(tiny_dataset(), 0, 2.0, 1e9, epochs=1.5, widths=(24, 24, 24), compiled=False)
+    recipe = airbench.Recipe((24, 24, 24), 1.5)
+    rows = airbench.rows(recipe, tiny_dataset(), 0, 2.0, 1e9, compiled=False)
     assert [row["step"] for row in rows] == [2, 3] and rows[-1]["train_seconds"] > rows[0]["train_seconds"] > 0
     assert 0 <= rows[-1]["val_accuracy"] <= 1 and 0 <= rows[-1]["tta_accuracy"] <= 1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.data import Augment, Batches, Dataset
 from fastres.train.evaluate import Scores, evaluate
@@ -79,6 +80,13 @@ class Airbench(nn.Module):
         """See above."""
         x = self.groups(F.gelu(self.whiten(x)))
         return self.head(F.adaptive_max_pool2d(x, 1).flatten(1)) * LOGITS
+
+
+def operations(recipe: Recipe, images: int = 50_000) -> int:
+    """Of the convolutions and the last layer of a whole run, forward and twice that backward."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        Airbench(widths=recipe.widths)(torch.empty(1, 3, 32, 32))
+    return round(3 * counter.get_total_flops() * images * recipe.epochs)
 
 
 def build(dataset: Dataset, seed: int, widths: tuple[int, ...]) -> Airbench:

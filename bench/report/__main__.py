@@ -58,6 +58,7 @@ def sections(results: Path, folder: Path | None) -> dict[str, str]:
         "runs": training.runs_section(results / "accuracy-cpu.json"),
         "loop": training.loop_section(results / "loop-cpu.json"),
         "time-to-accuracy": training.time_to_accuracy_section(results),
+        "equivalence": training.equivalence_section(results),
         "seeds": training.seeds_section(results),
         "speed94-runs": training.runs_section(results / "speed94-runs-cpu.json"),
         "ablation": training.ablation_section(results),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench import ablation, accuracy, loop, parity, seeds
+from bench import ablation, accuracy, airbench, loop, parity, seeds
 from bench.report.common import busy, machine_line, read
 from bench.tables import markdown
 from fastres.train.sweep import Outcome
@@ -103,6 +103,25 @@ def _to_one_accuracy(record: dict[str, Any]) -> str:
         f"{settings['target']:.2%} on {settings['data']}, {settings['options']['epochs']} epochs of the preset, "
         f"measured on {machine_line(record)}.{warning}\n\n{accuracy.table(record['results'], settings['target'])}"
     )
+
+
+def equivalence_section(results: Path) -> str | None:
+    """What networks and recipes of airbench's class, whose accuracy on the original pixels is published, reach on other
+    data: the last epoch of each that ran to its end.
+    """
+    lines = []
+    for name, (published, _) in accuracy.PUBLISHED.items():
+        recipe = accuracy.AIRBENCH[name]
+        for path in sorted(results.glob("time-to-accuracy*-cpu.json")):
+            record = read(path) or {"results": {}}
+            rows = record["results"].get(name, [])
+            if len(rows) < recipe.epochs:
+                continue
+            reached = [f"{rows[-1][kind]:.2%}" for kind in ("val_accuracy", "tta_accuracy")]
+            pflop = f"{airbench.operations(recipe) / 1e15:.2f}"
+            lines.append([published, *reached, pflop, record["settings"]["data"], machine_line(record)])
+    columns = ["published, six views", "here", "six views", "PFLOP", "data", "machine"]
+    return markdown(columns, lines) if lines else None
 
 
 def ablation_section(results: Path) -> str | None:

@@ -150,6 +150,17 @@ def test_a_preset_of_steps_needs_epochs(tmp_path):
         accuracy.main([*arguments, "--out", str(tmp_path / "results.json")])
 
 
+def test_the_report_has_what_airbenchs_recipes_reach_here(tmp_path):
+    """Those that ran to their end."""
+    row = {"val_accuracy": 0.75, "tta_accuracy": 0.765, "train_seconds": 1.0}
+    for name, epochs in (("airbench", 10), ("airbench95", 14)):
+        record = {"settings": {"data": "drawn"}, "results": {name: epochs * [row]}}
+        write_results(tmp_path / f"time-to-accuracy-{name}-cpu.json", record)
+    lines = training.equivalence_section(tmp_path).splitlines()
+    assert len(lines) == 3 and lines[2].startswith("| 94.01% | 75.00% | 76.50% | 0.35 | drawn |")
+    assert training.equivalence_section(tmp_path / "empty") is None
+
+
 def test_the_report_has_every_target(tmp_path):
     """The highest first; a file whose preset has not run yet is left out."""
     rows = [{"val_accuracy": 0.9, "train_seconds": 20.0}]

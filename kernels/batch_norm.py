@@ -16,17 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import limited
+from fastres.kernels.configs import has_warp_groups, limited
 from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import sum_parts, sum_tile, waiting
+from fastres.kernels.resources import architecture
 from fastres.kernels.row_tiles import reduction
 from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR, merge_moments, welford
 from fastres.kernels.types import Moments
 
 INFINITY = tl.constexpr(float("inf"))
-# Trips of a loop over tiles whose loads are under way at once: they wait for the memory, one after another.
-IN_FLIGHT = tl.constexpr(4)
+# Trips of a loop over tiles whose loads are under way at once, on GPUs with wgmma: each waits for the memory. Where the
+# assembler of others would spill for it, they go one by one.
+IN_FLIGHT = 4
 # Tiles more than which are merged by two launches.
 MOST_TILES = 8192
 # Channels of a program, and its warps, where there are only [C] vectors: 16 bytes a thread.
@@ -109,6 +111,10 @@ def _blocks(tiles: int) -> _Blocks:
     return _FEW if tiles <= 4 * _FEW.rows else _MANY
 
 
+def _in_flight(tensor: Tensor) -> int:
+    return IN_FLIGHT if has_warp_groups(architecture(tensor.device)) else 1
+
+
 @triton.jit
 def two_sum(total, lost, value):
     """``total + value``, and ``lost`` with what the addition rounded away (Knuth 1969, theorem 4.2.2 B)."""
@@ -125,7 +131,17 @@ def compensated(total, lost):
 
 
 @triton.jit
-def chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C: tl.constexpr, BLOCK_T: tl.constexpr):
+def chan_merge(
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    T,
+    channel,
+    channel_ok,
+    C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
+):
     """Count, mean and M2 of T tiles together, fp64 (Chan et al. 1979): with deviations ``d_t = mean_t - mean_0`` it is
     ``mean = mean_0 + sum(n_t*d_t)/n, M2 = sum(M2_t + n_t*d_t^2) - sum(n_t*d_t)^2/n``.
 
@@ -177,7 +193,7 @@ def merge_kernel(
     channel_ok = channel < C
     tiles = tl.minimum(T - part * BLOCK_T, BLOCK_T)
     total, mean, m2 = chan_merge(
-        count_ptr + first, mean_ptr + first * C, m2_ptr + first * C, tiles, channel, channel_ok, C, BLOCK_T
+        count_ptr + first, mean_ptr + first * C, m2_ptr + first * C, tiles, channel, channel_ok, C, BLOCK_T, 1
     )
     tl.store(merged_mean_ptr + part * C + channel, mean, mask=channel_ok)
     tl.store(merged_m2_ptr + part * C + channel, m2, mask=channel_ok)
@@ -215,6 +231,7 @@ def finalize_kernel(
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
 ):
     """Coefficients of the T tiles' common mean and biased variance, `chan_merge` and `store_coef`.
 
@@ -224,7 +241,7 @@ def finalize_kernel(
     """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < C
-    total, mean, m2 = chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C, BLOCK_T)
+    total, mean, m2 = chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C, BLOCK_T, IN_FLIGHT)
     store_coef(mean, m2 / total, gamma_ptr, beta_ptr, eps, coef_ptr, channel, channel_ok, C)
 
 
@@ -257,6 +274,7 @@ def finalize(moments: Moments, gamma: Tensor | None, beta: Tensor | None, eps: f
         tiles,
         eps,
         C=channels,
+        IN_FLIGHT=_in_flight(coef),
         **blocks.launch,
     )
     return coef
@@ -333,6 +351,7 @@ def bn_backward_coef_kernel(
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -350,13 +369,37 @@ def bn_backward_coef_kernel(
     program = tl.program_id(0)
     if parts_ptr is None:
         store_backward_coef(
-            sums_ptr, coef_ptr, abc_ptr, dgamma_ptr, dbeta_ptr, T, count, program, TRAINING, C, BLOCK_T, BLOCK_C
+            sums_ptr,
+            coef_ptr,
+            abc_ptr,
+            dgamma_ptr,
+            dbeta_ptr,
+            T,
+            count,
+            program,
+            TRAINING,
+            C,
+            BLOCK_T,
+            BLOCK_C,
+            IN_FLIGHT,
         )
     else:
         CHANNEL_PROGRAMS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
         if program < CHANNEL_PROGRAMS:
             store_backward_coef(
-                sums_ptr, coef_ptr, abc_ptr, dgamma_ptr, dbeta_ptr, T, count, program, TRAINING, C, BLOCK_T, BLOCK_C
+                sums_ptr,
+                coef_ptr,
+                abc_ptr,
+                dgamma_ptr,
+                dbeta_ptr,
+                T,
+                count,
+                program,
+                TRAINING,
+                C,
+                BLOCK_T,
+                BLOCK_C,
+                IN_FLIGHT,
             )
         else:
             sum_parts(parts_ptr, dw_ptr, size, parts, program - CHANNEL_PROGRAMS, PARTS, BLOCK)
@@ -376,6 +419,7 @@ def store_backward_coef(
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
 ):
     """A program's BLOCK_C channels of `bn_backward_coef_kernel`."""
     channel = program * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -450,6 +494,7 @@ def bn_backward_coef(sums: Tensor, coef: Tensor, count: int, training: bool) -> 
         C=channels,
         PARTS=rows_of_tile,
         BLOCK=block,
+        IN_FLIGHT=_in_flight(coef),
         **blocks.launch,
     )
     return abc, dgamma, dbeta

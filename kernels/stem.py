@@ -200,7 +200,7 @@ def conv_stem_wgrad_kernel(
 
 @triton.jit
 def gather_kernel(
-    parts_ptr,
+    spread_ptr,
     dw_ptr,
     parts,
     size,
@@ -210,10 +210,10 @@ def gather_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``dw[o, h, v, c] = sum over p of parts[p, o, h // 2, v // 2, (h % 2, v % 2, c)]``. Moves what it reads once.
+    """``dw[o, h, v, c] = sum over p of spread[p, o, h // 2, v // 2, (h % 2, v % 2, c)]``. Moves what it reads once.
 
     Args:
-        parts_ptr: [parts, COUT, KH', KW', 16] fp32, ``size`` elements a part. dw_ptr: [COUT, KH, KW, C] fp32.
+        spread_ptr: [parts, COUT, KH', KW', 16] fp32, ``size`` elements a part. dw_ptr: [COUT, KH, KW, C] fp32.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tap = i // C
@@ -226,7 +226,7 @@ def gather_kernel(
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         inside = (part < parts)[:, None] & ok[None, :]
-        total += tl.sum(tl.load(parts_ptr + part[:, None] * size + source[None, :], mask=inside, other=0.0), 0)
+        total += tl.sum(tl.load(spread_ptr + part[:, None] * size + source[None, :], mask=inside, other=0.0), 0)
     tl.store(dw_ptr + i, total, mask=ok)
 
 
@@ -338,5 +338,5 @@ def wgrad_stem(
     count, block = power_of_2(parts, 1, 64), 16
     sizes = dict(parts=parts, size=dw[0].numel(), C=cin, KH=kernel_hw[0], KW=kernel_hw[1])
     grid = (cdiv(out.numel(), block),)
-    launch(gather_kernel, grid, parts_ptr=dw, dw_ptr=out, **sizes, PARTS=count, BLOCK=block, num_warps=WARPS)
+    launch(gather_kernel, grid, spread_ptr=dw, dw_ptr=out, **sizes, PARTS=count, BLOCK=block, num_warps=WARPS)
     return out

@@ -148,12 +148,13 @@ def test_the_3x3_convolution_has_registers_to_spare(subset):
 
 
 def test_what_needs_more_than_128_registers_has_them(subset):
-    """The 7x7 stem's weight gradient and the strided data gradient, behind a frozen BatchNorm."""
-    needy = {"conv_wgrad_kernel": ("KH", 7), "conv_dgrad_kernel": ("STRIDE", 2)}
-    for kernel, (name, value) in needy.items():
+    """The 7x7 stem's weight gradient, which has a kernel of its own on sm_90, and the strided data gradient, behind a
+    frozen BatchNorm."""
+    needy = {"conv_wgrad_kernel": ("KH", 7, {80, 100}), "conv_dgrad_kernel": ("STRIDE", 2, {80, 90, 100})}
+    for kernel, (name, value, archs) in needy.items():
         rows = [row for row in subset["rows"] if row["kernel"] == kernel and row["constants"][name] == value]
         rows = [row for row in rows if "y_ptr" not in row["tensors"]]
-        assert {row["arch"] for row in rows} == {80, 90, 100}
+        assert {row["arch"] for row in rows} == archs
         assert all(row["spills"] == row["stack"] == 0 and row["options"]["maxnreg"] >= 168 for row in rows)
 
 

@@ -10,6 +10,7 @@ from bench import count_eager, count_inductor, count_triton, roofline, traffic
 from bench.blocks import Part, fused, parts_of, train
 from bench.roofline import Machine
 from bench.traffic import each_further, measure_stage
+from fastres import kernels
 from fastres.kernels import batch_norm
 from fastres.kernels.parts import joining, total
 from fastres.nn import blocks
@@ -173,3 +174,28 @@ def test_a_sum_of_parts_is_counted_in_wide_tiles_as_in_its_own(monkeypatch):
     monkeypatch.setattr(count_triton, "_in_wide_tiles", lambda grid, bound, kwargs: (grid, kwargs))
     assert wide == counts() and [kernel for kernel, *_ in wide] == ["bn_backward_coef_kernel", "sum_parts_kernel"]
     assert all(loaded >= 19 * 2100 * 4 for _, loaded, *_ in wide)
+
+
+def test_programs_that_keep_weights_are_counted_in_long_steps_as_in_their_own(monkeypatch):
+    """Each of the kernels that have them; the parts that they write are as many."""
+    half = torch.bfloat16
+
+    def step(n):
+        x, dz = torch.zeros(n, 21, 20, 64, dtype=half), torch.zeros(n, 21, 20, 32, dtype=half)
+        w, abc, coef = torch.zeros(32, 1, 1, 64, dtype=half), torch.zeros(3, 32), torch.zeros(5, 64)
+        kernels.conv(x, torch.zeros(64, 1, 1, 64, dtype=half), 1, (0, 0, 0, 0), coef)
+        kernels.conv_grads(dz, dz.clone(), abc, w, x, coef)
+        image, stem = torch.zeros(n, 41, 40, 3, dtype=half), torch.zeros(32, 5, 5, 3, dtype=half)
+        kernels.conv(image, stem, 2, (2, 2, 2, 2))
+        kernels.conv_wgrad(dz, None, None, image, None, 2, (2, 2, 2, 2), (5, 5))
+
+    def counts():
+        count_triton._interpreted.clear()
+        found = count_triton._launches(step, 3, everything=True)
+        return [(one.kernel, one.loaded, one.stored, one.programs) for one in found]
+
+    long = counts()
+    monkeypatch.setattr(count_triton, "_in_long_steps", lambda kwargs: kwargs)
+    assert long == counts()
+    kept = {"conv_resident_kernel", "conv_grads_kernel", "conv_stem_kernel", "conv_stem_wgrad_kernel"}
+    assert {kernel for kernel, *_ in long} >= kept

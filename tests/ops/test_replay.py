@@ -249,7 +249,7 @@ def test_all_that_a_walk_launches_is_compiled_ahead(tmp_path):
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == ["conv_kernel", "finalize_kernel"]
+    assert json.loads(done.stdout) == ["conv_resident_kernel", "finalize_kernel"]
 
 
 def test_ahead_all_candidates_are_called_and_none_is_chosen(monkeypatch):

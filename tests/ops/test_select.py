@@ -12,9 +12,18 @@ from fastres.ops import cpu, select
 from fastres.ops.backends.aten import Aten
 from fastres.ops.backends.cpp import Cpp
 from fastres.ops.backends.fake import Fake
-from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient
+from fastres.ops.backends.protocol import Activation, Backend, Convolution, Gradient, Normalised, Shortcut
 from fastres.ops.backends.timed import Timed
-from fastres.ops.backends.triton import PASS_CHANNELS, STORED_CHANNELS, WIDE_CHANNELS, Triton, Vendor, Way
+from fastres.ops.backends.triton import (
+    JOINT,
+    PASS_CHANNELS,
+    STORED_CHANNELS,
+    WIDE_CHANNELS,
+    Triton,
+    TritonVendorWeights,
+    Vendor,
+    Way,
+)
 from fastres.ops.graphs import as_one_graph
 from fastres.ops.operation import isolated
 from fastres.ops.select import backend_for
@@ -280,6 +289,39 @@ def test_the_models_choice_for_a_window(inputs, outputs, kernel, stride, act, st
     with taken() as noted:
         Triton().conv_backward(Gradient(dz, dz, torch.rand(3, outputs)), activation, conv)
     assert (Way.STORED.value in noted) == stored and (not stored or Way.PASS.value in noted)
+
+
+def test_one_kernel_makes_both_gradients_of_a_pointwise_convolution():
+    """Of what it can: otherwise a kernel for each, with the same result."""
+    half = torch.bfloat16
+    x, dz, y = (torch.randn(1, 4, 4, 64).to(half) for _ in range(3))
+    w, coef, abc = torch.randn(64, 1, 1, 64).to(half), torch.rand(5, 64), torch.rand(3, 64)
+    small = Shortcut(torch.randn(1, 2, 2, 64).to(half), None, 2)
+    given = dict(gradient=Gradient(dz, y, abc), activation=Activation(x, coef), conv=Convolution(w))
+    library, wide = TritonVendorWeights(Vendor()), torch.randn(64, 3, 3, 64).to(half)
+    cases = [
+        (Triton(), {}, True),
+        (Triton(1), {}, True),
+        (Triton(), dict(joined=Shortcut(dz)), True),
+        (Triton(), dict(activation=Activation(x), end=Normalised(y, coef)), True),
+        (Triton(way=Way.ONCE), {}, False),
+        (Triton(way=Way.EACH), {}, False),
+        (library, {}, False),
+        (Triton(), dict(need_dw=False), False),
+        (Triton(), dict(joined=small), False),
+        (Triton(), dict(activation=Activation(x, coef, "gelu")), False),
+        (Triton(), dict(conv=Convolution(wide, 1, (1, 1, 1, 1))), False),
+    ]  # fmt: skip
+    for backend, changes, joint in cases:
+        with taken() as noted:
+            dx, sums, dw = backend.conv_backward(**{**given, **changes})
+        assert (JOINT in noted) == joint, changes
+        once = Triton(way=Way.ONCE).conv_backward(**{**given, **changes})
+        torch.testing.assert_close(dx, once[0])
+        if sums is not None:
+            torch.testing.assert_close(sums.sum(0), once[1].sum(0), rtol=1e-2, atol=1e-2)
+        if dw is not None:
+            torch.testing.assert_close(dw, once[2], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("kernel, act, passes", [(3, "gelu", 1), (1, "gelu", 0), (3, "relu", 0)])

@@ -65,6 +65,11 @@ def has_warp_groups(arch: int) -> bool:
     return arch == 90
 
 
+def has_mma(arch: int) -> bool:
+    """Whether an architecture multiplies by mma.sync, from registers."""
+    return arch in (80, 86, 89, 120)
+
+
 def has_tensor_cores(arch: int) -> bool:
     """Whether Triton multiplies matrices by tensor cores: on Turing (sm_75) it does not, though the GPU has some."""
     return arch == OTHER or arch >= 80
@@ -262,9 +267,17 @@ def grads_configs(
         sums: whether the gradient goes through a ReLU and is summed for a BatchNorm.
         masked: moreover whether that ReLU is the end of a block, which is loaded.
     """
-    if not has_warp_groups(arch) or dtype.itemsize != 2 or min(cin, cout) < LEAST or cout > 256:
+    if dtype.itemsize != 2 or min(cin, cout) < LEAST or cout > 256:
         return []
     block_k, block_n = power_of_2(cout, 64, 256), power_of_2(cin, 64, 128)
+    if has_mma(arch):
+        if block_k == 256 and cin > 128:  # dz and y would be read too often
+            return []
+        if block_k > 64:
+            return [Config(16, 64, block_k, 8, 3, 255)]
+        return [Config(32 if arch == 80 else 16, 64, block_k, 4, 3, 255)]
+    if not has_warp_groups(arch):
+        return []
     if block_k == 256:  # 18 to 28 spilled instructions with 128 channels behind the end of a block
         block_n = 64 if sums else block_n
         return [Config(32, block_n, block_k, 8, 4 if block_n == 64 else 3, 255)]
@@ -277,10 +290,15 @@ def resident_configs(product: Product) -> list[Config]:
 
     BLOCK_M pixels a step, BLOCK_N channels of the result, all that are read in BLOCK_K.
     """
-    fits = _on_warp_groups(product) and LEAST <= product.depth <= 256
-    if not fits or product.taps > 1 or product.loaded > 1 or product.flat or product.least_registers:
+    plain = (product.taps, product.loaded, product.flat, product.least_registers) == (1, 1, False, 0)
+    few = product.depth < LEAST or product.columns <= 32
+    if not plain or few or product.depth > 256 or product.dtype.itemsize != 2:
         return []
     block_k, block_n = power_of_2(product.depth, LEAST, 256), power_of_2(product.columns, 64, 128)
+    if has_mma(product.arch):
+        return [Config(32, 64, block_k, 4, 4 if block_k <= 64 else 3, 168)] if block_k <= 128 else []
+    if not has_warp_groups(product.arch):
+        return []
     if block_k <= 128:  # three programs side by side
         return [Config(32, block_n, block_k, 4, 4, 168)]
     return [Config(64, block_n, block_k, 8, 3, 255)]

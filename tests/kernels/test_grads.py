@@ -28,7 +28,7 @@ from fastres.kernels.wgrad import conv_wgrad
 
 HALVES = (torch.float16, torch.bfloat16)
 pytestmark = pytest.mark.skipif(
-    not INTERPRETED and torch.cuda.get_device_capability()[0] != 9, reason="its tiles are of Hopper's tensor cores"
+    not INTERPRETED and torch.cuda.get_device_capability()[0] not in (8, 9, 12), reason="without tiles for such a GPU"
 )
 
 
@@ -116,7 +116,7 @@ def test_pixels_behind_the_last_have_no_gradient():
 
 def test_channels_without_a_tile_are_refused():
     known = device()
-    assert is_joint(64, 256, torch.bfloat16, known) and is_joint(2048, 256, torch.float16, known)
+    assert is_joint(64, 256, torch.bfloat16, known) and is_joint(2048, 128, torch.float16, known)
     for cin, cout, dtype in ((64, 64, torch.float32), (8, 64, HALVES[0]), (64, 8, HALVES[0]), (64, 264, HALVES[0])):
         assert not is_joint(cin, cout, dtype, known)
         dz, x = randn(1, 2, 2, cout, seed=0, dtype=dtype), randn(1, 2, 2, cin, seed=1, dtype=dtype)
@@ -127,18 +127,19 @@ def test_channels_without_a_tile_are_refused():
         conv_grads(dz, None, None, randn(64, 1, 1, 64, seed=2, dtype=HALVES[0]), dz, mask=dz)
 
 
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
 @pytest.mark.parametrize("cin", [16, 64, 96, 512])
 @pytest.mark.parametrize("cout", [16, 96, 128, 256])
-def test_a_program_holds_what_stays(cin, cout):
+def test_a_program_holds_what_stays(cin, cout, arch):
     """Accumulators within the registers that a thread may have, with many for the rest."""
     for sums, masked in ((False, False), (True, False), (True, True)):
-        configs = grads_configs(cin, cout, torch.bfloat16, 90, sums, masked)
-        assert configs and configs == list(dict.fromkeys(configs))
+        configs = grads_configs(cin, cout, torch.bfloat16, arch, sums, masked)
+        assert bool(configs) == (arch == 90 or cout < 256 or cin <= 128) and configs == list(dict.fromkeys(configs))
         for one in configs:
             threads = 32 * one.num_warps
             kept = one.block_n * one.block_k + one.block_n * one.block_m * (3 if sums else 1)
             assert one.block_k >= cout and kept / threads <= 0.6 * one.most_registers
-    assert not any(grads_configs(cin, cout, torch.bfloat16, arch) for arch in (75, 80, 86, 89, 100, 120, 0))
+    assert not any(grads_configs(cin, cout, torch.bfloat16, arch) for arch in (75, 100, 0))
 
 
 def test_programs_fill_a_gpu_once():

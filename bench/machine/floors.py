@@ -2,7 +2,7 @@
 
 Nine tenths of what the kernels had when this was written, in bf16, as one version of Triton compiled them: one that
 becomes slower is seen without a GPU. A kernel that becomes quicker raises its floor. By architecture; convolutions by
-kernel, window, stride, channels read and made, other kernels by name. What is not named, and what another Triton
+kernel, window and stride where it has several, channels read and made, other kernels by name. What is not named, and what another Triton
 compiled, has no floor.
 """
 
@@ -31,6 +31,13 @@ FLOORS: dict[int, dict[tuple[str | int, ...], float]] = {
         ("conv_dgrad_kernel", 3, 1, 256, 256): 0.39,
         ("conv_wgrad_kernel", 3, 1, 256, 256): 0.58,
         ("conv_wgrad_kernel", 7, 2, 3, 64): 0.135,
+        ("conv_grads_kernel", 64, 256): 0.68,
+        ("conv_grads_kernel", 256, 64): 0.56,
+        ("conv_grads_kernel", 512, 128): 0.87,
+        ("conv_grads_kernel", 1024, 256): 0.48,
+        ("conv_resident_kernel", 64, 256): 0.77,
+        ("conv_resident_kernel", 128, 512): 0.60,
+        ("conv_resident_kernel", 256, 1024): 0.37,
         ("bn_add_relu_kernel",): 0.72,
         ("bn_add_relu_backward_kernel",): 0.45,
     },

@@ -27,6 +27,7 @@ GOOD = Resources(
 ARCHITECTURES = 80, 89, 90, 100  # of `aot_subset`
 OTHERS = 75, 86, 120, "gfx942"
 CONVOLUTIONS = ("conv_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel")
+KEEPING = ("conv_grads_kernel", "conv_resident_kernel")  # weights
 PASSES = ("bn_add_relu_kernel", "bn_add_relu_backward_kernel")
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "tcgen05", 120: "HMMA", "gfx942": "MFMA"}
 
@@ -190,8 +191,11 @@ def test_no_kernel_is_slower_than_its_floor(subset):
     """Every convolution and pass has a floor and a share of what binds it; a fault would name one below."""
     rows = [row for row in subset["rows"] if row["share"] is not None and row["kernel"] in (*CONVOLUTIONS, *PASSES)]
     assert {(row["kernel"], row["arch"]) for row in rows} == {*itertools.product((*CONVOLUTIONS, *PASSES), (80, 90))}
-    for row in rows:
-        names = ("KH", "STRIDE", "CIN", "COUT") if row["kernel"] in CONVOLUTIONS else ()
+    keeping = [row for row in subset["rows"] if row["kernel"] in KEEPING and row["arch"] == 90 and row["share"]]
+    assert {row["kernel"] for row in keeping} == set(KEEPING)
+    for row in rows + keeping:
+        names = [name for name in ("KH", "STRIDE", "CIN", "COUT") if name in row["constants"]]
+        names = names if row["kernel"] in (*CONVOLUTIONS, *KEEPING) else []
         floor = FLOORS[row["arch"]][(row["kernel"], *(row["constants"][name] for name in names))]
         assert 0 < row["share"] <= 1 and row["occupancy"] >= 1, row
         if triton.__version__.startswith(TRITON):

@@ -195,6 +195,12 @@ def _in_wide_tiles(
     return (others + cdiv(bound["size"], WIDE),), {**kwargs, "BLOCK": WIDE}
 
 
+def _in_wide_blocks(bound: dict[str, Any], kwargs: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Grid and options of `fastres.kernels.stem.spread_kernel` with blocks of more squares, likewise."""
+    squares = WIDE // 16
+    return (cdiv(bound["size"], squares),), {**kwargs, "BLOCK": squares}
+
+
 LONG = 1024  # pixels of a step that is interpreted
 
 
@@ -260,7 +266,9 @@ def _counting(kernels: Collection[str], everything: bool) -> Iterator[list[Launc
             memory.add(tensor, arguments[name])
         if bound.get("parts_ptr") is not None:
             self.grid, kwargs = _in_wide_tiles(grid, bound, kwargs)
-        if "steps" in kwargs and "BLOCK_M" in kwargs and "STAGES" in kwargs:
+        if self.fn.__name__ == "spread_kernel":
+            self.grid, kwargs = _in_wide_blocks(bound, kwargs)
+        if "steps" in kwargs and "STAGES" in kwargs:
             kwargs = _in_long_steps(kwargs)
         run(self, *args, **kwargs)
         memory.settle()

@@ -2,8 +2,8 @@
 
 Nine tenths of what the kernels had when this was written, in bf16, as one version of Triton compiled them: one that
 becomes slower is seen without a GPU. A kernel that becomes quicker raises its floor. By architecture; convolutions by
-kernel, window and stride where it has several, channels read and made, other kernels by name. What is not named, and what another Triton
-compiled, has no floor.
+kernel, window and stride where it has several, channels read and made, other kernels by name. What is not named, and
+what another Triton compiled, has no floor.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 from bench import gcn, sass
 from bench.aot_plan import ALL_RANKS, CHANNELS, NETWORKS, PADDING, PRECISIONS, SIZES, Task, channels, planned
@@ -40,6 +41,7 @@ from bench.machine.shares import fault, occupancy, share
 from bench.record import write_results
 from bench.sass import SHARED_LIMIT, Architecture, Resources
 from fastres.atomic import atomic_write
+from fastres.kernels import tiles
 from fastres.ops.timing import choices_path
 
 ARCHITECTURES = tuple(SHARED_LIMIT)
@@ -228,7 +230,10 @@ def _is_optional(name: str, one: Specialisation) -> bool:
 
 @functools.cache
 def _source(module: str) -> str:
-    return inspect.getsource(importlib.import_module(module))
+    """Of a module of kernels, and of the shared device code that it calls."""
+    source = inspect.getsource(importlib.import_module(module))
+    shared = (one.src for name, one in vars(tiles).items() if isinstance(one, JITFunction) and f" {name}(" in source)
+    return source + "".join(shared)
 
 
 def precision_of(one: Specialisation) -> str:

@@ -22,7 +22,7 @@ from fastres.kernels.launch import launch
 from fastres.kernels.parts import sum_parts, sum_tile, waiting
 from fastres.kernels.resources import architecture
 from fastres.kernels.row_tiles import reduction
-from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR, merge_moments, welford
+from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR, store_part_moments, welford
 from fastres.kernels.types import Moments
 
 INFINITY = tl.constexpr(float("inf"))
@@ -69,23 +69,17 @@ def moments_kernel(
         ok = (tile * BLOCK_M + row < rows)[:, None] & channel_ok[None, :]
         y = tl.load(y_ptr + tile * (BLOCK_M * C) + offset, mask=ok, other=0.0).to(tl.float32)
         mean, m2 = welford(y, ok, tile, mean, m2)
-    count = tl.maximum((rows - row + BLOCK_M - 1) // BLOCK_M, 0).to(tl.float32)[:, None]
-    mean, m2 = merge_moments(count, mean, m2, rows.to(tl.float32), 0)
-    tl.store(mean_ptr + part.to(tl.int64) * C + channel, mean, mask=channel_ok)
-    tl.store(m2_ptr + part.to(tl.int64) * C + channel, m2, mask=channel_ok)
-    if tl.program_id(1) == 0:
-        tl.store(count_ptr + part, rows.to(tl.float32))
+    writes = tl.program_id(1) == 0
+    store_part_moments(mean, m2, rows, row, count_ptr, mean_ptr, m2_ptr, part, channel, channel_ok, C, writes, 0)
 
 
 def moments(y: Tensor) -> Moments:
     """Statistics of y [N, H, W, C] by tiles of its pixels: count [T], mean and M2 [T, C], fp32."""
     rows, channels = y.numel() // y.shape[3], y.shape[3]
     split = reduction(rows, channels, least_rows=256)
-    parts = split.grid[0]
-    count = buffers.empty(y, parts, dtype=torch.float32)
-    mean, m2 = (buffers.empty(y, parts, channels, dtype=torch.float32) for _ in range(2))
-    launch(moments_kernel, split.grid, y, count, mean, m2, rows, split.tiles, C=channels, **split.launch)
-    return Moments(count, mean, m2)
+    made = buffers.moments(y, split.grid[0], channels)
+    launch(moments_kernel, split.grid, y, *made, rows, split.tiles, C=channels, **split.launch)
+    return made
 
 
 class _Blocks(NamedTuple):

@@ -6,10 +6,19 @@ Nothing depends on PyTorch's default dtype and device, and tests can poison and 
 import torch
 from torch import Tensor
 
+from fastres.kernels.types import Moments
+
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised contiguous tensor on ``like``'s device, in its dtype unless told otherwise."""
     return like.new_empty(shape, dtype=dtype)
+
+
+def moments(like: Tensor, tiles: int, channels: int) -> Moments:
+    """Uninitialised statistics of that many row tiles, fp32."""
+    return Moments(
+        empty(like, tiles, dtype=torch.float32), *(empty(like, tiles, channels, dtype=torch.float32) for _ in range(2))
+    )
 
 
 def filled(like: Tensor, value: float, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

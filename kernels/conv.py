@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -298,8 +297,7 @@ def _launch(
         least_registers=MORE_REGISTERS if act == "gelu" and coef is not None else 0,
     )
     if (bias, residual, shortcut) == (None,) * 3:  # what may be left to a kernel of its own comes first
-        arch = architecture(x.device)
-        if coef is None and is_stem(cin, cout, (kh, kw), stride, dilation, x.dtype, arch):
+        if coef is None and is_stem(cin, cout, (kh, kw), stride, dilation, x.dtype, product.arch):
             if rank == 0:
                 return conv_stem(x, w, pad, moments)
             rank -= 1
@@ -310,10 +308,8 @@ def _launch(
     config = at_rank(conv_configs(product), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)
     y = buffers.empty(x, n, out_height, out_width, cout)
-    count = mean = m2 = None
-    if moments:
-        count = buffers.empty(x, tiles, dtype=torch.float32)
-        mean, m2 = (buffers.empty(x, tiles, cout, dtype=torch.float32) for _ in range(2))
+    made = buffers.moments(x, tiles, cout) if moments else None
+    count, mean, m2 = made or (None, None, None)
     launch(
         conv_kernel,
         (tiles * cdiv(cout, config.block_n),),
@@ -349,4 +345,4 @@ def _launch(
         PRECISION=precision(x.dtype),
         **config.launch,
     )
-    return y, None if count is None or mean is None or m2 is None else Moments(count, mean, m2)
+    return y, made

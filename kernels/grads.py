@@ -13,18 +13,7 @@ from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import total
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
-from fastres.kernels.tiles import (
-    MEAN,
-    RSTD,
-    SCALE,
-    SHIFT,
-    bn_backward,
-    frozen_bn_backward,
-    relu,
-    relu_backward,
-    within,
-    zero_outside,
-)
+from fastres.kernels.tiles import MEAN, SCALE, SHIFT, load_gradient, relu, relu_backward, store_sums, within
 
 
 @triton.jit
@@ -87,7 +76,9 @@ def conv_grads_kernel(
             shift = tl.load(coef_ptr + SHIFT * CIN + n, mask=n_ok, other=0.0)
     first = part.to(tl.int64) * (steps * BLOCK_M)
     pixels = tl.minimum(M - first, steps * BLOCK_M).to(tl.int32)
-    dz_first = first * COUT
+    dz_ptr += first * COUT
+    if y_ptr is not None:
+        y_ptr += first * COUT
     x_first = first * CIN
 
     dw = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
@@ -96,17 +87,10 @@ def conv_grads_kernel(
     for step in tl.range(0, steps, num_stages=STAGES):
         pixel = step * BLOCK_M + row
         row_ok = pixel < pixels
-        # 2. The convolution's gradient. Behind the last pixel it would be C alone.
+        # 2. The convolution's gradient.
         offset = (pixel * COUT)[:, None] + k[None, :]
         ok = row_ok[:, None] & k_ok[None, :]
-        dy = tl.load(dz_ptr + dz_first + offset, mask=ok, other=0.0)
-        if abc_ptr is not None:
-            if y_ptr is not None:
-                y = tl.load(y_ptr + dz_first + offset, mask=ok, other=0.0)
-                wide = zero_outside(bn_backward(dy, y, abc_ptr, k, k_ok, COUT), row_ok[:, None])
-            else:
-                wide = frozen_bn_backward(dy, abc_ptr, k, k_ok)
-            dy = wide.to(dy.dtype)
+        dy = load_gradient(dz_ptr, y_ptr, abc_ptr, offset, ok, row_ok, k, k_ok, COUT)
         # 3. What the convolution read.
         x_offset = (pixel * CIN)[:, None] + n[None, :]
         x_ok = row_ok[:, None] & n_ok[None, :]
@@ -136,10 +120,7 @@ def conv_grads_kernel(
 
     # 6. This part's sums and its dw.
     if coef_ptr is not None:
-        rstd = tl.load(coef_ptr + RSTD * CIN + n, mask=n_ok, other=0.0)
-        sums_row = sums_ptr + part.to(tl.int64) * (2 * CIN) + n
-        tl.store(sums_row, tl.sum(sum_dx, 1), mask=n_ok)
-        tl.store(sums_row + CIN, tl.sum(sum_dx_x, 1) * rstd, mask=n_ok)
+        store_sums(sum_dx, sum_dx_x, coef_ptr, sums_ptr, part, n, n_ok, CIN, 1)
     tl.store(dw_ptr + part.to(tl.int64) * (COUT * CIN) + w_offset, dw, mask=w_ok)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +11,7 @@ from fastres.kernels.configs import Product, at_rank, precision, programs_at_onc
 from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, fitting
-from fastres.kernels.tiles import SCALE, SHIFT, merge_moments, relu, welford, within
+from fastres.kernels.tiles import SCALE, SHIFT, relu, store_part_moments, welford, within
 from fastres.kernels.types import Moments
 
 
@@ -83,12 +82,8 @@ def conv_resident_kernel(
 
     # 4. The part's statistics.
     if mean_ptr is not None:
-        count = tl.maximum((pixels - row + BLOCK_M - 1) // BLOCK_M, 0).to(tl.float32)[None, :]
-        mean, m2 = merge_moments(count, mean, m2, pixels.to(tl.float32), 1)
-        tl.store(mean_ptr + part * COUT + n, mean, mask=n_ok)
-        tl.store(m2_ptr + part * COUT + n, m2, mask=n_ok)
-        if tl.program_id(0) % GROUPS == 0:
-            tl.store(count_ptr + part, pixels.to(tl.float32))
+        writes = tl.program_id(0) % GROUPS == 0
+        store_part_moments(mean, m2, pixels, row, count_ptr, mean_ptr, m2_ptr, part, n, n_ok, COUT, writes, 1)
 
 
 def conv_resident(
@@ -119,10 +114,8 @@ def conv_resident(
     steps = steps_of(product.rows, groups, config, programs_at_once(config))
     parts = cdiv(product.rows, config.block_m * steps)
     y = buffers.empty(x, n, height, width, cout)
-    count = mean = m2 = None
-    if moments:
-        count = buffers.empty(x, parts, dtype=torch.float32)
-        mean, m2 = (buffers.empty(x, parts, cout, dtype=torch.float32) for _ in range(2))
+    made = buffers.moments(x, parts, cout) if moments else None
+    count, mean, m2 = made or (None, None, None)
     launch(
         conv_resident_kernel,
         (parts * groups,),
@@ -141,4 +134,4 @@ def conv_resident(
         STAGES=config.num_stages,
         **config.launch,
     )
-    return y, None if count is None or mean is None or m2 is None else Moments(count, mean, m2)
+    return y, made

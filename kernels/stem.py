@@ -20,7 +20,7 @@ from fastres.kernels.configs import Config, at_rank, has_warp_groups, precision,
 from fastres.kernels.geometry import Pad, cdiv, output_hw, power_of_2
 from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, fitting
-from fastres.kernels.tiles import bn_backward, frozen_bn_backward, merge_moments, welford, within, zero_outside
+from fastres.kernels.tiles import load_gradient, store_part_moments, welford, within
 from fastres.kernels.types import Moments
 
 CHANNELS = tl.constexpr(4)  # of a pixel of the image, zeros behind those that it has
@@ -120,11 +120,7 @@ def conv_stem_kernel(
         if mean_ptr is not None:
             mean, m2 = welford(y.to(tl.float32), row_ok[None, :], step, mean, m2)
     if mean_ptr is not None:
-        count = tl.maximum((pixels - row + BLOCK_M - 1) // BLOCK_M, 0).to(tl.float32)[None, :]
-        mean, m2 = merge_moments(count, mean, m2, pixels.to(tl.float32), 1)
-        tl.store(mean_ptr + part * COUT + n, mean, mask=n_ok)
-        tl.store(m2_ptr + part * COUT + n, m2, mask=n_ok)
-        tl.store(count_ptr + part, pixels.to(tl.float32))
+        store_part_moments(mean, m2, pixels, row, count_ptr, mean_ptr, m2_ptr, part, n, n_ok, COUT, True, 1)
 
 
 @triton.jit
@@ -185,14 +181,7 @@ def conv_stem_wgrad_kernel(
         a = tl.load(x_ptr + offset, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
         dz_offset = first * COUT + (pixel * COUT)[:, None] + n[None, :]
         ok = row_ok[:, None] & n_ok[None, :]
-        dy = tl.load(dz_ptr + dz_offset, mask=ok, other=0.0)
-        if abc_ptr is not None:
-            if y_ptr is not None:
-                y = tl.load(y_ptr + dz_offset, mask=ok, other=0.0)
-                wide = zero_outside(bn_backward(dy, y, abc_ptr, n, n_ok, COUT), row_ok[:, None])
-            else:
-                wide = frozen_bn_backward(dy, abc_ptr, n, n_ok)
-            dy = wide.to(dy.dtype)
+        dy = load_gradient(dz_ptr, y_ptr, abc_ptr, dz_offset, ok, row_ok, n, n_ok, COUT)
         dw = tl.dot(tl.trans(dy), a, dw, input_precision=PRECISION)
     w_offset = (n * DEPTH)[:, None] + k[None, :]
     tl.store(dw_ptr + part * (COUT * DEPTH) + w_offset, dw, mask=n_ok[:, None] & k_ok[None, :])
@@ -276,10 +265,8 @@ def conv_stem(x: Tensor, w: Tensor, pad: Pad, moments: bool) -> tuple[Tensor, Mo
     steps = steps_of(pixels, 1, config, programs_at_once(config))
     parts = cdiv(pixels, config.block_m * steps)
     y = buffers.empty(x, n, *out_hw, cout)
-    count = mean = m2 = None
-    if moments:
-        count = buffers.empty(x, parts, dtype=torch.float32)
-        mean, m2 = (buffers.empty(x, parts, cout, dtype=torch.float32) for _ in range(2))
+    made = buffers.moments(x, parts, cout) if moments else None
+    count, mean, m2 = made or (None, None, None)
     launch(
         conv_stem_kernel,
         (parts,),
@@ -300,7 +287,7 @@ def conv_stem(x: Tensor, w: Tensor, pad: Pad, moments: bool) -> tuple[Tensor, Mo
         STAGES=config.num_stages,
         **config.launch,
     )
-    return y, None if count is None or mean is None or m2 is None else Moments(count, mean, m2)
+    return y, made
 
 
 def wgrad_stem(

@@ -122,11 +122,25 @@ def welford(value, ok, before, mean, m2):
 
 
 @triton.jit
-def merge_moments(count, mean, m2, total, AXIS: tl.constexpr):
-    """Mean and M2 over an axis of those of ``count`` values each, ``total`` together (Chan et al. 1979)."""
-    merged = tl.sum(count * mean, AXIS) / total
+def store_part_moments(
+    mean, m2, rows, row, count_ptr, mean_ptr, m2_ptr, part, channel, channel_ok, C, first, AXIS: tl.constexpr
+):
+    """Row ``part`` of the statistics [T], [T, C], [T, C]: those of each row of its blocks, see `welford`,
+    merged (Chan et al. 1979).
+
+    Args:
+        mean, m2: [BM, BC], or [BC, BM] with an AXIS of 1. row: [BM], the places of a block. rows: int, of all blocks.
+        first: whether this program is the one of its part that writes the count.
+    """
+    BLOCK: tl.constexpr = row.shape[0]
+    count = tl.expand_dims(tl.maximum((rows - row + BLOCK - 1) // BLOCK, 0).to(tl.float32), 1 - AXIS)
+    merged = tl.sum(count * mean, AXIS) / rows.to(tl.float32)
     deviation = mean - tl.expand_dims(merged, AXIS)
-    return merged, tl.sum(m2 + count * deviation * deviation, AXIS)
+    m2 = tl.sum(m2 + count * deviation * deviation, AXIS)
+    tl.store(mean_ptr + part.to(tl.int64) * C + channel, merged, mask=channel_ok)
+    tl.store(m2_ptr + part.to(tl.int64) * C + channel, m2, mask=channel_ok)
+    if first:
+        tl.store(count_ptr + part, rows.to(tl.float32))
 
 
 @triton.jit
@@ -143,6 +157,21 @@ def frozen_bn_backward(dz, abc_ptr, channel, channel_ok):
     """`bn_backward` where the statistics are constants: ``A*dz``, fp32."""
     a = tl.load(abc_ptr + channel, mask=channel_ok, other=0.0)
     return a[None, :] * dz.to(tl.float32)
+
+
+@triton.jit
+def load_gradient(dz_ptr, y_ptr, abc_ptr, offset, ok, row_ok, channel, channel_ok, C):
+    """A convolution's gradient [BM, BC] in dz's dtype: ``A*dz + B*y + C`` at ``offset`` where ``ok``, ``A*dz`` without
+    y_ptr, dz without abc_ptr. Zeros in rows that are not ``row_ok``, where the first would be C alone."""
+    dy = tl.load(dz_ptr + offset, mask=ok, other=0.0)
+    if abc_ptr is not None:
+        if y_ptr is not None:
+            y = tl.load(y_ptr + offset, mask=ok, other=0.0)
+            wide = zero_outside(bn_backward(dy, y, abc_ptr, channel, channel_ok, C), row_ok[:, None])
+        else:
+            wide = frozen_bn_backward(dy, abc_ptr, channel, channel_ok)
+        dy = wide.to(dy.dtype)
+    return dy
 
 
 @triton.jit

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from hypothesis import strategies as st
+from support_flat import aten
 from support_kernels import dtypes, randn, random_coef, seeds
 from torch import Tensor
 
 from fastres.kernels.geometry import Pad, extent, output_hw
+from fastres.kernels.types import Moments
 from fastres.ops.cpu import native, tiles
 
 CHANNELS = (1, 3, 8, 16, 20, 24, 40, 64, 72)  # less than a tensor core takes, tails, exactly a tile, more than one
@@ -81,6 +83,11 @@ def problems(draw: st.DrawFn) -> Problem:
     inputs, outputs = draw(st.sampled_from(CHANNELS)), draw(st.sampled_from(CHANNELS))
     stride, rank = draw(st.sampled_from([1, 1, 2, 2, 3])), draw(st.integers(0, 2))
     return Problem(n, tuple(hw), inputs, outputs, kernel, stride, pad, draw(dtypes()), draw(seeds()), rank, dilation)
+
+
+def statistics(moments: Moments) -> Tensor:
+    """Mean and variance [2, C] of the tiles together."""
+    return aten.finalize(moments, None, None, 0.0)[:2].float()
 
 
 def exact(value: Any) -> Any:

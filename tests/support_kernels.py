@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +26,8 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 from fastres.kernels import buffers
 
 INTERPRETED = triton.knobs.runtime.interpret
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALVES)
 # interpreted programs take milliseconds each, so few examples; the same ones every time
 few_examples = settings(
     max_examples=15,
@@ -43,6 +45,12 @@ _GUARD_PATTERN = 0x7FA5
 def device() -> torch.device:
     """Where kernels run in this process."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def on_gpus_of(*majors: int) -> pytest.MarkDecorator:
+    """The tests of kernels that have tiles for GPUs of these compute capabilities, and for the interpreter."""
+    reason = "without tiles for such a GPU"
+    return pytest.mark.skipif(not INTERPRETED and torch.cuda.get_device_capability()[0] not in majors, reason=reason)
 
 
 # -- shapes and dtypes --

@@ -78,7 +78,7 @@ def test_contestants_run_once(tmp_path, monkeypatch):
         accuracy, "create_model", lambda name, stem=None, **rest: create_model("resnet20" if stem else name, **rest)
     )
     monkeypatch.setattr(airbench, "BATCH", 64)
-    tiny = dict.fromkeys(accuracy.AIRBENCH, airbench.Recipe((24, 24, 24), 1))
+    tiny = dict.fromkeys(accuracy.AIRBENCH, airbench.Recipe((24, 24, 24), 1, 11.5))
     monkeypatch.setattr(accuracy, "AIRBENCH", tiny)
     monkeypatch.setattr(airbench, "rows", functools.partial(airbench.rows, compiled=False))
     out = tmp_path / "tta.json"

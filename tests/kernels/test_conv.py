@@ -4,16 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support_conv import exact, problems
+from support_conv import exact, problems, statistics
 from support_flat import aten
 from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn, random_coef
 
 from fastres.kernels.conv import bn_add_relu_conv, conv, conv_bias_act
-
-
-def statistics(moments):
-    """Mean and variance of the tiles together."""
-    return aten.finalize(moments, None, None, 0.0)[:2].float()
 
 
 @few_examples

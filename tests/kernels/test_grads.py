@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from support_conv import BACKWARDS, exact
 from support_flat import aten
 from support_kernels import (
-    INTERPRETED,
+    HALVES,
     assert_as_good,
     assert_same_bits,
     device,
     few_examples,
     guarded,
+    on_gpus_of,
     randn,
     random_coef,
     seeds,
@@ -26,10 +27,7 @@ from fastres.kernels.grads import conv_grads, is_joint
 from fastres.kernels.parts import joining, waiting
 from fastres.kernels.wgrad import conv_wgrad
 
-HALVES = (torch.float16, torch.bfloat16)
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and torch.cuda.get_device_capability()[0] not in (8, 9, 12), reason="without tiles for such a GPU"
-)
+pytestmark = on_gpus_of(8, 9, 12)
 
 
 def arguments(n, hw, cin, cout, dtype, seed, backward, below, add):

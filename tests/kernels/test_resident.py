@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support_conv import exact
+from support_conv import exact, statistics
 from support_flat import aten
 from support_kernels import (
-    INTERPRETED,
+    HALVES,
     assert_as_good,
     assert_same_bits,
     few_examples,
     guarded,
+    on_gpus_of,
     randn,
     random_coef,
     seeds,
@@ -22,19 +23,12 @@ from support_kernels import (
 from fastres.kernels.configs import LANES, PROGRAMS, REGISTERS, Product, programs_at_once, resident_configs, steps_of
 from fastres.kernels.conv import conv
 
-HALVES = (torch.float16, torch.bfloat16)
 PAD = (0, 0, 0, 0)
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and torch.cuda.get_device_capability()[0] not in (8, 9, 12), reason="without tiles for such a GPU"
-)
+pytestmark = on_gpus_of(8, 9, 12)
 
 
 def product(cin, cout, rows=10**6, **changes):
     return Product(**{**dict(rows=rows, columns=cout, depth=cin, dtype=torch.bfloat16), **changes})
-
-
-def statistics(moments):
-    return aten.finalize(moments, None, None, 0.0)[:2].float()
 
 
 @few_examples

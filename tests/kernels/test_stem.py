@@ -6,19 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support_conv import BACKWARDS, exact
+from support_conv import BACKWARDS, exact, statistics
 from support_flat import aten
-from support_kernels import INTERPRETED, assert_as_good, assert_same_bits, few_examples, guarded, randn, seeds
+from support_kernels import HALVES, assert_as_good, assert_same_bits, few_examples, guarded, on_gpus_of, randn, seeds
 
 from fastres.kernels.conv import conv
 from fastres.kernels.geometry import output_hw
 from fastres.kernels.stem import is_stem, spread
 from fastres.kernels.wgrad import conv_wgrad
 
-HALVES = (torch.float16, torch.bfloat16)
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and torch.cuda.get_device_capability()[0] != 9, reason="its tiles are of Hopper's tensor cores"
-)
+pytestmark = on_gpus_of(9)
 
 
 def shapes():
@@ -39,8 +36,7 @@ def test_conv_and_its_weight_gradient(shape, dtype, seed, backward):
     assert moments.count.sum() == y.numel() // cout
     stored = y.double().flatten(0, 2)
     pair = torch.stack([stored.mean(0), stored.var(0, correction=0)])
-    found = aten.finalize(moments, None, None, 0.0)[:2].float()
-    assert_as_good(found, aten.finalize(aten.moments(y), None, None, 0.0)[:2], pair)
+    assert_as_good(statistics(moments), aten.finalize(aten.moments(y), None, None, 0.0)[:2], pair)
     torch.testing.assert_close(y, conv(*args, rank=1)[0])
     assert_same_bits(conv(*args, moments=False)[0], y)
 

@@ -70,6 +70,22 @@ def test_what_is_extrapolated_is_what_a_larger_batch_does():
     assert sum(launch.issued for launch in found) == pytest.approx(sum(launch.issued for launch in whole), rel=0.05)
 
 
+def test_no_convolution_of_a_large_batch_is_interpreted(monkeypatch):
+    """Each kind of kernel takes the tiles of the large batch at one image too, so that it stands for it."""
+    part = identity_bottlenecks(1, 64, 8)
+    module, asked, launches = fused(part), [], count_triton._launches
+
+    def noted(step, batch, kernels=(), everything=False):
+        asked.append((batch, kernels, everything))
+        return launches(step, batch, kernels, everything)
+
+    monkeypatch.setattr(count_triton, "_launches", noted)
+    found = count_triton.traffic(lambda n: train(module, part.images(n, BF16), BF16), 300)
+    assert [(batch, everything) for batch, _, everything in asked] == [(300, False), (1, True), (300, False)]
+    assert {"conv_resident_kernel", "conv_grads_kernel"} <= {launch.kernel for launch in found}
+    assert not [kernel for kernel in asked[-1][1] if kernel.startswith("conv")]
+
+
 def test_eager_moves_what_its_passes_add_up_to():
     """In units of M*w: 54 forward, 84 backward."""
     part = identity_bottlenecks(1, 16, 56)

@@ -57,15 +57,17 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         code = plan.encode()
         letters, n_coefs = code.parameters, code.counts[1]
-        weights = nhwc_weights([t for kind, t in zip(letters, parameters) if kind == "w" and t is not None], x.dtype)
+        own = [t for kind, t in zip(letters, parameters) if kind == "w" and t is not None]
+        weights = _nhwc(own, x)
         cast = iter(weights)
         given = [next(cast) if kind == "w" and t is not None else t for kind, t in zip(letters, parameters)]
         out, *rest = direct(fused_forward, x)(*code, x, added, known, given, recording)
         coefs, kept = rest[len(rest) - n_coefs :], rest[: len(rest) - n_coefs]
         last = plan.nodes[-1]
         masks = isinstance(last, End) and last.relu
-        if plan.recompute:  # so are the casts of the weights
-            weights = [t for kind, t in zip(letters, parameters) if kind == "w" and t is not None]
+        # their casts are computed again too
+        ctx.saves_parameters = plan.recompute or any(one.dtype != x.dtype for one in weights)
+        weights = own if ctx.saves_parameters else weights
         ctx.save_for_backward(x, out if masks else None, *weights, *coefs, *kept)
         ctx.mark_non_differentiable(*coefs)
         if not torch.compiler.is_compiling():  # which has no such method
@@ -82,7 +84,7 @@ class _Fused(torch.autograd.Function):
         dout = dense(dout)
         x, out, *saved = ctx.saved_tensors
         first = ctx.code.counts[0]  # behind the weights
-        weights = nhwc_weights(saved[:first], x.dtype) if ctx.plan.recompute else saved[:first]
+        weights = _nhwc(saved[:first], x) if ctx.saves_parameters else saved[:first]
         x, out, *saved = contiguous([x, out, *weights, *saved[first:]])
         _, _, need_x, need_added, _, *need_parameters = ctx.needs_input_grad
         if plain.is_differentiated(dout):
@@ -104,6 +106,12 @@ class _Fused(torch.autograd.Function):
                 grad = vector.to(dtype) if need else None
             grads.append(grad)
         return None, None, dx, dadded, None, *grads
+
+
+def _nhwc(weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """The weights as the operations on x take them."""
+    rounded = not torch.compiler.is_compiling() and backend_for(x).rounds_weights(x.dtype)
+    return nhwc_weights(weights, x.dtype, rounded)
 
 
 def _differentiable(
@@ -136,7 +144,8 @@ def fused_forward(
 
     Args:
         x, added, known: see `fused`.
-        parameters: see `fused`, but weights are [Cout, KH, KW, Cin] in x's dtype.
+        parameters: see `fused`, but weights are [Cout, KH, KW, Cin] in x's dtype, or in fp32 where the backend
+            `rounds_weights`.
     """
     with isolated(x):
         p, code = backend_for(x), Code(structure, integers, numbers)

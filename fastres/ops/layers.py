@@ -283,10 +283,18 @@ def nhwc_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).permute(0, 2, 3, 1).contiguous()
 
 
-def nhwc_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`nhwc_weight` of each; those of another dtype are cast together, on a GPU by a single launch."""
+def nhwc_weights(weights: Sequence[Tensor], dtype: torch.dtype, rounded: bool = False) -> list[Tensor]:
+    """`nhwc_weight` of each; those of another dtype are cast together, on a GPU by a single launch.
+
+    Args:
+        rounded: by who reads them: fp32 in channels-last memory stays as it is.
+    """
     if torch.compiler.is_compiling():  # the compiler has launches of its own
         return [nhwc_weight(weight, dtype) for weight in weights]
+    if rounded:
+        views = [weight.permute(0, 2, 3, 1) for weight in weights]
+        if all(view.is_contiguous() and view.dtype in (dtype, torch.float32) for view in views):
+            return views
     cast = [weight for weight in weights if weight.dtype != dtype]
     made = [_empty_nhwc(weight, dtype) for weight in cast]
     if made:

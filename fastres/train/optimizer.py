@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.ops.cpu import sgd as one_pass
 from fastres.train.lamb import LAMB
 from fastres.train.muon import MuonBesideSGD, hidden_kernels
 
@@ -28,11 +29,36 @@ class SGDW(torch.optim.SGD):
     def step(self, closure=None):
         """Decay, then the SGD step. An AMP gradient scaler skips both when a gradient overflowed."""
         self.taken += 1
+        if closure is None and self._in_one_pass():
+            return None
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if group["decay"] and weights:
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["decay"])
         return super().step(closure)
+
+    def _in_one_pass(self) -> bool:
+        """The step on a CPU where the compiled one takes all parameters; False: nothing was done."""
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        if scaled or not all(map(_is_plain, self.param_groups)):
+            return False
+        stepped = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        grads = [[p.grad for p in params] for params in stepped]
+        buffers = [[self.state[p].get("momentum_buffer") for p in params] for params in stepped]
+        if not all(map(one_pass.takes, stepped, grads, buffers)):
+            return False
+        for group, params, gradients, held in zip(self.param_groups, stepped, grads, buffers):
+            rates = one_pass.Rates(
+                group["lr"], group["momentum"], group["nesterov"], group["decay"], group["weight_decay"]
+            )
+            for p, buffer in zip(params, one_pass.step(params, gradients, held, rates)):
+                self.state[p]["momentum_buffer"] = buffer
+        return True
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    """Whether a group of SGD asks for nothing but momentum and weight decay, at a rate that is a number."""
+    return not (group["dampening"] or group["maximize"] or group["differentiable"] or isinstance(group["lr"], Tensor))
 
 
 class AdamW(torch.optim.AdamW):

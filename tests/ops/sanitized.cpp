@@ -13,7 +13,8 @@ int64_t fastres_form();
 int64_t fastres_units(int64_t, const int64_t*, bool);
 void fastres_unit_pixels(int64_t, const int64_t*, bool, float*);
 int64_t fastres_packed_size(int64_t, const int64_t*, bool);
-void fastres_pack(int64_t, const int64_t*, bool, const uint16_t*, uint16_t*, int64_t);
+void fastres_pack(int64_t, const int64_t*, bool, const void*, bool, uint16_t*, int64_t);
+void fastres_sgd(const int64_t*, int64_t, double, double, bool, double, double, int64_t);
 void fastres_conv(int64_t, const int64_t*, const uint16_t*, const float*, bool, const uint16_t*, const float*, uint16_t*,
                   const uint16_t*, const uint16_t*, uint16_t*, float*, float*, int64_t);
 void fastres_folded_conv(int64_t, const int64_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*, bool,
@@ -83,7 +84,7 @@ void convolve(int64_t form, int64_t n, int64_t height, int64_t width, int64_t c,
   const auto x = made<uint16_t>(in), w = made<uint16_t>(k * kernel * kernel * c), residual = made<uint16_t>(out);
   const auto coef = made<float>(5 * c), bias = made<float>(k), abc = made<float>(3 * k);
   const auto packed = made<uint16_t>(fastres_packed_size(form, sizes, false));
-  fastres_pack(form, sizes, false, w.get(), packed.get(), threads);
+  fastres_pack(form, sizes, false, w.get(), false, packed.get(), threads);
   const int64_t units = fastres_units(form, sizes, false);
   const auto count = made<float>(units), mean = made<float>(units * k), m2 = made<float>(units * k);
   fastres_unit_pixels(form, sizes, false, count.get());
@@ -100,7 +101,10 @@ void convolve(int64_t form, int64_t n, int64_t height, int64_t width, int64_t c,
   }
   fastres_folded_conv(form, sizes, x.get(), packed.get(), bias.get(), residual.get(), true, y.get(), threads);
   const auto transposed = made<uint16_t>(fastres_packed_size(form, sizes, true));
-  fastres_pack(form, sizes, true, w.get(), transposed.get(), threads);
+  const auto single = made<float>(k * kernel * kernel * c);  // packed with a rounding, then the weights that count
+  fastres_pack(form, sizes, true, single.get(), true, transposed.get(), threads);
+  fastres_pack(form, sizes, false, single.get(), true, packed.get(), threads);
+  fastres_pack(form, sizes, true, w.get(), false, transposed.get(), threads);
   const int64_t dx_units = fastres_units(form, sizes, true);
   const auto sums = made<float>(dx_units * 2 * c), dw = made<float>(k * kernel * kernel * c);
   const auto dz = made<uint16_t>(out), dx = made<uint16_t>(in);
@@ -129,6 +133,18 @@ void program(int64_t c, int64_t blocks, int64_t m, int64_t rows, int64_t threads
       int64_t(fastres_normalise_bfloat16_slots), 10, 3, 0, 1, 0, -1, 0, -1, 0, -1, 1, 4, 0, -1, m, -1, c, -1, rows, -1, threads};
   fastres_program(code, sizeof code / sizeof *code, bases);
   add(grads.get(), 2 * c), add(memory.get(), 3 * c);
+}
+
+// A step of SGD of two tensors, the second one's first.
+void descend(int64_t size, int64_t threads) {
+  const auto weight = made<float>(size), grad = made<float>(size), buffer = made<float>(size), second = made<float>(3);
+  const auto empty = made<float>(3);
+  for (float* momentum : {buffer.get(), static_cast<float*>(nullptr)}) {
+    const int64_t table[] = {int64_t(weight.get()), int64_t(grad.get()), int64_t(momentum), size, 0,
+                             int64_t(second.get()), int64_t(grad.get()), int64_t(momentum ? empty.get() : nullptr), 3, 1};
+    for (bool nesterov : {false, true}) fastres_sgd(table, 2, 0.1, 0.9, nesterov, 0.99, 0.01, threads);
+  }
+  add(weight.get(), size), add(second.get(), 3), add(empty.get(), 3);
 }
 
 void pass(int64_t n, int64_t height, int64_t width, int64_t c, int64_t rows, int64_t threads) {
@@ -192,6 +208,7 @@ int main(int count, char**) {
       convolve(form, 2, 40, 38, 96, 16, 3, 1, 1, 1, threads);  // several units of rows
       convolve(form, 3, 9, 16, 16, 13, 3, 1, 1, 1, threads);   // one vector of channels
       pass(3, 5, 7, 19, 8, threads);
+      descend(37, threads);
     }
   std::printf("done %d\n", std::isfinite(checksum));
 }

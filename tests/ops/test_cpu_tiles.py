@@ -212,6 +212,18 @@ def test_results_do_not_depend_on_the_number_of_threads(of):
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [*SIZES, (2, (10, 7), 3, 20, 5, 2, (2, 2, 2, 2))], ids=str)
+def test_weights_in_fp32_are_packed_as_their_casts(size, transposed):
+    problem = Problem(*size, BF16, 1, 3)
+    w = torch.randn(problem.w().shape, generator=torch.Generator().manual_seed(1)) * 3
+    ties = torch.tensor([float("inf"), -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38])
+    w.view(-1)[: 7 * len(ties) : 7] = ties
+    single, cast = (guarded(tiles.packed, one, sizes(problem), transposed) for one in (w, w.to(BF16)))
+    assert torch.equal(single, cast)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("width, inputs, outputs", [(5, 20, 10), (16, 20, 10), (8, 3, 32), (7, 36, 48)])
 def test_nan_and_infinity_go_where_pytorch_lets_them(value, width, inputs, outputs):

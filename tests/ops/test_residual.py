@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastres.ops import Identity, Layer, residual_block, residual_chain
 from fastres.ops.nodes import JOINED_CHANNELS
+from fastres.ops.select import backend_for
 
 SAME = (0, 0, 1, 1)
 LOW = [torch.float32, torch.float16, torch.bfloat16]
@@ -164,7 +165,8 @@ def test_recomputing_casts_the_weights_again(memory_format):
     assert all(map(torch.equal, *grads))
     places = [{tensor.untyped_storage().data_ptr() for tensor in of_one} for of_one in kept]
     own = {weight.untyped_storage().data_ptr() for weight in weights}
-    assert own <= places[1] and not own & places[0]
+    rounded = backend_for(x.bfloat16()).rounds_weights(torch.bfloat16) and memory_format == torch.channels_last
+    assert own <= places[1] and own & places[0] == (own if rounded else set())
     assert len(places[0]) - len(places[1]) == 1  # and the last convolution's output
     with torch.autocast(x.device.type, torch.bfloat16):
         out = result(x, layers, x, recompute=True)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastres.train.optimizer import make_optimizer, set_lr
+from fastres.ops import cpu
+from fastres.ops.cpu import sgd as one_pass
+from fastres.train.optimizer import SGDW, make_optimizer, set_lr
 
 
 def network() -> nn.Module:
@@ -96,3 +98,84 @@ def test_rates_on_a_device_are_the_same_rates():
     assert [rate.item() for rate in rates] == pytest.approx([group["lr"] for group in on_host.param_groups])
     for a, b in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+SHAPES = [(5, 3, 3, 3), (64, 40, 1, 1), (7,), (33, 65), (1,), (300, 17, 3, 3), (2, 1, 5, 5), (0, 4)]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def parameters(memory_format: torch.memory_format, dtype: torch.dtype) -> list[nn.Parameter]:
+    """With gradients, all values the same in each format and dtype."""
+    generator, made = torch.Generator().manual_seed(0), []
+    for shape in SHAPES:
+        pair = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+        weight, grad = (one.to(memory_format=memory_format) if one.dim() == 4 else one for one in pair)
+        made.append(nn.Parameter(weight))
+        made[-1].grad = grad
+    return made
+
+
+def moved(optimizer, steps: int = 3) -> list[torch.Tensor]:
+    (group, *_), held = optimizer.param_groups, []
+    for number in range(steps):
+        optimizer.step()
+        held = [p.detach().clone() for p in group["params"]]
+        for p in group["params"]:
+            p.grad = p.grad * (0.5 + number)
+    return held
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize("decay, coupled", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_step_in_one_pass_against_fp64(memory_format, momentum, nesterov, decay, coupled, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    options = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov}
+    asked, step = [], one_pass.step
+    monkeypatch.setattr(one_pass, "step", lambda *a: asked.append(len(a[0])) or step(*a))
+
+    def steps(dtype):
+        group = {"params": parameters(memory_format, dtype), "decay": decay, "weight_decay": coupled}
+        return moved(SGDW([group], **options))
+
+    ours, exact = steps(torch.float32), steps(torch.float64)
+    assert asked == [len(SHAPES)] * 3  # and none of fp64
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("case", ["gradient in another format", "half precision", "a gradient scaler", "a subclass"])
+def test_what_the_pass_does_not_take_is_pytorchs(case, monkeypatch):
+    monkeypatch.setattr(one_pass, "step", lambda *a: pytest.fail("it was taken"))
+    params = parameters(torch.channels_last, torch.bfloat16 if case == "half precision" else torch.float32)
+    if case == "gradient in another format":
+        params[0].grad = params[0].grad.contiguous()
+    if case == "a subclass":
+        params[0] = nn.Parameter(params[0].detach().as_subclass(type("Other", (torch.Tensor,), {})))
+        params[0].grad = torch.ones_like(params[0])
+    optimizer = SGDW([{"params": params, "decay": 0.1}], lr=0.1, momentum=0.9)
+    if case == "a gradient scaler":
+        optimizer = SGDW([{"params": params, "decay": 0.1}], lr=0.1, momentum=0.9, fused=True)
+        optimizer.found_inf = torch.zeros(())
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert any(not torch.equal(p, old) for p, old in zip(params, before))
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
+def test_a_step_in_one_pass_is_seen_by_autograd_and_goes_on_from_its_state():
+    params = parameters(torch.channels_last, torch.float32)
+    optimizer = SGDW([{"params": params, "decay": 0.1}], lr=0.1, momentum=0.9)
+    loss = params[3].square().sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    twins = copy.deepcopy(params)
+    other = SGDW([{"params": twins, "decay": 0.1}], lr=0.1, momentum=0.9)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, twin in zip(params, twins):
+        twin.grad = p.grad.clone()
+    assert all(map(torch.equal, moved(optimizer), moved(other)))

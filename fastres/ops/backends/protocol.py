@@ -164,6 +164,10 @@ class Backend(Protocol):
 
     # -- convolutions --
 
+    def rounds_weights(self, dtype: torch.dtype) -> bool:
+        """Whether weights of convolutions in this dtype may come in fp32: they are rounded where they are read."""
+        return False
+
     def conv(
         self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
     ) -> tuple[Tensor, Moments | None]:

@@ -52,7 +52,7 @@ def _openmp() -> tuple[str, ...]:
 PASSES = Sources(
     "passes",
     "the fused passes",
-    tuple(_HERE / name for name in ("passes.cpp", "weight_grad.cpp", "conv.cpp", "conv_calls.cpp", "program.cpp")),
+    tuple(_HERE / f"{name}.cpp" for name in ("passes", "weight_grad", "conv", "conv_calls", "program", "sgd")),
     tuple(_HERE / name for name in ("conv.h", "gelu.h", "slots.h", "tiles.h")),
     _openmp(),
 )

@@ -536,7 +536,8 @@ Plan plan_of(Tiles, const Shape& s, bool transposed) {
 // ---- packing of weights ----
 
 // A tap's panel of columns `column` to `column` + 31, the outputs k: from w [K, taps, C].
-void pack_tap(const Plan& p, const uint16_t* w, int64_t tap, int64_t column, uint32_t* to) {
+template <class Value>
+void pack_tap(const Plan& p, const Value* w, int64_t tap, int64_t column, uint32_t* to) {
   const int64_t pitch = p.taps() * p.in_channels;
   for (int64_t half = 0; half < kColumns; half += kLanes) {
     const int64_t first = column + half;
@@ -547,14 +548,15 @@ void pack_tap(const Plan& p, const uint16_t* w, int64_t tap, int64_t column, uin
 }
 
 // The same with the channels c as columns and pairs of outputs k.
-void pack_transposed_tap(const Plan& p, const uint16_t* w, int64_t tap, int64_t column, uint32_t* to) {
+template <class Value>
+void pack_transposed_tap(const Plan& p, const Value* w, int64_t tap, int64_t column, uint32_t* to) {
   const int64_t columns = std::min(kColumns, p.out_channels - column), pitch = p.taps() * p.out_channels;
   for (int64_t k = 0; k < p.depth; k += 2, to += kColumns) {
-    const uint16_t* const row = w + k * pitch + tap * p.out_channels + column;
+    const Value* const row = w + k * pitch + tap * p.out_channels + column;
     for (int64_t i = 0; i < kColumns; i += kLanes) {
       const Floats first = k < p.in_channels ? load(row + i, std::max<int64_t>(0, columns - i)) : Floats{};
       const Floats second = k + 1 < p.in_channels ? load(row + pitch + i, std::max<int64_t>(0, columns - i)) : Floats{};
-      const Words both = (Words)first >> 16 | (Words)second;
+      const Words both = std::is_same_v<Value, float> ? paired(first, second) : (Words)first >> 16 | (Words)second;
       std::memcpy(to + i, &both, sizeof both);
     }
   }
@@ -590,14 +592,18 @@ int64_t packed_size(Form form, const Shape& shape, bool transposed) {
   });
 }
 
-void pack(Form form, const Shape& shape, bool transposed, const uint16_t* w, uint16_t* packed, int64_t threads) {
+template <class Value>
+void pack(Form form, const Shape& shape, bool transposed, const Value* w, uint16_t* packed, int64_t threads) {
   with_tiles(form, shape, transposed, [&](auto tiles) {
     const Plan p = plan_of(tiles, shape, transposed);
-    const auto tap_of = transposed ? pack_transposed_tap : pack_tap;
+    const auto tap_of = transposed ? pack_transposed_tap<Value> : pack_tap<Value>;
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
     for (int64_t job = 0; job < p.panels() * p.taps(); ++job)
       tap_of(p, w, job % p.taps(), job / p.taps() * kColumns, reinterpret_cast<uint32_t*>(packed) + job * p.tap_bytes / 4);
   });
 }
+
+template void pack(Form, const Shape&, bool, const uint16_t*, uint16_t*, int64_t);
+template void pack(Form, const Shape&, bool, const float*, uint16_t*, int64_t);
 
 }  // namespace fastres

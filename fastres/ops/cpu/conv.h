@@ -107,8 +107,9 @@ int64_t units(Form form, const Shape& shape, bool transposed);
 void unit_pixels(Form form, const Shape& shape, bool transposed, float* pixels);
 
 int64_t packed_size(Form form, const Shape& shape, bool transposed);  // in bf16 values
-// w [K, KH, KW, C] as such products take it.
-void pack(Form form, const Shape& shape, bool transposed, const uint16_t* w, uint16_t* packed, int64_t threads);
+// w [K, KH, KW, C], in bf16 or fp32, as such products take it.
+template <class Value>
+void pack(Form form, const Shape& shape, bool transposed, const Value* w, uint16_t* packed, int64_t threads);
 
 // The weight gradient dw [K, KH, KW, C] in fp32 of what is made of x and of what is made of the gradient at the output, see
 // weight_grad.cpp.

@@ -285,9 +285,14 @@ extern "C" int64_t fastres_packed_size(int64_t form, const int64_t* sizes, bool 
   return packed_size(Form(form), shape_of(sizes), transposed);
 }
 
-extern "C" void fastres_pack(int64_t form, const int64_t* sizes, bool transposed, const uint16_t* w, uint16_t* packed,
+// w in fp32, which is rounded, or in bf16.
+extern "C" void fastres_pack(int64_t form, const int64_t* sizes, bool transposed, const void* w, bool single, uint16_t* packed,
                              int64_t threads) {
-  pack(Form(form), shape_of(sizes), transposed, w, packed, threads);
+  if (single) {
+    pack(Form(form), shape_of(sizes), transposed, static_cast<const float*>(w), packed, threads);
+  } else {
+    pack(Form(form), shape_of(sizes), transposed, static_cast<const uint16_t*>(w), packed, threads);
+  }
 }
 
 // y [N, OH, OW, K] of x [N, H, W, C], or of relu(x * scale + shift) with coef [5, C], gelu in its place, or of relu with a

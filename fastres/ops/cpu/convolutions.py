@@ -27,6 +27,9 @@ class PartedConvolutions(VendorConvolutions):
     See `fastres.ops.backends.protocol.Backend`.
     """
 
+    def rounds_weights(self, dtype: torch.dtype) -> bool:
+        return tiles.takes(dtype)
+
     def conv(
         self, activation: Activation, conv: Convolution, residual: Tensor | None = None, moments: bool = True
     ) -> tuple[Tensor, Moments | None]:
@@ -84,12 +87,13 @@ class PartedConvolutions(VendorConvolutions):
         if not tiles.takes(gradient.dz.dtype):
             return _parted_backward(gradient, activation, conv, joined, end, need_dx, need_dw)
         dx = sums = dw = None
-        if need_dw and tiles.takes_weight_grad(conv.weight):
-            (x, coef, act), (dz, y, abc) = activation, gradient
+        (x, coef, act), (dz, y, abc) = activation, gradient
+        if need_dw and tiles.takes_weight_grad(x):
             problem = tiles.sizes(x.shape, conv.weight.shape, *conv[1:])
             dw = tiles.weight_grad(x, coef, dz, y, abc, problem, act)
         elif need_dw:
-            dw = _parted_backward(gradient, activation, conv, need_dx=False)[2]
+            rounded = conv._replace(weight=conv.weight.to(dz.dtype))
+            dw = _parted_backward(gradient, activation, rounded, need_dx=False)[2]
         if need_dx:  # last, as it may be written over the gradient that came in
             dx, sums = _tiled_data_grad(gradient, activation, conv, joined, end)
         return dx, sums, dw

@@ -34,11 +34,12 @@ SIGNATURES = {
     "patches": "ppipoi",
     "weight_grad": "ippppppboi",
     "unit_pixels": "ipbo",
-    "pack": "ipbpoi",
+    "pack": "ipbpboi",
     "conv": "ipppbppoppoooi",
     "folded_conv": "ipppppboi",
     "data_grad": "ippppppppbppooi",
     "update_running": "pid",
+    "sgd": "piddbddi",
     "program": "pip",
 }
 # What returns an int64.

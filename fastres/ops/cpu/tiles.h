@@ -154,15 +154,30 @@ inline void spread(uint16_t* to, const uint16_t* from, int64_t pixels, int64_t c
 #endif
 }
 
+#if FASTRES_AVX512
+// The first `count` of 32 values, in bf16; the others are 0.
+inline __m512i load_many(const uint16_t* from, int64_t count) {
+  return _mm512_maskz_loadu_epi16(count >= 32 ? ~__mmask32(0) : (__mmask32(1) << std::max<int64_t>(count, 0)) - 1, from);
+}
+inline __m512i load_many(const float* from, int64_t count) {
+  const auto some = [](int64_t n) { return __mmask16((1 << std::clamp<int64_t>(n, 0, kLanes)) - 1); };
+  const __m512 second = _mm512_maskz_loadu_ps(some(count - kLanes), from + kLanes);
+  return (__m512i)_mm512_cvtne2ps_pbh(second, _mm512_maskz_loadu_ps(some(count), from));
+}
+#else
+inline uint32_t half_of(uint16_t value) { return value; }
+inline uint32_t half_of(float value) { return narrowed(all(value))[0] >> 16; }
+#endif
+
 // Transposes 16 x 16 pairs: rows of `from`, `pitch` values apart, of which `rows` with `values` values each are there, the rest
-// 0; the first `lines` columns become lines, `apart` pairs apart.
-inline void transpose(const uint16_t* from, int64_t pitch, int64_t rows, int64_t values, int64_t lines, uint32_t* to,
+// 0; the first `lines` columns become lines, `apart` pairs apart. Values in fp32 are rounded.
+template <class Value>
+inline void transpose(const Value* from, int64_t pitch, int64_t rows, int64_t values, int64_t lines, uint32_t* to,
                       int64_t apart = kColumns) {
 #if FASTRES_AVX512
-  const __mmask32 mask = values >= 32 ? ~__mmask32(0) : (__mmask32(1) << std::max<int64_t>(values, 0)) - 1;
   __m512i a[16], b[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_maskz_loadu_epi16(mask, from + i * pitch) : _mm512_setzero_si512();
+  for (int i = 0; i < 16; ++i) a[i] = i < rows ? load_many(from + i * pitch, values) : _mm512_setzero_si512();
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -186,7 +201,7 @@ inline void transpose(const uint16_t* from, int64_t pitch, int64_t rows, int64_t
 #else
   for (int64_t line = 0; line < lines; ++line)
     for (int64_t row = 0; row < kLanes; ++row) {
-      const auto half = [&](int64_t i) { return row < rows && i < values ? uint32_t(from[row * pitch + i]) : 0; };
+      const auto half = [&](int64_t i) { return row < rows && i < values ? half_of(from[row * pitch + i]) : 0; };
       to[line * apart + row] = half(2 * line) | half(2 * line + 1) << 16;
     }
 #endif

@@ -43,10 +43,10 @@ def takes(dtype: torch.dtype) -> bool:
     return dtype == BF16 and form() is not None
 
 
-def takes_weight_grad(w: Tensor) -> bool:
-    """Whether the gradient of a weight [K, KH, KW, C] is: not where few channels leave most of a tile unused."""
-    channels = w.shape[3]
-    return takes(w.dtype) and channels > _USED * (-(-channels // _COLUMNS) * _COLUMNS)
+def takes_weight_grad(x: Tensor) -> bool:
+    """Whether the weight's gradient of a convolution of x is: not where few channels leave most of a tile unused."""
+    channels = x.shape[3]
+    return takes(x.dtype) and channels > _USED * (-(-channels // _COLUMNS) * _COLUMNS)
 
 
 def _form() -> int:
@@ -81,14 +81,16 @@ def _counts(problem: Sizes, transposed: bool, form: int) -> Tensor:
 
 
 def packed(w: Tensor, problem: Sizes, transposed: bool = False) -> Tensor:
-    """The weight [K, KH, KW, C] as the products take it."""
-    result = buffers.empty(w, _packed_size(problem, transposed, _form()))
+    """The weight [K, KH, KW, C], in bf16 or rounded from fp32, as the products take it."""
+    single = w.dtype == torch.float32
+    result = buffers.empty(w, _packed_size(problem, transposed, _form()), dtype=BF16)
     call(
         "pack",
         _form(),
         _native(problem),
         transposed,
-        pointer(w, BF16, w.numel()),
+        pointer(w, torch.float32 if single else BF16, w.numel()),
+        single,
         pointer(result, BF16, result.numel()),
         torch.get_num_threads(),
     )

@@ -14,7 +14,7 @@ namespace fastres {
 namespace {
 
 constexpr int64_t kUnitBytes = 768 << 10, kGradBytes = 512 << 10;  // of a unit's packed pixels, of those of dy
-constexpr int64_t kOwnBytes = 16 << 20;    // of all threads' own dw
+constexpr int64_t kOwnBytes = 8 << 20;     // of all threads' own dw
 constexpr int64_t kLargeBytes = 2 << 20, kFewPixels = 256;  // of a dw that threads share where each has few pixels
 constexpr int64_t kMostPairs = 256;        // of a row of pointwise pixels
 constexpr int64_t kPartPairs = 32;         // of a row, packed by one thread; a multiple of kLanes

@@ -1,0 +1,84 @@
+"""A step of SGD with momentum over all parameters in one call and one pass over their memory.
+
+PyTorch's fused step copies each gradient in channels-last memory first, and a decoupled weight decay is a pass more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastres.ops.cpu.build import unavailable
+from fastres.ops.cpu.native import call, integers
+
+_FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+class Rates(NamedTuple):
+    """Of a step: ``decay`` shrinks weights by ``1 - lr * decay``; to gradients ``coupled * weight`` is added."""
+
+    lr: float
+    momentum: float
+    nesterov: bool
+    decay: float
+    coupled: float
+
+
+def takes(parameters: Sequence[Tensor], gradients: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> bool:
+    """Whether `step` takes these: fp32 on the CPU without gaps, those of one parameter in the same memory format."""
+    for tensors in zip(parameters, gradients, buffers, strict=True):
+        there = [tensor for tensor in tensors if tensor is not None]
+        if not all(map(_is_plain, there)) or not _in_one_format(there):
+            return False
+    return not unavailable()
+
+
+def step(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], buffers: Sequence[Tensor | None], rates: Rates
+) -> list[Tensor | None]:
+    """``weight = weight * (1 - lr * decay) - lr * move``, in place, of tensors that `takes` takes.
+
+    Args:
+        buffers: of the momentum, moved in place; None: not there yet.
+
+    Returns:
+        The buffers; None each without momentum.
+    """
+    table: list[int] = []
+    made = [_buffer(parameter, buffer, rates) for parameter, buffer in zip(parameters, buffers)]
+    for parameter, gradient, before, buffer in zip(parameters, gradients, buffers, made):
+        address = 0 if buffer is None else buffer.data_ptr()
+        table += (parameter.data_ptr(), gradient.data_ptr(), address, parameter.numel(), before is None)
+    kept = 1 - rates.lr * rates.decay
+    threads = torch.get_num_threads()
+    call("sgd", integers(table), len(made), rates.lr, rates.momentum, rates.nesterov, kept, rates.coupled, threads)
+    changed = [*parameters, *(buffer for buffer in made if buffer is not None)]
+    torch.autograd.graph.increment_version(changed)  # as PyTorch's own operations in place do
+    return made
+
+
+def _buffer(parameter: Tensor, buffer: Tensor | None, rates: Rates) -> Tensor | None:
+    if not rates.momentum:
+        return None
+    return torch.empty_like(parameter.detach()) if buffer is None else buffer
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_inference()
+    )
+
+
+def _in_one_format(tensors: Sequence[Tensor]) -> bool:
+    formats = _FORMATS if tensors[0].dim() == 4 else _FORMATS[:1]
+    shape = tensors[0].shape
+    return all(tensor.shape == shape for tensor in tensors) and any(
+        all(tensor.is_contiguous(memory_format=form) for tensor in tensors) for form in formats
+    )

@@ -61,7 +61,7 @@ def _walks() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _pytorchs_weight_gradients() -> Iterator[None]:
-    with _walks(), mock.patch.object(tiles, "takes_weight_grad", lambda w: False):
+    with _walks(), mock.patch.object(tiles, "takes_weight_grad", lambda *_: False):
         yield
 
 

@@ -113,6 +113,8 @@ void convolve(int64_t form, int64_t n, int64_t height, int64_t width, int64_t c,
                       coef.get(), dx.get(), sums.get(), threads);
     fastres_weight_grad(form, sizes, dz.get(), y.get(), abc.get(), x.get(), coef.get(), gelu, dw.get(), threads);
   }
+  fastres_weight_grad(form, sizes, dz.get(), y.get(), abc.get(), x.get(), nullptr, false, dw.get(), threads);
+  add(dw.get(), k * kernel * kernel * c);
   fastres_data_grad(form, sizes, dz.get(), nullptr, nullptr, transposed.get(), nullptr, nullptr, nullptr, false, nullptr,
                     nullptr, dx.get(), nullptr, threads);
   add(sums.get(), dx_units * 2 * c), add(dw.get(), k * kernel * kernel * c);

@@ -78,6 +78,13 @@ def test_drawn_problems(problem, normalised, inputs):
         (5, (9, 12), 64, 16, 1, 1, (0, 0, 0, 0)),
         (5, (9, 12), 40, 9, 3, 1, (1, 1, 1, 1)),
         (5, (9, 12), 16, 64, 1, 1, (0, 0, 0, 0)),
+        (3, (49, 60), 3, 64, 7, 2, (3, 3, 3, 3)),  # few channels: several units of rows, the last image alone
+        (4, (13, 12), 3, 32, 5, 2, (1, 1, 2, 2)),
+        (9, (40, 56), 3, 70, 3, 1, (1, 1, 1, 1)),
+        (2, (6, 7), 9, 20, 1, 1, (0, 0, 0, 0)),
+        (1, (5, 7), 1, 8, 3, 2, (1, 1, 1, 1)),
+        (1, (2, 1), 4, 40, 5, 1, (2, 2, 2, 2)),  # windows larger than the image
+        (2, (11, 9), 3, 17, 3, 3, (0, 0, 0, 0)),  # pixels that no window reads
     ],
     ids=str,
 )
@@ -102,6 +109,7 @@ def test_units_with_taps_apart(stride, dilation):
         (3, (7, 9), 800, 656, 1, 1, (0, 0, 0, 0)),  # one gradient, as there are few pixels
         (3, (17, 30), 40, 36, 1, 1, (0, 0, 0, 0)),  # rows of pixels for each thread
         (1, (1, 3), 40, 36, 1, 1, (0, 0, 0, 0)),  # fewer than threads
+        (3, (14, 13), 3, 36, 3, 1, (1, 1, 1, 1)),  # few channels
     ],
     ids=str,
 )
@@ -148,4 +156,25 @@ def test_where_it_is_used(inputs, used, monkeypatch):
     monkeypatch.setattr(tiles, "form", lambda: None)
     theirs = p.conv_wgrad(dy, None, None, x, coef, stride, pad, (3, 3))
     assert len(calls) == used
+    assert relative_error(ours, theirs.double()) < FLOOR[BF16]
+
+
+@pytest.mark.skipif(
+    cpu.unavailable() is not None or tiles.answer("form") < tiles.FORMS["avx512"],
+    reason="the CPU has no vectors for bf16",
+)
+@pytest.mark.parametrize("normalised, dilation, used", [(False, 1, True), (True, 1, False), (False, 2, False)])
+def test_few_channels_become_rows(normalised, dilation, used, monkeypatch):
+    """Behind a BatchNorm whose gradient is made on the way; with an activation in front, or taps apart, PyTorch's."""
+    pad = (dilation,) * 4
+    problem = Problem(3, (15, 14), 3, 24, 3, 2, pad, BF16, 1, 0, dilation)
+    y, abc = problem.y(8), torch.randn(3, 24, generator=torch.Generator().manual_seed(2))
+    calls, real, p = [], tiles.weight_grad, Flat(Cpp())
+    monkeypatch.setattr(tiles, "form", lambda: tiles.FORMS["avx512"])
+    monkeypatch.setattr(tiles, "weight_grad", lambda *arguments: calls.append(1) or real(*arguments))
+    arguments = problem.y(7), y, abc, problem.x(), problem.coef() if normalised else None, 2, pad, (3, 3)
+    ours = p.conv_wgrad(*arguments, dilation=dilation)
+    assert bool(calls) == used
+    monkeypatch.setattr(tiles, "form", lambda: None)
+    theirs = p.conv_wgrad(*arguments, dilation=dilation)
     assert relative_error(ours, theirs.double()) < FLOOR[BF16]

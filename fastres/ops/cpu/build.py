@@ -52,7 +52,10 @@ def _openmp() -> tuple[str, ...]:
 PASSES = Sources(
     "passes",
     "the fused passes",
-    tuple(_HERE / f"{name}.cpp" for name in ("passes", "weight_grad", "conv", "conv_calls", "program", "sgd")),
+    tuple(
+        _HERE / f"{name}.cpp"
+        for name in ("passes", "weight_grad", "few_channels", "conv", "conv_calls", "program", "sgd")
+    ),
     tuple(_HERE / name for name in ("conv.h", "gelu.h", "slots.h", "tiles.h")),
     _openmp(),
 )

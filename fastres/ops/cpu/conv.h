@@ -115,4 +115,9 @@ void pack(Form form, const Shape& shape, bool transposed, const Value* w, uint16
 // weight_grad.cpp.
 void weight_grad(Form form, const Shape& shape, const Source& x, const Source& dy, float* dw, int64_t threads);
 
+// The same of an input of few channels, where it has so few and the CPU has vectors for it, see few_channels.cpp.
+constexpr int64_t kFewChannels = 9;
+bool has_few_channels(Form form, const Shape& shape, const Source& x);
+void weight_grad_of_few(const Shape& shape, const Source& x, const Source& dy, float* dw, int64_t threads);
+
 }  // namespace fastres

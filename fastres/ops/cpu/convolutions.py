@@ -88,7 +88,7 @@ class PartedConvolutions(VendorConvolutions):
             return _parted_backward(gradient, activation, conv, joined, end, need_dx, need_dw)
         dx = sums = dw = None
         (x, coef, act), (dz, y, abc) = activation, gradient
-        if need_dw and tiles.takes_weight_grad(x):
+        if need_dw and tiles.takes_weight_grad(x, coef, conv.dilation):
             problem = tiles.sizes(x.shape, conv.weight.shape, *conv[1:])
             dw = tiles.weight_grad(x, coef, dz, y, abc, problem, act)
         elif need_dw:

@@ -412,7 +412,7 @@ struct Avx512Tiles {
   }
 };
 
-// AVX512-BF16 with A in lines of pairs, a line each of 13 rows: few of 64, 128 and so on are left over.
+// AVX512-BF16 with A in lines of pairs, `pitch` bytes apart, a line each of 13 rows: few of 64, 128 and so on are left over.
 struct Avx512LineTiles {
   static constexpr int64_t kGroup = 13, kGroups = 1, kGranule = 2;
   static void begin() {}
@@ -436,7 +436,7 @@ struct Avx512LineTiles {
       for (int v = 0; v < kVectors; ++v) sum[row][v] = _mm512_setzero_ps();
     for (int64_t r = 0; r < p.count; ++r) {
       const char *in = a + p.runs[r].a, *line = b + p.runs[r].b;
-      for (int64_t pair = 0; pair < p.pairs; ++pair, in += 4 * kLanes, line += p.line) {
+      for (int64_t pair = 0; pair < p.pairs; ++pair, in += p.pitch, line += p.line) {
         __m512bh columns[kVectors];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) columns[v] = (__m512bh)_mm512_load_si512(line + v * 64);

@@ -17,6 +17,7 @@ from fastres.ops.cpu.native import answer, call, integers, pointer
 FORMS = {"plain": 0, "avx512": 1, "amx": 2}
 BF16 = torch.bfloat16
 _COLUMNS, _USED = 16, 0.6  # the weight gradient's channels fill vectors; oneDNN is faster where less of them is used
+_FEW = 9  # channels that are taken as rows, as `kFewChannels` of conv.h
 Sizes = tuple[int, ...]
 
 
@@ -43,9 +44,11 @@ def takes(dtype: torch.dtype) -> bool:
     return dtype == BF16 and form() is not None
 
 
-def takes_weight_grad(x: Tensor) -> bool:
-    """Whether the weight's gradient of a convolution of x is: not where few channels leave most of a tile unused."""
+def takes_weight_grad(x: Tensor, coef: Tensor | None, dilation: int) -> bool:
+    """Whether the weight's gradient of a convolution is: not where few channels leave most of a tile unused."""
     channels = x.shape[3]
+    if takes(x.dtype) and form() != FORMS["plain"] and channels <= _FEW and coef is None and dilation == 1:
+        return True
     return takes(x.dtype) and channels > _USED * (-(-channels // _COLUMNS) * _COLUMNS)
 
 

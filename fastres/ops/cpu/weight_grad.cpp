@@ -211,7 +211,7 @@ struct Plan {
         runs.push_back({((pair * u.rows + row) * line_pairs + begin) * (kLines ? 64 : 4),
                         ((pair * packed_rows(u) + from) * packed_width + t * s.dilation + begin * s.stride) * x_line});
       }
-    const Product product{4 * dy_pairs(u), runs.data(), int64_t(runs.size()), end - begin, s.stride * x_line, nullptr, 0};
+    const Product product{kLines ? 64 : 4 * dy_pairs(u), runs.data(), int64_t(runs.size()), end - begin, s.stride * x_line, nullptr, 0};
     const char* const of_dy = packed + x_bytes(u);
     const int64_t vectors = up(std::min(kColumns, s.in_channels - c_panel * kColumns), kLanes);
     const int64_t channels = std::min(kColumns, s.in_channels - c_panel * kColumns), pitch = taps * s.in_channels;
@@ -308,6 +308,7 @@ void weight_grad_with(const Shape& shape, const Source& x, const Source& dy, flo
 }  // namespace
 
 void weight_grad(Form form, const Shape& shape, const Source& x, const Source& dy, float* dw, int64_t threads) {
+  if (has_few_channels(form, shape, x)) return weight_grad_of_few(shape, x, dy, dw, threads);
 #if FASTRES_AMX
   if (form == kAmx) return weight_grad_with<AmxTiles>(shape, x, dy, dw, threads);
 #endif

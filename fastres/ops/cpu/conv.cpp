@@ -8,7 +8,7 @@
 namespace fastres {
 namespace {
 
-constexpr int64_t kScratchBytes = 320 << 10;  // of a unit's packed input; the weights' panel and the output want room too
+constexpr int64_t kScratchBytes = 240 << 10;  // of a unit's packed input; a panel of weights of as much wants room too
 constexpr int64_t kWeightBytes = 384 << 10;   // of panels that are taken in turn
 constexpr int64_t kDirectPitch = 1024;        // bytes of a pixel that is read where it is, at most
 constexpr int64_t kUnitPixels = 256;          // few enough that sums in fp32 stay accurate
@@ -133,6 +133,7 @@ struct Plan {
     const int64_t image_bytes = bytes_of({1, {0, rows.out}}), image_pixels = rows.out * columns.out;
     unit_images = std::max<int64_t>(1, std::min(kScratchBytes / image_bytes, kUnitPixels / image_pixels));
     image_cuts = up(s.n, unit_images);
+    if (image_cuts > 1) image_cuts = std::min(s.n, up(image_cuts, 2) * 2);  // threads are an even number as a rule
     unit_rows = rows.out;
     if (unit_images == 1) {
       const int64_t step = rows.phases();

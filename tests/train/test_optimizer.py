@@ -147,6 +147,20 @@ def test_a_step_in_one_pass_against_fp64(memory_format, momentum, nesterov, deca
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize("decay, coupled", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3)])
+def test_a_step_in_one_pass_has_the_bits_of_pytorchs_fused_step(momentum, nesterov, decay, coupled, monkeypatch):
+    """But for what its vectors leave over."""
+    ends = []
+    for takes in (one_pass.takes, lambda *_: False):
+        monkeypatch.setattr(one_pass, "takes", takes)
+        group = {"params": parameters(torch.channels_last, torch.float32), "decay": decay, "weight_decay": coupled}
+        ends.append(moved(SGDW([group], lr=0.1, momentum=momentum, nesterov=nesterov, fused=True)))
+    whole = [pair for pair in zip(*ends) if pair[0].numel() % 16 == 0]
+    assert len(whole) > 1 and all(torch.equal(*pair) for pair in whole)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("case", ["gradient in another format", "half precision", "a gradient scaler", "a subclass"])
 def test_what_the_pass_does_not_take_is_pytorchs(case, monkeypatch):
     monkeypatch.setattr(one_pass, "step", lambda *a: pytest.fail("it was taken"))

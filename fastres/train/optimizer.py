@@ -33,6 +33,9 @@ class SGDW(torch.optim.SGD):
             return None
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
+            for p in weights:  # PyTorch's fused step on a CPU pairs values by their places in memory
+                if p.is_cpu and p.grad.layout == torch.strided and not one_pass.in_one_format([p, p.grad]):
+                    p.grad = torch.empty_like(p, dtype=p.grad.dtype, requires_grad=False).copy_(p.grad)
             if group["decay"] and weights:
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["decay"])
         return super().step(closure)

@@ -160,6 +160,20 @@ def test_a_step_in_one_pass_has_the_bits_of_pytorchs_fused_step(momentum, nester
     assert len(whole) > 1 and all(torch.equal(*pair) for pair in whole)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_a_gradient_in_another_format_is_of_the_same_weights(memory_format):
+    """PyTorch's fused step on a CPU would give a weight the gradient of another."""
+    ends = []
+    for other in (False, True):
+        params = parameters(memory_format, torch.float32)
+        if other:
+            (apart,) = (one for one in FORMATS if one != memory_format)
+            params[5].grad = params[5].grad.contiguous(memory_format=apart)
+        ends.append(moved(SGDW([{"params": params, "decay": 0.1}], lr=0.1, momentum=0.9, fused=True)))
+    for a, b in zip(*ends):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("case", ["gradient in another format", "half precision", "a gradient scaler", "a subclass"])
 def test_what_the_pass_does_not_take_is_pytorchs(case, monkeypatch):

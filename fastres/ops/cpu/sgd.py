@@ -31,7 +31,7 @@ def takes(parameters: Sequence[Tensor], gradients: Sequence[Tensor], buffers: Se
     """Whether `step` takes these: fp32 on the CPU without gaps, those of one parameter in the same memory format."""
     for tensors in zip(parameters, gradients, buffers, strict=True):
         there = [tensor for tensor in tensors if tensor is not None]
-        if not all(map(_is_plain, there)) or not _in_one_format(there):
+        if not all(map(_is_plain, there)) or not in_one_format(there):
             return False
     return not unavailable()
 
@@ -76,7 +76,8 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _in_one_format(tensors: Sequence[Tensor]) -> bool:
+def in_one_format(tensors: Sequence[Tensor]) -> bool:
+    """Whether the same places in the memory of these are the same elements, without gaps."""
     formats = _FORMATS if tensors[0].dim() == 4 else _FORMATS[:1]
     shape = tensors[0].shape
     return all(tensor.shape == shape for tensor in tensors) and any(

@@ -55,13 +55,15 @@ class SGDW(torch.optim.SGD):
                 group["lr"], group["momentum"], group["nesterov"], group["decay"], group["weight_decay"]
             )
             for p, buffer in zip(params, one_pass.step(params, gradients, held, rates)):
-                self.state[p]["momentum_buffer"] = buffer
+                if buffer is not None:
+                    self.state[p]["momentum_buffer"] = buffer
         return True
 
 
 def _is_plain(group: dict[str, Any]) -> bool:
-    """Whether a group of SGD asks for nothing but momentum and weight decay, at a rate that is a number."""
-    return not (group["dampening"] or group["maximize"] or group["differentiable"] or isinstance(group["lr"], Tensor))
+    """Whether a group of SGD on a CPU asks for nothing but momentum and weight decay, at a rate that is a number."""
+    asks = group["dampening"] or group["maximize"] or group["differentiable"] or isinstance(group["lr"], Tensor)
+    return not asks and all(p.is_cpu for p in group["params"])
 
 
 class AdamW(torch.optim.AdamW):

@@ -100,6 +100,13 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype, size: int) -> int | None:
     )
 
 
+def is_float32(tensor: Tensor) -> bool:
+    """Whether a pass may change this tensor where it lies, apart from its class and its strides."""
+    return (
+        tensor.dtype is torch.float32 and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_inference()
+    )
+
+
 def integers(values: Sequence[int]) -> ctypes.Array:
     """int64 values where a function takes a pointer to them."""
     return (ctypes.c_int64 * len(values))(*values)

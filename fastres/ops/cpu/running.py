@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres.ops.cpu.build import unavailable
-from fastres.ops.cpu.native import call, integers
+from fastres.ops.cpu.native import call, integers, is_float32
 
 
 def update(
@@ -39,10 +39,4 @@ def update(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) is Tensor
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-        and not tensor.is_inference()
-    )
+    return type(tensor) is Tensor and is_float32(tensor) and tensor.is_contiguous()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.ops.cpu.build import unavailable
-from fastres.ops.cpu.native import call, integers
+from fastres.ops.cpu.native import call, integers, is_float32
 
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -67,13 +67,7 @@ def _buffer(parameter: Tensor, buffer: Tensor | None, rates: Rates) -> Tensor | 
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_inference()
-    )
+    return type(tensor) in (Tensor, nn.Parameter) and is_float32(tensor)
 
 
 def in_one_format(tensors: Sequence[Tensor]) -> bool:

@@ -47,9 +47,10 @@ def takes(dtype: torch.dtype) -> bool:
 def takes_weight_grad(x: Tensor, coef: Tensor | None, dilation: int) -> bool:
     """Whether the weight's gradient of a convolution is: not where few channels leave most of a tile unused."""
     channels = x.shape[3]
-    if takes(x.dtype) and form() != FORMS["plain"] and channels <= _FEW and coef is None and dilation == 1:
-        return True
-    return takes(x.dtype) and channels > _USED * (-(-channels // _COLUMNS) * _COLUMNS)
+    if not takes(x.dtype):
+        return False
+    as_rows = form() != FORMS["plain"] and channels <= _FEW and coef is None and dilation == 1
+    return as_rows or channels > _USED * (-(-channels // _COLUMNS) * _COLUMNS)
 
 
 def _form() -> int:

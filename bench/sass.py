@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import triton
 
+from bench.machine.assembly import Instruction
+from bench.machine.banks import conflicts
+
 Architecture = int | str  # an NVIDIA compute capability, as 90, or the name of an AMD processor
 # Shared memory a block can have, bytes (CUDA C++ Programming Guide, technical specifications by compute capability;
 # AMD's instruction set manuals: the local data share).
@@ -30,6 +33,7 @@ SHARED_LIMIT: dict[Architecture, int] = {
 
 INSTRUCTION_BYTES = 16  # since Volta
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+([^;]*);")
+_PARTS = re.compile(r"(?:(?P<guard>@!?U?P\w+)\s+)?(?P<mnemonic>\S+)\s*(?P<operands>.*)")
 _FRAME = re.compile(r"\bR1\b")
 _FRAME_SET_UP = re.compile(r"(@!?U?P\w+ )?\S+ R1, (R1, |(RZ, RZ, )?c\[)")
 _LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E\S*")
@@ -48,6 +52,9 @@ _TENSOR_CORES = {
 # Bytes of stack a thread up to which an H100 took no longer for a configuration than for those without: it has fewer
 # registers, and so more programs at once.
 SPILLED: dict[Architecture, int] = {90: 80}
+# Cycles of the shared memory's port over those without conflicts. Products whose operands are read both ways have 2.2;
+# a reduction whose lanes are all in one bank has 5 and more.
+CONFLICTS = 3.0
 
 
 class Resources(NamedTuple):
@@ -61,6 +68,7 @@ class Resources(NamedTuple):
     wide_stores: float | None  # likewise
     tensor_cores: dict[str, int]  # instructions by kind
     dots: int  # `tl.dot`s that a tensor core can do: all but fp32 ones of full precision
+    conflicts: float | None = None  # see `bench.machine.banks.conflicts`
 
     def faults(self, arch: Architecture) -> list[str]:
         """Why this kernel must not be shipped; empty: it may."""
@@ -71,6 +79,8 @@ class Resources(NamedTuple):
             found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[arch]} there are")
         if self.dots and not self.tensor_cores:
             found.append("tl.dot without a tensor core")
+        if (self.conflicts or 0.0) > CONFLICTS:
+            found.append(f"{self.conflicts:.1f} times the cycles of the shared memory for conflicts between its banks")
         return found
 
 
@@ -97,7 +107,14 @@ def _resources(kernel: Any, code: str) -> Resources:
         wide_stores=_wide_share(_STORE, code),
         tensor_cores={name: len(found) for name, kind in _TENSOR_CORES.items() if (found := kind.findall(code))},
         dots=tensor_core_dots(kernel.asm["ttir"]),
+        conflicts=conflicts(instructions(code)),
     )
+
+
+def instructions(code: str) -> list[Instruction]:
+    """Those of `disassembled`, without control fields."""
+    matches = (_PARTS.match(line) for line in code.splitlines())
+    return [Instruction(one["mnemonic"], one["operands"].strip(), one["guard"] or "") for one in matches if one]
 
 
 def uses_frame(code: str) -> bool:

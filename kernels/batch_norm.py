@@ -21,8 +21,8 @@ from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import sum_parts, sum_tile, waiting
 from fastres.kernels.resources import architecture
-from fastres.kernels.row_tiles import reduction
-from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR, store_part_moments, welford
+from fastres.kernels.row_tiles import WARPS, reduction
+from fastres.kernels.tiles import MEAN, RSTD, SCALE, SHIFT, VAR, store_part_moments, sum_pixels, welford
 from fastres.kernels.types import Moments
 
 INFINITY = tl.constexpr(float("inf"))
@@ -46,6 +46,7 @@ def moments_kernel(
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """Count, mean and M2 (sum of squared deviations) of each channel over this program's rows.
 
@@ -70,7 +71,11 @@ def moments_kernel(
         y = tl.load(y_ptr + tile * (BLOCK_M * C) + offset, mask=ok, other=0.0).to(tl.float32)
         mean, m2 = welford(y, ok, tile, mean, m2)
     writes = tl.program_id(1) == 0
-    store_part_moments(mean, m2, rows, row, count_ptr, mean_ptr, m2_ptr, part, channel, channel_ok, C, writes, 0)
+    BITS: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth
+    store_part_moments(
+        tl.trans(mean), tl.trans(m2), rows, row, count_ptr, mean_ptr, m2_ptr, part, channel, channel_ok, C, writes,
+        BITS, WARPS,
+    )  # fmt: skip
 
 
 def moments(y: Tensor) -> Moments:
@@ -78,7 +83,7 @@ def moments(y: Tensor) -> Moments:
     rows, channels = y.numel() // y.shape[3], y.shape[3]
     split = reduction(rows, channels, least_rows=256)
     made = buffers.moments(y, split.grid[0], channels)
-    launch(moments_kernel, split.grid, y, *made, rows, split.tiles, C=channels, **split.launch)
+    launch(moments_kernel, split.grid, y, *made, rows, split.tiles, C=channels, WARPS=WARPS, **split.launch)
     return made
 
 
@@ -93,7 +98,8 @@ class _Blocks(NamedTuple):
     @property
     def launch(self) -> dict[str, int]:
         """The launch's keyword arguments."""
-        return dict(BLOCK_T=self.rows, BLOCK_C=self.columns, num_warps=self.warps, **limited(self.most_registers))
+        blocks = dict(BLOCK_T=self.rows, BLOCK_C=self.columns, WARPS=self.warps)
+        return dict(**blocks, num_warps=self.warps, **limited(self.most_registers))
 
 
 # Of 16 fp32 columns a row is two sectors of the memory; of 8 it is one, and there are twice the programs, each with as
@@ -118,10 +124,11 @@ def two_sum(total, lost, value):
 
 
 @triton.jit
-def compensated(total, lost):
+def compensated(total, lost, WARPS: tl.constexpr):
     """The sums [C] over the rows of total + lost [T, C], fp64. What is not finite stays as a plain sum has it."""
     wide = total.to(tl.float64)
-    return tl.sum(tl.where(tl.abs(lost) < INFINITY, wide + lost.to(tl.float64), wide), 0)
+    wide = tl.where(tl.abs(lost) < INFINITY, wide + lost.to(tl.float64), wide)
+    return sum_pixels(tl.trans(wide), total.dtype.primitive_bitwidth, WARPS)
 
 
 @triton.jit
@@ -134,6 +141,7 @@ def chan_merge(
     channel_ok,
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    WARPS: tl.constexpr,
     IN_FLIGHT: tl.constexpr,
 ):
     """Count, mean and M2 of T tiles together, fp64 (Chan et al. 1979): with deviations ``d_t = mean_t - mean_0`` it is
@@ -162,8 +170,8 @@ def chan_merge(
         weighted, weighted_lost = two_sum(weighted, weighted_lost, term)
         squares, squares_lost = two_sum(squares, squares_lost, m2 + term * deviation)
     total = tl.sum(counts, 0).to(tl.float64)
-    shift = compensated(weighted, weighted_lost)
-    m2 = compensated(squares, squares_lost) - shift * shift / total
+    shift = compensated(weighted, weighted_lost, WARPS)
+    m2 = compensated(squares, squares_lost, WARPS) - shift * shift / total
     return total, origin.to(tl.float64) + shift / total, tl.where(m2 < 0.0, 0.0, m2)
 
 
@@ -179,6 +187,7 @@ def merge_kernel(
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """`chan_merge` of every BLOCK_T tiles: [T], [T, C], [T, C] to fp64 [S], [S, C], [S, C]. Moves all of them once."""
     part = tl.program_id(0)
@@ -187,7 +196,7 @@ def merge_kernel(
     channel_ok = channel < C
     tiles = tl.minimum(T - part * BLOCK_T, BLOCK_T)
     total, mean, m2 = chan_merge(
-        count_ptr + first, mean_ptr + first * C, m2_ptr + first * C, tiles, channel, channel_ok, C, BLOCK_T, 1
+        count_ptr + first, mean_ptr + first * C, m2_ptr + first * C, tiles, channel, channel_ok, C, BLOCK_T, WARPS, 1
     )
     tl.store(merged_mean_ptr + part * C + channel, mean, mask=channel_ok)
     tl.store(merged_m2_ptr + part * C + channel, m2, mask=channel_ok)
@@ -225,6 +234,7 @@ def finalize_kernel(
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WARPS: tl.constexpr,
     IN_FLIGHT: tl.constexpr,
 ):
     """Coefficients of the T tiles' common mean and biased variance, `chan_merge` and `store_coef`.
@@ -235,7 +245,7 @@ def finalize_kernel(
     """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < C
-    total, mean, m2 = chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C, BLOCK_T, IN_FLIGHT)
+    total, mean, m2 = chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C, BLOCK_T, WARPS, IN_FLIGHT)
     store_coef(mean, m2 / total, gamma_ptr, beta_ptr, eps, coef_ptr, channel, channel_ok, C)
 
 
@@ -316,7 +326,9 @@ def running_coef(
 
 
 @triton.jit(do_not_specialize=["T"])
-def partial_sums_kernel(x_ptr, out_ptr, T, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def partial_sums_kernel(
+    x_ptr, out_ptr, T, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, WARPS: tl.constexpr
+):
     """Sums of every BLOCK_T rows: x [T, COLUMNS] fp32 to out [S, COLUMNS] fp64. Moves both once."""
     part = tl.program_id(0)
     first = part.to(tl.int64) * BLOCK_T
@@ -325,7 +337,8 @@ def partial_sums_kernel(x_ptr, out_ptr, T, COLUMNS: tl.constexpr, BLOCK_T: tl.co
     row = tl.arange(0, BLOCK_T)
     ok = (row < T - part * BLOCK_T)[:, None] & column_ok[None, :]
     x = tl.load(x_ptr + first * COLUMNS + (row * COLUMNS)[:, None] + column[None, :], mask=ok, other=0.0)
-    tl.store(out_ptr + part * COLUMNS + column, tl.sum(x.to(tl.float64), 0), mask=column_ok)
+    total = sum_pixels(tl.trans(x.to(tl.float64)), 32, WARPS)
+    tl.store(out_ptr + part * COLUMNS + column, total, mask=column_ok)
 
 
 @triton.jit(do_not_specialize=["T", "count", "parts"])
@@ -345,6 +358,7 @@ def bn_backward_coef_kernel(
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WARPS: tl.constexpr,
     IN_FLIGHT: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -375,6 +389,7 @@ def bn_backward_coef_kernel(
             C,
             BLOCK_T,
             BLOCK_C,
+            WARPS,
             IN_FLIGHT,
         )
     else:
@@ -393,10 +408,11 @@ def bn_backward_coef_kernel(
                 C,
                 BLOCK_T,
                 BLOCK_C,
+                WARPS,
                 IN_FLIGHT,
             )
         else:
-            sum_parts(parts_ptr, dw_ptr, size, parts, program - CHANNEL_PROGRAMS, PARTS, BLOCK)
+            sum_parts(parts_ptr, dw_ptr, size, parts, program - CHANNEL_PROGRAMS, PARTS, BLOCK, WARPS)
 
 
 @triton.jit
@@ -413,6 +429,7 @@ def store_backward_coef(
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WARPS: tl.constexpr,
     IN_FLIGHT: tl.constexpr,
 ):
     """A program's BLOCK_C channels of `bn_backward_coef_kernel`."""
@@ -429,8 +446,8 @@ def store_backward_coef(
         of_rows = sums_ptr + start * (2 * C) + offset
         dz, dz_lost = two_sum(dz, dz_lost, tl.load(of_rows, mask=ok, other=0.0))
         dz_xhat, dz_xhat_lost = two_sum(dz_xhat, dz_xhat_lost, tl.load(of_rows + C, mask=ok, other=0.0))
-    dbeta = compensated(dz, dz_lost)
-    dgamma = compensated(dz_xhat, dz_xhat_lost)
+    dbeta = compensated(dz, dz_lost, WARPS)
+    dgamma = compensated(dz_xhat, dz_xhat_lost, WARPS)
     scale = tl.load(coef_ptr + SCALE * C + channel, mask=channel_ok, other=0.0)
     if TRAINING:
         mean = tl.load(coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0).to(tl.float64)

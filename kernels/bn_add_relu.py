@@ -9,7 +9,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import limited
 from fastres.kernels.launch import launch
-from fastres.kernels.row_tiles import elementwise, reduction
+from fastres.kernels.row_tiles import WARPS, elementwise, reduction
 from fastres.kernels.tiles import (
     MEAN,
     activate,
@@ -20,6 +20,7 @@ from fastres.kernels.tiles import (
     relu_backward,
     store_sums,
     subsampled,
+    sum_pixels,
 )
 
 # Told no limit, Triton 3.6's assembler aims at 48 registers for sm_100 with GELU and spills 8 bytes; it needs 56.
@@ -144,6 +145,7 @@ def bn_add_relu_backward_kernel(
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """``dz = (dout + joined) * (out > 0)`` and, over this program's rows, sum(dz) and sum(dz * xhat), with
     ``xhat = (y - mean)*rstd``. The same for the shortcut's BatchNorm.
@@ -196,9 +198,13 @@ def bn_add_relu_backward_kernel(
         sum_dz_y += dz * (y - mean)
         if shortcut_coef_ptr is not None:
             sum_dz_shortcut += dz * (shortcut - shortcut_mean)
-    store_sums(sum_dz, sum_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C)
+    BITS: tl.constexpr = dz_ptr.dtype.element_ty.primitive_bitwidth
+    of_dz = sum_pixels(tl.trans(sum_dz), BITS, WARPS)
+    of_dz_y = sum_pixels(tl.trans(sum_dz_y), BITS, WARPS)
+    store_sums(of_dz, of_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C)
     if shortcut_coef_ptr is not None:
-        store_sums(sum_dz, sum_dz_shortcut, shortcut_coef_ptr, shortcut_sums_ptr, part, channel, channel_ok, C)
+        of_dz_shortcut = sum_pixels(tl.trans(sum_dz_shortcut), BITS, WARPS)
+        store_sums(of_dz, of_dz_shortcut, shortcut_coef_ptr, shortcut_sums_ptr, part, channel, channel_ok, C)
 
 
 def bn_add_relu_backward(
@@ -297,6 +303,7 @@ def _backward(
         split.tiles,
         THROUGH=through,
         C=channels,
+        WARPS=WARPS,
         **split.launch,
     )
     return dz, sums, shortcut_sums

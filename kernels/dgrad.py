@@ -27,6 +27,7 @@ from fastres.kernels.tiles import (
     gelu_backward,
     relu_backward,
     subsample,
+    sum_pixels,
     within,
     zero_outside,
 )
@@ -67,6 +68,7 @@ def conv_dgrad_kernel(
     RESIDUAL_C: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -209,11 +211,11 @@ def conv_dgrad_kernel(
         row = tl.arange(0, HALF)
         second_sums = store_gradient(
             second_acc, second_pixel, row + HALF < rows, x_first, image, shift, n, n_ok, dx_ptr, x_ptr, coef_ptr,
-            mask_ptr, residual_ptr, a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE, GELU,
+            mask_ptr, residual_ptr, a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE, GELU, WARPS,
         )  # fmt: skip
     sums = store_gradient(
         acc, x_pixel, row < rows, x_first, image, shift, n, n_ok, dx_ptr, x_ptr, coef_ptr, mask_ptr, residual_ptr,
-        a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE, GELU,
+        a_ptr, H, W, CIN, RESIDUAL_STRIDE, RESIDUAL_C, POINTWISE, GELU, WARPS,
     )  # fmt: skip
     # 8. The tile's sums.
     if coef_ptr is not None:
@@ -250,6 +252,7 @@ def store_gradient(
     RESIDUAL_C: tl.constexpr,
     POINTWISE: tl.constexpr,
     GELU: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """A product ``acc`` [BN, BM] with the residual, through the ReLU below, is stored to dx; see `conv_dgrad_kernel`.
 
@@ -295,8 +298,9 @@ def store_gradient(
     sum_dx_x = sum_dx
     if coef_ptr is not None:
         mean = tl.load(coef_ptr + MEAN * CIN + n, mask=n_ok, other=0.0)
-        sum_dx = tl.sum(dx, 1)
-        sum_dx_x = tl.sum(dx * (x - mean[:, None]), 1)
+        BITS: tl.constexpr = dx_ptr.dtype.element_ty.primitive_bitwidth
+        sum_dx = sum_pixels(dx, BITS, WARPS)
+        sum_dx_x = sum_pixels(dx * (x - mean[:, None]), BITS, WARPS)
     return sum_dx, sum_dx_x
 
 
@@ -437,6 +441,7 @@ def conv_dgrad(
         RESIDUAL_C=residual.shape[3] if residual is not None and strided else None,
         GELU=act == "gelu",
         PRECISION=precision(dz.dtype),
+        WARPS=config.num_warps,
         **config.launch,
     )
     return dx, sums

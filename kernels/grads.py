@@ -120,7 +120,7 @@ def conv_grads_kernel(
 
     # 6. This part's sums and its dw.
     if coef_ptr is not None:
-        store_sums(sum_dx, sum_dx_x, coef_ptr, sums_ptr, part, n, n_ok, CIN, 1)
+        store_sums(tl.sum(sum_dx, 1), tl.sum(sum_dx_x, 1), coef_ptr, sums_ptr, part, n, n_ok, CIN)
     tl.store(dw_ptr + part.to(tl.int64) * (COUT * CIN) + w_offset, dw, mask=w_ok)
 
 

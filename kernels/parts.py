@@ -17,6 +17,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.geometry import cdiv, power_of_2
 from fastres.kernels.launch import launch
+from fastres.kernels.tiles import sum_pixels
 
 MOST_PARTS = 16  # of a tile: as many loads in flight as there are parts
 ELEMENTS = 16  # of a tile, for each thread
@@ -30,7 +31,7 @@ def sum_tile(parts: int, warps: int = WARPS) -> tuple[int, int]:
 
 
 @triton.jit
-def sum_parts(parts_ptr, out_ptr, size, parts, program, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_parts(parts_ptr, out_ptr, size, parts, program, PARTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
     """``out[i] = sum over p of parts[p, i]`` for the program's BLOCK of i. parts_ptr: [parts, size] fp32. Moves each
     once.
 
@@ -39,18 +40,18 @@ def sum_parts(parts_ptr, out_ptr, size, parts, program, PARTS: tl.constexpr, BLO
     """
     i = program * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((PARTS, BLOCK), tl.float32)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
         inside = (part < parts)[:, None] & ok[None, :]
-        total += tl.sum(tl.load(parts_ptr + part[:, None] * size + i[None, :], mask=inside, other=0.0), 0)
-    tl.store(out_ptr + i, total, mask=ok)
+        total += tl.load(parts_ptr + part[:, None] * size + i[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + i, sum_pixels(tl.trans(total), 32, WARPS), mask=ok)
 
 
 @triton.jit(do_not_specialize=["parts"])
-def sum_parts_kernel(parts_ptr, out_ptr, size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_parts_kernel(parts_ptr, out_ptr, size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
     """`sum_parts` alone."""
-    sum_parts(parts_ptr, out_ptr, size, parts, tl.program_id(0), PARTS, BLOCK)
+    sum_parts(parts_ptr, out_ptr, size, parts, tl.program_id(0), PARTS, BLOCK, WARPS)
 
 
 Waiting = list[tuple[Tensor, Tensor]]
@@ -92,4 +93,5 @@ def joining(joins: bool = True) -> Iterator[None]:
 def _launch(parts: Tensor, out: Tensor) -> None:
     rows, block = sum_tile(parts.shape[0])
     grid = (cdiv(out.numel(), block),)
-    launch(sum_parts_kernel, grid, parts, out, out.numel(), parts.shape[0], PARTS=rows, BLOCK=block, num_warps=WARPS)
+    sizes = out.numel(), parts.shape[0]
+    launch(sum_parts_kernel, grid, parts, out, *sizes, PARTS=rows, BLOCK=block, WARPS=WARPS, num_warps=WARPS)

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.geometry import Pad, output_hw
 from fastres.kernels.launch import launch
-from fastres.kernels.row_tiles import POOL_ELEMENTS, elementwise, reduction
-from fastres.kernels.tiles import MEAN, activate, bn, gelu_backward, relu, relu_backward, store_sums
+from fastres.kernels.row_tiles import POOL_ELEMENTS, WARPS, elementwise, reduction
+from fastres.kernels.tiles import MEAN, activate, bn, gelu_backward, relu, relu_backward, store_sums, sum_pixels
 
 _MOST_TAPS = 256  # a winning tap is a byte
 
@@ -150,6 +150,7 @@ def bn_relu_max_pool_backward_kernel(
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """``dz`` = sum of dout over the windows that the pixel won, where ``relu(y*scale + shift) > 0``; sums as in
     `fastres.kernels.bn_add_relu`, of dz as it is stored. With GELU that sum times its derivative.
@@ -203,7 +204,10 @@ def bn_relu_max_pool_backward_kernel(
         tl.store(dz_ptr + base + offset, dz, mask=ok)
         sum_dz += dz.to(tl.float32)
         sum_dz_y += dz.to(tl.float32) * (y - mean)
-    store_sums(sum_dz, sum_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C)
+    BITS: tl.constexpr = dz_ptr.dtype.element_ty.primitive_bitwidth
+    of_dz = sum_pixels(tl.trans(sum_dz), BITS, WARPS)
+    of_dz_y = sum_pixels(tl.trans(sum_dz_y), BITS, WARPS)
+    store_sums(of_dz, of_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C)
 
 
 def bn_relu_max_pool_backward(
@@ -244,13 +248,16 @@ def bn_relu_max_pool_backward(
         LEFT=pad[1],
         GELU=act == "gelu",
         C=channels,
+        WARPS=WARPS,
         **split.launch,
     )
     return dz, sums
 
 
 @triton.jit(do_not_specialize=["HW"])
-def global_avg_pool_kernel(x_ptr, out_ptr, HW, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def global_avg_pool_kernel(
+    x_ptr, out_ptr, HW, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, WARPS: tl.constexpr
+):
     """``out[n] = mean over pixels of x[n]``, accumulated in fp32; an image a program. Moves x and out once.
 
     Args:
@@ -265,7 +272,7 @@ def global_avg_pool_kernel(x_ptr, out_ptr, HW, C: tl.constexpr, BLOCK_M: tl.cons
         ok = (start + row < HW)[:, None] & channel_ok[None, :]
         x = tl.load(x_ptr + (image * HW + start) * C + (row * C)[:, None] + channel[None, :], mask=ok, other=0.0)
         total += x.to(tl.float32)
-    mean = tl.sum(total, 0) / HW
+    mean = sum_pixels(tl.trans(total), x_ptr.dtype.element_ty.primitive_bitwidth, WARPS) / HW
     tl.store(out_ptr + image * C + channel, mean.to(out_ptr.dtype.element_ty), mask=channel_ok)
 
 
@@ -275,7 +282,7 @@ def global_avg_pool(x: Tensor) -> Tensor:
     out = buffers.empty(x, n, channels)
     split = elementwise(height * width, channels)
     grid = n, split.grid[1]
-    launch(global_avg_pool_kernel, grid, x, out, height * width, C=channels, **split.launch)
+    launch(global_avg_pool_kernel, grid, x, out, height * width, C=channels, WARPS=WARPS, **split.launch)
     return out
 
 

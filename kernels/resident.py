@@ -83,7 +83,7 @@ def conv_resident_kernel(
     # 4. The part's statistics.
     if mean_ptr is not None:
         writes = tl.program_id(0) % GROUPS == 0
-        store_part_moments(mean, m2, pixels, row, count_ptr, mean_ptr, m2_ptr, part, n, n_ok, COUT, writes, 1)
+        store_part_moments(mean, m2, pixels, row, count_ptr, mean_ptr, m2_ptr, part, n, n_ok, COUT, writes, 0, 0)
 
 
 def conv_resident(

@@ -120,7 +120,7 @@ def conv_stem_kernel(
         if mean_ptr is not None:
             mean, m2 = welford(y.to(tl.float32), row_ok[None, :], step, mean, m2)
     if mean_ptr is not None:
-        store_part_moments(mean, m2, pixels, row, count_ptr, mean_ptr, m2_ptr, part, n, n_ok, COUT, True, 1)
+        store_part_moments(mean, m2, pixels, row, count_ptr, mean_ptr, m2_ptr, part, n, n_ok, COUT, True, 0, 0)
 
 
 @triton.jit
@@ -211,12 +211,12 @@ def gather_kernel(
     square = (tap // (KH * KW) * ((KH + 1) // 2) + h // 2) * ((KW + 1) // 2) + v // 2
     source = square * PITCH + h % 2 * 8 + v % 2 * CHANNELS + i % C
     ok = source < size
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((PARTS, BLOCK), tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         inside = (part < parts)[:, None] & ok[None, :]
-        total += tl.sum(tl.load(spread_ptr + part[:, None] * size + source[None, :], mask=inside, other=0.0), 0)
-    tl.store(dw_ptr + i, total, mask=ok)
+        total += tl.load(spread_ptr + part[:, None] * size + source[None, :], mask=inside, other=0.0)
+    tl.store(dw_ptr + i, tl.sum(total, 0), mask=ok)
 
 
 def is_stem(

@@ -123,20 +123,34 @@ def welford(value, ok, before, mean, m2):
 
 @triton.jit
 def store_part_moments(
-    mean, m2, rows, row, count_ptr, mean_ptr, m2_ptr, part, channel, channel_ok, C, first, AXIS: tl.constexpr
+    mean,
+    m2,
+    rows,
+    row,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    part,
+    channel,
+    channel_ok,
+    C,
+    first,
+    BITS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """Row ``part`` of the statistics [T], [T, C], [T, C]: those of each row of its blocks, see `welford`,
     merged (Chan et al. 1979).
 
     Args:
-        mean, m2: [BM, BC], or [BC, BM] with an AXIS of 1. row: [BM], the places of a block. rows: int, of all blocks.
+        mean, m2: [BC, BM]. row: [BM], the places of a block. rows: int, of all blocks.
         first: whether this program is the one of its part that writes the count.
+        BITS, WARPS: see `sum_pixels`.
     """
     BLOCK: tl.constexpr = row.shape[0]
-    count = tl.expand_dims(tl.maximum((rows - row + BLOCK - 1) // BLOCK, 0).to(tl.float32), 1 - AXIS)
-    merged = tl.sum(count * mean, AXIS) / rows.to(tl.float32)
-    deviation = mean - tl.expand_dims(merged, AXIS)
-    m2 = tl.sum(m2 + count * deviation * deviation, AXIS)
+    count = tl.maximum((rows - row + BLOCK - 1) // BLOCK, 0).to(tl.float32)[None, :]
+    merged = sum_pixels(count * mean, BITS, WARPS) / rows.to(tl.float32)
+    deviation = mean - merged[:, None]
+    m2 = sum_pixels(m2 + count * deviation * deviation, BITS, WARPS)
     tl.store(mean_ptr + part.to(tl.int64) * C + channel, merged, mask=channel_ok)
     tl.store(m2_ptr + part.to(tl.int64) * C + channel, m2, mask=channel_ok)
     if first:
@@ -183,14 +197,49 @@ def bn(y, coef_ptr, channel, channel_ok, C):
 
 
 @triton.jit
-def store_sums(dz, dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C, AXIS: tl.constexpr = 0):
+def sum_pixels(x, BITS: tl.constexpr, WARPS: tl.constexpr):
+    """Sums [BC] over the pixels of a tile [BC, BM] that is spread over the program as loads of an NHWC tensor are: a
+    thread has 16 bytes of neighbouring channels, some lanes of a warp the same channels of other pixels, and so has
+    each warp.
+
+    A plain ``tl.sum`` leaves each warp's sums in the shared memory with all lanes in one of its banks (Triton 3.6), or
+    in as many rounds as there are channels in a thread (3.8). Here each warp sums its own pixels; splitting them off
+    two by two brings all warps' sums of a channel into one thread, by a conversion without conflicts, for it to add.
+    Of a tile that is spread otherwise the sums are the same, and take longer.
+
+    Args:
+        BITS: of an element of the loaded tensor. WARPS: of the program; 0: the tile is spread as a product's result,
+            each warp with channels of its own.
+    """
+    BC: tl.constexpr = x.shape[0]
+    BM: tl.constexpr = x.shape[1]
+    if WARPS == 0:
+        return tl.sum(x, 1)
+    ROW: tl.constexpr = BC * BITS // 128 if BC * BITS >= 128 else 1  # threads that have the channels of a pixel
+    LANES: tl.constexpr = 32 // ROW if ROW < 32 else 1
+    THREADS: tl.constexpr = WARPS * 32 if WARPS * 32 > ROW else ROW
+    ACROSS: tl.constexpr = THREADS // ROW if ROW > 32 else WARPS  # warps that have other pixels
+    if BM % (ACROSS * LANES) != 0:
+        return tl.sum(x, 1)
+    else:
+        x = tl.sum(tl.reshape(x, (BC, BM // (ACROSS * LANES), ACROSS, LANES)), 1)
+        x = tl.sum(x, 2)
+        for step in tl.static_range(5):
+            if (ACROSS >> step) > 1:
+                first, second = tl.split(tl.reshape(x, (BC, ACROSS >> (step + 1), 2)))
+                x = first + second
+        return tl.reshape(x, (BC,))
+
+
+@triton.jit
+def store_sums(sum_dz, sum_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C):
     """Row ``part`` of the sums [T, 2, C] of BatchNorm's backward: of dz and dz*xhat.
 
     Args:
-        dz, dz_y: tiles [BM, BC] of terms dz and dz*(y - mean), or [BC, BM] with an AXIS of 1.
+        sum_dz, sum_dz_y: [BC], of dz and of dz*(y - mean).
         coef_ptr: [5, C]; its rstd is the factor that xhat has more.
     """
     rstd = tl.load(coef_ptr + RSTD * C + channel, mask=channel_ok, other=0.0)
     row = sums_ptr + part.to(tl.int64) * (2 * C) + channel
-    tl.store(row, tl.sum(dz, AXIS), mask=channel_ok)
-    tl.store(row + C, tl.sum(dz_y, AXIS) * rstd, mask=channel_ok)
+    tl.store(row, sum_dz, mask=channel_ok)
+    tl.store(row + C, sum_dz_y * rstd, mask=channel_ok)

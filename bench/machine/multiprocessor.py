@@ -4,7 +4,7 @@ Each of the four quarters issues an instruction a clock, of the warp that issued
 warp may when the stall count of its last instruction has passed, the scoreboards that the instruction waits for are
 free, and its pipe takes it. Loads and stores queue for the shared memory's port and for this multiprocessor's share of
 the L2 and of the memory, a wgmma for the tensor cores and for the port once the four warps of its group have issued it.
-What is not there: bank conflicts, caches of instructions and constants, the L1 (Triton's cp.async goes round it), rows
+What is not there: caches of instructions and constants, the L1 (Triton's cp.async goes round it), rows
 of the memory that are opened. Forward branches with a predicate are not taken unless only they lead to the main loop,
 which runs ``trips`` times; any other loop runs once.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bench.machine.assembly import NO_SCOREBOARD, Instruction
+from bench.machine.banks import BANKS, WORD, port_cycles
 from bench.machine.chips import Chip
 from bench.machine.loops import jumps, main_loop
 from bench.machine.pipes import (
@@ -51,7 +52,7 @@ class _Step(NamedTuple):
     waits: tuple[int, ...]
     pipe: str
     occupied: int
-    bytes: int
+    bytes: int  # of the shared memory what its port could pass meanwhile
     tensor: float
     operand_bytes: int  # of a wgmma
     threshold: int | None  # groups that a wait leaves unfinished; None: no wait
@@ -61,7 +62,7 @@ class _Step(NamedTuple):
     never: bool
 
 
-def _decode(one: Instruction, jump: int | None, chip: Chip) -> _Step:
+def _decode(one: Instruction, jump: int | None, conflicts: int | None, chip: Chip) -> _Step:
     name, occupied = pipe(one)
     asynchronous = (one.name == "DEPBAR" and "SB0" in one.operands) or (
         one.name == "WARPGROUP" and "DEPBAR" in one.mnemonic
@@ -74,7 +75,7 @@ def _decode(one: Instruction, jump: int | None, chip: Chip) -> _Step:
         tuple(board for board in range(SCOREBOARDS) if one.wait >> board & 1),
         name,
         occupied,
-        moved(one) if one.name in SHARED | GLOBAL else 0,
+        max(moved(one), BANKS * WORD * (conflicts or 0)) if one.name in SHARED | GLOBAL else 0,
         tensor_cycles(one, chip) if one.name in ("HGMMA", "HMMA") else 0.0,
         wgmma_bytes(one) if one.name == "HGMMA" else 0,
         int(one.operands.split(",")[1], 16) if asynchronous else None,
@@ -141,7 +142,7 @@ class Multiprocessor:
 
     def __init__(self, code: Sequence[Instruction], warps: int, resident: int, programs: int, trips: int, far: float,
                  memory: float, chip: Chip):  # fmt: skip
-        self._code = [_decode(one, jump, chip) for one, jump in zip(code, jumps(code))]
+        self._code = [_decode(*each, chip) for each in zip(code, jumps(code), port_cycles(code))]
         self._loop = main_loop(code)
         self._warps, self._resident, self._programs, self._trips = warps, resident, programs, trips
         self._far, self._memory, self._chip = far, memory, chip

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.machine import assembly, loops, multiprocessor, pipes
+from bench.machine import assembly, banks, loops, multiprocessor, pipes
 from bench.machine.chips import LAUNCH, Chip
 from bench.machine.loops import main_loop
 from bench.machine.multiprocessor import Multiprocessor, Run
@@ -122,5 +122,5 @@ def _simulated(program: Program, resident: int, count: int, trips: int, far: flo
 
 @cache
 def _source() -> str:
-    files = (Path(module.__file__) for module in (assembly, loops, multiprocessor, pipes) if module.__file__)
+    files = (Path(module.__file__) for module in (assembly, banks, loops, multiprocessor, pipes) if module.__file__)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -141,14 +141,14 @@ def dgrad_configs(product: Product) -> list[Config]:
     elif product.masked:  # its end waits for three more tensors: programs of few registers, side by side
         found = [Config(128, 64, 64, 4, 3, 168), Config(64, 64, 64, 4, 3, 128)]
         if deep:
-            found[:1] = [Config(128, 64, 32, 4, 4, 168), Config(64, 128, 32, 4, 4, 168)]
+            found[:1] = [Config(64, 128, 32, 4, 4, 168), Config(128, 64, 32, 4, 4, 168)]
     elif not deep:
         found = [Config(128, 128, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128)]
     elif columns <= 128:
         found = [Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 4, 3, 128), Config(128, 128, 32, 8, 4, 128)]
         found = found if product.sums else found[::-1]
     elif product.sums:
-        found = [Config(256, 128, 64, 16, 3, 128), Config(64, 128, 64, 4, 3, 168), Config(128, 256, 64, 16, 3, 128)]
+        found = [Config(128, 256, 64, 16, 3, 128), Config(256, 128, 64, 16, 3, 128), Config(64, 128, 64, 4, 3, 168)]
     else:
         found = [Config(64, 256, 32, 8, 4, 128), Config(128, 256, 64, 16, 3, 128), Config(128, 128, 32, 8, 4, 128)]
         found = found if product.depth < 256 else [found[1], found[0], found[2]]
@@ -166,9 +166,11 @@ def _window_gradients(product: Product) -> list[Config]:
             found = [found[1], small._replace(most_registers=MORE_REGISTERS)]
         return [Config(128, 64, 64, 8, 3, 128), *found[-1:]] if product.columns <= 64 else found
     if product.least_registers:  # behind GELU
-        return [Config(64, 128, 64, 4, 3, 168) if product.columns > 64 else small, square]
-    if product.columns <= 64 or (product.sums and (product.columns <= 128 or product.step > 1)):
+        return [square, Config(64, 128, 64, 4, 3, 168)] if product.columns > 64 else [small]
+    if product.columns <= 64:
         return [narrow, small, square]
+    if product.sums and (product.columns <= 128 or product.step > 1):
+        return [square, narrow, small]
     return [Config(256, 128, 64, 16, 3, 128), square, narrow] if product.sums else [square, narrow]
 
 
@@ -278,9 +280,11 @@ def grads_configs(
         return [Config(32 if arch == 80 else 16, 64, block_k, 4, 3, 255)]
     if not has_warp_groups(arch):
         return []
-    if block_k == 256:  # 18 to 28 spilled instructions with 128 channels behind the end of a block
-        block_n = 64 if sums else block_n
-        return [Config(32, block_n, block_k, 8, 4 if block_n == 64 else 3, 255)]
+    if block_k == 256:  # 32 pixels of 128 channels behind the end of a block would spill
+        if not sums and block_n == 128:
+            return [Config(32, 128, block_k, 8, 3, 255)]
+        few = Config(32, 64, block_k, 8, 4, 255)
+        return [Config(16, 128, block_k, 8, 4, 255), few] if masked and block_n == 128 else [few]
     return [Config(32, block_n, block_k, 8, 4, 255), Config(32, block_n, block_k, 8, 3, 255)]
 
 

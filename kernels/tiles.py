@@ -213,13 +213,11 @@ def sum_pixels(x, BITS: tl.constexpr, WARPS: tl.constexpr):
     """
     BC: tl.constexpr = x.shape[0]
     BM: tl.constexpr = x.shape[1]
-    if WARPS == 0:
-        return tl.sum(x, 1)
     ROW: tl.constexpr = BC * BITS // 128 if BC * BITS >= 128 else 1  # threads that have the channels of a pixel
     LANES: tl.constexpr = 32 // ROW if ROW < 32 else 1
-    THREADS: tl.constexpr = WARPS * 32 if WARPS * 32 > ROW else ROW
-    ACROSS: tl.constexpr = THREADS // ROW if ROW > 32 else WARPS  # warps that have other pixels
-    if BM % (ACROSS * LANES) != 0:
+    # Warps that have other pixels.
+    ACROSS: tl.constexpr = WARPS if ROW <= 32 else WARPS * 32 // ROW if WARPS * 32 > ROW else 1
+    if BM < ACROSS * LANES or WARPS == 0:
         return tl.sum(x, 1)
     else:
         x = tl.sum(tl.reshape(x, (BC, BM // (ACROSS * LANES), ACROSS, LANES)), 1)

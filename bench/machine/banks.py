@@ -132,7 +132,8 @@ class _Warp:
         match = re.fullmatch(r"([-~!]?)(0x[0-9a-f]+|U?[RP][ZT\d]+)", operand)
         if match is None:
             return None
-        value = 0 * _LANES + int(match[2], 16) if match[2][0] == "0" else self._known.get(match[2])
+        number = match[2][0] == "0"
+        value = 0 * _LANES + (int(match[2], 16) & _BITS) if number else self._known.get(match[2])
         if value is not None and match[1]:
             value = {"-": -value, "~": ~value, "!": 1 - value}[match[1]]
         return None if value is None else value & _BITS

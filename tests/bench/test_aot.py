@@ -29,6 +29,8 @@ OTHERS = 75, 86, 120, "gfx942"
 CONVOLUTIONS = ("conv_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel")
 KEEPING = ("conv_grads_kernel", "conv_resident_kernel")  # weights
 PASSES = ("bn_add_relu_kernel", "bn_add_relu_backward_kernel")
+SUMMING = {"bn_add_relu_backward_kernel", "bn_relu_max_pool_backward_kernel", "conv_dgrad_kernel", "finalize_kernel",
+           "bn_backward_coef_kernel", "sum_parts_kernel", "global_avg_pool_kernel"}  # fmt: skip
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "tcgen05", 120: "HMMA", "gfx942": "MFMA"}
 
 
@@ -216,6 +218,14 @@ def test_a_kernel_below_its_floor_is_not_shipped(monkeypatch):
     assert Row(one, 90, GOOD, share=0.25).faults == []  # another rank's: a candidate, timed before it is taken
 
 
+def test_sums_over_pixels_have_no_conflicts(subset):
+    """Other than with a plain ``tl.sum``, which takes 2 to 8 times the cycles of the shared memory, or its rounds."""
+    rows = [row for row in subset["rows"] + subset["others"] if row["kernel"] in SUMMING and row.get("conflicts")]
+    assert {row["kernel"] for row in rows} == SUMMING
+    for row in rows:
+        assert row["conflicts"] <= 1.3, row
+
+
 def test_the_model_takes_products_for_what_libraries_reach(subset):
     """Published: 600 to 800 TFLOP/s of large bf16 products on an H100, in large tiles."""
     assert 600 < subset["products"]["large"] < 800
@@ -246,6 +256,8 @@ def test_arguments_are_specialised_as_the_jit_does(subset):
         ({"shared": 200_000}, "200000 bytes of shared memory, 166912 there are"),
         ({"tensor_cores": {}}, "tl.dot without a tensor core"),
         ({"tensor_cores": {}, "dots": 0}, None),
+        ({"conflicts": 2.0}, None),
+        ({"conflicts": 8.3}, "8.3 times the cycles of the shared memory for conflicts between its banks"),
     ],
 )
 def test_what_must_not_be_shipped(change, words):

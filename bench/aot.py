@@ -209,7 +209,7 @@ def as_record(row: Row) -> dict[str, Any]:
 
 def variant(one: Specialisation) -> str:
     """What else tells a specialisation from others of its kernel: window, stride, optional tensors, flags."""
-    known = CHANNELS | PADDING | SIZES | {"PRECISION", "STAGES", "IN_FLIGHT"}
+    known = CHANNELS | PADDING | SIZES | {"PRECISION", "STAGES", "IN_FLIGHT", "WARPS"}
     constants = {name: value for name, value in one.constants.items() if name not in known}
     window = "{}x{}/{}".format(*(constants.pop(name, None) for name in ("KH", "KW", "STRIDE")))
     dilation, _, _ = (constants.pop(name, 1) for name in ("DILATION", "TAP_STEP", "INVERSE"))

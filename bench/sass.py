@@ -52,9 +52,9 @@ _TENSOR_CORES = {
 # Bytes of stack a thread up to which an H100 took no longer for a configuration than for those without: it has fewer
 # registers, and so more programs at once.
 SPILLED: dict[Architecture, int] = {90: 80}
-# Cycles of the shared memory's port over those without conflicts. Products whose operands are read both ways have 2.2;
-# a reduction whose lanes are all in one bank has 5 and more.
-CONFLICTS = 3.0
+# Cycles of the shared memory's port over those without conflicts. Products whose operands are computed have up to 3.8,
+# where these are stored; a reduction whose lanes are all in one bank has 5 and more.
+CONFLICTS = 4.0
 
 
 class Resources(NamedTuple):

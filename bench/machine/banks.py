@@ -104,18 +104,14 @@ class _Warp:
 
     def run(self, one: Instruction) -> None:
         """Change what an instruction writes."""
-        if one.name in SHARED and one.name.startswith("ST") or not one.operands:
+        if one.name in ("STS", "STSM"):
             return
         operands = _operands(one)
         value, holds = self._computed(one, operands)
-        if one.name in ("ISETP", "UISETP"):
-            self._write(one, operands.written[0], holds)
-            return
-        targets = [*_targets(one, operands)]
-        for place, target in enumerate(targets):
+        for place, target in enumerate(_targets(one, operands)):
             self._write(one, target, value if place == 0 or one.name == "CS2R" else None)
-        for target in operands.written:
-            self._write(one, target, holds)
+        for place, target in enumerate(operands.written):
+            self._write(one, target, holds if place == 0 else None)
 
     def _write(self, one: Instruction, target: str, value: Value) -> None:
         if target in self._constant:
@@ -139,31 +135,29 @@ class _Warp:
         return None if value is None else value & _BITS
 
     def _computed(self, one: Instruction, operands: _Operands) -> tuple[Value, Value]:
-        """What is written to the register and to the predicate."""
-        if one.name in ("S2R", "S2UR"):
-            return _SPECIAL.get(operands.registers[-1]), None
-        if one.name == "CS2R":
-            return (0 * _LANES if operands.registers[-1] == "SRZ" else None), None
-        name = one.name.removeprefix("U")
-        arithmetic = _ARITHMETIC.get(name)
-        # A register may be missing in front, where LOP3 writes a predicate alone it is RZ.
-        sources = [self._read(each) for each in operands.registers[0 if name == "ISETP" else 1 :]]
-        if arithmetic is None or any(value is None for value in sources):
+        """What is written to the register and to the first predicate."""
+        name, last = one.name.removeprefix("U"), operands.registers[-1] if operands.registers else ""
+        if name in ("S2R", "S2UR"):
+            return _SPECIAL.get(last), None
+        if name == "CS2R":
+            return (0 * _LANES if last == "SRZ" else None), None
+        compares = name == "ISETP"
+        sources = [self._read(each) for each in operands.registers[0 if compares else 1 :]]
+        if compares or name == "SEL":
+            sources += [self._read(each) for each in operands.read]
+        if name not in _ARITHMETIC or any(value is None for value in sources):
             return None, None
-        if name in ("SEL", "ISETP"):
-            chosen = [self._read(each) for each in operands.read]
-            if any(value is None for value in chosen):
-                return None, None
-            sources += chosen
-        value = arithmetic(one.mnemonic, *sources)
-        value = None if value is None else value & _BITS
-        return value, None if value is None else (value != 0).astype(np.int64)
+        value = _ARITHMETIC[name](one.mnemonic, *sources)
+        if value is None or compares:
+            return None, value
+        value = value & _BITS
+        return value, (value != 0).astype(np.int64) if name == "LOP3" else None
 
 
 def _targets(one: Instruction, operands: _Operands) -> list[str]:
     """Registers that are written."""
     match = re.fullmatch(r"(U?R)(\d+)", operands.registers[0]) if operands.registers else None
-    if match is None:
+    if match is None or one.name in ("ISETP", "UISETP"):
         return []
     wide = re.search(r"\.64|WIDE|^CS2R|^D[A-Z]", one.mnemonic)
     count = 4 if ".128" in one.mnemonic or one.name == "LDSM" else 2 if wide else 1

@@ -145,9 +145,12 @@ class _Warp:
         sources = [self._read(each) for each in operands.registers[0 if compares else 1 :]]
         if compares or name == "SEL":
             sources += [self._read(each) for each in operands.read]
-        if name not in _ARITHMETIC or any(value is None for value in sources):
+        if name not in _ARITHMETIC or not sources or any(value is None for value in sources):
             return None, None
-        value = _ARITHMETIC[name](one.mnemonic, *sources)
+        try:
+            value = _ARITHMETIC[name](one.mnemonic, *sources)
+        except (IndexError, TypeError):  # a form with other operands
+            return None, None
         if value is None or compares:
             return None, value
         value = value & _BITS

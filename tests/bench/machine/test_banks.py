@@ -84,7 +84,7 @@ def test_addresses_are_computed(lines, expected):
 @pytest.mark.parametrize(
     "line",
     ["LDG.E R1, [R4.64]", "IMAD.HI.U32 R1, R0, R0, RZ", "IADD3.X R1, R0, R0, RZ, P0, !PT", "@P3 MOV R1, R0",
-     "LDS.128 R0, [R9]", "I2F R1, R0", "IADD3 R9, P3, R0, R0, RZ\n@P3 MOV R1, R0"],
+     "LDS.128 R0, [R9]", "I2F R1, R0", "LEA R1, R0, R0", "IADD3 R1", "IADD3 R9, P3, R0, R0, RZ\n@P3 MOV R1, R0"],
 )  # fmt: skip
 def test_what_depends_on_anything_else_is_not_known(line):
     assert cycles("MOV R1, 0x4", "STS [R1], R3") == 1

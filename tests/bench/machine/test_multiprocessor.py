@@ -86,6 +86,15 @@ def test_the_port_of_the_shared_memory_passes_128_bytes_a_clock():
     assert close(trip(looped(*[Instruction("SHFL.BFLY", write=0)] * 16, use), warps=16), 16 * 16 * 128 / 128)
 
 
+def test_conflicts_between_banks_keep_the_port():
+    use, thread = Instruction("NOP", wait=1), Instruction("S2R", "R0, SR_TID.X")
+    for stride, passes in ((4, 1), (64, 16), (128, 32)):
+        address = Instruction("IMAD", f"R1, R0, {stride:#x}, RZ")
+        loads = [Instruction("LDS", "R2, [R1]", write=0)] * 16
+        taken = trip(looped(thread, address, *loads, use), warps=16)
+        assert close(taken, 16 * 16 * passes), stride
+
+
 def test_warps_meet_at_a_barrier():
     code = looped(Instruction("BAR.SYNC.DEFER_BLOCKING", "0x0"))
     assert trip(code, warps=8) == pytest.approx(H100.barrier + 1 + BRANCH, abs=3)

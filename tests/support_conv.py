@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
+import support_amx
 import torch
 from hypothesis import strategies as st
 from support_flat import aten
@@ -19,12 +23,16 @@ CHANNELS = (1, 3, 8, 16, 20, 24, 40, 64, 72)  # less than a tensor core takes, t
 BACKWARDS = ("none", "frozen", "trained")  # which BatchNorm's backward a gradient goes through first
 
 
-def take_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make convolutions in bf16 of that form of tiles; the test is skipped where the CPU lacks it."""
-    number = tiles.FORMS[name]
-    if number > native.answer("form"):
+@contextmanager
+def taken_tiles(name: str) -> Iterator[None]:
+    """Inside, convolutions in bf16 are of that form of tiles, AMX computed by `support_amx` where the CPU has none; the
+    test is skipped where it lacks another."""
+    number, best = tiles.FORMS[name], native.answer("form")
+    emulates = name == "amx" and best == tiles.FORMS["avx512"] and support_amx.library() is not None
+    if number > best and not emulates:
         pytest.skip(f"the CPU has no {name}")
-    monkeypatch.setattr(tiles, "form", lambda: number)
+    with mock.patch.object(tiles, "form", lambda: number), support_amx.emulated() if emulates else nullcontext():
+        yield
 
 
 class Problem(NamedTuple):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support_conv import take_tiles
+from support_conv import taken_tiles
 from support_fused import cast, leaves, random_layer, random_norm, random_weight
 from support_kernels import Guards, assert_same_bits
 from support_nets import SMALL, perturbed
@@ -33,9 +33,10 @@ class Walking(Cpp):
     repeated = Backend.repeated
 
 
-@pytest.fixture(params=["plain", "avx512"])
-def form(request, monkeypatch):
-    take_tiles(request.param, monkeypatch)
+@pytest.fixture(params=list(tiles.FORMS))
+def form(request):
+    with taken_tiles(request.param):
+        yield
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support_conv import BACKWARDS, Problem, exact, problems, take_tiles
+from support_conv import BACKWARDS, Problem, exact, problems, taken_tiles
 from support_flat import aten
 from support_fused import relative_error
 from support_kernels import assert_as_good, few_examples, guarded
@@ -46,9 +46,10 @@ FOLDED_SIZES = SIZES[2:] + [
 
 
 @pytest.fixture(params=list(tiles.FORMS))
-def form(request, monkeypatch):
+def form(request):
     """Each form of tiles that the CPU has."""
-    take_tiles(request.param, monkeypatch)
+    with taken_tiles(request.param):
+        yield
 
 
 def geometry(problem):

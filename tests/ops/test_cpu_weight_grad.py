@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support_conv import Problem, problems
+from support_conv import Problem, problems, taken_tiles
 from support_flat import Flat, aten
 from support_fused import FLOOR, relative_error
 from support_kernels import few_examples
@@ -100,7 +100,7 @@ def test_units_with_taps_apart(stride, dilation):
     assert_good((problem.x(), problem.coef(), problem.y(7), problem.w(), stride, pad, dilation))
 
 
-@pytest.mark.parametrize("form", ["plain", "avx512"])
+@pytest.mark.parametrize("form", list(tiles.FORMS))
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -113,19 +113,17 @@ def test_units_with_taps_apart(stride, dilation):
     ],
     ids=str,
 )
-def test_threads(sizes, form, monkeypatch):
+def test_threads(sizes, form):
     """More than there are rows of pairs, too; the same threads give the same."""
-    if tiles.FORMS[form] > tiles.answer("form"):
-        pytest.skip(f"the CPU has no {form}")
-    monkeypatch.setattr(tiles, "form", lambda: tiles.FORMS[form])
     arguments, before, results = made(*sizes), torch.get_num_threads(), {}
-    try:
-        for threads in (1, 2, 5, 11):
-            torch.set_num_threads(threads)
-            results[threads] = weight_grad(*arguments)
-            assert torch.equal(results[threads], weight_grad(*arguments))
-    finally:
-        torch.set_num_threads(before)
+    with taken_tiles(form):
+        try:
+            for threads in (1, 2, 5, 11):
+                torch.set_num_threads(threads)
+                results[threads] = weight_grad(*arguments)
+                assert torch.equal(results[threads], weight_grad(*arguments))
+        finally:
+            torch.set_num_threads(before)
     for result in results.values():
         assert relative_error(result, results[1].double()) < 1e-6
 

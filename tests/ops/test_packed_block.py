@@ -5,14 +5,14 @@ import pickle
 
 import pytest
 import torch
-from support_conv import take_tiles
+from support_conv import taken_tiles
 
 from fastres import ops
 from fastres.export.portable import portable
 from fastres.models import create_model
 from fastres.nn.fold import FoldedBlock, FoldedConv, FoldedPool, fold, repack
 from fastres.ops import cpu
-from fastres.ops.cpu import packed_block
+from fastres.ops.cpu import packed_block, tiles
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
@@ -24,9 +24,10 @@ def compiled():
         yield
 
 
-@pytest.fixture(params=["plain", "avx512"])
-def form(request, monkeypatch):
-    take_tiles(request.param, monkeypatch)
+@pytest.fixture(params=list(tiles.FORMS))
+def form(request):
+    with taken_tiles(request.param):
+        yield
 
 
 def blocks_of(name, batch, **options):

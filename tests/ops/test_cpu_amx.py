@@ -1,5 +1,6 @@
-"""The AMX form of tiles by the instructions that it was compiled to, which `support_amx` computes. The tests of tiles and
-of programs run in it too.
+"""The AMX form of tiles by the instructions that it was compiled to, which `support_amx` computes.
+
+The tests of tiles and of programs run in it too.
 """
 
 import copy

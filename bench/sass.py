@@ -52,9 +52,9 @@ _TENSOR_CORES = {
 # Bytes of stack a thread up to which an H100 took no longer for a configuration than for those without: it has fewer
 # registers, and so more programs at once.
 SPILLED: dict[Architecture, int] = {90: 80}
-# Cycles of the shared memory's port over those without conflicts. Products whose operands are computed have up to 3.8,
-# where these are stored; a reduction whose lanes are all in one bank has 5 and more.
-CONFLICTS = 4.0
+# Cycles of the shared memory's port over those without conflicts. Where operands of products are stored or read both
+# ways there are up to 4.5 on Ampere, in pools of fp32 5.3; ends of blocks whose sums had all lanes in one bank had 8.3.
+CONFLICTS = 6.0
 
 
 class Resources(NamedTuple):

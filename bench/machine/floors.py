@@ -27,7 +27,7 @@ FLOORS: dict[int, dict[tuple[str | int, ...], float]] = {
     90: {
         ("conv_kernel", 1, 1, 512, 128): 0.85,
         ("conv_kernel", 3, 1, 256, 256): 0.52,
-        ("conv_dgrad_kernel", 1, 1, 1024, 512): 0.37,
+        ("conv_dgrad_kernel", 1, 1, 1024, 512): 0.29,
         ("conv_dgrad_kernel", 3, 1, 256, 256): 0.46,
         ("conv_wgrad_kernel", 3, 1, 256, 256): 0.58,
         ("conv_wgrad_kernel", 7, 2, 3, 64): 0.135,
@@ -38,8 +38,8 @@ FLOORS: dict[int, dict[tuple[str | int, ...], float]] = {
         ("conv_resident_kernel", 64, 256): 0.77,
         ("conv_resident_kernel", 128, 512): 0.60,
         ("conv_resident_kernel", 256, 1024): 0.37,
-        ("bn_add_relu_kernel",): 0.82,
-        ("bn_add_relu_backward_kernel",): 0.75,
+        ("bn_add_relu_kernel",): 0.72,
+        ("bn_add_relu_backward_kernel",): 0.45,
     },
 }
 

@@ -7,6 +7,7 @@ interpreter `checked_addresses` moreover looks at each load and store.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -118,6 +119,8 @@ def assert_as_good(
     granted = max(FLOOR[rounding or ours.dtype], FLOOR[torch.float32] * (terms / 256) ** 0.5)
     for kind, error in (("rms", relative_error), ("largest", _largest_error)):
         got, eagers = error(ours, exact.double()), error(eager, exact.double())
+        # oneDNN's weight gradient in bf16 has memory that nobody wrote where taps only ever meet padding: at times NaN.
+        eagers = eagers if math.isfinite(eagers) else 0.0
         bound = max(2 * eagers, granted)
         assert got <= bound, f"{name} {tuple(exact.shape)}: {kind} error {got:.2e} over {bound:.2e}"
 

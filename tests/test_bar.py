@@ -5,6 +5,7 @@ from itertools import chain, repeat
 import pytest
 import torch
 from support_fused import DRAWS, FEW_VALUES, assert_as_good_as_eager
+from support_kernels import assert_as_good
 
 
 class Erring(torch.autograd.Function):
@@ -81,3 +82,14 @@ def test_as_many_draws_as_said():
     spent = repeat(0.03, DRAWS)
     check(spent, lucky(), 3)
     assert next(spent, None) is None
+
+
+@pytest.mark.parametrize("ours, good", [(0.0, True), (2e-3, True), (0.1, False), (float("nan"), False)])
+def test_of_eager_that_is_not_finite_nothing_is_granted(ours, good):
+    exact = torch.arange(1.0, 65.0)
+    result, eager = (exact * (1 + error) for error in (ours, float("nan")))
+    if good:
+        assert_as_good(result.bfloat16(), eager.bfloat16(), exact)
+    else:
+        with pytest.raises(AssertionError):
+            assert_as_good(result.bfloat16(), eager.bfloat16(), exact)

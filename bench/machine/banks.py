@@ -26,6 +26,9 @@ _BITS = 0xFFFFFFFF
 _SPECIAL = {"SR_TID.X": _LANES, "SR_LANEID": _LANES, "SR_CgaCtaId": 0 * _LANES}
 _SPECIAL |= {f"SR_CTAID.{axis}": 0 * _LANES for axis in "XYZ"}
 
+_RELATIONS = {"LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal, "EQ": np.equal,
+              "NE": np.not_equal}  # fmt: skip
+
 Value = np.ndarray | None  # of each lane, 32 bits without a sign; None: not known
 
 
@@ -189,10 +192,10 @@ def _load_address(mnemonic: str, a: np.ndarray, b: np.ndarray, *rest: np.ndarray
 
 
 def _shift(mnemonic: str, low: np.ndarray, count: np.ndarray, high: np.ndarray) -> Value:
-    if ".L." in mnemonic:
-        return None if "64" in mnemonic else low << count
     if "64" in mnemonic:
         return None
+    if ".L." in mnemonic:
+        return low << count
     return (_signed(high) if ".S32" in mnemonic else high) >> count if ".HI" in mnemonic else low >> count
 
 
@@ -225,10 +228,10 @@ def _compare(mnemonic: str, a: np.ndarray, b: np.ndarray, *chosen: np.ndarray) -
         return None
     if ".U32" not in mnemonic:
         a, b = _signed(a), _signed(b)
-    relation = next((name for name in ("LT", "LE", "GT", "GE", "EQ", "NE") if f".{name}" in mnemonic), None)
+    relation = next((holds for name, holds in _RELATIONS.items() if f".{name}" in mnemonic), None)
     if relation is None:
         return None
-    found = {"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}[relation]
+    found = relation(a, b)
     combined = found & (chosen[0] != 0) if ".AND" in mnemonic else found | (chosen[0] != 0)
     return combined.astype(np.int64)
 

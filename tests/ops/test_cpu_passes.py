@@ -241,9 +241,12 @@ def test_the_gradient_takes_the_joined_ones_memory(kernel, through_relu, dtype, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel, stride, pad", [(3, 2, (1, 1, 1, 1)), (2, 2, (0, 0, 0, 0)), (3, 1, (0, 2, 1, 0))])
 def test_max_pool_is_pytorchs(kernel, stride, pad, dtype):
-    """NaN and infinities too, in whole vectors of channels and what is left over."""
+    """NaN of either sign, infinities and windows of negative numbers too, in whole vectors of channels and what is left
+    over."""
     x = torch.randn(2, 9, 7, 35).to(dtype)
     x[0, 3, 3, ::2], x[1, 4, 4, ::3], x[1, :, :, 5] = torch.nan, torch.inf, -torch.inf
+    x[1, 6, 2, ::4] = torch.tensor(torch.nan).neg()
+    x[..., 6:9] = -x[..., 6:9].abs()
     top, left, bottom, right = pad
     padded = F.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom), value=-torch.inf)
     expected = F.max_pool2d(padded, kernel, stride).permute(0, 2, 3, 1)

@@ -232,39 +232,6 @@ Source gradient_source(const uint16_t* dz, const uint16_t* y, const float* abc, 
   return {Prologue::kGrad, dz, y, abc, abc + 2 * k, abc + k, nullptr, nullptr};
 }
 
-struct Window {
-  int64_t n, height, width, c, out_height, out_width, kernel, stride, top, left;
-};
-
-// Max over each window of x; NaN wins.
-template <typename T>
-void max_pool(const T* x, const int64_t* sizes, T* out, int64_t threads) {
-  Window s;
-  std::memcpy(&s, sizes, sizeof s);
-#pragma omp parallel for num_threads(int(threads)) schedule(static)
-  for (int64_t line = 0; line < s.n * s.out_height; ++line) {
-    const T* const image = x + line / s.out_height * s.height * s.width * s.c;
-    const int64_t top = line % s.out_height * s.stride - s.top;
-    const int64_t first_row = std::max<int64_t>(0, top), end_row = std::min(s.height, top + s.kernel);
-    for (int64_t pixel = 0; pixel < s.out_width; ++pixel) {
-      const int64_t left = pixel * s.stride - s.left;
-      const int64_t first = std::max<int64_t>(0, left), end = std::min(s.width, left + s.kernel);
-      const auto max_of = [&](int64_t c, auto lanes) {
-        Floats best = all(-INFINITY);
-        for (int64_t row = first_row; row < end_row; ++row)
-          for (int64_t column = first; column < end; ++column) {
-            const Floats value = load(image + (row * s.width + column) * s.c + c, lanes);
-            best = ((value <= best) | (best != best)) ? best : value;
-          }
-        store(out + (line * s.out_width + pixel) * s.c + c, best, lanes);
-      };
-      int64_t c = 0;
-      for (; c + kLanes <= s.c; c += kLanes) max_of(c, std::integral_constant<int64_t, kLanes>{});
-      if (c < s.c) max_of(c, s.c - c);
-    }
-  }
-}
-
 }  // namespace
 }  // namespace fastres
 
@@ -348,19 +315,9 @@ extern "C" void fastres_weight_grad(int64_t form, const int64_t* sizes, const ui
   weight_grad(Form(form), s, source, gradient_source(dz, y, abc, s.out_channels), dw, threads);
 }
 
-extern "C" void fastres_plain_max_pool_float32(const float* x, const int64_t* window, float* out, int64_t threads) {
-  max_pool(x, window, out, threads);
-}
-
-extern "C" void fastres_plain_max_pool_bfloat16(const uint16_t* x, const int64_t* window, uint16_t* out, int64_t threads) {
-  max_pool(x, window, out, threads);
-}
-
 FASTRES_SLOTS(unit_pixels)
 FASTRES_SLOTS(pack)
 FASTRES_SLOTS(conv)
 FASTRES_SLOTS(folded_conv)
 FASTRES_SLOTS(data_grad)
 FASTRES_SLOTS(weight_grad)
-FASTRES_SLOTS(plain_max_pool_float32)
-FASTRES_SLOTS(plain_max_pool_bfloat16)

@@ -14,8 +14,12 @@
 
 #include "gelu.h"
 #include "slots.h"
+#include "window.h"
 
 namespace {
+
+using fastres::Window;
+using fastres::window_of;
 
 struct bf16 {
   uint16_t bits;
@@ -216,10 +220,6 @@ void backward_apply(const T* dz, const T* y, const float* abc, const T* residual
     }
   }
 }
-
-struct Window {
-  int64_t n, height, width, c, out_height, out_width, kernel, stride, top, left;
-};
 
 // Max over the window of relu(y * scale + shift), or gelu of that of y * scale + shift; index: the winning tap, the first
 // among equals.
@@ -584,16 +584,14 @@ extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::m
   }                                                                                                                    \
   extern "C" void fastres_max_pool_##NAME(const T* y, const float* coef, int64_t act, const int64_t* window, T* out,   \
                                           uint8_t* index, int64_t threads) {                                           \
-    Window s;                                                                                                          \
-    std::memcpy(&s, window, sizeof s);                                                                                 \
+    const Window s = window_of(window);                                                                                \
     with_act(act, [&](auto activation) {                                                                               \
       max_pool<T, activation>(y, coef + 3 * s.c, coef + 4 * s.c, s, out, index, threads);                              \
     });                                                                                                                \
   }                                                                                                                    \
   extern "C" void fastres_max_pool_backward_##NAME(const T* dout, const uint8_t* index, const int64_t* window,         \
                                                    T* grad, int64_t threads) {                                         \
-    Window s;                                                                                                          \
-    std::memcpy(&s, window, sizeof s);                                                                                 \
+    const Window s = window_of(window);                                                                                \
     const bool apart = s.kernel == s.stride && s.top == 0 && s.left == 0;                                              \
     (apart ? max_pool_backward_apart<T> : max_pool_backward<T>)(dout, index, s, grad, threads);                        \
   }                                                                                                                    \
@@ -612,8 +610,7 @@ extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::m
   }                                                                                                                    \
   extern "C" void fastres_patches_##NAME(const T* x, const float* coef, int64_t act, const int64_t* window, T* out,    \
                                          int64_t threads) {                                                            \
-    Window s;                                                                                                          \
-    std::memcpy(&s, window, sizeof s);                                                                                 \
+    const Window s = window_of(window);                                                                                \
     with_act(coef ? act : kNone, [&](auto activation) {                                                                \
       const int64_t c = coef ? s.c : 0;                                                                                \
       patches<T, activation>(x, coef + 3 * c, coef + 4 * c, s, out, threads);                                          \

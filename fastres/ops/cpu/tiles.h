@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -280,8 +281,8 @@ struct PlainTiles {
   }
 };
 
-// What a folded convolution makes of a group's sums: relu(sums + bias (+ added)) of its first `count` rows, whose outputs are
-// `pitch` values apart.
+// What a folded convolution makes of a group's sums, which begin with the bias: relu(sums (+ added)) of its first `count` rows,
+// whose outputs are `pitch` values apart.
 struct Finished {
   const float* bias;
   const uint16_t* added;
@@ -292,15 +293,13 @@ struct Finished {
 #if FASTRES_AVX512
   template <int kVectors>
   void store(int64_t row, const __m512 (&sum)[kVectors]) const {
-    const __mmask16 kept = rectified ? 0 : 0xffff;
+    const __m512 least = _mm512_set1_ps(rectified ? 0.f : -INFINITY);
     const int64_t at = row * pitch;
     __m512 value[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      value[v] = _mm512_add_ps(sum[v], _mm512_loadu_ps(bias + v * kLanes));
-      if (added) value[v] = _mm512_add_ps(value[v], (__m512)load(added + at + v * kLanes, kLanes));
-      const __mmask16 passed = _mm512_cmp_ps_mask(value[v], _mm512_setzero_ps(), _CMP_NLE_UQ);  // NaN too
-      value[v] = _mm512_maskz_mov_ps(passed | kept, value[v]);
+      value[v] = added ? _mm512_add_ps(sum[v], (__m512)load(added + at + v * kLanes, kLanes)) : sum[v];
+      value[v] = _mm512_max_ps(least, value[v]);  // of NaN and a number the second operand
     }
     if constexpr (kVectors == 2) {
       _mm512_storeu_si512(to + at, (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
@@ -334,6 +333,7 @@ struct Avx512Tiles {
  private:
   struct ToSums {
     float* sums;
+    __m512 first(int) const { return _mm512_setzero_ps(); }
     template <int kVectors>
     void take(int group, int row, const __m512 (&sum)[kVectors]) const {
 #pragma GCC unroll 2
@@ -343,6 +343,7 @@ struct Avx512Tiles {
 
   struct ToOutputs {
     const Finished* of_groups;
+    __m512 first(int vector) const { return _mm512_loadu_ps(of_groups->bias + vector * kLanes); }
     template <int kVectors>
     void take(int group, int row, const __m512 (&sum)[kVectors]) const {
       const Finished& f = of_groups[group];
@@ -365,7 +366,7 @@ struct Avx512Tiles {
 #pragma GCC unroll 32
     for (int row = 0; row < kMany * kRows; ++row)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[row][v] = _mm512_setzero_ps();
+      for (int v = 0; v < kVectors; ++v) sum[row][v] = to.first(v);
     const int64_t one = p.pitch, three = 3 * one, five = 5 * one;
     const char* ahead = p.ahead;
     for (int64_t r = 0; r < p.count; ++r) {

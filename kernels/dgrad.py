@@ -144,9 +144,7 @@ def conv_dgrad_kernel(
         taps_h = (KH - kh0 + TAP_STEP - 1) // TAP_STEP
         taps_w = (KW - kw0 + TAP_STEP - 1) // TAP_STEP
         trips = taps_h * taps_w * c_blocks
-        of_a_tap = (
-            65536 // tl.maximum(taps_w, 1) + 1
-        )  # so that (tap * of_a_tap) >> 16 is tap // taps_w, up to windows of 40x40
+        of_a_tap = 65536 // tl.maximum(taps_w, 1) + 1  # so that (tap * of_a_tap) >> 16 is tap // taps_w, up to 42 x 42
         if COMMON > 1:
             trips = tl.where(((rh + TOP) % COMMON == 0) & ((rw + LEFT) % COMMON == 0), trips, 0)
         oh = h + (rh + TOP - kh0 * DILATION) // STRIDE
@@ -168,7 +166,12 @@ def conv_dgrad_kernel(
             w_tap = 0
         else:
             tap = block // C_BLOCKS
-            tap_h = (tap * of_a_tap) >> 16 if STRIDE > 1 else tap // KW
+            if STRIDE == 1:
+                tap_h = tap // KW
+            elif KH <= 42 and KW <= 42:
+                tap_h = (tap * of_a_tap) >> 16
+            else:
+                tap_h = tap // taps_w
             tap_w = tap - tap_h * taps_w
             th = tap_h * PIXEL_STEP
             tw = tap_w * PIXEL_STEP

@@ -34,6 +34,19 @@ def is_centred(
     return has_tap and all((out - 1) * stride < size for out, size in zip(out_hw, hw))
 
 
+LARGEST_POOL = 16  # a side's taps: a byte tells which of them all has won
+
+
+def check_pool(kernel: int) -> None:
+    """Refuse a max-pool's window that is too large.
+
+    Raises:
+        ValueError: for more than `LARGEST_POOL` taps a side.
+    """
+    if kernel > LARGEST_POOL:
+        raise ValueError(f"kernel of the max-pool is {kernel}: at most {LARGEST_POOL}")
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

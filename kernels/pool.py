@@ -10,12 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.geometry import Pad, check_pool, output_hw
 from fastres.kernels.launch import launch
 from fastres.kernels.row_tiles import POOL_ELEMENTS, WARPS, elementwise, reduction
 from fastres.kernels.tiles import MEAN, activate, bn, gelu_backward, relu, relu_backward, store_sums, sum_pixels
-
-_MOST_TAPS = 256  # a winning tap is a byte
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -98,8 +96,7 @@ def bn_relu_max_pool(
     Raises:
         ValueError: for a larger kernel.
     """
-    if kernel * kernel > _MOST_TAPS:
-        raise ValueError(f"kernel of the max-pool is {kernel}: at most 16")
+    check_pool(kernel)
     n, height, width, channels = y.shape
     out_hw = output_hw((height, width), (kernel, kernel), stride, pad)
     out = buffers.empty(y, n, *out_hw, channels)

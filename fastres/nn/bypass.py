@@ -22,6 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torchvision.ops import FrozenBatchNorm2d
 
+from fastres.kernels.geometry import LARGEST_POOL
 from fastres.nn.roles import (
     ACTIVATIONS,
     AVERAGES,
@@ -32,6 +33,7 @@ from fastres.nn.roles import (
     NORMS,
     POOLS,
     RECTIFYING,
+    max_pool_window,
     with_article,
 )
 
@@ -138,6 +140,8 @@ def pool_reason(pool: Any) -> str | None:
     square = all(isinstance(size, int) or size[0] == size[1] for size in (pool.kernel_size, pool.stride, pool.padding))
     if not square or pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
         return f"a pool is {pool}"
+    if max_pool_window(pool, (0, 0)).kernel > LARGEST_POOL:
+        return f"a pool is {pool}, with more than {LARGEST_POOL} pixels a side"
     return None
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
+from fastres.kernels.geometry import LARGEST_POOL
 from fastres.ops import Identity
 from fastres.ops.layers import Pad
 
@@ -216,8 +217,8 @@ def declared_padding(conv: nn.Module) -> Padding | None:
 
 def window_of(pool: Any, hw: tuple[int, int]) -> Window | None:
     """A max-pool's window over an input of height and width ``hw``; None: it is to be called."""
-    window = POOLS.declared(pool) or max_pool_window
-    return window(pool, hw)
+    window = (POOLS.declared(pool) or max_pool_window)(pool, hw)
+    return None if window is None or window.kernel > LARGEST_POOL else window
 
 
 def max_pool_window(pool: Any, hw: tuple[int, int]) -> Window:

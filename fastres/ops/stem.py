@@ -6,6 +6,7 @@ the convolution's output. For backward the image, that output and a byte an outp
 
 from torch import Tensor
 
+from fastres.kernels.geometry import check_pool
 from fastres.ops.fused import fused
 from fastres.ops.layers import (
     Layer,
@@ -31,11 +32,13 @@ def stem(x: Tensor, layer: Layer, kernel: int, stride: int, pad: Pad) -> tuple[T
 
     Raises:
         RuntimeError, ValueError: as `torch.nn.functional.conv2d`, `batch_norm` and `max_pool2d` raise them.
+        ValueError: for a kernel of more than `fastres.kernels.geometry.LARGEST_POOL`.
     """
     check_input(x, [layer.weight])
     shape = layer_shape(tuple(x.shape), layer)
     if stride < 1:
         raise RuntimeError("stride should not be zero")
+    check_pool(kernel)
     if min(pad) < 0 or 2 * max(pad) > kernel:
         raise RuntimeError(
             f"pad should be at most half of effective kernel size, but got pad={pad}, kernel_size={kernel}"

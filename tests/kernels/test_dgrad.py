@@ -76,6 +76,14 @@ def test_a_residual_of_every_second_pixel(kernel, stride, dtype):
     assert_same_bits(dx[:, 1::2], guarded(conv_dgrad, *arguments[:7])[0][:, 1::2])
 
 
+def test_a_window_of_more_taps_than_a_division_by_shifts_takes():
+    """The pixel reads the tap that the shifts would take for one of the next row."""
+    dz, w, pad = randn(1, 1, 1, 16, seed=0), randn(16, 43, 43, 16, seed=1), (78, 84, 6, 0)
+    dx, _ = guarded(conv_dgrad, dz, None, None, w, 2, pad, (2, 2), dilation=2)
+    expected, _ = aten.conv_dgrad(dz.double(), None, None, w.double(), 2, pad, (2, 2), dilation=2)
+    assert_as_good(dx, expected.float(), expected, terms=16)
+
+
 def test_pixels_that_no_tap_reaches_get_the_residual_alone():
     dz, w, residual = randn(1, 3, 3, 16, seed=0), randn(16, 1, 1, 16, seed=1), randn(1, 5, 5, 16, seed=2)
     dx, _ = guarded(conv_dgrad, dz, None, None, w, 2, (0, 0, 0, 0), (5, 5), None, residual)

@@ -140,6 +140,7 @@ CHANGES = {
     "affine": lambda m: (setattr(block(m).bn1, "weight", None), setattr(block(m).bn1, "bias", None)),
     "one frozen": lambda m: block(m).requires_grad_(False),
     "max-pool": lambda m: setattr(m, "maxpool", nn.MaxPool2d(2, ceil_mode=True)),
+    "large pool": lambda m: setattr(m, "maxpool", nn.MaxPool2d(17, 2, 8)),  # a byte does not tell its pixels apart
     "average pool": lambda m: setattr(m, "maxpool", nn.AvgPool2d(2)),
     "no pool": lambda m: setattr(m, "maxpool", nn.Identity()),
     "head's pool": lambda m: setattr(m, "avgpool", nn.AdaptiveMaxPool2d(1)),

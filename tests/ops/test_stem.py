@@ -56,3 +56,8 @@ def test_opcheck(need_x):
 def test_pool_larger_than_its_input():
     with pytest.raises(RuntimeError, match=r"Given input size: \(4x2x2\). Output size is too small"):
         stem(torch.randn(2, 2, 2, 3), cast(random_layer(3, 4, 3), torch.float32), 5, 2, (1, 1, 1, 1))
+
+
+def test_windows_whose_pixels_a_byte_does_not_tell_apart_are_refused():
+    with pytest.raises(ValueError, match="kernel of the max-pool is 17: at most 16"):
+        stem(torch.randn(2, 20, 20, 3), cast(random_layer(3, 4, 3), torch.float32), 17, 2, (8, 8, 8, 8))

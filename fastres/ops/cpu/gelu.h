@@ -6,6 +6,8 @@
 
 namespace fastres {
 
+enum { kNone, kRelu, kGelu };  // activations, as in passes.py
+
 // exp(x) for x of at most 0, to 2e-7 of it: 2^n by its bits, and a Taylor series within half a binary order; 0 below the
 // normal numbers. NaN stays.
 template <class F, class I>

@@ -1,9 +1,9 @@
-// The passes of the fused schedules over activations in memory, for CPUs: normalise, statistics, BatchNorm backward, pool.
+// The passes of the fused schedules over activations in memory, for CPUs: normalise, statistics, BatchNorm backward.
 //
 // Activations are NHWC, [M, C] with M = N*H*W, in fp32 or bf16; arithmetic and statistics are fp32. Work is split into
 // blocks of rows, small enough to stay in a core's cache while they are read twice; each block leaves its own partial
 // sums, so results do not depend on the number of threads. The loops over channels are the vectorised ones. NaN goes
-// through ReLU and max-pool, as in PyTorch.
+// through ReLU, as in PyTorch.
 
 #include <algorithm>
 #include <cmath>
@@ -51,7 +51,9 @@ inline float rounded(float value) {
 inline float relu(float value) { return value <= 0 ? 0 : value; }
 inline float gelu_slope(float value) { return fastres::gelu_slope<float, uint32_t>(value); }
 
-enum { kNone, kRelu, kGelu };  // activations
+using fastres::kGelu;
+using fastres::kNone;
+using fastres::kRelu;
 
 template <int kAct>
 inline float activated(float value) {
@@ -217,86 +219,6 @@ void backward_apply(const T* dz, const T* y, const float* abc, const T* residual
         if constexpr (kResidual) value += load(added[i]);
         store(to + i, value);
       }
-    }
-  }
-}
-
-// Max over the window of relu(y * scale + shift), or gelu of that of y * scale + shift; index: the winning tap, the first
-// among equals.
-template <typename T, int kAct>
-void max_pool(const T* y, const float* scale, const float* shift, const Window& s, T* out, uint8_t* index, int64_t threads) {
-#pragma omp parallel for num_threads(int(threads)) schedule(static)
-  for (int64_t line = 0; line < s.n * s.out_height; ++line) {
-    const int64_t image = line / s.out_height, out_row = line % s.out_height;
-    std::vector<float> best(s.c);
-    for (int64_t out_column = 0; out_column < s.out_width; ++out_column) {
-      const int64_t pixel = (line * s.out_width + out_column) * s.c;
-      uint8_t* winner = index + pixel;
-      std::fill(best.begin(), best.end(), -INFINITY);
-      std::fill(winner, winner + s.c, uint8_t(0));
-      for (int64_t tap = 0; tap < s.kernel * s.kernel; ++tap) {
-        const int64_t row = out_row * s.stride - s.top + tap / s.kernel;
-        const int64_t column = out_column * s.stride - s.left + tap % s.kernel;
-        if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
-        const T* in = y + ((image * s.height + row) * s.width + column) * s.c;
-        float* top = best.data();
-#pragma omp simd
-        for (int64_t i = 0; i < s.c; ++i) {
-          const float value = rounded<T>(activated<kAct == kGelu ? kNone : kAct>(load(in[i]) * scale[i] + shift[i]));
-          const bool wins = value > top[i] || value != value;
-          top[i] = wins ? value : top[i];
-          winner[i] = wins ? uint8_t(tap) : winner[i];
-        }
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < s.c; ++i) store(out + pixel + i, kAct == kGelu ? activated<kAct>(best[i]) : best[i]);
-    }
-  }
-}
-
-// The gradient at y's BatchNorm output where windows neither overlap nor leave padding: each pixel has one or none.
-template <typename T>
-void max_pool_backward_apart(const T* dout, const uint8_t* index, const Window& s, T* grad, int64_t threads) {
-#pragma omp parallel for num_threads(int(threads)) schedule(static)
-  for (int64_t line = 0; line < s.n * s.height; ++line) {
-    const int64_t image = line / s.height, row = line % s.height, out_row = row / s.stride;
-    const int64_t columns = out_row < s.out_height ? std::min(s.width, s.out_width * s.stride) : 0;
-    T* to = grad + line * s.width * s.c;
-    for (int64_t column = 0; column < columns; ++column, to += s.c) {
-      const uint8_t tap = uint8_t(row % s.stride * s.stride + column % s.stride);
-      const int64_t pixel = ((image * s.out_height + out_row) * s.out_width + column / s.stride) * s.c;
-      const T* from = dout + pixel;
-      const uint8_t* winner = index + pixel;
-#pragma omp simd
-      for (int64_t i = 0; i < s.c; ++i) store(to + i, winner[i] == tap ? load(from[i]) : 0.f);
-    }
-    std::memset(to, 0, (s.width - columns) * s.c * sizeof(T));
-  }
-}
-
-// The same of any windows: each pixel sums those that it won, tap after tap.
-template <typename T>
-void max_pool_backward(const T* dout, const uint8_t* index, const Window& s, T* grad, int64_t threads) {
-#pragma omp parallel for num_threads(int(threads)) schedule(static)
-  for (int64_t line = 0; line < s.n * s.height; ++line) {
-    const int64_t image = line / s.height, row = line % s.height;
-    std::vector<float> sum(s.c);
-    for (int64_t column = 0; column < s.width; ++column) {
-      std::fill(sum.begin(), sum.end(), 0.f);
-      for (int64_t tap = 0; tap < s.kernel * s.kernel; ++tap) {
-        const int64_t down = row + s.top - tap / s.kernel, right = column + s.left - tap % s.kernel;
-        if (down < 0 || right < 0 || down % s.stride || right % s.stride) continue;
-        const int64_t out_row = down / s.stride, out_column = right / s.stride;
-        if (out_row >= s.out_height || out_column >= s.out_width) continue;
-        const int64_t pixel = ((image * s.out_height + out_row) * s.out_width + out_column) * s.c;
-        const T* from = dout + pixel;
-        const uint8_t* winner = index + pixel;
-        float* to = sum.data();
-#pragma omp simd
-        for (int64_t i = 0; i < s.c; ++i) to[i] += winner[i] == tap ? load(from[i]) : 0.f;
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < s.c; ++i) store(grad + (line * s.width + column) * s.c + i, sum[i]);
     }
   }
 }
@@ -582,19 +504,6 @@ extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::m
       });                                                                                                              \
     });                                                                                                                \
   }                                                                                                                    \
-  extern "C" void fastres_max_pool_##NAME(const T* y, const float* coef, int64_t act, const int64_t* window, T* out,   \
-                                          uint8_t* index, int64_t threads) {                                           \
-    const Window s = window_of(window);                                                                                \
-    with_act(act, [&](auto activation) {                                                                               \
-      max_pool<T, activation>(y, coef + 3 * s.c, coef + 4 * s.c, s, out, index, threads);                              \
-    });                                                                                                                \
-  }                                                                                                                    \
-  extern "C" void fastres_max_pool_backward_##NAME(const T* dout, const uint8_t* index, const int64_t* window,         \
-                                                   T* grad, int64_t threads) {                                         \
-    const Window s = window_of(window);                                                                                \
-    const bool apart = s.kernel == s.stride && s.top == 0 && s.left == 0;                                              \
-    (apart ? max_pool_backward_apart<T> : max_pool_backward<T>)(dout, index, s, grad, threads);                        \
-  }                                                                                                                    \
   extern "C" void fastres_normalise_apart_##NAME(const T* y, const float* coef, const T* shortcut, const int64_t* sizes, \
                                                  bool relu, T* out, int64_t threads) {                                 \
     Apart s;                                                                                                           \
@@ -622,8 +531,6 @@ extern "C" void fastres_copy(const char* from, char* to, int64_t bytes) { std::m
   FASTRES_SLOTS(normalise_##NAME)         \
   FASTRES_SLOTS(backward_sums_##NAME)     \
   FASTRES_SLOTS(backward_apply_##NAME)    \
-  FASTRES_SLOTS(max_pool_##NAME)          \
-  FASTRES_SLOTS(max_pool_backward_##NAME) \
   FASTRES_SLOTS(normalise_apart_##NAME)   \
   FASTRES_SLOTS(add_apart_##NAME)         \
   FASTRES_SLOTS(patches_##NAME)

@@ -15,7 +15,7 @@ from fastres.kernels.types import Moments
 from fastres.ops.cpu.native import call, integers, pointer
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}  # as in passes.cpp
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}  # as in gelu.h
 # Rows that a block reads twice fit a core's second-level cache, and are few enough that fp32 sums stay accurate.
 _BLOCK_BYTES, _BLOCK_ROWS = 128 * 1024, 256
 

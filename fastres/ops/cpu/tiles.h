@@ -95,6 +95,15 @@ inline Words narrowed(Floats value) {
 }
 #endif
 
+// What of them in bf16 is left, in fp32.
+inline Floats rounded(Floats value) {
+#if FASTRES_AVX512
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(value)), 16);
+#else
+  return (Floats)narrowed(value);
+#endif
+}
+
 // Store the first `count` of 16 values in bf16; what is stored, in fp32.
 inline Floats store(uint16_t* to, Floats value, int64_t count) {
 #if FASTRES_AVX512
@@ -109,6 +118,27 @@ inline Floats store(uint16_t* to, Floats value, int64_t count) {
   const Words bits = narrowed(value);
   for (int64_t i = 0; i < std::min(count, kLanes); ++i) to[i] = uint16_t(bits[i] >> 16);
   return (Floats)bits;
+#endif
+}
+
+// The first `count` of 16 bytes; the others are 0, and not read.
+inline Words load(const uint8_t* from, int64_t count) {
+#if FASTRES_AVX512
+  const __mmask16 some = count >= kLanes ? 0xffff : __mmask16((1 << count) - 1);
+  return (Words)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, from));
+#else
+  Words value{};
+  for (int64_t i = 0; i < std::min(count, kLanes); ++i) value[i] = from[i];
+  return value;
+#endif
+}
+
+// Store the first `count` of 16 numbers below 256.
+inline void store(uint8_t* to, Words value, int64_t count) {
+#if FASTRES_AVX512
+  _mm512_mask_cvtepi32_storeu_epi8(to, count >= kLanes ? 0xffff : __mmask16((1 << count) - 1), (__m512i)value);
+#else
+  for (int64_t i = 0; i < std::min(count, kLanes); ++i) to[i] = uint8_t(value[i]);
 #endif
 }
 

@@ -32,15 +32,20 @@ _RELATIONS = {"LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.gre
 Value = np.ndarray | None  # of each lane, 32 bits without a sign; None: not known
 
 
-def port_cycles(code: Sequence[Instruction]) -> list[int | None]:
-    """For each instruction the cycles that a warp's access keeps the port of the shared memory; None for others and
-    where its addresses are not known."""
+def addresses(code: Sequence[Instruction]) -> list[Value]:
+    """For each access of the shared memory the bytes at which the lanes' own begin [32]; None where they are not known,
+    and for other instructions."""
     warp, found = _Warp(), []
     for one in code:
-        address = warp.address(one.operands) if one.name in SHARED and not one.never else None
-        found.append(None if address is None else access_cycles(address, one))
+        found.append(warp.address(one.operands) if one.name in SHARED and not one.never else None)
         warp.run(one)
     return found
+
+
+def port_cycles(code: Sequence[Instruction]) -> list[int | None]:
+    """For each instruction the cycles that a warp's access keeps the port of the shared memory; None as of
+    `addresses`."""
+    return [None if at is None else access_cycles(at, one) for at, one in zip(addresses(code), code, strict=True)]
 
 
 def conflicts(code: Sequence[Instruction]) -> float | None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bench.machine.assembly import Instruction
-from bench.machine.banks import conflicts, port_cycles
+from bench.machine.banks import addresses, conflicts, port_cycles
 
 LANES = np.arange(32)
 
@@ -71,14 +71,12 @@ def test_rows_of_matrices():
         (["LOP3.LUT P0, RZ, R0, 0x10, RZ, 0xc0, !PT", "SEL R1, R0, RZ, !P0"], np.where(LANES < 16, LANES, 0)),
         (["MOV R1, 0x5", "ISETP.LT.U32.AND P1, PT, R0, 0x8, PT", "@P1 MOV R1, R0"], np.where(LANES < 8, LANES, 5)),
         (["R2UR UR5, R0", "IADD3 R1, R0, UR5, RZ"], LANES),
-        (["CS2R R0, SRZ"], None),  # R1 is the second of its pair
+        (["CS2R R0, SRZ"], 0 * LANES),  # R1 is the second of its pair
     ],
 )
 def test_addresses_are_computed(lines, expected):
-    """The lanes' words tell what is in R1: four of them apart they are in 8 banks, and differ where R1 does."""
-    stored = cycles(*lines, "IMAD R2, R1, 0x10, RZ", "STS [R2], R3")
-    words = {4 * int(value) for value in (0 * LANES if expected is None else expected)}
-    assert stored == np.bincount([word % 32 for word in words]).max()
+    stored = addresses(code("S2R R0, SR_TID.X", *lines, "STS [R1], R3"))[-1]
+    assert np.array_equal(stored, expected & 0xFFFFFFFF)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_rows_of_matrices():
         (["LOP3.LUT R1, R0, 0x7, 0x10, 0xf8, !PT"], LANES | 7 & 16),
         (["LOP3.LUT R1, R0, 0x7, RZ, 0x3c, !PT"], LANES ^ 7),
         (["SGXT.U32 R1, R0, 0x3"], LANES & 7),
-        (["PRMT R1, R0, 0x1004, R0"], LANES << 24 | LANES),
+        (["PRMT R1, R0, 0x1004, R0"], LANES | LANES << 8 | LANES << 16),
         (["IMAD.MOV.U32 R1, RZ, RZ, R0.reuse"], LANES),
         (["ISETP.GE.AND P0, PT, R0, 0x10, PT", "SEL R1, R0, RZ, P0"], np.where(LANES >= 16, LANES, 0)),
         (["LOP3.LUT P0, RZ, R0, 0x10, RZ, 0xc0, !PT", "SEL R1, R0, RZ, !P0"], np.where(LANES < 16, LANES, 0)),

@@ -142,7 +142,7 @@ def test_another_compiler_or_cpu_has_its_own_library(compiler, tmp_path, monkeyp
 def test_a_plain_cpu_has_only_plain_tiles(compiler, monkeypatch):
     """What needs AVX512-BF16 is left out where the compiler may not take it for granted; then PyTorch's convolutions
     run."""
-    names = ("conv.cpp", "conv_calls.cpp", "weight_grad.cpp", "few_channels.cpp")
+    names = ("conv.cpp", "packing.cpp", "conv_calls.cpp", "weight_grad.cpp", "few_channels.cpp")
     files = tuple(Path(build.__file__).with_name(name) for name in names)
     monkeypatch.setattr(build, "PASSES", build.PASSES._replace(files=files))
     monkeypatch.setattr(build, "_FOR_THIS_CPU", ((),))

@@ -54,9 +54,19 @@ PASSES = Sources(
     "the fused passes",
     tuple(
         _HERE / f"{name}.cpp"
-        for name in ("passes", "weight_grad", "few_channels", "conv", "conv_calls", "max_pool", "program", "sgd")
+        for name in (
+            "passes",
+            "weight_grad",
+            "few_channels",
+            "conv",
+            "packing",
+            "conv_calls",
+            "max_pool",
+            "program",
+            "sgd",
+        )
     ),
-    tuple(_HERE / name for name in ("conv.h", "gelu.h", "slots.h", "tiles.h", "window.h")),
+    tuple(_HERE / name for name in ("conv.h", "gelu.h", "plan.h", "slots.h", "tiles.h", "vectors.h", "window.h")),
     _openmp(),
 )
 PAGES = Sources(

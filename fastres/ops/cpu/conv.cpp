@@ -1,64 +1,17 @@
-#include "conv.h"
+// The products: of tiles by panels of weights, unit by unit, with what becomes of their sums.
 
 #include <omp.h>
 
 #include <type_traits>
 #include <utility>
 
+#include "plan.h"
+
 namespace fastres {
 namespace {
 
-constexpr int64_t kScratchBytes = 240 << 10;  // of a unit's packed input; a panel of weights of as much wants room too
-constexpr int64_t kWeightBytes = 384 << 10;   // of panels that are taken in turn
-constexpr int64_t kDirectPitch = 1024;        // bytes of a pixel that is read where it is, at most
-constexpr int64_t kUnitPixels = 256;          // few enough that sums in fp32 stay accurate
-
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -up(-a, b); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
-
-struct Span {
-  int64_t first, count;
-};
-
-// One axis of the products: which input positions output positions read.
-struct Axis {
-  int64_t in, out, kernel, stride, before, dilation;
-  bool transposed;
-
-  // Input positions from the first to the last that outputs of a span read; not cut to those that are there.
-  Span reach(Span outs) const {
-    const int64_t last = outs.first + outs.count - 1;
-    if (!transposed) {
-      const int64_t first = outs.first * stride - before;
-      return {first, last * stride - before + (kernel - 1) * dilation + 1 - first};
-    }
-    const int64_t first = ceil_div(outs.first + before - (kernel - 1) * dilation, stride);
-    return {first, std::max<int64_t>(1, floor_div(last + before, stride) + 1 - first)};
-  }
-  // Outputs are taken in phases, `phases` apart, within which each tap reads equal distances of `step`.
-  int64_t phases() const { return transposed ? stride : 1; }
-  int64_t step() const { return transposed ? 1 : stride; }
-  // Whether the outputs of a phase read a tap.
-  bool reads(int64_t phase, int64_t tap) const {
-    return !transposed || floor_mod(phase + before - tap * dilation) == 0;
-  }
-  int64_t most_taps() const {  // of any phase
-    int64_t most = 0;
-    for (int64_t phase = 0; phase < phases(); ++phase) {
-      int64_t taps = 0;
-      for (int64_t tap = 0; tap < kernel; ++tap) taps += reads(phase, tap);
-      most = std::max(most, taps);
-    }
-    return most;
-  }
-  // The input position that an output reads with a tap.
-  int64_t at(int64_t out, int64_t tap) const {
-    return transposed ? floor_div(out + before - tap * dilation, stride) : out * stride - before + tap * dilation;
-  }
-
- private:
-  int64_t floor_mod(int64_t value) const { return value - floor_div(value, stride) * stride; }
-};
+constexpr int64_t kWeightBytes = 384 << 10;  // of panels that are taken in turn
+constexpr int64_t kDirectPitch = 1024;       // bytes of a pixel that is read where it is, at most
 
 // A group of a tile's rows: where the first is in the packed input, and how many of them are outputs.
 struct Group {
@@ -92,183 +45,6 @@ struct Phase {
     pairs *= int64_t(many);
   }
 };
-
-struct Unit {
-  Span images, rows;
-};
-
-// How products are cut, for tiles of kGroup rows a group and of kGranule channels.
-struct Plan {
-  Shape s;
-  Axis rows, columns;
-  int64_t group, granule;
-  int64_t in_channels, out_channels;  // of the products: those of dy and of dx in a data gradient
-  int64_t depth, pitch;               // packed channels of a pixel, and its bytes
-  bool dense, gathered;               // the packed pixels are the outputs; each output has its taps side by side
-  int64_t tap_bytes;                  // of a tap in a panel
-  int64_t unit_images, unit_rows, image_cuts, row_cuts;
-
-  Plan(const Shape& shape, bool transposed, int64_t group, int64_t granule)
-      : s(shape),
-        rows{shape.in_height, shape.out_height, shape.kernel_h, shape.stride, shape.top, shape.dilation, transposed},
-        columns{shape.in_width, shape.out_width, shape.kernel_w, shape.stride, shape.left, shape.dilation, transposed},
-        group(group),
-        granule(granule) {
-    if (transposed) {
-      std::swap(rows.in, rows.out);
-      std::swap(columns.in, columns.out);
-    }
-    in_channels = transposed ? s.out_channels : s.in_channels;
-    out_channels = transposed ? s.in_channels : s.out_channels;
-    depth = up(in_channels, granule) * granule;
-    tap_bytes = depth / 2 * kLine;
-    dense = s.is_pointwise() && (!transposed || s.stride == 1);
-    if (dense && s.stride == 1) {  // one long image of single pixels
-      const int64_t pixels = s.n * rows.in * columns.in;
-      s.n = 1, rows.in = rows.out = pixels, columns.in = columns.out = 1;
-    }
-    // groups need equal distances, which rows of other widths do not have
-    gathered = !dense && group == 16 && !(columns.phases() == 1 && columns.out % group == 0);
-    pitch = 2 * depth % 128 ? 2 * depth : 2 * depth + 64;  // no multiple of lines that share a place in the cache
-    const int64_t image_bytes = bytes_of({1, {0, rows.out}}), image_pixels = rows.out * columns.out;
-    unit_images = std::max<int64_t>(1, std::min(kScratchBytes / image_bytes, kUnitPixels / image_pixels));
-    image_cuts = up(s.n, unit_images);
-    if (image_cuts > 1) image_cuts = std::min(s.n, up(image_cuts, 2) * 2);  // threads are an even number as a rule
-    unit_rows = rows.out;
-    if (unit_images == 1) {
-      const int64_t step = rows.phases();
-      while (unit_rows > step && (bytes_of({1, {0, unit_rows}}) > kScratchBytes || unit_rows * columns.out > kUnitPixels)) {
-        const int64_t fit = std::min(unit_rows * kScratchBytes / bytes_of({1, {0, unit_rows}}), kUnitPixels / columns.out);
-        unit_rows = std::max(step, std::min(unit_rows - 1, fit) / step * step);
-      }
-      const int64_t cuts = up(rows.out, unit_rows);
-      unit_rows = up(up(rows.out, cuts), step) * step;  // of equal size
-    }
-    row_cuts = up(rows.out, unit_rows);
-  }
-
-  int64_t count() const { return image_cuts * row_cuts; }
-  int64_t panels() const { return up(out_channels, kColumns); }
-  int64_t taps() const { return s.kernel_h * s.kernel_w; }
-
-  Unit unit(int64_t index) const {
-    const int64_t image = index / row_cuts, row = index % row_cuts * unit_rows;
-    const int64_t first = s.n * image / image_cuts, end = s.n * (image + 1) / image_cuts;
-    return {{first, end - first}, {row, std::min(unit_rows, rows.out - row)}};
-  }
-
-  struct Block {  // a number of images, and rows of outputs
-    int64_t images;
-    Span rows;
-  };
-
-  // Packed pixels of each image, and their first input row and column.
-  Span packed_rows(Span outs) const { return dense ? Span{outs.first, outs.count} : rows.reach(outs); }
-  Span packed_columns() const { return dense ? Span{0, columns.out} : columns.reach({0, columns.out}); }
-  int64_t spatial_bytes(const Block& b) const {
-    return b.images * packed_rows(b.rows).count * packed_columns().count * pitch;
-  }
-  int64_t gathered_pitch() const { return most_taps() * 2 * depth + 64; }
-  int64_t most_taps() const { return rows.most_taps() * columns.most_taps(); }
-  int64_t bytes_of(const Block& b) const {
-    const int64_t all = spatial_bytes(b);
-    return gathered ? all + b.images * b.rows.count * columns.out * gathered_pitch() : all;
-  }
-};
-
-// ---- packing of the input ----
-
-// 16 channels, or `lanes`, of `count` pixels.
-template <Prologue kPrologue, class Lanes>
-void pack_column(const Source& s, int64_t at, int64_t step, int64_t count, int64_t channel, Lanes lanes, int64_t pitch, char* to) {
-  const Factors factors = factors_of<kPrologue>(s, channel, lanes);
-  at += channel, to += 2 * channel;
-  for (int64_t pixel = 0; pixel < count; ++pixel, at += step, to += pitch) {
-    const Floats value = value_of<kPrologue>(s, at, factors, lanes);
-    store(reinterpret_cast<uint16_t*>(to), value, lanes);
-    if constexpr (kPrologue == Prologue::kJoin) {
-      if (s.copy) store(s.copy + at, value, lanes);
-    }
-  }
-}
-
-// `count` pixels, `step` channels apart in x from the `at`-th element; behind the channels there are zeros up to the depth.
-template <Prologue kPrologue>
-void pack_pixels(const Source& s, int64_t at, int64_t step, int64_t count, int64_t channels, const Plan& p, char* to) {
-  if (kPrologue == Prologue::kPlain && step == channels && p.pitch == 2 * channels) {
-    copy(reinterpret_cast<uint16_t*>(to), s.x + at, count * channels);
-    return;
-  }
-  if (kPrologue == Prologue::kPlain && step == channels && p.depth == 4 && p.pitch == 8) {
-    spread(reinterpret_cast<uint16_t*>(to), s.x + at, count, channels);
-    return;
-  }
-  if (kPrologue != Prologue::kPlain && channels == p.depth && channels <= kColumns) {  // few lines, which stay in the cache
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      if (c + kLanes <= channels) {
-        pack_column<kPrologue>(s, at, step, count, c, std::integral_constant<int64_t, kLanes>{}, p.pitch, to);
-      } else {
-        pack_column<kPrologue>(s, at, step, count, c, channels - c, p.pitch, to);
-      }
-    }
-    return;
-  }
-  for (int64_t pixel = 0; pixel < count; ++pixel, at += step, to += p.pitch) {
-    uint16_t* out = reinterpret_cast<uint16_t*>(to);
-    int64_t c = 0;
-    if constexpr (kPrologue == Prologue::kPlain) {
-      copy(out, s.x + at, channels);
-    } else {
-      for (; c + kLanes <= channels; c += kLanes) {
-        if (c % kColumns == 0) fetch(s, at + c);
-        store(out + c, value_of<kPrologue>(s, at + c, c, kLanes), kLanes);
-      }
-      if (c < channels) store(out + c, value_of<kPrologue>(s, at + c, c, channels - c), channels - c);
-      if constexpr (kPrologue == Prologue::kJoin) {
-        if (s.copy) copy(s.copy + at, out, channels);
-      }
-    }
-    for (c = channels; c < p.depth; ++c) out[c] = 0;
-  }
-}
-
-void pack_some(const Source& s, int64_t at, int64_t step, int64_t count, int64_t channels, const Plan& p, char* to) {
-  switch (s.prologue) {
-    case Prologue::kPlain: return pack_pixels<Prologue::kPlain>(s, at, step, count, channels, p, to);
-    case Prologue::kNorm: return pack_pixels<Prologue::kNorm>(s, at, step, count, channels, p, to);
-    case Prologue::kGelu: return pack_pixels<Prologue::kGelu>(s, at, step, count, channels, p, to);
-    case Prologue::kJoin: return pack_pixels<Prologue::kJoin>(s, at, step, count, channels, p, to);
-    case Prologue::kGrad: return pack_pixels<Prologue::kGrad>(s, at, step, count, channels, p, to);
-  }
-}
-
-void pack_unit(const Source& source, const Plan& p, const Unit& u, char* to) {
-  const Span rows = p.packed_rows(u.rows), columns = p.packed_columns();
-  const int64_t apart = p.dense ? p.s.stride : 1, width = p.columns.in;  // a dense input is read where outputs are
-  const int64_t first = std::clamp<int64_t>(-columns.first, 0, columns.count);
-  const int64_t end = p.dense ? columns.count : std::clamp<int64_t>(width - columns.first, first, columns.count);
-  for (int64_t image = u.images.first; image < u.images.first + u.images.count; ++image) {
-    if (p.dense && apart == 1) {  // columns are single pixels
-      const int64_t at = (image * p.rows.in + rows.first) * p.in_channels;
-      pack_some(source, at, p.in_channels, rows.count, p.in_channels, p, to);
-      to += rows.count * p.pitch;
-      continue;
-    }
-    for (int64_t row = rows.first * apart; row < (rows.first + rows.count) * apart; row += apart, to += columns.count * p.pitch) {
-      if (row < 0 || row >= p.rows.in) {
-        std::memset(to, 0, columns.count * p.pitch);
-        continue;
-      }
-      std::memset(to, 0, first * p.pitch);
-      const int64_t column = p.dense ? 0 : columns.first + first;
-      const int64_t at = ((image * p.rows.in + row) * width + column) * p.in_channels;
-      pack_some(source, at, apart * p.in_channels, end - first, p.in_channels, p, to + first * p.pitch);
-      std::memset(to + end * p.pitch, 0, (columns.count - end) * p.pitch);
-    }
-  }
-}
-
-// ---- the products ----
 
 // What the next unit reads, brought into the cache bit by bit while the present one is multiplied.
 class Ahead {
@@ -513,56 +289,6 @@ void multiply_all(const Plan& p, const Source& source, const uint16_t* weights, 
   }
 }
 
-// Calls `function` with the tiles of a form that suit a width of outputs.
-template <class Function>
-auto with_tiles(Form form, const Shape& s, bool transposed, Function function) {
-#if FASTRES_AMX
-  if (form == kAmx) return function(AmxTiles());
-#endif
-#if FASTRES_AVX512
-  if (form == kAvx512) {
-    const int64_t width = transposed ? up(s.in_width, s.stride) : s.out_width;
-    const bool flat = s.is_pointwise() && (!transposed || s.stride == 1);
-    return !flat && up(width, 7) * 7 < up(width, 4) * 4 ? function(Avx512Tiles<7>()) : function(Avx512Tiles<4>());
-  }
-#endif
-  return function(PlainTiles());
-}
-
-template <class Tiles>
-Plan plan_of(Tiles, const Shape& s, bool transposed) {
-  return Plan(s, transposed, Tiles::kGroup, Tiles::kGranule);
-}
-
-// ---- packing of weights ----
-
-// A tap's panel of columns `column` to `column` + 31, the outputs k: from w [K, taps, C].
-template <class Value>
-void pack_tap(const Plan& p, const Value* w, int64_t tap, int64_t column, uint32_t* to) {
-  const int64_t pitch = p.taps() * p.in_channels;
-  for (int64_t half = 0; half < kColumns; half += kLanes) {
-    const int64_t first = column + half;
-    for (int64_t c = 0; c < p.depth; c += 2 * kLanes)
-      transpose(w + first * pitch + tap * p.in_channels + c, pitch, p.out_channels - first, p.in_channels - c,
-                std::min(kLanes, (p.depth - c) / 2), to + c / 2 * kColumns + half);
-  }
-}
-
-// The same with the channels c as columns and pairs of outputs k.
-template <class Value>
-void pack_transposed_tap(const Plan& p, const Value* w, int64_t tap, int64_t column, uint32_t* to) {
-  const int64_t columns = std::min(kColumns, p.out_channels - column), pitch = p.taps() * p.out_channels;
-  for (int64_t k = 0; k < p.depth; k += 2, to += kColumns) {
-    const Value* const row = w + k * pitch + tap * p.out_channels + column;
-    for (int64_t i = 0; i < kColumns; i += kLanes) {
-      const Floats first = k < p.in_channels ? load(row + i, std::max<int64_t>(0, columns - i)) : Floats{};
-      const Floats second = k + 1 < p.in_channels ? load(row + pitch + i, std::max<int64_t>(0, columns - i)) : Floats{};
-      const Words both = std::is_same_v<Value, float> ? paired(first, second) : (Words)first >> 16 | (Words)second;
-      std::memcpy(to + i, &both, sizeof both);
-    }
-  }
-}
-
 }  // namespace
 
 void multiply(Form form, const Shape& shape, bool transposed, const Source& source, const uint16_t* weights,
@@ -585,26 +311,5 @@ void unit_pixels(Form form, const Shape& shape, bool transposed, float* pixels) 
     }
   });
 }
-
-int64_t packed_size(Form form, const Shape& shape, bool transposed) {
-  return with_tiles(form, shape, transposed, [&](auto tiles) {
-    const Plan p = plan_of(tiles, shape, transposed);
-    return p.panels() * p.taps() * p.tap_bytes / 2;
-  });
-}
-
-template <class Value>
-void pack(Form form, const Shape& shape, bool transposed, const Value* w, uint16_t* packed, int64_t threads) {
-  with_tiles(form, shape, transposed, [&](auto tiles) {
-    const Plan p = plan_of(tiles, shape, transposed);
-    const auto tap_of = transposed ? pack_transposed_tap<Value> : pack_tap<Value>;
-#pragma omp parallel for num_threads(int(threads)) schedule(static)
-    for (int64_t job = 0; job < p.panels() * p.taps(); ++job)
-      tap_of(p, w, job % p.taps(), job / p.taps() * kColumns, reinterpret_cast<uint32_t*>(packed) + job * p.tap_bytes / 4);
-  });
-}
-
-template void pack(Form, const Shape&, bool, const uint16_t*, uint16_t*, int64_t);
-template void pack(Form, const Shape&, bool, const float*, uint16_t*, int64_t);
 
 }  // namespace fastres

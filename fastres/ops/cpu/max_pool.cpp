@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "slots.h"
-#include "tiles.h"
+#include "vectors.h"
 #include "window.h"
 
 namespace fastres {

@@ -215,7 +215,11 @@ class TrainConfig:
     )  # fmt: skip
     clip: float | None = option(None, "largest norm of the whole gradient", kind=float, low=0.0)
     ema: float | None = option(None, "decay of the weight average that is evaluated", kind=float, low=0.0, high=1.0)
-    tta: bool = option(False, "report the accuracy over each image and its mirror image too", kind=bool)
+    tta: bool = option(
+        False,
+        "report the accuracy over each image and its mirror image too: of the last epoch, with --patience of each",
+        kind=bool,
+    )
     tta_shift: int = option(
         0, "with --tta also over both moved by so many pixels, up-left and down-right: six views", kind=int, low=0
     )

@@ -294,9 +294,11 @@ class Trainer:
         """Validate, save and report; a stop request in the validation leaves it to the resumed run."""
         start = time.perf_counter()
         self._share_statistics()
+        # several views take a forward each: as much as a third of an epoch
+        may_be_last = self.step >= self.total_steps or self.config.patience is not None
         scores = evaluate(
-            self.evaluated, self.val_batches, self.dtype, self.config.views, lambda: stop.signum is not None,
-            self.ranks, self.say,
+            self.evaluated, self.val_batches, self.dtype, self.config.views if may_be_last else None,
+            lambda: stop.signum is not None, self.ranks, self.say,
         )  # fmt: skip
         if scores is None:
             return

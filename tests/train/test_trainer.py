@@ -33,12 +33,18 @@ def test_learns_and_leaves_a_run_folder(tmp_path):
     history = run.fit()
     assert history[-1]["val_accuracy"] >= 0.9 > history[0]["val_accuracy"]
     assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6] and history[-1]["step"] == 36
+    assert [row["tta_accuracy"] is None for row in history] == 5 * [True] + [False]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
     assert any(file.name.startswith("events.out.tfevents") for file in tmp_path.iterdir())
     best = load_checkpoint(tmp_path / "best.pt")
     first_best = max(history, key=report.rank)
     assert best["epoch"] == first_best["epoch"] and best["data"] == "tiny"
+
+
+def test_any_epoch_may_be_the_last_one_where_patience_ends_the_run(tmp_path):
+    rows = tiny_trainer(tmp_path, epochs=3, tta=True, patience=2).fit()
+    assert all(0 <= row["tta_accuracy"] <= 1 for row in rows)
 
 
 @pytest.mark.parametrize("changes", [dict(ema=0.9, flip="alternating", cutout=3), dict(steps=9)])

@@ -15,6 +15,7 @@ from typing import Any
 from bench.record import RESULTS, write_results
 from bench.sweeping import make_parser, train_variants
 from bench.tables import markdown
+from fastres.train import PRESETS
 
 # Accuracy and PFLOP that the README of cifar10-airbench (Jordan 2024) says, on the original pixels, over six views.
 PUBLISHED = {"airbench94_muon": (0.9401, 0.29), "airbench95": (0.9501, 1.4), "airbench96_faster": (0.9600, 3.1)}
@@ -36,12 +37,20 @@ def curves(work: Path, name: str = "preset") -> dict[str, dict[str, Any]]:
     return found
 
 
+def label(content: dict[str, Any]) -> str:
+    """The preset, and which of its options were others than they are today."""
+    options = content.get("options", {})
+    today = {name: value for name, value in PRESETS[content["preset"]].items() if name in options}
+    others = [f"{name.replace('_', '-')} {options[name]}" for name, value in today.items() if options[name] != value]
+    return f"`{content['preset']}`" + (f" with {', '.join(others)}" if others else "")
+
+
 def row(content: dict[str, Any]) -> list[str]:
     """A line of the table."""
     (entry,), runs = content["summary"], list(content["curves"].values())
     accuracy, seconds = entry["val_accuracy"], entry["train_seconds"]["mean"]
     epochs = content["options"]["epochs"]
-    cells = [f"`{content['preset']}`", str(entry["runs"]), str(epochs), _share(accuracy)]
+    cells = [label(content), str(entry["runs"]), str(epochs), _share(accuracy)]
     deviation = accuracy["standard_deviation"]
     cells.append("" if deviation is None else f"± {100 * deviation:.2f}")
     cells.append(_share(entry["tta_accuracy"]) if "tta_accuracy" in entry else "")

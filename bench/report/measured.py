@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench import seeds
 from bench.host import table as host_table
 from bench.machine import compare
 from bench.report.common import Record, machine_line, measured_cases, median, networks, read
@@ -44,7 +45,7 @@ def seconds_sentence(results: Path) -> str | None:
         record = read(path)
         if record and record["device"] != "cpu":
             seconds = sorted(run["epochs"][-1]["train_seconds"] for run in record["curves"].values())
-            found.append((f"`{record['preset']}` {seconds[len(seconds) // 2]:.1f} s", machine_line(record)))
+            found.append((f"{seeds.label(record)} in {seconds[len(seconds) // 2]:.1f} s", machine_line(record)))
     if not found:
         return None
     return f"On one {found[0][1]}: {', '.join(text for text, _ in found)} of training, one CUDA graph a step."

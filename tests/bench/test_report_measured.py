@@ -45,7 +45,7 @@ def test_seconds_are_the_median_of_the_seeds(tmp_path):
     for name, device in (("seeds-speed94-h100", "Some GPU"), ("seeds-speed94-cpu", "cpu")):
         record = {**MACHINE, "device": device, "preset": "speed94", "curves": curves}
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    assert ": `speed94` 5.0 s of training" in measured.seconds_sentence(tmp_path)
+    assert ": `speed94` in 5.0 s of training" in measured.seconds_sentence(tmp_path)
 
 
 def test_launches_stand_beside_the_models(tmp_path):

@@ -24,7 +24,7 @@ def test_seeds_are_collected_with_their_curves(tmp_path):
     for run in found["curves"].values():
         assert len(run["epochs"]) == 1 and run["flops"] > 64 * 128e6
     text = training.seeds_section(tmp_path)
-    assert "| `speed` | 2 | 1 |" in text and "airbench94_muon, published" in text
+    assert "| `speed` with epochs 1, batch-size 32 | 2 | 1 |" in text and "airbench94_muon, published" in text
 
 
 def test_the_table_has_errors_where_there_are_several_seeds():
@@ -33,7 +33,7 @@ def test_the_table_has_errors_where_there_are_several_seeds():
     run = {"flops": 2.5e14, "epochs": [{"images_per_second": 100.0}, {"images_per_second": 200.0}]}
     content = {"preset": "speed94", "options": {"epochs": 9}, "curves": {"0": run}}
     entry = {"runs": 2, "val_accuracy": value, "tta_accuracy": value, "train_seconds": {"mean": 90.0}}
-    cells = ["`speed94`", "2", "9", "90.00 ± 0.10%", "± 0.20", "90.00 ± 0.10%", "0.25", "150", "1.5"]
+    cells = ["`speed94` with epochs 9", "2", "9", "90.00 ± 0.10%", "± 0.20", "90.00 ± 0.10%", "0.25", "150", "1.5"]
     assert seeds.row({**content, "summary": [entry]}) == cells
     alone = {"runs": 1, "val_accuracy": one, "train_seconds": {"mean": 90.0}}
     assert seeds.row({**content, "summary": [alone]})[3:6] == ["90.00%", "", ""]

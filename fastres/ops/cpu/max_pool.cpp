@@ -50,7 +50,7 @@ inline Vector larger(Vector a, Vector b) {
   return a > b ? a : b;
 }
 
-// Calls `function` with each vector of `lanes` of `c` channels: its index, and how many channels it has, a constant where all.
+// Calls `function` with each vector of `c` channels, kWhole but for the last: its index, and its channels, a constant where whole.
 template <int64_t kWhole, class Function>
 inline void for_vectors(int64_t c, Function function) {
   int64_t v = 0;

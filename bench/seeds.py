@@ -39,7 +39,7 @@ def curves(work: Path, name: str = "preset") -> dict[str, dict[str, Any]]:
 
 def label(content: dict[str, Any]) -> str:
     """The preset, and which of its options were others than they are today."""
-    options = content.get("options", {})
+    options = content["options"]
     today = {name: value for name, value in PRESETS[content["preset"]].items() if name in options}
     others = [f"{name.replace('_', '-')} {options[name]}" for name, value in today.items() if options[name] != value]
     return f"`{content['preset']}`" + (f" with {', '.join(others)}" if others else "")

@@ -43,7 +43,7 @@ def test_seconds_are_the_median_of_the_seeds(tmp_path):
         str(seed): {"epochs": [{"train_seconds": 1.0}, {"train_seconds": one}]} for seed, one in enumerate((3, 5, 9))
     }
     for name, device in (("seeds-speed94-h100", "Some GPU"), ("seeds-speed94-cpu", "cpu")):
-        record = {**MACHINE, "device": device, "preset": "speed94", "curves": curves}
+        record = {**MACHINE, "device": device, "preset": "speed94", "options": {}, "curves": curves}
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     assert ": `speed94` in 5.0 s of training" in measured.seconds_sentence(tmp_path)
 

@@ -134,6 +134,11 @@ def test_max_pool(kernel, stride, pad, dtype):
     assert relative_error(sums.sum(0), exact_sums.sum(0)) < 2e-6
 
 
+def test_a_max_pool_whose_winners_a_byte_does_not_hold_is_refused():
+    with pytest.raises(ValueError, match="kernel of the max-pool is 17: at most 16"):
+        passes.bn_relu_max_pool(torch.randn(1, 20, 20, 8), coef(8), 17, 2, (8, 8, 8, 8))
+
+
 @pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize(
     "kernel, stride, pad", [(3, 2, (1, 1, 1, 1)), (3, 2, (0, 0, 1, 1)), (1, 2, (0,) * 4), (5, 3, (2,) * 4)]

@@ -59,21 +59,14 @@ void pack_dy(const Plan& p, const Unit& u, char* to) {
   const int64_t k = p.s.out_channels, pixels = u.rows * p.s.out_width;
   const int64_t image_pitch = p.s.out_height * p.s.out_width * k, from = u.even * image_pitch + u.row * p.s.out_width * k;
   for (int64_t pixel = 0; pixel < pixels; ++pixel)
-    for (int64_t channel = 0; channel < k; channel += kLanes) {
-      const auto pair = [&](auto count) {
-        const Factors factors = factors_of<kPrologue>(p.dy, channel, count);
-        const int64_t at = from + pixel * k + channel;
-        const Floats even = value_of<kPrologue>(p.dy, at, factors, count);
-        const Floats odd = u.both ? value_of<kPrologue>(p.dy, at + image_pitch, factors, count) : Floats{};
-        const Words both = paired(even, odd);
-        std::memcpy(to + (channel / kColumns * pixels + pixel) * kLine + channel % kColumns * 4, &both, sizeof both);
-      };
-      if (channel + kLanes <= k) {
-        pair(std::integral_constant<int64_t, kLanes>{});
-      } else {
-        pair(k - channel);
-      }
-    }
+    each_vector(k, [&](int64_t channel, auto count) {
+      const Factors factors = factors_of<kPrologue>(p.dy, channel, count);
+      const int64_t at = from + pixel * k + channel;
+      const Floats even = value_of<kPrologue>(p.dy, at, factors, count);
+      const Floats odd = u.both ? value_of<kPrologue>(p.dy, at + image_pitch, factors, count) : Floats{};
+      const Words both = paired(even, odd);
+      std::memcpy(to + (channel / kColumns * pixels + pixel) * kLine + channel % kColumns * 4, &both, sizeof both);
+    });
 }
 
 // Adds a unit's products to `total`, [KH][KW * C][panels * 32].

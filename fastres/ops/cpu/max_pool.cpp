@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "slots.h"
@@ -23,39 +21,29 @@ template <>
 struct Int<uint16_t> {
   typedef int16_t Type;
   typedef Type Vector __attribute__((vector_size(64)));
-  static constexpr Type kInfinity = 0x7f80;
+  static constexpr Type kInfinity = 0x7f80, kLeast = -0x8000, kMost = 0x7fff;
 };
 template <>
 struct Int<float> {
   typedef int32_t Type;
   typedef Type Vector __attribute__((vector_size(64)));
-  static constexpr Type kInfinity = 0x7f800000;
+  static constexpr Type kInfinity = 0x7f800000, kLeast = -0x7fffffff - 1, kMost = 0x7fffffff;
 };
 
 // The bits of numbers of type T as integers in the same order: those of negative numbers are in reverse. Twice is back.
 template <typename T, class Vector>
 inline Vector reversed(Vector bits) {
-  constexpr int kSign = 8 * sizeof(T) - 1;
-  return bits ^ ((bits >> kSign) & typename Int<T>::Type((uint64_t(1) << kSign) - 1));
+  return bits ^ ((bits >> (8 * sizeof(T) - 1)) & Int<T>::kMost);
 }
 
 template <typename T, class Vector>
 inline Vector ordered(Vector bits) {
-  constexpr auto kMost = typename Int<T>::Type((uint64_t(1) << (8 * sizeof(T) - 1)) - 1);
-  return (bits & kMost) > Int<T>::kInfinity ? Vector{} + kMost : reversed<T>(bits);
+  return (bits & Int<T>::kMost) > Int<T>::kInfinity ? Vector{} + Int<T>::kMost : reversed<T>(bits);
 }
 
 template <class Vector>
 inline Vector larger(Vector a, Vector b) {
   return a > b ? a : b;
-}
-
-// Calls `function` with each vector of `c` channels, kWhole but for the last: its index, and its channels, a constant where whole.
-template <int64_t kWhole, class Function>
-inline void for_vectors(int64_t c, Function function) {
-  int64_t v = 0;
-  for (; (v + 1) * kWhole <= c; ++v) function(v, std::integral_constant<int64_t, kWhole>{});
-  if (v * kWhole < c) function(v, c - v * kWhole);
 }
 
 // Positions of an axis that a window reads.
@@ -72,7 +60,6 @@ template <typename T>
 void plain_max_pool(const T* x, const Window& s, T* out, int64_t threads) {
   constexpr int64_t kWhole = 64 / sizeof(T);
   using Vector = typename Int<T>::Vector;
-  constexpr auto kLeast = std::numeric_limits<typename Int<T>::Type>::min();
   const int64_t vectors = up(s.c, kWhole);
 #pragma omp parallel num_threads(int(threads))
   {
@@ -82,22 +69,22 @@ void plain_max_pool(const T* x, const Window& s, T* out, int64_t threads) {
       const T* const image = x + line / s.out_height * s.height * s.width * s.c;
       const Reach rows(line % s.out_height, s.stride, s.top, s.kernel, s.height);
       for (int64_t column = 0; column < s.width; ++column)
-        for_vectors<kWhole>(s.c, [&](int64_t v, auto lanes) {
-          Vector best = Vector{} + kLeast;
+        each_vector<kWhole>(s.c, [&](int64_t c, auto lanes) {
+          Vector best = Vector{} + Int<T>::kLeast;
           for (int64_t row = rows.begin; row < rows.end; ++row) {
             Vector bits{};
-            std::memcpy(&bits, image + (row * s.width + column) * s.c + v * kWhole, lanes * sizeof(T));
+            std::memcpy(&bits, image + (row * s.width + column) * s.c + c, lanes * sizeof(T));
             best = larger(best, ordered<T>(bits));
           }
-          columns[column * vectors + v] = best;
+          columns[column * vectors + c / kWhole] = best;
         });
       for (int64_t pixel = 0; pixel < s.out_width; ++pixel) {
         const Reach reach(pixel, s.stride, s.left, s.kernel, s.width);
-        for_vectors<kWhole>(s.c, [&](int64_t v, auto lanes) {
-          Vector best = Vector{} + kLeast;
-          for (int64_t column = reach.begin; column < reach.end; ++column) best = larger(best, columns[column * vectors + v]);
+        each_vector<kWhole>(s.c, [&](int64_t c, auto lanes) {
+          Vector best = Vector{} + Int<T>::kLeast;
+          for (int64_t column = reach.begin; column < reach.end; ++column) best = larger(best, columns[column * vectors + c / kWhole]);
           best = reversed<T>(best);
-          std::memcpy(out + (line * s.out_width + pixel) * s.c + v * kWhole, &best, lanes * sizeof(T));
+          std::memcpy(out + (line * s.out_width + pixel) * s.c + c, &best, lanes * sizeof(T));
         });
       }
     }
@@ -128,20 +115,19 @@ void max_pool(const T* y, const float* scale, const float* shift, bool with_gelu
       for (int64_t row = rows.begin; row < rows.end; ++row)
         for (int64_t column = 0; column < s.width; ++column, to += vectors) {
           const T* const from = y + ((image * s.height + row) * s.width + column) * s.c;
-          for_vectors<kLanes>(s.c, [&](int64_t v, auto lanes) {
-            const int64_t c = v * kLanes;
+          each_vector(s.c, [&](int64_t c, auto lanes) {
             const Floats value = load(from + c, lanes) * load(scale + c, lanes) + load(shift + c, lanes);
-            to[v] = ordered<float>((Ints)rounded_to(from, kWithRelu ? relu(value) : value));
+            to[c / kLanes] = ordered<float>((Ints)rounded_to(from, kWithRelu ? relu(value) : value));
           });
         }
       for (int64_t pixel = 0; pixel < s.out_width; ++pixel) {
         const int64_t first_column = pixel * s.stride - s.left, at = (line * s.out_width + pixel) * s.c;
         const Reach columns(pixel, s.stride, s.left, s.kernel, s.width);
-        for_vectors<kLanes>(s.c, [&](int64_t v, auto lanes) {
+        each_vector(s.c, [&](int64_t c, auto lanes) {
           const auto value_at = [&](int64_t row, int64_t column) {
-            return values[(row - rows.begin) * line_vectors + column * vectors + v];
+            return values[(row - rows.begin) * line_vectors + column * vectors + c / kLanes];
           };
-          Ints best = Ints{} + std::numeric_limits<int32_t>::min();
+          Ints best = Ints{} + Int<float>::kLeast;
           Words winner{};
           for (int64_t row = rows.begin; row < rows.end; ++row)
             for (int64_t column = columns.begin; column < columns.end; ++column) best = larger(best, value_at(row, column));
@@ -151,8 +137,8 @@ void max_pool(const T* y, const float* scale, const float* shift, bool with_gelu
               winner = value_at(row, column) == best ? Words{} + tap : winner;
             }
           const Floats value = (Floats)reversed<float>(best);
-          store(out + at + v * kLanes, with_gelu ? gelu(value) : value, lanes);
-          store(index + at + v * kLanes, winner, lanes);
+          store(out + at + c, with_gelu ? gelu(value) : value, lanes);
+          store(index + at + c, winner, lanes);
         });
       }
     }
@@ -182,11 +168,11 @@ void max_pool_backward_apart(const T* dout, const uint8_t* index, const Window& 
     int64_t at = (line / s.height * s.out_height + out_row) * s.out_width * s.c;
     T* to = grad + line * s.width * s.c;
     for (int64_t pixel = 0; pixel < out_width; ++pixel, at += s.c, to += s.kernel * s.c)
-      for_vectors<kLanes>(s.c, [&](int64_t v, auto lanes) {
-        const Floats gradient = load(dout + at + v * kLanes, lanes);
-        const Words winner = load(index + at + v * kLanes, lanes);
+      each_vector(s.c, [&](int64_t c, auto lanes) {
+        const Floats gradient = load(dout + at + c, lanes);
+        const Words winner = load(index + at + c, lanes);
         for (int64_t t = 0; t < s.kernel; ++t)
-          store(to + t * s.c + v * kLanes, winner == first_tap + uint32_t(t) ? gradient : Floats{}, lanes);
+          store(to + t * s.c + c, winner == first_tap + uint32_t(t) ? gradient : Floats{}, lanes);
       });
     std::memset(to, 0, (s.width - out_width * s.kernel) * s.c * sizeof(T));
   }
@@ -210,13 +196,13 @@ void max_pool_backward(const T* dout, const uint8_t* index, const Window& s, T* 
           at[count] = ((first + rows.out[i]) * s.out_width + columns.out[j]) * s.c;
           tap[count] = uint32_t(rows.tap[i] * s.kernel + columns.tap[j]);
         }
-      for_vectors<kLanes>(s.c, [&](int64_t v, auto lanes) {
+      each_vector(s.c, [&](int64_t c, auto lanes) {
         Floats sum{};
         for (int64_t i = 0; i < count; ++i) {
-          const int64_t from = at[i] + v * kLanes;
+          const int64_t from = at[i] + c;
           sum += load(index + from, lanes) == tap[i] ? load(dout + from, lanes) : Floats{};
         }
-        store(grad + (line * s.width + column) * s.c + v * kLanes, sum, lanes);
+        store(grad + (line * s.width + column) * s.c + c, sum, lanes);
       });
     }
   }

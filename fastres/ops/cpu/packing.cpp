@@ -37,13 +37,7 @@ void pack_pixels(const Source& s, int64_t at, int64_t step, int64_t count, int64
     return;
   }
   if (kPrologue != Prologue::kPlain && channels == p.depth && channels <= kColumns) {  // few lines, which stay in the cache
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      if (c + kLanes <= channels) {
-        pack_column<kPrologue>(s, at, step, count, c, std::integral_constant<int64_t, kLanes>{}, p.pitch, to);
-      } else {
-        pack_column<kPrologue>(s, at, step, count, c, channels - c, p.pitch, to);
-      }
-    }
+    each_vector(channels, [&](int64_t c, auto lanes) { pack_column<kPrologue>(s, at, step, count, c, lanes, p.pitch, to); });
     return;
   }
   for (int64_t pixel = 0; pixel < count; ++pixel, at += step, to += p.pitch) {

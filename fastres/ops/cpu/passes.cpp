@@ -18,6 +18,9 @@
 
 namespace {
 
+using fastres::kGelu;
+using fastres::kNone;
+using fastres::kRelu;
 using fastres::Window;
 using fastres::window_of;
 
@@ -50,10 +53,6 @@ inline float rounded(float value) {
 
 inline float relu(float value) { return value <= 0 ? 0 : value; }
 inline float gelu_slope(float value) { return fastres::gelu_slope<float, uint32_t>(value); }
-
-using fastres::kGelu;
-using fastres::kNone;
-using fastres::kRelu;
 
 template <int kAct>
 inline float activated(float value) {

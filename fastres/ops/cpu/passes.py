@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.buffers import empty, filled
-from fastres.kernels.geometry import Pad, output_hw
+from fastres.kernels.geometry import Pad, check_pool, output_hw
 from fastres.kernels.types import Moments
 from fastres.ops.cpu.native import call, integers, pointer
 
@@ -222,7 +222,11 @@ def bn_relu_max_pool(
     """Max-pool of ``relu(y*scale + shift)``, or GELU of that of ``y*scale + shift``.
 
     index, uint8: the winning tap, row by row, the first among equals.
+
+    Raises:
+        ValueError: see `check_pool`.
     """
+    check_pool(kernel)
     n, height, width, channels = y.shape
     out = y.new_empty(n, *output_hw((height, width), (kernel, kernel), stride, pad), channels)
     index = torch.empty_like(out, dtype=torch.uint8)

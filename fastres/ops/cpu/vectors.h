@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "gelu.h"
 
@@ -19,6 +20,14 @@ namespace fastres {
 constexpr int64_t kLanes = 16;
 
 inline int64_t up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// Calls `function` with the first channel of each vector of `kWhole`, and its number of channels, a constant but for the rest.
+template <int64_t kWhole = kLanes, class Function>
+inline void each_vector(int64_t channels, Function function) {
+  int64_t c = 0;
+  for (; c + kWhole <= channels; c += kWhole) function(c, std::integral_constant<int64_t, kWhole>{});
+  if (c < channels) function(c, channels - c);
+}
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));

@@ -132,18 +132,13 @@ struct Plan {
   // Pairs of two images' pixels, of which each may be missing, in all channels.
   template <Prologue kPrologue>
   static void pair_pixels(const Source& source, int64_t even, int64_t odd, bool first, bool second, int64_t channels, uint32_t* to) {
-    const auto pair_some = [&](int64_t c, auto count) {
+    each_vector(channels, [&](int64_t c, auto count) {
+      if (c % kColumns == 0) fetch(source, even + c), fetch(source, odd + c);
       const Floats a = first ? value_of<kPrologue>(source, even + c, c, count) : Floats{};
       const Floats b = second ? value_of<kPrologue>(source, odd + c, c, count) : Floats{};
       const Words both = kPrologue == Prologue::kPlain ? (Words)a >> 16 | (Words)b : paired(a, b);
       std::memcpy(to + c, &both, sizeof both);
-    };
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      if (c % kColumns == 0) fetch(source, even + c), fetch(source, odd + c);
-      pair_some(c, std::integral_constant<int64_t, kLanes>{});
-    }
-    if (c < channels) pair_some(c, channels - c);
+    });
   }
 
   template <Prologue kPrologue>

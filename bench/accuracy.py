@@ -56,14 +56,18 @@ def fastres_rows(config: TrainConfig, dataset: Dataset) -> list[dict[str, Any]]:
             run.close()
 
 
-def plain_rows(config: TrainConfig, dataset: Dataset, workers: int, target: float, limit: float) -> list[dict]:
+def plain_rows(
+    config: TrainConfig, dataset: Dataset, workers: int, target: float, limit: float, device: torch.device
+) -> list[dict[str, Any]]:
     """The same recipe in the plain loop."""
     torch.manual_seed(config.seed)
     model = create_model(config.model, num_classes=len(dataset.classes))
     if config.whiten:
         whiten(model, dataset)
+    model.to(device)
     optimizer = build_optimizer(config, model, scaled=False, lr_on=None)
-    train, test = plain.loaders(dataset, config.batch_size, config.crop_pad, "reflect", workers)
+    pinned = device.type == "cuda"
+    train, test = plain.loaders(dataset, config.batch_size, config.crop_pad, "reflect", workers, pinned)
     epochs, smoothing = cast(int, config.epochs), config.label_smoothing
     steps = epochs * len(train)
 
@@ -74,13 +78,13 @@ def plain_rows(config: TrainConfig, dataset: Dataset, workers: int, target: floa
 
 
 def resnet18_rows(
-    dataset: Dataset, epochs: int, workers: int, seed: int, target: float, limit: float
+    dataset: Dataset, epochs: int, workers: int, seed: int, target: float, limit: float, device: torch.device
 ) -> list[dict[str, Any]]:
     """ResNet-18's usual recipe in the plain loop."""
     torch.manual_seed(seed)
-    model = create_model("resnet18", num_classes=len(dataset.classes), stem="cifar")
+    model = create_model("resnet18", num_classes=len(dataset.classes), stem="cifar").to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    train, test = plain.loaders(dataset, 128, 4, "constant", workers)
+    train, test = plain.loaders(dataset, 128, 4, "constant", workers, device.type == "cuda")
 
     def set_rate(step: int) -> None:
         optimizer.param_groups[0]["lr"] = 0.1 * lr_factor("cosine", step, epochs * len(train), 0.0)
@@ -125,6 +129,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-test", type=int)
     parser.add_argument("--workers", type=int, default=2, help="processes of a plain loop's DataLoader")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [cpu]")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS / "time-to-accuracy-cpu.json", help="result file")
     return parser.parse_args(argv)
@@ -140,10 +145,11 @@ def settings_of(args: argparse.Namespace, dataset: Dataset, config: TrainConfig)
 def run_one(name: str, args: argparse.Namespace) -> None:
     """Add a contestant's rows to the result file, if it is not in there yet."""
     torch.set_num_threads(args.threads)
+    device = machine.pick_device(args.device)
     if name == "fastres":
-        machine.treat_freed_memory(torch.device("cpu"), False)
+        machine.treat_freed_memory(device, False)
     dataset = data.limit(data.load(args.data), args.limit_train, args.limit_test)
-    config = preset(args.preset).replace(seed=args.seed, device="cpu")
+    config = preset(args.preset).replace(seed=args.seed, device=args.device)
     if args.epochs:
         config = config.replace(epochs=args.epochs, steps=None)
     if config.epochs is None:
@@ -162,11 +168,12 @@ def run_one(name: str, args: argparse.Namespace) -> None:
     if name == "fastres":
         results[name] = fastres_rows(config, dataset)
     elif name == "plain":
-        results[name] = plain_rows(config, dataset, args.workers, args.target, limit)
+        results[name] = plain_rows(config, dataset, args.workers, args.target, limit, device)
     elif name in AIRBENCH:
-        results[name] = airbench.rows(AIRBENCH[name], dataset, args.seed, args.target, limit)
+        results[name] = airbench.rows(AIRBENCH[name], dataset, args.seed, args.target, limit, device=device)
     else:
-        results[name] = resnet18_rows(dataset, args.resnet18_epochs, args.workers, args.seed, args.target, limit)
+        epochs = args.resnet18_epochs
+        results[name] = resnet18_rows(dataset, epochs, args.workers, args.seed, args.target, limit, device)
     content["load_5_minutes"][name] = os.getloadavg()[1]
     write_results(args.out, content)
     if name == "fastres" and not reached(results[name], args.target):

@@ -141,15 +141,23 @@ class Lookahead:
 
 
 def rows(
-    recipe: Recipe, dataset: Dataset, seed: int, target: float, limit: float, *, compiled: bool = True
+    recipe: Recipe,
+    dataset: Dataset,
+    seed: int,
+    target: float,
+    limit: float,
+    *,
+    compiled: bool = True,
+    device: torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """Train to the end, or until the target or the limit is reached, as `bench.plain.train` does; a row an epoch, with
     ``tta_accuracy``, the accuracy over six views.
     """
-    model = build(dataset, seed, recipe.widths)
+    device = device or torch.device("cpu")
+    model = build(dataset, seed, recipe.widths).to(device)
     optimizer, average = optimizer_of(model, recipe.rate), Lookahead(model)
     network = torch.compile(model) if compiled else model
-    common: dict[str, Any] = dict(mean=dataset.mean, std=dataset.std, seed=seed, device="cpu")
+    common: dict[str, Any] = dict(mean=dataset.mean, std=dataset.std, seed=seed, device=device)
     train = Batches(dataset.train, BATCH, train=True, augment=Augment(TRANSLATION, "alternating"), **common)
     test = Batches(dataset.test, min(500, len(dataset.test)), train=False, augment=Augment(0, "none"), **common)
     steps, step, seconds = max(1, int(recipe.epochs * len(train))), 0, 0.0
@@ -164,7 +172,7 @@ def rows(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_factor(step, steps)
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 logits = network(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=SMOOTHING, reduction="sum")
             loss.backward()

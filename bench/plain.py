@@ -34,9 +34,9 @@ class Images(torch.utils.data.Dataset):
 
 
 def loaders(
-    dataset: Dataset, batch_size: int, pad: int, padding_mode: str, workers: int
+    dataset: Dataset, batch_size: int, pad: int, padding_mode: str, workers: int, pinned: bool = False
 ) -> tuple[DataLoader, DataLoader]:
-    """Training batches, shuffled, cropped and flipped, and test batches."""
+    """Training batches, shuffled, cropped and flipped, and test batches; ``pinned``: in memory that a GPU reads."""
     mean, std = ([value / 255 for value in values] for values in (dataset.mean, dataset.std))
     size = dataset.train.size[-1]
     augment = [transforms.RandomCrop(size, pad, padding_mode=padding_mode), transforms.RandomHorizontalFlip()]
@@ -47,8 +47,8 @@ def loaders(
         if isinstance(split, Split)
     )
     return (
-        DataLoader(train, batch_size, shuffle=True, num_workers=workers, drop_last=True),
-        DataLoader(test, 500, num_workers=workers),
+        DataLoader(train, batch_size, shuffle=True, num_workers=workers, drop_last=True, pin_memory=pinned),
+        DataLoader(test, 500, num_workers=workers, pin_memory=pinned),
     )
 
 
@@ -66,6 +66,7 @@ def train(
     """Train until an epoch's end finds the target accuracy, for ``epochs``, or for ``limit`` seconds of training.
 
     Args:
+        model: trained on the device that it is on.
         set_rate: sets the learning rates of a step (from 0).
 
     Returns:
@@ -73,12 +74,14 @@ def train(
         ``train_seconds``, without validation.
     """
     rows, step, seconds = [], 0, 0.0
+    device = next(model.parameters()).device
     for epoch in range(1, epochs + 1):
         model.train()
         loss_sum, steps, start = 0.0, 0, time.perf_counter()
         for images, labels in train_loader:
             set_rate(step)
             optimizer.zero_grad()
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
             loss.backward()
             optimizer.step()
@@ -98,7 +101,9 @@ def train(
 def test(model: nn.Module, loader: DataLoader) -> float:
     """Accuracy in [0, 1]."""
     model.eval()
+    device = next(model.parameters()).device
     right, count = 0.0, 0
     for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
         right, count = right + (model(images).argmax(1) == labels).sum().item(), count + len(labels)
     return right / count

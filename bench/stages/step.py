@@ -13,7 +13,7 @@ from bench.trace import kernels
 from bench.workloads import Setting
 from fastres.measure import Step, Workload, all_of, interleaved, synchronize
 
-NAMES = ("resnet50 224", "notebook", "resnet50 CIFAR", "resnet110")
+NAMES = ("resnet50 224", "notebook", "resnet50 CIFAR", "resnet18 CIFAR", "resnet110")
 EACH_LAUNCH = "fused Triton"  # the variant whose launches are kept one by one, for `bench.machine.compare`
 VARIANTS = ("eager", "compile", "fused", EACH_LAUNCH, "fused graph")
 

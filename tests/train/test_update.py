@@ -9,6 +9,7 @@ import torch
 from support_train import NoWait, same_weights, tiny_config, tiny_trainer
 
 from bench import stand_ins
+from fastres import ops
 from fastres.errors import FastresError
 from fastres.ops.graphs import is_one_graph
 from fastres.train import graph, machine
@@ -143,8 +144,9 @@ def test_a_graph_learns_the_same(tmp_path, backend, changes):
     plain = tiny_trainer(tmp_path / "plain", cuda_graph=False, **common)
     graphed = tiny_trainer(tmp_path / "graphed", cuda_graph=True, **common)
     assert isinstance(graphed.learn, GraphedUpdate)
-    for run in (plain, graphed):
-        run.fit()
+    with ops.implementation("triton"):  # timed choices differ: without a graph the host's time counts
+        for run in (plain, graphed):
+            run.fit()
     assert len(graphed.learn._recorded) == 1 + ("progressive" in changes)
     for a, b in zip(plain.history, graphed.history):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
@@ -153,7 +155,8 @@ def test_a_graph_learns_the_same(tmp_path, backend, changes):
     again = tiny_trainer(tmp_path / "graphed", cuda_graph=True, **{**common, "epochs": 5})
     again.resume()
     assert same_weights(again.model.state_dict(), graphed.model.state_dict())
-    assert len(again.fit()) == 5
+    with ops.implementation("triton"):
+        assert len(again.fit()) == 5
 
 
 @pytest.mark.gpu

@@ -66,8 +66,7 @@ def plain_rows(
         whiten(model, dataset)
     model.to(device)
     optimizer = build_optimizer(config, model, scaled=False, lr_on=None)
-    pinned = device.type == "cuda"
-    train, test = plain.loaders(dataset, config.batch_size, config.crop_pad, "reflect", workers, pinned)
+    train, test = plain.loaders(dataset, config.batch_size, config.crop_pad, "reflect", workers, device)
     epochs, smoothing = cast(int, config.epochs), config.label_smoothing
     steps = epochs * len(train)
 
@@ -84,7 +83,7 @@ def resnet18_rows(
     torch.manual_seed(seed)
     model = create_model("resnet18", num_classes=len(dataset.classes), stem="cifar").to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    train, test = plain.loaders(dataset, 128, 4, "constant", workers, device.type == "cuda")
+    train, test = plain.loaders(dataset, 128, 4, "constant", workers, device)
 
     def set_rate(step: int) -> None:
         optimizer.param_groups[0]["lr"] = 0.1 * lr_factor("cosine", step, epochs * len(train), 0.0)

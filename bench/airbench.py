@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.plain import CPU
 from fastres.data import Augment, Batches, Dataset
 from fastres.train.evaluate import Scores, evaluate
 from fastres.train.views import Views
@@ -148,12 +149,11 @@ def rows(
     limit: float,
     *,
     compiled: bool = True,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
 ) -> list[dict[str, Any]]:
     """Train to the end, or until the target or the limit is reached, as `bench.plain.train` does; a row an epoch, with
     ``tta_accuracy``, the accuracy over six views.
     """
-    device = device or torch.device("cpu")
     model = build(dataset, seed, recipe.widths).to(device)
     optimizer, average = optimizer_of(model, recipe.rate), Lookahead(model)
     network = torch.compile(model) if compiled else model

@@ -18,6 +18,8 @@ from torchvision import transforms
 
 from fastres.data import Dataset, Split
 
+CPU = torch.device("cpu")
+
 
 class Images(torch.utils.data.Dataset):
     """A split's images as torchvision's CIFAR10 yields them: from an array in memory through PIL."""
@@ -34,9 +36,10 @@ class Images(torch.utils.data.Dataset):
 
 
 def loaders(
-    dataset: Dataset, batch_size: int, pad: int, padding_mode: str, workers: int, pinned: bool = False
+    dataset: Dataset, batch_size: int, pad: int, padding_mode: str, workers: int, device: torch.device = CPU
 ) -> tuple[DataLoader, DataLoader]:
-    """Training batches, shuffled, cropped and flipped, and test batches; ``pinned``: in memory that a GPU reads."""
+    """Training batches, shuffled, cropped and flipped, and test batches, in memory that ``device`` reads."""
+    pinned = device.type == "cuda"
     mean, std = ([value / 255 for value in values] for values in (dataset.mean, dataset.std))
     size = dataset.train.size[-1]
     augment = [transforms.RandomCrop(size, pad, padding_mode=padding_mode), transforms.RandomHorizontalFlip()]

@@ -1,10 +1,11 @@
-"""What the host does for a repeated step's launches, without a GPU: by Triton's launcher, and by the driver.
+"""What the host does for a repeated step, without a GPU: its launches by Triton's launcher and by the driver, and all.
 
     python -m bench.host
 
 Kernels are compiled for sm_90 as on a GPU (minutes, once) and launched through a driver of which every function returns
 at once; the activations are a CPU's, which nothing reads. What is timed is `fastres.ops.backends.replay.Program.run` of
-every walk of a training step: memory, addresses and launches. A real driver adds its own time to each launch.
+every walk of a training step (memory, addresses and launches), and forward and backward as a whole: Python, autograd
+and those. No weight is cast meanwhile, as a CPU would do that itself. A real driver adds its own time to each launch.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class _Device:
             launch=getattr(own, "launch", None),  # from Triton 3.7 on
             build_signature_metadata=getattr(own, "build_signature_metadata", None),
             get_device_properties=lambda device: {"max_shared_mem": _SHARED, "multiprocessor_count": _MULTIPROCESSORS},
-            load_binary=lambda name, kernel, shared, device: (None, 4096, 0, 0, _THREADS),
+            load_binary=lambda name, kernel, shared, device: (1, 4096, 0, 0, _THREADS),
         )
 
     def get_current_device(self) -> int:
@@ -91,13 +92,15 @@ class _Device:
 
 
 def measure(name: str, steps: int) -> dict[str, float]:
-    """Milliseconds of all lists of a step, median and quartiles; launches; calls of the launcher."""
+    """Milliseconds of all lists of a step, median and quartiles, and of forward and backward; launches; calls of the
+    launcher.
+    """
     torch.set_num_threads(1)
     driver.set_active(_Device())
     workload, backend = NETWORKS[name], Triton()
     model = fuse(workload.build()).to(memory_format=torch.channels_last)
     images, _ = workload.inputs(torch.device("cpu"))
-    run, spent, samples = replay.Program.run, [0.0], []
+    run, spent, samples, steps_of_host = replay.Program.run, [0.0], [], []
 
     def timed(self: replay.Program, inputs: list) -> list:
         begin = time.perf_counter()
@@ -110,13 +113,15 @@ def measure(name: str, steps: int) -> dict[str, float]:
         mock.patch.multiple(replay, **a_gpus, _compile=lambda walk: None),
         mock.patch.object(replay.Program, "run", timed),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(torch, "_foreach_copy_", lambda *casts: None),
         ops.implementation(backend),
     ):
         for _ in range(WARMUP + steps):
-            spent[0], before = 0.0, _launches()
+            spent[0], before, begin = 0.0, _launches(), time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(images)
             logits.float().sum().backward()
+            steps_of_host.append(1e3 * (time.perf_counter() - begin))
             samples.append(1e3 * spent[0])
             model.zero_grad(set_to_none=True)
     lists = [one for one in backend.programs.known if isinstance(one, replay.Program)]
@@ -126,6 +131,7 @@ def measure(name: str, steps: int) -> dict[str, float]:
         "ms": median,
         "low": low,
         "high": high,
+        "host_ms": statistics.median(steps_of_host[WARMUP:]),
         "launches": _launches() - before,
         "lists": len(lists),
         "calls": stages,
@@ -142,8 +148,11 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     for name, found in results.items():
         by = [found[one]["ms"] for one in LAUNCHERS]
         counts = [str(found["driver"][key]) for key in ("launches", "calls")]
-        rows.append([name, *counts, *(f"{ms:.2f}" for ms in by), f"{by[0] / by[1]:.1f}x"])
-    columns = ["a training step", "launches", "calls of the driver's loop", "ms, by Triton", "by the driver", ""]
+        host = found["driver"].get("host_ms")
+        whole = f"{host:.2f}" if host else ""
+        rows.append([name, *counts, *(f"{ms:.2f}" for ms in by), f"{by[0] / by[1]:.1f}x", whole])
+    columns = ["a training step", "launches", "calls of the driver's loop", "ms, by Triton", "by the driver", "",
+               "all of forward and backward, ms"]  # fmt: skip
     return markdown(columns, rows)
 
 

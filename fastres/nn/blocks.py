@@ -6,7 +6,8 @@ parameters and the modes, and are not called; where not, that block runs its eag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastres.nn.bypass import first_reason, say_once, watched
 from fastres.nn.classes import Fused, form
-from fastres.nn.norm import conv_of, group_of, layer_of, to_nchw, to_nhwc, track
+from fastres.nn.norm import Tracking, conv_of, group_of, layer_of, to_nchw, to_nhwc, track
 from fastres.nn.roles import has_hooks, identity_of
 from fastres.nn.structure import (
     Block,
@@ -24,11 +25,17 @@ from fastres.nn.structure import (
     projection_of,
     structure_of,
 )
-from fastres.ops import Conv, Identity, Layer, Statistics, preact_chain, residual_chain
+from fastres.nn.unchanged import while_unchanged
+from fastres.ops import Conv, Identity, Layer, residual_chain
+from fastres.ops.fused import Planned
 from fastres.ops.layers import output_hw
+from fastres.ops.operation import has_autocast
 from fastres.ops.plain import activated
+from fastres.ops.preact import planned_preact
+from fastres.ops.residual import planned_chain
 
 LONGEST = 8  # blocks in a chain
+MOST_SHAPES = 8  # of inputs by which a chain is kept ready
 
 Pairs = Sequence[tuple[Any, Any]]
 
@@ -99,22 +106,19 @@ def _fused_residual(
     recompute: bool = False,
     identities: Sequence[Identity] | None = None,
     act: str = "relu",
+    kept: list[_Ready] | None = None,
 ) -> Tensor:
+    """`fused_residual` of what may be bypassed; where it is one operation of x alone, that is appended to ``kept``."""
     apart = act != "relu" and residual and not _is_kept(shortcut)  # the gradient of GELU is of the sum
     if apart and len(blocks) > 1:
         x = _fused_residual(x, blocks[:1], shortcut, residual, True, recompute, None, act)
         return _fused_residual(x, blocks[1:], None, True, relu, recompute, (identities or [])[1:], act)
     nhwc = to_nhwc(x)
-    hw = tuple(nhwc.shape[1:3])
-    chain: list[list[Layer]] = []
+    chain, hw = [], tuple(nhwc.shape[1:3])
     for pairs in blocks:
-        chain.append([])
-        for conv, bn in pairs:
-            layer = layer_of(conv, bn, hw, act)
-            hw = output_hw(hw, conv.kernel_size, layer.stride, layer.pad, layer.dilation)
-            chain[-1].append(layer)
+        layers, hw = _layers(pairs, hw, act)
+        chain.append(layers)
     norms = [bn for pairs in blocks for _, bn in pairs]
-    behind: list[Statistics] = []
     added: Tensor | Layer | Identity | None = None
     if residual:
         identity, projection = identity_of(shortcut), projection_of(shortcut)
@@ -122,22 +126,61 @@ def _fused_residual(
             added = identity
         elif projection is not None:
             added = layer_of(*projection, tuple(nhwc.shape[1:3]))
-            norms.append(projection[1])
-        elif (found := projection_behind(shortcut)) is not None:
-            called, (conv, bn) = found
-            y = x
-            for module in called:
-                y = module(y)
-            y = to_nhwc(y)
-            added, behind = residual_chain(
-                y, [[layer_of(conv, bn, tuple(y.shape[1:3]))]], None, relu=False, recompute=recompute
-            )
-            norms.append(bn)
+            norms.insert(0, projection[1])
         else:
-            added = to_nhwc(shortcut(x))
-    out, statistics = residual_chain(nhwc, chain, added, relu and not apart, recompute, identities)
-    track(norms, [*statistics, *behind])
-    return activated(to_nchw(out), act) if apart and relu else to_nchw(out)
+            added = _called(x, shortcut, recompute)
+    ready = _Ready.of(planned_chain(nhwc, chain, added, relu and not apart, recompute, identities), norms)
+    if kept is not None and not isinstance(added, Tensor) and not apart:
+        kept.append(ready)
+    out, _ = ready.run(x, added if isinstance(added, Tensor) else None, None)
+    return activated(out, act) if apart and relu else out
+
+
+def _layers(pairs: Pairs, hw: tuple[int, ...], act: str) -> tuple[list[Layer], tuple[int, ...]]:
+    """A block's layers as they meet an input of height and width ``hw``, and those of its result."""
+    layers = []
+    for conv, bn in pairs:
+        layer = layer_of(conv, bn, hw, act)
+        hw = output_hw(hw, conv.kernel_size, layer.stride, layer.pad, layer.dilation)
+        layers.append(layer)
+    return layers, hw
+
+
+def _called(x: Tensor, shortcut: Any, recompute: bool) -> Tensor:
+    """[N, H, W, C] of a shortcut that is called, its convolution and BatchNorm at its end an operation of their own."""
+    found = projection_behind(shortcut)
+    if found is None:
+        return to_nhwc(shortcut(x))
+    called, (conv, bn) = found
+    for module in called:
+        x = module(x)
+    y = to_nhwc(x)
+    layers = [layer_of(conv, bn, tuple(y.shape[1:3]))]
+    added, statistics = residual_chain(y, [layers], None, relu=False, recompute=recompute)
+    track([bn], statistics)
+    return added
+
+
+class _Ready(NamedTuple):
+    """An operation with its parameters, and what moves the running statistics of its BatchNorms."""
+
+    planned: Planned
+    tracking: Tracking
+
+    @classmethod
+    def of(cls, planned: Planned, norms: Sequence[Any]) -> _Ready:
+        """With its BatchNorms as they run."""
+        return cls(planned, Tracking(norms, planned.counts))
+
+    def run(self, x: Tensor, added: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The result of x, both [N, C, H, W], and if it is described its coefficients.
+
+        Args:
+            added, known: see `fused`.
+        """
+        out, statistics, coefs = self.planned.run(to_nhwc(x), added, known)
+        self.tracking(statistics)
+        return to_nchw(out), coefs[-1] if len(coefs) > len(statistics) else None
 
 
 def _is_kept(shortcut: Any) -> bool:
@@ -145,30 +188,66 @@ def _is_kept(shortcut: Any) -> bool:
     return identity_of(shortcut) == Identity() or projection_of(shortcut) is not None
 
 
-class Link(NamedTuple):
-    """Blocks that run as one operation, with the structure of each; without structures: a module that is called."""
+@dataclass
+class Link:
+    """Blocks that run as one operation, with the structure of each; without structures: a module that is called.
 
-    blocks: list[nn.Module]
+    Attributes:
+        begin: the place of the first.
+        recompute: see `FusedBlock`.
+        ready: the operation by what it depends on beside the blocks.
+    """
+
+    begin: int
     structures: list[Block]
+    recompute: bool = False
+    ready: dict[Hashable, _Ready] = field(default_factory=dict)
+
+    def run(self, x: Tensor, coef: Tensor | None, next_coef: bool, held: frozenset[int]) -> tuple[Tensor, Any]:
+        """The result, and for pre-activation blocks what the next BatchNorm needs to know of it.
+
+        Args:
+            x: [N, C, H, W]. coef, next_coef: see `preact_chain`.
+            held: the identities of parameters and buffers that are the same the next time.
+        """
+        key = x.shape, x.dtype, x.device, has_autocast(x.device.type), None if coef is None else coef.shape, next_coef
+        ready = self.ready.get(key) if held else None
+        if ready is not None:
+            return ready.run(x, None, coef)
+        kept: list[_Ready] = []
+        if self.structures[0].preactivation:
+            out, coef = _preactivation(x, self.structures, coef, next_coef, kept)
+        else:
+            out, coef = _chain(x, self.structures, self.recompute, kept), None
+        if held and kept and all(t is None or id(t) in held for t in kept[0].planned.parameters):
+            if len(self.ready) >= MOST_SHAPES:
+                self.ready.clear()
+            self.ready[key] = kept[0]
+        return out, coef
 
 
-def chains(blocks: Sequence[nn.Module]) -> list[Link]:
+def chains(blocks: Sequence[nn.Module], running: bool = False) -> list[Link]:
     """The blocks in order, grouped into what runs at once.
 
     A block joins the one before if its shortcut is an `Identity`, or both are pre-activation blocks; if both keep the
     same for backward, take statistics over the same ranks and nothing waits for the call of either. Chains are at most
     `LONGEST` blocks, so that gradients come early enough to be exchanged meanwhile.
+
+    Args:
+        running: whether this is asked in a block's own forward, see `Known.changed`.
     """
     links: list[Link] = []
-    for block in blocks:
-        structure = None if must_be_called(block) else _structure(block)
+    for place, block in enumerate(blocks):
+        structure = None if not running and must_be_called(block) else _structure(block, running)
         if structure is None:
-            links.append(Link([block], []))
-        elif links and links[-1].structures and len(links[-1].blocks) < LONGEST and _joins(links[-1], block, structure):
-            links[-1].blocks.append(block)
-            links[-1].structures.append(structure)
+            links.append(Link(place, []))
+            continue
+        last = links[-1] if links and links[-1].structures else None
+        recompute: Any = block.recompute
+        if last and len(last.structures) < LONGEST and last.recompute == recompute and _joins(last, structure):
+            last.structures.append(structure)
         else:
-            links.append(Link([block], [structure]))
+            links.append(Link(place, [structure], recompute))
     return links
 
 
@@ -185,14 +264,12 @@ def in_chains(blocks: Sequence[nn.Module], x: Any) -> Any:
         for block in blocks:
             x = block(x)
         return (x, None) if paired else x
-    links = chains(blocks)
-    for index, (members, structures) in enumerate(links):
-        if not structures:
-            x, coef = members[0](x), None
-        elif structures[0].preactivation:
-            x, coef = _preactivation(x, structures, coef, paired or index < len(links) - 1)
+    links, held = while_unchanged(blocks, "chains", lambda: chains(blocks)) if blocks else ([], frozenset())
+    for index, link in enumerate(links):
+        if link.structures:
+            x, coef = link.run(x, coef, paired or index < len(links) - 1, held)
         else:
-            x, coef = _chain(x, members, structures), None
+            x, coef = blocks[link.begin](x), None
     return (x, coef) if paired else x
 
 
@@ -213,7 +290,7 @@ def _structure(block: nn.Module, running: bool = False) -> Block | None:
     return structure
 
 
-def _joins(link: Link, block: nn.Module, structure: Block) -> bool:
+def _joins(link: Link, structure: Block) -> bool:
     before = link.structures[-1]
     if before.preactivation:
         suits = structure.preactivation
@@ -226,45 +303,34 @@ def _joins(link: Link, block: nn.Module, structure: Block) -> bool:
             and identity is not None
             and (structure.act == "relu" or identity == Identity())
         )
-    return (
-        suits
-        and before.act == structure.act
-        and link.blocks[-1].recompute == block.recompute
-        and group_of(before.layers[0][1]) == group_of(structure.layers[0][1])
-    )
+    return suits and before.act == structure.act and group_of(before.layers[0][1]) == group_of(structure.layers[0][1])
 
 
-def _chain(x: Tensor, blocks: Sequence[Any], structures: Sequence[Block]) -> Tensor:
+def _chain(x: Tensor, structures: Sequence[Block], recompute: bool, kept: list[_Ready]) -> Tensor:
     first, *others = structures
     identities: list[Any] = [identity_of(one.shortcut) for one in others]  # none is None, or they would not join
-    pairs = [one.layers for one in structures]
-    relu, recompute = structures[-1].relu, blocks[0].recompute
-    return _fused_residual(x, pairs, first.shortcut, first.residual, relu, recompute, identities, first.act)
+    pairs, relu = [one.layers for one in structures], structures[-1].relu
+    return _fused_residual(x, pairs, first.shortcut, first.residual, relu, recompute, identities, first.act, kept)
 
 
 def _preactivation(
-    x: Tensor, blocks: Sequence[Block], coef: Tensor | None, next_coef: bool
+    x: Tensor, blocks: Sequence[Block], coef: Tensor | None, next_coef: bool, kept: list[_Ready]
 ) -> tuple[Tensor, Tensor | None]:
     """Pre-activation blocks of [N, C, H, W], and with ``next_coef`` what the next BatchNorm needs to know of the
-    result.
+    result; ``kept`` as `_fused_residual` has it.
     """
     nhwc = to_nhwc(x)
-    hw = tuple(nhwc.shape[1:3])
-    chain: list[list[Layer]] = []
+    chain, hw = [], tuple(nhwc.shape[1:3])
     shortcuts: list[Identity | Conv | None] = []
     for block in blocks:
-        first = hw
-        chain.append([])
-        for conv, bn in block.layers:
-            layer = layer_of(conv, bn, hw, block.act)
-            hw = output_hw(hw, conv.kernel_size, *layer[2:])
-            chain[-1].append(layer)
-        identity = Identity() if block.shortcut is None else conv_of(block.shortcut, first)
+        identity = Identity() if block.shortcut is None else conv_of(block.shortcut, hw)
         shortcuts.append(identity if block.residual else None)
+        layers, hw = _layers(block.layers, hw, block.act)
+        chain.append(layers)
     by_batch = chain[-1][0].norm.running_mean is None
-    out, coef, statistics = preact_chain(nhwc, chain, shortcuts, coef, next_coef and by_batch)
-    track([bn for block in blocks for _, bn in block.layers], statistics)
-    return to_nchw(out), coef
+    planned = planned_preact(nhwc, chain, shortcuts, coef, next_coef and by_batch)
+    kept.append(_Ready.of(planned, [bn for block in blocks for _, bn in block.layers]))
+    return kept[0].run(x, None, coef)
 
 
 @form(is_block)
@@ -281,9 +347,7 @@ class FusedBlock(Fused):
         """[N, C, H, W] to channels-last [N, C', H', W']."""
         if not isinstance(self, FusedBlock):  # its fused class was taken off, and somebody kept this method
             return type(self).forward(self, x)
-        structure = None if watched(x) else _structure(self, running=True)
-        if structure is None:
+        if watched(x):
             return super().forward(x)
-        if structure.preactivation:
-            return _preactivation(x, [structure], None, False)[0]
-        return _chain(x, [self], [structure])
+        links, held = while_unchanged([self], "block", lambda: chains([self], running=True))
+        return links[0].run(x, None, False, held)[0] if links[0].structures else super().forward(x)

@@ -12,8 +12,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.kernels.geometry import extent
 from fastres.nn.roles import Padding, declared_padding
-from fastres.ops import Conv, Layer, Norm, Statistics, update_running
+from fastres.ops import Conv, Layer, Norm, Statistics
 from fastres.ops.layers import Pad
+from fastres.ops.running import Running
 
 
 def to_nhwc(x: Tensor) -> Tensor:
@@ -90,39 +91,68 @@ def layer_of(conv: Any, bn: Any, hw: Sequence[int], act: str = "relu") -> Layer:
     return Layer(weight, norm_of(bn, act), stride, pad, dilation)
 
 
-@torch.no_grad()
-def track(norms: Sequence[Any], statistics: Sequence[Statistics]) -> None:
-    """Update running statistics and counters as ``nn.BatchNorm2d.forward`` does, in the same modes, all at once.
+class Tracking:
+    """Moves running statistics and counters as ``nn.BatchNorm2d.forward`` does, in the same modes, all at once.
 
     A recomputing checkpoint repeats them, as it repeats those of
     ``nn.BatchNorm2d`` (only the last block's it may leave out: its recomputation can end in the operation), unless it
     lends the modules copies of their buffers meanwhile, as `fastres.checkpointing` does.
+
+    Args:
+        norms: the BatchNorms in their present modes, with their present buffers.
+        counts: pixels that each took its statistics over.
     """
-    tracking = [
-        (bn, used)
-        for bn, used in zip(norms, statistics, strict=True)
-        if bn.training
-        and not isinstance(bn, FrozenBatchNorm2d)
-        and bn.track_running_stats
-        and bn.running_mean is not None
-    ]
-    if len({bn for bn, _ in tracking}) < len(tracking):  # one that is used twice moves twice, one after the other
-        for bn, used in tracking:
-            track([bn], [used])
-        return
-    counters = [bn.num_batches_tracked for bn, _ in tracking if bn.num_batches_tracked is not None]
-    if counters:
-        torch._foreach_add_(counters, 1)
-    update_running(
-        [bn.running_mean for bn, _ in tracking],
-        [bn.running_var for bn, _ in tracking],
-        [used for _, used in tracking],
-        [_momentum(bn) for bn, _ in tracking],
+
+    def __init__(self, norms: Sequence[Any], counts: Sequence[int]):
+        pairs = enumerate(zip(norms, counts, strict=True))
+        tracking = [(place, bn, count) for place, (bn, count) in pairs if _is_tracking(bn)]
+        groups = [tracking]
+        if len({bn for _, bn, _ in tracking}) < len(tracking):  # one that is used twice moves twice, one after another
+            groups = [[one] for one in tracking]
+        self._groups = [_Group(group) for group in groups if group]
+
+    @torch.no_grad()
+    def __call__(self, statistics: Sequence[Statistics]) -> None:
+        """Move them towards those of a batch, of each BatchNorm."""
+        for group in self._groups:
+            group.move(statistics)
+
+
+class _Group:
+    """BatchNorms that move together: the place of each among the statistics, itself, and its pixels."""
+
+    def __init__(self, members: Sequence[tuple[int, Any, int]]):
+        self._places = [place for place, _, _ in members]
+        self.counters = [bn.num_batches_tracked for _, bn, _ in members if bn.num_batches_tracked is not None]
+        self._fixed = [bn.momentum for _, bn, _ in members]
+        # A cumulative average's momentum is one over the number of batches, so they are counted first.
+        self._cumulative = [bn.num_batches_tracked for _, bn, _ in members if bn.momentum is None]
+        self._dtypes = [bn.running_mean.dtype for _, bn, _ in members if bn.momentum is None]
+        means, variances = ([getattr(bn, name) for _, bn, _ in members] for name in ("running_mean", "running_var"))
+        counters = [] if self._cumulative else self.counters
+        self._running = Running(means, variances, [count for _, _, count in members], counters)
+
+    def move(self, statistics: Sequence[Statistics]) -> None:
+        momenta = self._fixed
+        if self._cumulative:
+            if self.counters:
+                torch._foreach_add_(self.counters, 1)
+            left = iter(map(_cumulative_momentum, self._cumulative, self._dtypes))
+            momenta = [next(left) if momentum is None else momentum for momentum in self._fixed]
+        self._running.move([statistics[place].coef for place in self._places], momenta)
+
+
+def track(norms: Sequence[Any], statistics: Sequence[Statistics]) -> None:
+    """`Tracking` of these BatchNorms once."""
+    Tracking(norms, [count for _, count in statistics])(statistics)
+
+
+def _is_tracking(bn: Any) -> bool:
+    return (
+        bn.training and not isinstance(bn, FrozenBatchNorm2d) and bn.track_running_stats and bn.running_mean is not None
     )
 
 
-def _momentum(bn: Any) -> float | Tensor:
-    """Weight of this batch; of a cumulative average on the device, so without waiting for it."""
-    if bn.momentum is not None:
-        return bn.momentum
-    return 0.0 if bn.num_batches_tracked is None else 1.0 / bn.num_batches_tracked.to(bn.running_mean.dtype)
+def _cumulative_momentum(batches: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+    """Weight of this batch in a cumulative average, on the device, so without waiting for it."""
+    return 0.0 if batches is None else 1.0 / batches.to(dtype)

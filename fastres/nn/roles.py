@@ -121,6 +121,20 @@ def is_original(cls: type) -> bool:
     return issubclass(cls, nn.Module) and getattr(vars(cls).get("forward"), "__module__", None) == cls.__module__
 
 
+_changes = 0
+
+
+def generation() -> int:
+    """How often it was declared anew what classes do; what was decided of modules before may be otherwise now."""
+    return _changes
+
+
+def declared_anew() -> None:
+    """Count it."""
+    global _changes
+    _changes += 1
+
+
 class Role:
     """Classes that one role in a fused operation accepts, and subclasses of them that change nothing in it."""
 
@@ -134,11 +148,13 @@ class Role:
         """Accept classes by their module and names: of a library that is imported later, or never."""
         self._named.update((module, name) for name in names)
         self._found.clear()
+        declared_anew()
 
     def add(self, cls: type[nn.Module], declared: Any = None) -> None:
         """Accept a class, and keep what it declares."""
         self._known[cls] = Known(cls, declared)
         self._found.clear()
+        declared_anew()
 
     def declared(self, module: nn.Module) -> Any:
         """What the module's class, or its nearest base that is known, declares; None: nothing."""

@@ -18,7 +18,7 @@ from fastres.nn.bypass import (
     first_reason,
     unsupported,
 )
-from fastres.nn.roles import CONTAINERS, HOLDERS, IDENTITIES, Known, is_original
+from fastres.nn.roles import CONTAINERS, HOLDERS, IDENTITIES, Known, declared_anew, is_original
 
 
 class Block(NamedTuple):
@@ -93,18 +93,21 @@ def register_network(cls: type[nn.Module], adapter: Callable[[Any], Sequence[Ste
 def _register(cls: type[nn.Module], adapter: Callable[[Any], Any], is_block: bool) -> None:
     _entries[cls] = Entry(Known(cls), adapter, is_block)
     _found.clear()
+    declared_anew()
 
 
 def register_named_block(module: str, name: str, adapter: Callable[[Any], Block]) -> None:
     """`register_block` of a class by its module and name: a library that is imported later, or never."""
     _named[module, name] = adapter, True
     _found.clear()
+    declared_anew()
 
 
 def register_named_network(module: str, name: str, adapter: Callable[[Any], Sequence[Step]]) -> None:
     """`register_network` of a class by its module and name."""
     _named[module, name] = adapter, False
     _found.clear()
+    declared_anew()
 
 
 def registered_classes() -> list[type]:

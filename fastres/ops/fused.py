@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastres.ops import plain
 from fastres.ops.backends.fake import Fake
 from fastres.ops.backends.protocol import Backend
-from fastres.ops.layers import contiguous, dense, in_autocast, nhwc_weights, weight_grad
+from fastres.ops.layers import Statistics, contiguous, dense, in_autocast, nhwc_weights, weight_grad
 from fastres.ops.nodes import End
 from fastres.ops.operation import direct, isolated, operation
 from fastres.ops.plan import Code, Plan, decode
@@ -44,6 +44,26 @@ def fused(
     return out, coefs
 
 
+class Planned(NamedTuple):
+    """An operation that is checked for inputs of one shape, dtype and device, to be run on any of them.
+
+    Attributes:
+        plan, parameters: see `fused`.
+        counts: pixels that each BatchNorm sees, in order.
+    """
+
+    plan: Plan
+    parameters: list[Tensor | None]
+    counts: list[int]
+
+    def run(
+        self, x: Tensor, added: Tensor | None = None, known: Tensor | None = None
+    ) -> tuple[Tensor, list[Statistics], list[Tensor]]:
+        """The result, each BatchNorm's `Statistics` in order, and all coefficients; see `fused`."""
+        out, coefs = fused(self.plan, x, self.parameters, added, known)
+        return out, [Statistics(*pair) for pair in zip(coefs, self.counts)], coefs
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -55,7 +75,7 @@ class _Fused(torch.autograd.Function):
         known: Tensor | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        code = plan.encode()
+        code = plan.encode() if torch.compiler.is_compiling() else plan.code
         letters, n_coefs = code.parameters, code.counts[1]
         own = [t for kind, t in zip(letters, parameters) if kind == "w" and t is not None]
         weights = _nhwc(own, x)
@@ -103,7 +123,7 @@ class _Fused(torch.autograd.Function):
                 grad = weight_grad(next(found), dtype)
             elif kind in "gb":
                 vector = next(vectors)
-                grad = vector.to(dtype) if need else None
+                grad = None if not need else vector if vector.dtype == dtype else vector.to(dtype)
             grads.append(grad)
         return None, None, dx, dadded, None, *grads
 

@@ -313,4 +313,4 @@ def _empty_nhwc(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weight_grad(dw: Tensor, dtype: torch.dtype) -> Tensor:
     """[Cout, KH, KW, Cin] as the channels-last gradient of a weight [Cout, Cin, KH, KW]."""
-    return dw.permute(0, 3, 1, 2).to(dtype)
+    return (dw if dw.dtype == dtype else dw.to(dtype)).permute(0, 3, 1, 2)

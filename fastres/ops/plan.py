@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from fastres.kernels.geometry import output_hw
@@ -63,6 +63,11 @@ class Plan:
         numbers: list[float] = []
         structure = "".join([node.encode(integers, numbers) for node in self.nodes])
         return Code(f"{structure}{int(self.recompute)}|{self.group or ''}", integers, numbers)
+
+    @cached_property
+    def code(self) -> Code:
+        """That of `encode`, made once."""
+        return self.encode()
 
     def convolutions(self, x: Shape, weights: Sequence[Shape]) -> Iterator[tuple[Shape, Shape, Shape]]:
         """Shapes of the input [N, H, W, C], the weight [Cout, KH, KW, Cin] and the output of each convolution.

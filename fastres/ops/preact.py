@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastres.ops.fused import fused
+from fastres.ops.fused import Planned
 from fastres.ops.layers import (
     Conv,
     Identity,
@@ -81,6 +81,23 @@ def preact_chain(
         RuntimeError, ValueError: as `preact_block`; ValueError for no block, for another number of shortcuts than of
             blocks and for an `Identity` with a stride or with channels of zeros.
     """
+    planned = planned_preact(x, blocks, shortcuts, coef, next_coef)
+    out, statistics, coefs = planned.run(x, known=coef)
+    return out, coefs[len(statistics)] if next_coef else None, statistics
+
+
+def planned_preact(
+    x: Tensor,
+    blocks: Sequence[Sequence[Layer]],
+    shortcuts: Sequence[Identity | Conv | None],
+    coef: Tensor | None = None,
+    next_coef: bool = False,
+) -> Planned:
+    """`preact_chain` of tensors like x and coef.
+
+    Raises:
+        RuntimeError, ValueError: see `preact_chain`.
+    """
     counts = _check(x, blocks, shortcuts, coef)
     every_layer = [layer for layers in blocks for layer in layers]
     training = [layer.norm.running_mean is None for layer in every_layer]
@@ -104,10 +121,7 @@ def preact_chain(
             parameters.append(layer.weight)
     if next_coef:
         nodes.append(Describe())
-    plan = Plan(tuple(nodes), group_of([layer.norm for layer in every_layer]))
-    out, coefs = fused(plan, x, parameters, known=coef)
-    statistics = [Statistics(coef, count) for coef, count in zip(coefs, counts)]
-    return out, coefs[len(every_layer)] if next_coef else None, statistics
+    return Planned(Plan(tuple(nodes), group_of([layer.norm for layer in every_layer])), parameters, counts)
 
 
 def _node(conv: Layer | Conv, moments: bool, adds: bool = False, kept: bool = True) -> ConvNode:

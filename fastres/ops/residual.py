@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastres.ops.fused import fused
+from fastres.ops.fused import Planned
 from fastres.ops.layers import (
     Identity,
     Layer,
@@ -78,6 +78,27 @@ def residual_chain(
             addition of a shortcut that is not the block's input as it is, or a projection of it.
     """
     shortcut = Identity() if shortcut is x else shortcut
+    planned = planned_chain(x, blocks, shortcut, relu, recompute, identities)
+    out, statistics, _ = planned.run(x, shortcut if isinstance(shortcut, Tensor) else None)
+    projections = len(planned.counts) - sum(map(len, blocks))
+    return out, [*statistics[projections:], *statistics[:projections]]
+
+
+def planned_chain(
+    x: Tensor,
+    blocks: Sequence[Sequence[Layer]],
+    shortcut: Tensor | Layer | Identity | None = None,
+    relu: bool = True,
+    recompute: bool = False,
+    identities: Sequence[Identity] | None = None,
+) -> Planned:
+    """`residual_chain` of tensors like x, and like ``shortcut`` if that is one; its BatchNorms are as they run.
+
+    A projection's comes first. The shortcut x itself is ``Identity()``.
+
+    Raises:
+        RuntimeError, ValueError: see `residual_chain`.
+    """
     if identities is None:
         identities = [Identity()] * (len(blocks) - 1)
     shapes = _check(x, blocks, shortcut, identities)
@@ -101,9 +122,7 @@ def residual_chain(
     every_layer = [*projection, *[layer for layers in blocks for layer in layers]]  # as they run
     plan = Plan(tuple(nodes), group_of([layer.norm for layer in every_layer]), recompute)
     parameters = [tensor for layer in every_layer for tensor in (layer.weight, *norm_vectors(layer.norm))]
-    out, coefs = fused(plan, x, parameters, shortcut if isinstance(shortcut, Tensor) else None)
-    coefs = [*coefs[len(projection) :], *coefs[: len(projection)]]
-    return out, [Statistics(coef, pixels(shape)) for coef, shape in zip(coefs, shapes)]
+    return Planned(plan, parameters, [pixels(shape) for shape in shapes])
 
 
 def _opening(shortcut: Tensor | Layer | Identity, recompute: bool) -> Open:
@@ -126,7 +145,7 @@ def _check(
     shortcut: Tensor | Layer | Identity | None,
     identities: Sequence[Identity],
 ) -> list[Shape]:
-    """Check the input; shape of each layer's output, the projection's last."""
+    """Check the input; shape of each layer's output, the projection's first."""
     if not all([blocks, *blocks]):
         raise ValueError("a residual block has at least one layer")
     if len(identities) != len(blocks) - 1:
@@ -148,4 +167,4 @@ def _check(
             check_shortcut_shape(projected[0], shape)
         elif shortcut is not None:
             check_shortcut(shortcut, shape, x)
-    return shapes + projected
+    return projected + shapes

@@ -14,6 +14,93 @@ from fastres.ops.layers import Statistics, check_device
 from fastres.ops.operation import is_watched
 
 
+class Running:
+    """The running statistics of an operation's BatchNorms, to be moved step by step.
+
+    Args:
+        means, variances: [C] of each BatchNorm.
+        counts: pixels that each takes the batch's over, this rank's.
+        counters: int64 of one element of BatchNorms, in any order, that count the moves.
+
+    Raises:
+        ValueError: for sequences of different lengths.
+    """
+
+    def __init__(
+        self,
+        means: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        counts: Sequence[int],
+        counters: Sequence[Tensor] = (),
+    ):
+        filled = [place for place, (_, _, count) in enumerate(zip(means, variances, counts, strict=True)) if count]
+        self._filled = filled  # an empty batch moves nothing
+        self._every = len(filled) == len(counts)
+        self._means, self._variances = [means[i] for i in filled], [variances[i] for i in filled]
+        self._unbiased = [count / (count - 1) if (count := counts[i]) > 1 else float("inf") for i in filled]
+        self._counters = list(counters)
+        self._on_cpu = cpu.Running(self._means, self._variances, self._counters)
+        self._checked: list[tuple[torch.Size, torch.device]] = []
+
+    def move(self, coefs: Sequence[Tensor], momenta: Sequence[float | Tensor]) -> None:
+        """In place: count, and move each running mean, and unbiased variance, towards the batch's by its momentum.
+
+        On a GPU as many launches as for one BatchNorm, on a CPU one call, where the momenta are equal numbers.
+
+        Args:
+            coefs: [5, C] of each that begins with the batch's mean and biased variance; synchronised ones have the
+                number of pixels in a sixth row.
+            momenta: of each a number, or a 0-d tensor on their device, so that nothing waits for it.
+
+        Raises:
+            RuntimeError: as `torch.nn.functional.batch_norm` raises it.
+        """
+        if not self._every:
+            coefs, momenta = [coefs[i] for i in self._filled], [momenta[i] for i in self._filled]
+        self._check(coefs)
+        momentum = _in_common(momenta)
+        apart = any(coef.shape[0] > COUNT for coef in coefs)  # synchronised
+        if momentum is not None and not apart and not is_watched():
+            if self._on_cpu.move(coefs, self._unbiased, momentum):
+                return
+        if self._counters:
+            torch._foreach_add_(self._counters, 1)
+        if coefs:
+            self._move(coefs, momenta, momentum)
+
+    def _move(self, coefs: Sequence[Tensor], momenta: Sequence[float | Tensor], momentum: float | None) -> None:
+        biased = [coef[VAR] for coef in coefs]
+        if any(coef.shape[0] > COUNT for coef in coefs):
+            factors = [_correction(coef, number) for coef, number in zip(coefs, self._unbiased)]
+            unbiased = [var * factor for var, factor in zip(biased, factors, strict=True)]
+        else:
+            unbiased = list(torch._foreach_mul(biased, self._unbiased))
+        running = [*self._means, *self._variances]
+        batch = [
+            value
+            if value.dtype == tensor.dtype and value.shape == tensor.shape
+            else value.to(tensor.dtype).view_as(tensor)
+            for tensor, value in zip(running, [*(coef[MEAN] for coef in coefs), *unbiased], strict=True)
+        ]
+        if momentum is not None:
+            torch._foreach_lerp_(running, batch, momentum)
+            return
+        for tensor, value, weight in zip(running, batch, [*momenta, *momenta], strict=True):
+            tensor.lerp_(value, weight)
+
+    def _check(self, coefs: Sequence[Tensor]) -> None:
+        """Once for coefficients of the same sizes."""
+        forms = [(coef.shape, coef.device) for coef in coefs]
+        if forms == self._checked:
+            return
+        for mean, var, coef in zip(self._means, self._variances, coefs, strict=True):
+            for name, tensor in (("running_mean", mean), ("running_var", var)):
+                if tensor.numel() != coef.shape[1]:
+                    raise RuntimeError(f"{name} should contain {coef.shape[1]} elements not {tensor.numel()}")
+                check_device(tensor, name, coef.device)
+        self._checked = forms
+
+
 @torch.no_grad()
 def update_running(
     running_means: Sequence[Tensor],
@@ -23,56 +110,27 @@ def update_running(
 ) -> None:
     """In place: move each running mean, and unbiased variance, towards the batch's by its momentum.
 
-    On a GPU as many launches as for one BatchNorm, on a CPU one call, where the momenta are equal numbers.
-
     Args:
         running_means, running_vars: [C] of each BatchNorm.
         statistics: of each, as its operation returned them.
-        momenta: of each a number, or a 0-d tensor on their device, so that nothing waits for it.
+        momenta: see `Running.move`.
 
     Raises:
         RuntimeError: as `torch.nn.functional.batch_norm` raises it.
         ValueError: for sequences of different lengths.
     """
-    for mean, var, (coef, _) in zip(running_means, running_vars, statistics, strict=True):
-        for name, tensor in (("running_mean", mean), ("running_var", var)):
-            if tensor.numel() != coef.shape[1]:
-                raise RuntimeError(f"{name} should contain {coef.shape[1]} elements not {tensor.numel()}")
-            check_device(tensor, name, coef.device)
-    if not all(count for _, count in statistics):  # an empty batch moves nothing
-        filled = [place for place, (_, count) in enumerate(statistics) if count]
-        running_means, running_vars = [running_means[i] for i in filled], [running_vars[i] for i in filled]
-        statistics, momenta = [statistics[i] for i in filled], [momenta[i] for i in filled]
-    if not statistics:
-        return
-    factors = [_correction(one) for one in statistics]
-    numbers = [factor for factor in factors if not isinstance(factor, Tensor)]
-    first = momenta[0]
-    momentum = None if isinstance(first, Tensor) or len(set(momenta)) > 1 else first  # where it is one number
-    if momentum is not None and len(numbers) == len(factors) and not is_watched():
-        coefs = [coef for coef, _ in statistics]
-        if cpu.update_running(running_means, running_vars, coefs, numbers, momentum):
-            return
-    biased = [coef[VAR] for coef, _ in statistics]
-    if len(numbers) == len(factors):
-        unbiased = list(torch._foreach_mul(biased, numbers))
-    else:
-        unbiased = [var * factor for var, factor in zip(biased, factors, strict=True)]
-    running = [*running_means, *running_vars]
-    batch = [
-        value.to(tensor.dtype).view_as(tensor)
-        for tensor, value in zip(running, [*(coef[MEAN] for coef, _ in statistics), *unbiased], strict=True)
-    ]
-    if momentum is not None:
-        torch._foreach_lerp_(running, batch, momentum)
-        return
-    for tensor, value, weight in zip(running, batch, [*momenta, *momenta], strict=True):
-        tensor.lerp_(value, weight)
+    running = Running(running_means, running_vars, [count for _, count in statistics])
+    running.move([coef for coef, _ in statistics], momenta)
 
 
-def _correction(statistics: Statistics) -> float | Tensor:
+def _in_common(momenta: Sequence[float | Tensor]) -> float | None:
+    """The number that all are, 0 where there are none."""
+    first = momenta[0] if momenta else 0.0
+    if isinstance(first, Tensor) or not all(one is first or one == first for one in momenta):
+        return None
+    return first
+
+
+def _correction(coef: Tensor, number: float) -> float | Tensor:
     """From the biased to the unbiased variance; synchronised statistics' number of pixels only the device knows."""
-    coef, count = statistics
-    if coef.shape[0] > COUNT:
-        return coef[COUNT] / (coef[COUNT] - 1)
-    return count / (count - 1)
+    return coef[COUNT] / (coef[COUNT] - 1) if coef.shape[0] > COUNT else number

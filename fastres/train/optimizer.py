@@ -45,18 +45,21 @@ class SGDW(torch.optim.SGD):
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         if scaled or not all(map(_is_plain, self.param_groups)):
             return False
-        stepped = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        grads = [[p.grad for p in params] for params in stepped]
-        buffers = [[self.state[p].get("momentum_buffer") for p in params] for params in stepped]
-        if not all(map(one_pass.takes, stepped, grads, buffers)):
+        steps = []
+        for group in self.param_groups:
+            pairs = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
+            states = [self.state[p] for p, _ in pairs]
+            buffers = [state.get("momentum_buffer") for state in states]
+            steps.append((states, [p for p, _ in pairs], [grad for _, grad in pairs], buffers))
+        if not all(one_pass.takes(*tensors) for _, *tensors in steps):
             return False
-        for group, params, gradients, held in zip(self.param_groups, stepped, grads, buffers):
+        for group, (states, params, grads, buffers) in zip(self.param_groups, steps):
             rates = one_pass.Rates(
                 group["lr"], group["momentum"], group["nesterov"], group["decay"], group["weight_decay"]
             )
-            for p, buffer in zip(params, one_pass.step(params, gradients, held, rates)):
+            for state, buffer in zip(states, one_pass.step(params, grads, buffers, rates)):
                 if buffer is not None:
-                    self.state[p]["momentum_buffer"] = buffer
+                    state["momentum_buffer"] = buffer
         return True
 
 

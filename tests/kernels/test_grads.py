@@ -63,6 +63,7 @@ def separately(function, weights, given):
     st.integers(0, 1),
 )
 def test_conv_grads(size, cin, cout, dtype, seed, backward, below, add, rank):
+    cin = cin if is_joint(cin, cout, dtype, device()) else 72
     given = arguments(size[0], size[1:], cin, cout, dtype, seed, backward, below, add)
     dx, sums, dw = guarded(conv_grads, *given, rank=rank)
     eager = separately(aten.conv_dgrad, aten.conv_wgrad, given)
@@ -132,7 +133,7 @@ def test_a_program_holds_what_stays(cin, cout, arch):
     """Accumulators within the registers that a thread may have, with many for the rest."""
     for sums, masked in ((False, False), (True, False), (True, True)):
         configs = grads_configs(cin, cout, torch.bfloat16, arch, sums, masked)
-        assert bool(configs) == (arch == 90 or cout < 256 or cin <= 128) and configs == list(dict.fromkeys(configs))
+        assert bool(configs) == (cout < 256 or cin <= 128) and configs == list(dict.fromkeys(configs))
         for one in configs:
             threads = 32 * one.num_warps
             kept = one.block_n * one.block_k + one.block_n * one.block_m * (3 if sums else 1)

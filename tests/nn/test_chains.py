@@ -18,7 +18,7 @@ def blocks_of(network) -> list:
 
 
 def sizes(network) -> list[int]:
-    return [len(chain.blocks) for chain in chains(blocks_of(network))]
+    return [max(1, len(chain.structures)) for chain in chains(blocks_of(network))]
 
 
 def test_the_stages_of_a_bottleneck_network_are_chains():

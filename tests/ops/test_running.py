@@ -54,7 +54,7 @@ def test_one_compiled_call_is_pytorchs_operations(momentum, monkeypatch):
     ours, theirs = ([t.clone() for t in before] for _ in range(2))
     update_running([t[0] for t in ours], [t[1] for t in ours], used, [momentum] * 3)
     assert [t._version for t in ours] == [2, 2, 2]  # a row each
-    monkeypatch.setattr(running.cpu, "update_running", lambda *_: False)
+    monkeypatch.setattr(running.cpu.Running, "move", lambda *_: False)
     update_running([t[0] for t in theirs], [t[1] for t in theirs], used, [momentum] * 3)
     assert all(map(torch.equal, ours, theirs))
 
@@ -71,5 +71,23 @@ def test_one_compiled_call_is_pytorchs_operations(momentum, monkeypatch):
 )
 def test_other_tensors_are_left_to_pytorch(other):
     plain, coef = torch.rand(5), torch.rand(5, 5)
-    assert not cpu.update_running([plain], [other], [coef], [1.0], 0.1)
-    assert not cpu.update_running([other], [plain], [coef], [1.0], 0.1)
+    assert not cpu.Running([plain], [other]).move([coef], [1.0], 0.1)
+    assert not cpu.Running([other], [plain]).move([coef], [1.0], 0.1)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_batches_are_counted(compiled, monkeypatch):
+    """By the same call, those of BatchNorms that count; again and again."""
+    if not compiled:
+        monkeypatch.setattr(running.cpu.Running, "move", lambda *_: False)
+    batches = [batch(5), batch(3)]
+    counters, means, variances = [torch.tensor(7)], [torch.zeros(5), torch.zeros(3)], [torch.ones(5), torch.ones(3)]
+    expected = [(mean.clone(), var.clone()) for mean, var in zip(means, variances)]
+    moved = running.Running(means, variances, [24, 24], counters)
+    for _ in range(3):
+        moved.move([used.coef for _, used in batches], [0.3, 0.3])
+        for (y, _), (mean, var) in zip(batches, expected):
+            F.batch_norm(y, mean, var, training=True, momentum=0.3)
+    assert counters[0].item() == 10 and counters[0]._version == 3
+    torch.testing.assert_close(list(zip(means, variances)), expected)

@@ -4,7 +4,7 @@ from fastres.ops.cpu import passes
 from fastres.ops.cpu.build import unavailable
 from fastres.ops.cpu.packed import PackedConv, packed_conv_bias_act, packed_weight, packs
 from fastres.ops.cpu.packed_block import FoldedLayer, FoldedLayers, PackedBlock
-from fastres.ops.cpu.running import update as update_running
+from fastres.ops.cpu.running import Running
 
 DTYPES = tuple(passes.DTYPES)
 
@@ -14,9 +14,9 @@ __all__ = [
     "FoldedLayers",
     "PackedBlock",
     "PackedConv",
+    "Running",
     "packed_conv_bias_act",
     "packed_weight",
     "packs",
     "unavailable",
-    "update_running",
 ]

@@ -38,7 +38,7 @@ SIGNATURES = {
     "conv": "ipppbppoppoooi",
     "folded_conv": "ipppppboi",
     "data_grad": "ippppppppbppooi",
-    "update_running": "pid",
+    "update_running": "pipid",
     "sgd": "piddbddi",
     "program": "pip",
 }

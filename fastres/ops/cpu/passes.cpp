@@ -450,14 +450,16 @@ inline float multiplied_and_added(float a, float b, float c) {
 }
 
 // Of many BatchNorms, each in a table: a running mean and variance [C], coefficients that begin with the batch's mean and biased
-// variance, C, and the bits of the factor to the unbiased variance.
-extern "C" void fastres_update_running(const int64_t* table, int64_t count, double momentum) {
+// variance, C, and the bits of the factor to the unbiased variance. Counters, of as many batches, are one higher behind it.
+extern "C" void fastres_update_running(const int64_t* table, int64_t count, const int64_t* counters, int64_t counted,
+                                       double momentum) {
   struct Norm {
     float *mean, *var;
     const float* coef;
     int64_t c;
     double correction;
   };
+  for (int64_t n = 0; n < counted; ++n) ++*reinterpret_cast<int64_t*>(counters[n]);
   const float share = float(momentum);
   const auto move = [share](float* running, float value) {  // with PyTorch's bits: `lerp` rounds the value, then once
     asm("" : "+m"(value));  // so that it is rounded

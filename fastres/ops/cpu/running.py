@@ -12,31 +12,43 @@ from fastres.ops.cpu.build import unavailable
 from fastres.ops.cpu.native import call, integers, is_float32
 
 
-def update(
-    running_means: Sequence[Tensor],
-    running_vars: Sequence[Tensor],
-    coefs: Sequence[Tensor],
-    corrections: Sequence[float],
-    momentum: float,
-) -> bool:
-    """In place, see `fastres.ops.running.update_running`; False: nothing was done, as these are no such tensors here.
+class Running:
+    """See `fastres.ops.running.Running`, for fp32 tensors without gaps on the CPU.
 
     Args:
-        running_means, running_vars: [C] of each BatchNorm.
-        coefs: [5, C] that begins with the batch's mean and biased variance.
-        corrections: what makes that the unbiased variance.
+        means, variances: [C] of each BatchNorm. counters: int64.
     """
-    running = [*running_means, *running_vars]
-    if not all(map(_is_plain, running)) or not all(map(_is_plain, coefs)) or unavailable():
-        return False
-    table: list[int] = []
-    for mean, var, coef, correction in zip(running_means, running_vars, coefs, corrections, strict=True):
-        bits = struct.unpack("q", struct.pack("d", correction))[0]
-        table += (mean.data_ptr(), var.data_ptr(), coef.data_ptr(), mean.numel(), bits)
-    call("update_running", integers(table), len(running_means), momentum)
-    torch.autograd.graph.increment_version(running)  # as PyTorch's own operations in place do
-    return True
+
+    def __init__(self, means: Sequence[Tensor], variances: Sequence[Tensor], counters: Sequence[Tensor] = ()):
+        self._means, self._variances, self._counters = list(means), list(variances), list(counters)
+        self._moved = [*means, *variances, *counters]
+        self._takes: bool | None = None  # until it is asked
+
+    def move(self, coefs: Sequence[Tensor], corrections: Sequence[float], momentum: float) -> bool:
+        """In place; False: nothing was done, as these are no such tensors here.
+
+        Args:
+            coefs: [5, C] that begins with the batch's mean and biased variance.
+            corrections: what makes that the unbiased variance.
+        """
+        if self._takes is None:
+            plain = all(map(_is_plain, [*self._means, *self._variances]))
+            self._takes = plain and all(map(_is_counter, self._counters)) and not unavailable()
+        if not self._takes or not all(map(_is_plain, coefs)):
+            return False
+        table: list[int] = []
+        for mean, var, coef, correction in zip(self._means, self._variances, coefs, corrections, strict=True):
+            bits = struct.unpack("q", struct.pack("d", correction))[0]
+            table += (mean.data_ptr(), var.data_ptr(), coef.data_ptr(), mean.numel(), bits)
+        counters = integers([counter.data_ptr() for counter in self._counters])
+        call("update_running", integers(table), len(self._means), counters, len(counters), momentum)
+        torch.autograd.graph.increment_version(self._moved)  # as PyTorch's own operations in place do
+        return True
 
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and is_float32(tensor) and tensor.is_contiguous()
+
+
+def _is_counter(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.dtype is torch.int64 and tensor.is_cpu and not tensor.is_inference()

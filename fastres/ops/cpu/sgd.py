@@ -29,9 +29,15 @@ class Rates(NamedTuple):
 
 def takes(parameters: Sequence[Tensor], gradients: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> bool:
     """Whether `step` takes these: fp32 on the CPU without gaps, those of one parameter in the same memory format."""
-    for tensors in zip(parameters, gradients, buffers, strict=True):
-        there = [tensor for tensor in tensors if tensor is not None]
-        if not all(map(_is_plain, there)) or not in_one_format(there):
+    for parameter, gradient, buffer in zip(parameters, gradients, buffers, strict=True):
+        if not (_is_plain(parameter) and _is_plain(gradient) and (buffer is None or _is_plain(buffer))):
+            return False
+        form = parameter.shape, parameter.stride()
+        alike = (gradient.shape, gradient.stride()) == form and (
+            buffer is None or (buffer.shape, buffer.stride()) == form
+        )
+        there = (parameter,) if alike else (parameter, gradient) if buffer is None else (parameter, gradient, buffer)
+        if not in_one_format(there):
             return False
     return not unavailable()
 
@@ -72,8 +78,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def in_one_format(tensors: Sequence[Tensor]) -> bool:
     """Whether the same places in the memory of these are the same elements, without gaps."""
-    formats = _FORMATS if tensors[0].dim() == 4 else _FORMATS[:1]
-    shape = tensors[0].shape
-    return all(tensor.shape == shape for tensor in tensors) and any(
+    first, *others = tensors
+    if not others:
+        return first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    formats = _FORMATS if first.dim() == 4 else _FORMATS[:1]
+    return all(tensor.shape == first.shape for tensor in others) and any(
         all(tensor.is_contiguous(memory_format=form) for tensor in tensors) for form in formats
     )

@@ -179,7 +179,7 @@ class _Ready(NamedTuple):
             added, known: see `fused`.
         """
         out, statistics, coefs = self.planned.run(to_nhwc(x), added, known)
-        self.tracking(statistics)
+        self.tracking.move(statistics)
         return to_nchw(out), coefs[-1] if len(coefs) > len(statistics) else None
 
 
@@ -251,6 +251,10 @@ def chains(blocks: Sequence[nn.Module], running: bool = False) -> list[Link]:
     return links
 
 
+def _in_own_forward(blocks: Sequence[nn.Module]) -> list[Link]:
+    return chains(blocks, running=True)
+
+
 def in_chains(blocks: Sequence[nn.Module], x: Any) -> Any:
     """Apply blocks in order, chains of them at once.
 
@@ -264,7 +268,7 @@ def in_chains(blocks: Sequence[nn.Module], x: Any) -> Any:
         for block in blocks:
             x = block(x)
         return (x, None) if paired else x
-    links, held = while_unchanged(blocks, "chains", lambda: chains(blocks)) if blocks else ([], frozenset())
+    links, held = while_unchanged(blocks, "chains", chains) if blocks else ([], frozenset())
     for index, link in enumerate(links):
         if link.structures:
             x, coef = link.run(x, coef, paired or index < len(links) - 1, held)
@@ -349,5 +353,5 @@ class FusedBlock(Fused):
             return type(self).forward(self, x)
         if watched(x):
             return super().forward(x)
-        links, held = while_unchanged([self], "block", lambda: chains([self], running=True))
+        links, held = while_unchanged([self], "block", _in_own_forward)
         return links[0].run(x, None, False, held)[0] if links[0].structures else super().forward(x)

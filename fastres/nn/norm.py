@@ -111,11 +111,11 @@ class Tracking:
             groups = [[one] for one in tracking]
         self._groups = [_Group(group) for group in groups if group]
 
-    @torch.no_grad()
-    def __call__(self, statistics: Sequence[Statistics]) -> None:
+    def move(self, statistics: Sequence[Statistics]) -> None:
         """Move them towards those of a batch, of each BatchNorm."""
-        for group in self._groups:
-            group.move(statistics)
+        with torch.no_grad():
+            for group in self._groups:
+                group.move(statistics)
 
 
 class _Group:
@@ -144,7 +144,7 @@ class _Group:
 
 def track(norms: Sequence[Any], statistics: Sequence[Statistics]) -> None:
     """`Tracking` of these BatchNorms once."""
-    Tracking(norms, [count for _, count in statistics])(statistics)
+    Tracking(norms, [count for _, count in statistics]).move(statistics)
 
 
 def _is_tracking(bn: Any) -> bool:

@@ -132,20 +132,20 @@ _kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
 
 
 def while_unchanged(
-    roots: Sequence[nn.Module], key: Hashable, decide: Callable[[], Decision]
+    roots: Sequence[nn.Module], key: Hashable, decide: Callable[[Sequence[nn.Module]], Decision]
 ) -> tuple[Decision, frozenset[int]]:
     """What ``decide`` says of modules, from before where nothing of them changed since.
 
     Args:
         roots: modules; the decision depends on these, on those in them and on ``key`` alone.
-        decide: its result must not hold a root.
+        decide: of the roots; its result must not hold one.
 
     Returns:
         The decision, and the identities of all parameters and buffers, where none of them can become another without
         a new decision; or else of none.
     """
     if torch.compiler.is_compiling():
-        return decide(), frozenset()
+        return decide(roots), frozenset()
     entries = _kept.setdefault(roots[0], {})
     whole = (key, len(roots), roots[0].training, generation(), *_ranks())
     kept = entries.get(whole)
@@ -157,7 +157,7 @@ def while_unchanged(
     if last is not None and last[0].holds(roots):
         kept.misses = 0
         return last[1], last[0].tensors
-    decision = decide()
+    decision = decide(roots)
     kept.last = None
     kept.misses += 1
     if kept.misses > MOST_MISSES:

@@ -37,7 +37,7 @@ class Running:
         self._filled = filled  # an empty batch moves nothing
         self._every = len(filled) == len(counts)
         self._means, self._variances = [means[i] for i in filled], [variances[i] for i in filled]
-        self._unbiased = [count / (count - 1) if (count := counts[i]) > 1 else float("inf") for i in filled]
+        self._unbiased = [counts[i] / max(counts[i] - 1, 1) for i in filled]  # of one pixel: there are other ranks'
         self._counters = list(counters)
         self._on_cpu = cpu.Running(self._means, self._variances, self._counters)
         self._checked: list[tuple[torch.Size, torch.device]] = []

@@ -80,13 +80,13 @@ def test_what_is_no_change(action):
 def test_a_class_and_a_declaration_that_change_are_seen(monkeypatch):
     module, asked = block(), []
     for count in (1, 1):
-        while_unchanged([module], "test", lambda: asked.append(1))
+        while_unchanged([module], "test", lambda roots: asked.append(1))
         assert len(asked) == count
     with monkeypatch.context() as patch:
         patch.setattr(nn.BatchNorm2d, "forward", lambda self, x: x)
-        while_unchanged([module], "test", lambda: asked.append(1))
+        while_unchanged([module], "test", lambda roots: asked.append(1))
     register_block(type("Own", (nn.Module,), {"forward": lambda self, x: x}), lambda module: Block([]))
-    while_unchanged([module], "test", lambda: asked.append(1))
+    while_unchanged([module], "test", lambda roots: asked.append(1))
     assert len(asked) == 3
 
 
@@ -114,7 +114,7 @@ def test_what_comparing_objects_does_not_tell(value):
         Snapshot([module])
     asked = []
     for _ in range(3):
-        while_unchanged([module], "test", lambda: asked.append(1))
+        while_unchanged([module], "test", lambda roots: asked.append(1))
     assert len(asked) == 3
 
 
@@ -129,7 +129,7 @@ def test_nothing_is_kept_of_what_changes_at_every_forward(monkeypatch):
     monkeypatch.setattr(unchanged, "Snapshot", lambda roots: taken.append(1) or Snapshot(roots))
     for step in range(3 * unchanged.MOST_MISSES):
         module.conv1.step = float(step)
-        while_unchanged([module], "test", lambda: None)
+        while_unchanged([module], "test", lambda roots: None)
     assert len(taken) == unchanged.MOST_MISSES
 
 

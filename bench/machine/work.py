@@ -12,8 +12,7 @@ from bench.machine.program import Program
 from bench.workloads import IMAGE
 
 # Kernels that merge a few rows of sums: `bench.machine.chips.SMALL` each.
-MERGING = {"finalize_kernel", "merge_kernel", "bn_backward_coef_kernel", "partial_sums_kernel", "running_coef_kernel",
-           "update_running_kernel"}  # fmt: skip
+MERGING = {"finalize_kernel", "merge_kernel", "bn_backward_coef_kernel", "partial_sums_kernel", "running_coef_kernel"}
 # Elementwise passes: at the memory's rate, as the peers' are.
 STREAMING = {"bn_add_relu_kernel", "bn_add_relu_backward_kernel", "bn_backward_apply_kernel", "moments_kernel",
              "spread_kernel", "gather_kernel"}  # fmt: skip

@@ -3,13 +3,15 @@
     python -m bench.seeds --preset speed94 --data ~/cifar10 --seeds 5
 
 Runs lie under ``--work``; finished ones are not run again and a stopped one goes on, so the command can be repeated,
-with more seeds too. ``--first-seed`` runs others beside it, which a later call collects. Seconds are of training alone.
+with more seeds too. ``--first-seed`` runs others beside it, which a later call collects. Seconds are of training alone,
+and like images/s medians: the first run compiles.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.record import RESULTS, write_results
@@ -48,15 +50,19 @@ def label(content: dict[str, Any]) -> str:
 def row(content: dict[str, Any]) -> list[str]:
     """A line of the table."""
     (entry,), runs = content["summary"], list(content["curves"].values())
-    accuracy, seconds = entry["val_accuracy"], entry["train_seconds"]["mean"]
+    accuracy, seconds = entry["val_accuracy"], median_seconds(content)
     epochs = content["options"]["epochs"]
     cells = [label(content), str(entry["runs"]), str(epochs), _share(accuracy)]
     deviation = accuracy["standard_deviation"]
     cells.append("" if deviation is None else f"± {100 * deviation:.2f}")
     cells.append(_share(entry["tta_accuracy"]) if "tta_accuracy" in entry else "")
-    rate = sum(one["images_per_second"] for run in runs for one in run["epochs"])
-    rate /= sum(len(run["epochs"]) for run in runs)
+    rate = median(one["images_per_second"] for run in runs for one in run["epochs"])
     return [*cells, f"{runs[0]['flops'] / 1e15:.3g}", f"{rate:.0f}", f"{seconds / 60:.2g}"]
+
+
+def median_seconds(content: dict[str, Any]) -> float:
+    """Of training, over the seeds."""
+    return median(run["epochs"][-1]["train_seconds"] for run in content["curves"].values())
 
 
 def _share(value: dict[str, Any]) -> str:

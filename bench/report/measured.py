@@ -44,8 +44,8 @@ def seconds_sentence(results: Path) -> str | None:
     for path in sorted(results.glob("seeds-*.json")):
         record = read(path)
         if record and record["device"] != "cpu":
-            seconds = sorted(run["epochs"][-1]["train_seconds"] for run in record["curves"].values())
-            found.append((f"{seeds.label(record)} in {seconds[len(seconds) // 2]:.1f} s", machine_line(record)))
+            text = f"{seeds.label(record)} in {seeds.median_seconds(record):.1f} s"
+            found.append((text, machine_line(record)))
     if not found:
         return None
     return f"On one {found[0][1]}: {', '.join(text for text, _ in found)} of training, one CUDA graph a step."

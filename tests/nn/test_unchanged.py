@@ -2,11 +2,12 @@
 
 import copy
 import gc
+import random
 import weakref
 
 import pytest
 import torch
-from support_nets import assert_same, perturbed, train_step
+from support_nets import SMALL, assert_same, perturbed, train_step
 from torch import nn
 
 from fastres.nn import blocks, fuse, unchanged
@@ -176,3 +177,65 @@ def test_a_parametrized_weight_is_computed_at_each_forward():
             for one in (module, twin):
                 one.conv1.parametrizations.weight.original0.mul_(1.5)
         torch.testing.assert_close(module(X), type(twin)._eager.forward(twin, X), rtol=1e-4, atol=1e-4)
+
+
+def chosen(model: nn.Module, kind: type, place: int) -> nn.Module:
+    """One of the model's modules of a kind."""
+    found = [module for module in model.modules() if isinstance(module, kind)]
+    return found[place % len(found)]
+
+
+def drawn(like: torch.Tensor, place: int) -> torch.Tensor:
+    """Small numbers, the same for the same place."""
+    return 0.1 * torch.randn(like.shape, generator=torch.Generator().manual_seed(place), dtype=like.dtype)
+
+
+def hooked(model: nn.Module, place: int) -> None:
+    """A hook more, or one less."""
+    hooks = model.__dict__.setdefault("hooks", [])
+    if place % 2 and hooks:
+        hooks.pop().remove()
+    else:
+        norm = chosen(model, nn.BatchNorm2d, place)
+        hooks.append(norm.register_forward_hook(lambda *call: call[-1] * 1.25))
+
+
+def exchanged(conv: nn.Conv2d, place: int) -> None:
+    conv.weight = nn.Parameter(drawn(conv.weight, place))
+
+
+def shifted(model: nn.Module, assign: bool) -> None:
+    """Another state, by other elements or other tensors."""
+    state = {name: 0.99 * t if t.is_floating_point() else t.clone() for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
+
+
+ANY = {
+    "eps": lambda m, i: setattr(chosen(m, nn.BatchNorm2d, i), "eps", (1e-5, 1e-3, 0.1)[i % 3]),
+    "momentum": lambda m, i: setattr(chosen(m, nn.BatchNorm2d, i), "momentum", (0.1, 0.5, None)[i % 3]),
+    "a norm's mode": lambda m, i: chosen(m, nn.BatchNorm2d, i).train(i % 2 == 0),
+    "tracking": lambda m, i: setattr(chosen(m, nn.BatchNorm2d, i), "track_running_stats", i % 2 == 0),
+    "no bias": lambda m, i: setattr(chosen(m, nn.BatchNorm2d, i), "bias", None),
+    "frozen weight": lambda m, i: chosen(m, nn.Conv2d, i).weight.requires_grad_(i % 2 == 0),
+    "weight": lambda m, i: exchanged(chosen(m, nn.Conv2d, i), i),
+    "data": lambda m, i: setattr(chosen(m, nn.Conv2d, i).weight, "data", drawn(chosen(m, nn.Conv2d, i).weight, i)),
+    "hook": hooked,
+    "state": lambda m, i: shifted(m, False),
+    "other tensors": lambda m, i: shifted(m, True),
+    "mode": lambda m, i: m.train(i % 3 > 0),
+}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_changes_between_steps(seed):
+    """In any order, on the eager network and on the fused one."""
+    draw = random.Random(seed)
+    name = draw.choice(["basic", "bottleneck", "cifar", "preact", "notebook"])
+    eager = perturbed(SMALL[name]()).double()
+    fused = fuse(copy.deepcopy(eager))
+    for _ in range(10):
+        change, place = ANY[draw.choice(list(ANY))], draw.randrange(100)
+        if draw.random() < 0.6:
+            change(eager, place), change(fused, place)
+        x = torch.randn(draw.choice([(2, 3, 16, 16), (3, 3, 12, 20)]), dtype=torch.float64)
+        assert_same(train_step(fused, x), train_step(eager, x), 1e-7)

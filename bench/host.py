@@ -148,9 +148,9 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     for name, found in results.items():
         by = [found[one]["ms"] for one in LAUNCHERS]
         counts = [str(found["driver"][key]) for key in ("launches", "calls")]
-        host = found["driver"].get("host_ms")
-        whole = f"{host:.2f}" if host else ""
-        rows.append([name, *counts, *(f"{ms:.2f}" for ms in by), f"{by[0] / by[1]:.1f}x", whole])
+        rows.append(
+            [name, *counts, *(f"{ms:.2f}" for ms in by), f"{by[0] / by[1]:.1f}x", f"{found['driver']['host_ms']:.2f}"]
+        )
     columns = ["a training step", "launches", "calls of the driver's loop", "ms, by Triton", "by the driver", "",
                "all of forward and backward, ms"]  # fmt: skip
     return markdown(columns, rows)

@@ -130,9 +130,10 @@ def _fused_residual(
         else:
             added = _called(x, shortcut, recompute)
     ready = _Ready.of(planned_chain(nhwc, chain, added, relu and not apart, recompute, identities), norms)
-    if kept is not None and not isinstance(added, Tensor) and not apart:
+    given = added if isinstance(added, Tensor) else None
+    if kept is not None and given is None and not apart:
         kept.append(ready)
-    out, _ = ready.run(x, added if isinstance(added, Tensor) else None, None)
+    out, _ = ready.run(x, given, None)
     return activated(out, act) if apart and relu else out
 
 
@@ -178,9 +179,9 @@ class _Ready(NamedTuple):
         Args:
             added, known: see `fused`.
         """
-        out, statistics, coefs = self.planned.run(to_nhwc(x), added, known)
-        self.tracking.move(statistics)
-        return to_nchw(out), coefs[-1] if len(coefs) > len(statistics) else None
+        out, coefs = self.planned.run(to_nhwc(x), added, known)
+        self.tracking.move(coefs)
+        return to_nchw(out), coefs[-1] if len(coefs) > len(self.planned.counts) else None
 
 
 def _is_kept(shortcut: Any) -> bool:

@@ -111,15 +111,15 @@ class Tracking:
             groups = [[one] for one in tracking]
         self._groups = [_Group(group) for group in groups if group]
 
-    def move(self, statistics: Sequence[Statistics]) -> None:
-        """Move them towards those of a batch, of each BatchNorm."""
+    def move(self, coefs: Sequence[Tensor]) -> None:
+        """Move them towards those of a batch: coefficients of each BatchNorm, see `Running.move`."""
         with torch.no_grad():
             for group in self._groups:
-                group.move(statistics)
+                group.move(coefs)
 
 
 class _Group:
-    """BatchNorms that move together: the place of each among the statistics, itself, and its pixels."""
+    """BatchNorms that move together: the place of each among the coefficients, itself, and its pixels."""
 
     def __init__(self, members: Sequence[tuple[int, Any, int]]):
         self._places = [place for place, _, _ in members]
@@ -132,19 +132,19 @@ class _Group:
         counters = [] if self._cumulative else self.counters
         self._running = Running(means, variances, [count for _, _, count in members], counters)
 
-    def move(self, statistics: Sequence[Statistics]) -> None:
+    def move(self, coefs: Sequence[Tensor]) -> None:
         momenta = self._fixed
         if self._cumulative:
             if self.counters:
                 torch._foreach_add_(self.counters, 1)
             left = iter(map(_cumulative_momentum, self._cumulative, self._dtypes))
             momenta = [next(left) if momentum is None else momentum for momentum in self._fixed]
-        self._running.move([statistics[place].coef for place in self._places], momenta)
+        self._running.move([coefs[place] for place in self._places], momenta)
 
 
 def track(norms: Sequence[Any], statistics: Sequence[Statistics]) -> None:
     """`Tracking` of these BatchNorms once."""
-    Tracking(norms, [count for _, count in statistics]).move(statistics)
+    Tracking(norms, [count for _, count in statistics]).move([coef for coef, _ in statistics])
 
 
 def _is_tracking(bn: Any) -> bool:

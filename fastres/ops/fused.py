@@ -56,12 +56,13 @@ class Planned(NamedTuple):
     parameters: list[Tensor | None]
     counts: list[int]
 
-    def run(
-        self, x: Tensor, added: Tensor | None = None, known: Tensor | None = None
-    ) -> tuple[Tensor, list[Statistics], list[Tensor]]:
-        """The result, each BatchNorm's `Statistics` in order, and all coefficients; see `fused`."""
-        out, coefs = fused(self.plan, x, self.parameters, added, known)
-        return out, [Statistics(*pair) for pair in zip(coefs, self.counts)], coefs
+    def run(self, x: Tensor, added: Tensor | None = None, known: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """See `fused`."""
+        return fused(self.plan, x, self.parameters, added, known)
+
+    def statistics(self, coefs: Sequence[Tensor]) -> list[Statistics]:
+        """Each BatchNorm's, in order, of a run's coefficients."""
+        return [Statistics(*pair) for pair in zip(coefs, self.counts)]
 
 
 class _Fused(torch.autograd.Function):

@@ -82,8 +82,8 @@ def preact_chain(
             blocks and for an `Identity` with a stride or with channels of zeros.
     """
     planned = planned_preact(x, blocks, shortcuts, coef, next_coef)
-    out, statistics, coefs = planned.run(x, known=coef)
-    return out, coefs[len(statistics)] if next_coef else None, statistics
+    out, coefs = planned.run(x, known=coef)
+    return out, coefs[-1] if next_coef else None, planned.statistics(coefs)
 
 
 def planned_preact(

@@ -79,7 +79,8 @@ def residual_chain(
     """
     shortcut = Identity() if shortcut is x else shortcut
     planned = planned_chain(x, blocks, shortcut, relu, recompute, identities)
-    out, statistics, _ = planned.run(x, shortcut if isinstance(shortcut, Tensor) else None)
+    out, coefs = planned.run(x, shortcut if isinstance(shortcut, Tensor) else None)
+    statistics = planned.statistics(coefs)
     projections = len(planned.counts) - sum(map(len, blocks))
     return out, [*statistics[projections:], *statistics[:projections]]
 

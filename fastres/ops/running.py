@@ -66,11 +66,13 @@ class Running:
         if self._counters:
             torch._foreach_add_(self._counters, 1)
         if coefs:
-            self._move(coefs, momenta, momentum)
+            self._move(coefs, momenta, momentum, apart)
 
-    def _move(self, coefs: Sequence[Tensor], momenta: Sequence[float | Tensor], momentum: float | None) -> None:
+    def _move(
+        self, coefs: Sequence[Tensor], momenta: Sequence[float | Tensor], momentum: float | None, apart: bool
+    ) -> None:
         biased = [coef[VAR] for coef in coefs]
-        if any(coef.shape[0] > COUNT for coef in coefs):
+        if apart:
             factors = [_correction(coef, number) for coef, number in zip(coefs, self._unbiased)]
             unbiased = [var * factor for var, factor in zip(biased, factors, strict=True)]
         else:
@@ -126,9 +128,7 @@ def update_running(
 def _in_common(momenta: Sequence[float | Tensor]) -> float | None:
     """The number that all are, 0 where there are none."""
     first = momenta[0] if momenta else 0.0
-    if isinstance(first, Tensor) or not all(one is first or one == first for one in momenta):
-        return None
-    return first
+    return None if isinstance(first, Tensor) or len(set(momenta)) > 1 else first
 
 
 def _correction(coef: Tensor, number: float) -> float | Tensor:

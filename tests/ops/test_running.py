@@ -91,3 +91,9 @@ def test_batches_are_counted(compiled, monkeypatch):
             F.batch_norm(y, mean, var, training=True, momentum=0.3)
     assert counters[0].item() == 10 and counters[0]._version == 3
     torch.testing.assert_close(list(zip(means, variances)), expected)
+
+
+def test_no_number_is_read_of_a_momentum_on_a_device():
+    """Of one that equals the others' number either: the host would wait for it."""
+    assert running._in_common([0.5, torch.tensor(0.5, device="meta")]) is None
+    assert running._in_common([0.5, 0.5]) == 0.5 and running._in_common([0.5, 0.1]) is None

@@ -39,7 +39,7 @@ class Running:
         self._means, self._variances = [means[i] for i in filled], [variances[i] for i in filled]
         self._unbiased = [counts[i] / max(counts[i] - 1, 1) for i in filled]  # of one pixel: there are other ranks'
         self._counters = list(counters)
-        self._on_cpu = cpu.Running(self._means, self._variances, self._counters)
+        self._on_cpu = cpu.Running(self._means, self._variances, self._unbiased, self._counters)
         self._checked: list[tuple[torch.Size, torch.device]] = []
 
     def move(self, coefs: Sequence[Tensor], momenta: Sequence[float | Tensor]) -> None:
@@ -61,7 +61,7 @@ class Running:
         momentum = _in_common(momenta)
         apart = any(coef.shape[0] > COUNT for coef in coefs)  # synchronised
         if momentum is not None and not apart and not is_watched():
-            if self._on_cpu.move(coefs, self._unbiased, momentum):
+            if self._on_cpu.move(coefs, momentum):
                 return
         if self._counters:
             torch._foreach_add_(self._counters, 1)

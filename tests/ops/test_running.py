@@ -71,8 +71,8 @@ def test_one_compiled_call_is_pytorchs_operations(momentum, monkeypatch):
 )
 def test_other_tensors_are_left_to_pytorch(other):
     plain, coef = torch.rand(5), torch.rand(5, 5)
-    assert not cpu.Running([plain], [other]).move([coef], [1.0], 0.1)
-    assert not cpu.Running([other], [plain]).move([coef], [1.0], 0.1)
+    assert not cpu.Running([plain], [other], [1.0]).move([coef], 0.1)
+    assert not cpu.Running([other], [plain], [1.0]).move([coef], 0.1)
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")

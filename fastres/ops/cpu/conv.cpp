@@ -155,50 +155,53 @@ int64_t groups_of(const Plan& p) {
   return p.out_channels <= kLanes ? Tiles::kMostGroups : Tiles::kGroups;
 }
 
-// Multiplies a tile's groups from the `first` by a panel; the pixels that it took.
+// Multiplies a tile's groups, from the `first`, by panels one after the other; the pixels that it took.
 template <class Tiles>
-int64_t multiply_tile(const Plan& p, const Phase& phase, int64_t first, const int64_t* pixels, const char* panel, int64_t channel,
-                      const Epilogue& epilogue, State& state, Ahead& next) {
+int64_t multiply_tile(const Plan& p, const Phase& phase, int64_t first, const int64_t* pixels, const char* b, Span panels,
+                      const Epilogue& epilogue, State* states, Ahead& next) {
   alignas(64) float sums[Tiles::kMostGroups * Tiles::kGroup * kColumns];
-  const int64_t channels = std::min(kColumns, p.out_channels - channel), vectors = up(channels, kLanes);
   const int64_t apart = p.gathered ? p.gathered_pitch() : p.dense ? p.pitch : p.columns.step() * p.pitch;
   Product product{apart, phase.runs.data(), int64_t(phase.runs.size()), phase.pairs, kLine, nullptr, 0};
-  const Ahead::Piece piece = next.step();
-  if constexpr (Tiles::kFinishes) {
-    product.ahead = piece.from ? piece.from : panel;
-    product.ahead_step = up(piece.bytes, std::max<int64_t>(1, product.count * product.pairs / 2));
-  } else {
-    for (int64_t at = 0; at < piece.bytes; at += 64) __builtin_prefetch(piece.from + at, 0, 2);
-  }
+  const int64_t steps = std::max<int64_t>(1, product.count * product.pairs / 2);
   const int64_t groups = std::min(groups_of<Tiles>(p), int64_t(phase.groups.size()) - first);
+  const Finished* const finished = Tiles::kFinishes ? epilogue.finished() : nullptr;
   const char* at[Tiles::kMostGroups];
-  for (int64_t g = 0; g < groups; ++g) at[g] = phase.groups[first + g].at;
+  GroupOutputs outputs[Tiles::kMostGroups];
   int64_t taken = 0;
-  if constexpr (Tiles::kFinishes) {
-    if (const Finished* const all = channels % kLanes == 0 ? epilogue.finished() : nullptr) {
-      Finished finished[Tiles::kMostGroups];
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t count = phase.groups[first + g].count, from = pixels[taken] * all->pitch + channel;
-        finished[g] = *all;
-        finished[g].bias += channel, finished[g].to += from, finished[g].pitch *= p.columns.phases(), finished[g].count = count;
-        if (all->added) finished[g].added += from;
-        for (int64_t i = groups * p.group; i < groups * p.group + count; ++i) {  // the next tile's
-          if (all->added && all->added != all->to) __builtin_prefetch(finished[g].added + i * finished[g].pitch);
-          __builtin_prefetch(finished[g].to + i * finished[g].pitch, 1);
-        }
-        taken += count;
-      }
-      Tiles::finish(product, at, groups, panel, vectors, finished);
-      return taken;
-    }
+  for (int64_t g = 0; g < groups; ++g) {
+    const Group& group = phase.groups[first + g];
+    at[g] = group.at;
+    outputs[g] = {finished ? pixels[taken] * finished->pitch : 0, group.count};
+    taken += group.count;
   }
-  Tiles::multiply(product, at, groups, panel, vectors, sums);
-  for (int64_t g = 0; g < groups;) {  // groups that are full are taken at once
-    const int64_t begin = g;
-    int64_t count = phase.groups[first + g].count;
-    while (++g < groups && count == (g - begin) * Tiles::kGroup) count += phase.groups[first + g].count;
-    epilogue.take(state, sums + begin * Tiles::kGroup * kColumns, pixels + taken, count, channel, channels);
-    taken += count;
+  for (int64_t index = panels.first; index < panels.first + panels.count; ++index) {
+    const char* const panel = b + index * p.taps() * p.tap_bytes;
+    const int64_t channel = index * kColumns, channels = std::min(kColumns, p.out_channels - channel);
+    const int64_t vectors = up(channels, kLanes);
+    const Ahead::Piece piece = next.step();
+    if constexpr (Tiles::kFinishes) {
+      product.ahead = piece.from ? piece.from : panel;
+      product.ahead_step = piece.bytes ? up(piece.bytes, steps) : 0;
+      if (finished && channels % kLanes == 0) {
+        Finished f = *finished;
+        f.bias += channel, f.to += channel, f.pitch *= p.columns.phases();
+        if (f.added) f.added += channel;
+        Tiles::finish(product, at, groups, panel, vectors, f, outputs);
+        continue;
+      }
+    } else {
+      for (int64_t from = 0; from < piece.bytes; from += 64) __builtin_prefetch(piece.from + from, 0, 2);
+    }
+    Tiles::multiply(product, at, groups, panel, vectors, sums);
+    State& state = states[index - panels.first];
+    const int64_t* to = pixels;
+    for (int64_t g = 0; g < groups;) {  // groups that are full are taken at once
+      const int64_t begin = g;
+      int64_t count = outputs[g].count;
+      while (++g < groups && count == (g - begin) * Tiles::kGroup) count += outputs[g].count;
+      epilogue.take(state, sums + begin * Tiles::kGroup * kColumns, to, count, channel, channels);
+      to += count;
+    }
   }
   return taken;
 }
@@ -220,14 +223,9 @@ void multiply_panels(const Plan& p, const std::vector<Phase>& phases, const char
       const int64_t channel = (panels.first + first) * kColumns;
       epilogue.expect(pixels, int64_t(phase.pixels.size()), channel,
                       std::min(p.out_channels - channel, (end - first) * kColumns));
-      int64_t taken = 0;
-      for (int64_t group = 0; group < int64_t(phase.groups.size()); group += groups, pixels += taken) {
-        for (int64_t panel = first; panel < end; ++panel) {
-          const int64_t index = panels.first + panel;
-          taken = multiply_tile<Tiles>(p, phase, group, pixels, b + index * panel_bytes, index * kColumns, epilogue,
-                                       states[panel], next);
-        }
-      }
+      for (int64_t group = 0; group < int64_t(phase.groups.size()); group += groups)
+        pixels += multiply_tile<Tiles>(p, phase, group, pixels, b, {panels.first + first, end - first}, epilogue,
+                                       states + first, next);
     }
   }
 }

@@ -284,7 +284,7 @@ extern "C" void fastres_folded_conv(int64_t form, const int64_t* sizes, const ui
                                     const float* bias, const uint16_t* residual, bool relu, uint16_t* y, int64_t threads) {
   const Shape s = shape_of(sizes);
   Folded folded;
-  folded.all = {bias, residual, y, s.out_channels, 0, relu};
+  folded.all = {bias, residual, y, s.out_channels, relu};
   multiply(Form(form), s, false, Source{Prologue::kPlain, x, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}, weights,
            folded, threads);
 }

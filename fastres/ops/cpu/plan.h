@@ -61,7 +61,7 @@ struct Unit {
   Span images, rows;
 };
 
-// How products are cut, for tiles of kGroup rows a group and of kGranule channels.
+// How products are cut, for tiles of kGroups groups of kGroup rows and of kGranule channels.
 struct Plan {
   Shape s;
   Axis rows, columns;
@@ -72,7 +72,7 @@ struct Plan {
   int64_t tap_bytes;                  // of a tap in a panel
   int64_t unit_images, unit_rows, image_cuts, row_cuts;
 
-  Plan(const Shape& shape, bool transposed, int64_t group, int64_t granule)
+  Plan(const Shape& shape, bool transposed, int64_t group, int64_t groups, int64_t granule)
       : s(shape),
         rows{shape.in_height, shape.out_height, shape.kernel_h, shape.stride, shape.top, shape.dilation, transposed},
         columns{shape.in_width, shape.out_width, shape.kernel_w, shape.stride, shape.left, shape.dilation, transposed},
@@ -87,7 +87,8 @@ struct Plan {
     depth = up(in_channels, granule) * granule;
     tap_bytes = depth / 2 * kLine;
     dense = s.is_pointwise() && (!transposed || s.stride == 1);
-    if (dense && s.stride == 1) {  // one long image of single pixels
+    const bool flat = dense && s.stride == 1;
+    if (flat) {  // one long image of single pixels
       const int64_t pixels = s.n * rows.in * columns.in;
       s.n = 1, rows.in = rows.out = pixels, columns.in = columns.out = 1;
     }
@@ -105,8 +106,8 @@ struct Plan {
         const int64_t fit = std::min(unit_rows * kScratchBytes / bytes_of({1, {0, unit_rows}}), kUnitPixels / columns.out);
         unit_rows = std::max(step, std::min(unit_rows - 1, fit) / step * step);
       }
-      const int64_t cuts = up(rows.out, unit_rows);
-      unit_rows = up(up(rows.out, cuts), step) * step;  // of equal size
+      const int64_t cuts = up(rows.out, unit_rows), whole = flat && cuts > 1 ? group * groups : step;
+      unit_rows = up(up(rows.out, cuts), whole) * whole;  // of equal size, and of whole tiles
     }
     row_cuts = up(rows.out, unit_rows);
   }
@@ -158,7 +159,7 @@ auto with_tiles(Form form, const Shape& s, bool transposed, Function function) {
 
 template <class Tiles>
 Plan plan_of(Tiles, const Shape& s, bool transposed) {
-  return Plan(s, transposed, Tiles::kGroup, Tiles::kGranule);
+  return Plan(s, transposed, Tiles::kGroup, Tiles::kGroups, Tiles::kGranule);
 }
 
 // Packs what a unit reads.

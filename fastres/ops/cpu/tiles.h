@@ -101,33 +101,19 @@ struct PlainTiles {
   }
 };
 
-// What a folded convolution makes of a group's sums, which begin with the bias: relu(sums (+ added)) of its first `count` rows,
-// whose outputs are `pitch` values apart.
+// What a folded convolution makes of sums, which begin with the bias: relu(sums (+ added)), of outputs that are `pitch` values
+// apart.
 struct Finished {
   const float* bias;
   const uint16_t* added;
   uint16_t* to;
-  int64_t pitch, count;
+  int64_t pitch;
   bool rectified;
+};
 
-#if FASTRES_AVX512
-  template <int kVectors>
-  void store(int64_t row, const __m512 (&sum)[kVectors]) const {
-    const __m512 least = _mm512_set1_ps(rectified ? 0.f : -INFINITY);
-    const int64_t at = row * pitch;
-    __m512 value[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      value[v] = added ? _mm512_add_ps(sum[v], (__m512)load(added + at + v * kLanes, kLanes)) : sum[v];
-      value[v] = _mm512_max_ps(least, value[v]);  // of NaN and a number the second operand
-    }
-    if constexpr (kVectors == 2) {
-      _mm512_storeu_si512(to + at, (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
-    } else {
-      _mm256_storeu_si256((__m256i*)(to + at), (__m256i)_mm512_cvtneps_pbh(value[0]));
-    }
-  }
-#endif
+// A group's outputs: values from the first output of all to its first, and how many of its rows are outputs.
+struct GroupOutputs {
+  int64_t at, count;
 };
 
 #if FASTRES_AVX512
@@ -145,29 +131,78 @@ struct Avx512Tiles {
   }
 
   // The same, finished while the sums are in registers.
-  static void finish(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors,
-                     const Finished* to) {
-    multiply_to(p, a, groups, b, vectors, ToOutputs{to});
+  static void finish(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors, const Finished& to,
+                     const GroupOutputs* of_groups) {
+    multiply_to(p, a, groups, b, vectors, ToOutputs{to, of_groups});
   }
 
  private:
   struct ToSums {
     float* sums;
     __m512 first(int) const { return _mm512_setzero_ps(); }
-    template <int kVectors>
-    void take(int group, int row, const __m512 (&sum)[kVectors]) const {
+    template <int kMany>
+    void expect() const {}
+    template <int kMany, int kVectors>
+    void take(const __m512 (&sum)[kMany * kRows][kVectors]) const {
+#pragma GCC unroll 32
+      for (int row = 0; row < kMany * kRows; ++row)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums + (group * kRows + row) * kColumns + v * kLanes, sum[v]);
+        for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums + row * kColumns + v * kLanes, sum[row][v]);
     }
   };
 
   struct ToOutputs {
-    const Finished* of_groups;
-    __m512 first(int vector) const { return _mm512_loadu_ps(of_groups->bias + vector * kLanes); }
-    template <int kVectors>
-    void take(int group, int row, const __m512 (&sum)[kVectors]) const {
-      const Finished& f = of_groups[group];
-      if (row < f.count) f.template store<kVectors>(row, sum);
+    const Finished& to;
+    const GroupOutputs* of_groups;
+
+    __m512 first(int vector) const { return _mm512_loadu_ps(to.bias + vector * kLanes); }
+
+    // Brings the next tile's outputs, and what is added to them, into the cache.
+    template <int kMany>
+    void expect() const {
+      const bool added = to.added && to.added != to.to;
+#pragma GCC unroll 8
+      for (int g = 0; g < kMany; ++g) {
+        const int64_t next = of_groups[g].at + kMany * kRows * to.pitch;
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+          __builtin_prefetch(to.to + next + row * to.pitch, 0, 2);
+          if (added) __builtin_prefetch(to.added + next + row * to.pitch, 0, 2);
+        }
+      }
+    }
+
+    template <int kMany, int kVectors>
+    void take(const __m512 (&sum)[kMany * kRows][kVectors]) const {
+      to.added ? put<true, kMany>(sum) : put<false, kMany>(sum);
+    }
+
+    // What it reads of `to` is read before the first store, which might be to it for all the compiler knows.
+    template <bool kAdds, int kMany, int kVectors>
+    void put(const __m512 (&sum)[kMany * kRows][kVectors]) const {
+      const Finished f = to;
+      const __m512 least = _mm512_set1_ps(f.rectified ? 0.f : -INFINITY);
+#pragma GCC unroll 8
+      for (int g = 0; g < kMany; ++g) {
+        const GroupOutputs outputs = of_groups[g];
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+          if (row >= outputs.count) break;
+          const int64_t at = outputs.at + row * f.pitch;
+          __m512 value[kVectors];
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) {
+            value[v] = sum[g * kRows + row][v];
+            if (kAdds) value[v] = _mm512_add_ps(value[v], (__m512)load(f.added + at + v * kLanes, kLanes));
+            value[v] = _mm512_max_ps(least, value[v]);  // of NaN and a number the second operand
+          }
+          if constexpr (kVectors == 2) {
+            _mm512_storeu_si512(f.to + at, (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
+          } else {
+            _mm256_storeu_si256((__m256i*)(f.to + at), (__m256i)_mm512_cvtneps_pbh(value[0]));
+          }
+        }
+      }
     }
   };
 
@@ -187,6 +222,7 @@ struct Avx512Tiles {
     for (int row = 0; row < kMany * kRows; ++row)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[row][v] = to.first(v);
+    to.template expect<kMany>();
     const int64_t one = p.pitch, three = 3 * one, five = 5 * one;
     const char* ahead = p.ahead;
     for (int64_t r = 0; r < p.count; ++r) {
@@ -226,10 +262,7 @@ struct Avx512Tiles {
         }
       }
     }
-#pragma GCC unroll 8
-    for (int g = 0; g < kMany; ++g)
-#pragma GCC unroll 8
-      for (int row = 0; row < kRows; ++row) to.take(g, row, sum[g * kRows + row]);
+    to.template take<kMany>(sum);
   }
 };
 

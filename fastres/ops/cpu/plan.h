@@ -9,6 +9,7 @@ namespace fastres {
 
 constexpr int64_t kScratchBytes = 240 << 10;  // of a unit's packed input; a panel of weights of as much wants room too
 constexpr int64_t kUnitPixels = 256;  // few enough that sums in fp32 stay accurate
+constexpr int64_t kUneven = 64;       // of so many tiles one more or less is little
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -up(-a, b); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
@@ -70,7 +71,7 @@ struct Plan {
   int64_t depth, pitch;               // packed channels of a pixel, and its bytes
   bool dense, gathered;               // the packed pixels are the outputs; each output has its taps side by side
   int64_t tap_bytes;                  // of a tap in a panel
-  int64_t unit_images, unit_rows, image_cuts, row_cuts;
+  int64_t image_cuts, row_cuts = 1, whole_rows = 1;  // units are of whole multiples of so many rows
 
   Plan(const Shape& shape, bool transposed, int64_t group, int64_t groups, int64_t granule)
       : s(shape),
@@ -96,20 +97,19 @@ struct Plan {
     gathered = !dense && group == 16 && !(columns.phases() == 1 && columns.out % group == 0);
     pitch = 2 * depth % 128 ? 2 * depth : 2 * depth + 64;  // no multiple of lines that share a place in the cache
     const int64_t image_bytes = bytes_of({1, {0, rows.out}}), image_pixels = rows.out * columns.out;
-    unit_images = std::max<int64_t>(1, std::min(kScratchBytes / image_bytes, kUnitPixels / image_pixels));
+    const int64_t unit_images = std::max<int64_t>(1, std::min(kScratchBytes / image_bytes, kUnitPixels / image_pixels));
     image_cuts = up(s.n, unit_images);
     if (image_cuts > 1) image_cuts = std::min(s.n, up(image_cuts, 2) * 2);  // threads are an even number as a rule
-    unit_rows = rows.out;
     if (unit_images == 1) {
-      const int64_t step = rows.phases();
+      const int64_t step = rows.phases(), tile = group * groups;
+      int64_t unit_rows = rows.out;
       while (unit_rows > step && (bytes_of({1, {0, unit_rows}}) > kScratchBytes || unit_rows * columns.out > kUnitPixels)) {
         const int64_t fit = std::min(unit_rows * kScratchBytes / bytes_of({1, {0, unit_rows}}), kUnitPixels / columns.out);
         unit_rows = std::max(step, std::min(unit_rows - 1, fit) / step * step);
       }
-      const int64_t cuts = up(rows.out, unit_rows), whole = flat && cuts > 1 ? group * groups : step;
-      unit_rows = up(up(rows.out, cuts), whole) * whole;  // of equal size, and of whole tiles
+      row_cuts = up(rows.out, unit_rows);
+      whole_rows = flat && unit_rows >= tile && rows.out >= kUneven * tile ? tile : step;
     }
-    row_cuts = up(rows.out, unit_rows);
   }
 
   int64_t count() const { return image_cuts * row_cuts; }
@@ -117,9 +117,10 @@ struct Plan {
   int64_t taps() const { return s.kernel_h * s.kernel_w; }
 
   Unit unit(int64_t index) const {
-    const int64_t image = index / row_cuts, row = index % row_cuts * unit_rows;
+    const int64_t image = index / row_cuts, part = index % row_cuts, steps = up(rows.out, whole_rows);
     const int64_t first = s.n * image / image_cuts, end = s.n * (image + 1) / image_cuts;
-    return {{first, end - first}, {row, std::min(unit_rows, rows.out - row)}};
+    const int64_t row = steps * part / row_cuts * whole_rows;
+    return {{first, end - first}, {row, std::min(steps * (part + 1) / row_cuts * whole_rows, rows.out) - row}};
   }
 
   struct Block {  // a number of images, and rows of outputs

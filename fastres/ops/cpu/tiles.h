@@ -67,6 +67,12 @@ struct Product {
   int64_t ahead_step;
 };
 
+// Outputs that come next: where they begin, where what is added to them does, how many bytes with every second pair.
+struct Following {
+  const char *to, *added;
+  int64_t step;
+};
+
 // The same in plain C++, in the geometry of the AMX form.
 struct PlainTiles {
   // Rows of a group, groups of a tile, those of one vector, channels that a run is made up of.
@@ -122,6 +128,7 @@ template <int kRows>
 struct Avx512Tiles {
   static constexpr int64_t kGroup = kRows, kGroups = kRows == 7 ? 2 : 3, kMostGroups = kRows == 7 ? 3 : 6, kGranule = 4;
   static constexpr int64_t kFarther = 3072;  // bytes that the panel is fetched ahead: weights are new to the cache each call
+  static constexpr int64_t kFew = 64;  // pairs of a tile that take less time than memory to bring the next one's outputs
   static constexpr bool kFinishes = true;  // has `finish`, and looks at `ahead`
   static void begin() {}
   static void end() {}
@@ -132,16 +139,18 @@ struct Avx512Tiles {
 
   // The same, finished while the sums are in registers.
   static void finish(const Product& p, const char* const* a, int64_t groups, const char* b, int64_t vectors, const Finished& to,
-                     const GroupOutputs* of_groups) {
-    multiply_to(p, a, groups, b, vectors, ToOutputs{to, of_groups});
+                     const GroupOutputs* of_groups, const Following& next) {
+    next.step && p.count * p.pairs <= kFew ? multiply_to(p, a, groups, b, vectors, ToOutputs<true>{to, of_groups, next})
+                                           : multiply_to(p, a, groups, b, vectors, ToOutputs<false>{to, of_groups, next});
   }
 
  private:
   struct ToSums {
     float* sums;
+    static constexpr bool kFollowing = false;
+    Following following() const { return {}; }
+    void expect(int64_t) const {}
     __m512 first(int) const { return _mm512_setzero_ps(); }
-    template <int kMany>
-    void expect() const {}
     template <int kMany, int kVectors>
     void take(const __m512 (&sum)[kMany * kRows][kVectors]) const {
 #pragma GCC unroll 32
@@ -151,26 +160,26 @@ struct Avx512Tiles {
     }
   };
 
+  // With few pairs what comes next is brought in line by line while they are multiplied, else all at once before.
+  template <bool kFewPairs>
   struct ToOutputs {
     const Finished& to;
     const GroupOutputs* of_groups;
+    const Following& next;
 
-    __m512 first(int vector) const { return _mm512_loadu_ps(to.bias + vector * kLanes); }
+    static constexpr bool kFollowing = kFewPairs;
+    Following following() const { return next; }
 
-    // Brings the next tile's outputs, and what is added to them, into the cache.
-    template <int kMany>
-    void expect() const {
-      const bool added = to.added && to.added != to.to;
-#pragma GCC unroll 8
-      for (int g = 0; g < kMany; ++g) {
-        const int64_t next = of_groups[g].at + kMany * kRows * to.pitch;
-#pragma GCC unroll 8
-        for (int row = 0; row < kRows; ++row) {
-          __builtin_prefetch(to.to + next + row * to.pitch, 0, 2);
-          if (added) __builtin_prefetch(to.added + next + row * to.pitch, 0, 2);
-        }
+    void expect(int64_t rows) const {
+      const int64_t from = of_groups[0].at + rows * to.pitch;
+      const bool apart = to.added && to.added != to.to;
+      for (int64_t row = 0; row < rows; ++row) {
+        __builtin_prefetch(to.to + from + row * to.pitch, 1);
+        if (apart) __builtin_prefetch(to.added + from + row * to.pitch);
       }
     }
+
+    __m512 first(int vector) const { return _mm512_loadu_ps(to.bias + vector * kLanes); }
 
     template <int kMany, int kVectors>
     void take(const __m512 (&sum)[kMany * kRows][kVectors]) const {
@@ -222,7 +231,8 @@ struct Avx512Tiles {
     for (int row = 0; row < kMany * kRows; ++row)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[row][v] = to.first(v);
-    to.template expect<kMany>();
+    Following next = to.following();
+    if (!To::kFollowing) to.expect(kMany * kRows);
     const int64_t one = p.pitch, three = 3 * one, five = 5 * one;
     const char* ahead = p.ahead;
     for (int64_t r = 0; r < p.count; ++r) {
@@ -233,6 +243,11 @@ struct Avx512Tiles {
       for (int64_t pair = 0; pair < p.pairs; pair += 2) {  // a granule has an even number of them
         __builtin_prefetch(ahead, 0, 2);
         ahead += p.ahead_step;
+        if constexpr (To::kFollowing) {
+          __builtin_prefetch(next.to, 1);
+          __builtin_prefetch(next.added);
+          next.to += next.step, next.added += next.step;
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) __builtin_prefetch(line + kFarther + 64 * i);
 #pragma GCC unroll 2

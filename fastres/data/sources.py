@@ -113,13 +113,12 @@ class Loader:
         looks: list[decode.Look] | None = None
         allowed = self.wanted.budget or memory_budget()
         at_most = square_bytes(len(members), self.wanted.stored or self.wanted.image_size or LARGE)
-        if at_most > allowed.bytes:  # said before the work that takes long
-            self.say(
-                f"{listing.where}: {len(members)} images, decoded up to {in_gib(at_most)}; the budget is {allowed}"
-            )
 
         def find() -> Facts:
             nonlocal looks
+            if at_most > allowed.bytes:  # said before the work that takes long
+                line = f"{listing.where}: {len(members)} images, decoded at most {in_gib(at_most)}"
+                self.say(f"{line}; the budget is {allowed}")
             looks = decode.look_at(members, desc="reading")
             sides = [look.side for look in looks if look.fault is None]
             if not sides:

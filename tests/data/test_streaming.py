@@ -104,8 +104,16 @@ def test_the_estimate_comes_before_the_work(folder, monkeypatch):
         data.sources.decode, "look_at", lambda *args, **kwargs: said.append("work") or look(*args, **kwargs)
     )
     data.load(folder, say=said.append, image_size=32, cache=False, budget=Budget(1000, "of the test"))
-    assert "20 images, decoded up to 5.72e-05 GiB; the budget is 9.31e-07 GiB (of the test)" in said[0]
+    assert "20 images, decoded at most 5.72e-05 GiB; the budget is 9.31e-07 GiB (of the test)" in said[0]
     assert said[1] == "work" and "more than the budget" in said[3] and "streamed" in said[3]
+
+
+def test_no_estimate_where_the_sizes_are_known(folder):
+    """A set of small images, whose upper bound is above the budget, is not said to be large at each start."""
+    starts: list[list[str]] = [[], []]
+    for said in starts:
+        data.load(folder, say=said.append, budget=Budget(20 * 224 * 224, "of the test"))
+    assert "decoded at most" in starts[0][0] and not any("at most" in line for line in starts[1])
 
 
 def test_a_share_of_the_center_is_kept_apart_in_the_cache(folder):

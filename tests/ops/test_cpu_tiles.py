@@ -30,6 +30,7 @@ SIZES = [
     (3, (7, 7), 130, 70, 3, 1, (1, 1, 1, 1)),
     (4, (20, 19), 40, 72, 1, 1, (0, 0, 0, 0)),
     (3, (20, 19), 72, 40, 1, 2, (0, 0, 0, 0)),
+    (5, (21, 20), 24, 72, 1, 1, (0, 0, 0, 0)),
     (1, (4, 4), 512, 64, 3, 1, (1, 1, 1, 1)),
     (9, (20, 32), 16, 16, 3, 1, (1, 1, 1, 1)),
     (5, (7, 14), 32, 12, 3, 1, (1, 1, 1, 1)),
@@ -188,7 +189,7 @@ def test_folded(of, relu, added):
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("of", [SIZES[0], SIZES[3], SIZES[5], SIZES[7]], ids=str)
+@pytest.mark.parametrize("of", [SIZES[0], SIZES[3], SIZES[5], SIZES[7], SIZES[8]], ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(of):
     """But for the weight gradient's order of additions, which does with PyTorch's too."""
     problem, before, results = Problem(*of, dtype=BF16, seed=1, rank=0), torch.get_num_threads(), []

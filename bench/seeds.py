@@ -57,7 +57,8 @@ def row(content: dict[str, Any]) -> list[str]:
     cells.append("" if deviation is None else f"± {100 * deviation:.2f}")
     cells.append(_share(entry["tta_accuracy"]) if "tta_accuracy" in entry else "")
     rate = median(one["images_per_second"] for run in runs for one in run["epochs"])
-    return [*cells, f"{runs[0]['flops'] / 1e15:.3g}", f"{rate:.0f}", f"{seconds / 60:.2g}"]
+    minutes = f"{seconds / 60:.0f}" if seconds > 600 else f"{seconds / 60:.2g}"
+    return [*cells, f"{runs[0]['flops'] / 1e15:.3g}", f"{rate:.0f}", minutes]
 
 
 def median_seconds(content: dict[str, Any]) -> float:

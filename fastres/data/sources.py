@@ -112,10 +112,10 @@ class Loader:
         names = [f"{split} {listing.classes[label]}" for split, label in labelled]
         looks: list[decode.Look] | None = None
         allowed = self.wanted.budget or memory_budget()
-        at_most = square_bytes(len(members), self.wanted.stored or self.wanted.image_size or LARGE)
 
         def find() -> Facts:
             nonlocal looks
+            at_most = square_bytes(len(members), self.wanted.stored or self.wanted.image_size or LARGE)
             if at_most > allowed.bytes:  # said before the work that takes long
                 line = f"{listing.where}: {len(members)} images, decoded at most {in_gib(at_most)}"
                 self.say(f"{line}; the budget is {allowed}")

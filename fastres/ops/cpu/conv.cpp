@@ -174,10 +174,15 @@ int64_t multiply_tile(const Plan& p, const Phase& phase, int64_t first, const in
     outputs[g] = {finished ? pixels[taken] * finished->pitch : 0, group.count};
     taken += group.count;
   }
-  // outputs of whole pixels, whose next ones lie behind them
-  const bool follow = finished && panels.count * kColumns >= p.out_channels && p.columns.phases() == 1;
-  const int64_t following = follow ? 2 * taken * finished->pitch / panels.count : 0;  // bytes, with each panel
-  const int64_t behind = follow ? 2 * (pixels[taken - 1] + 1) * finished->pitch : 0;
+  Following next_outputs{};
+  int64_t share = 0;  // bytes of them with each panel
+  if (finished && panels.count == p.panels() && p.columns.phases() == 1) {  // whole pixels, and the next ones lie behind them
+    const int64_t behind = (pixels[taken - 1] + 1) * finished->pitch;
+    share = 2 * taken * finished->pitch / panels.count;
+    next_outputs.to = reinterpret_cast<const char*>(finished->to + behind);
+    next_outputs.added = finished->added ? reinterpret_cast<const char*>(finished->added + behind) : next_outputs.to;
+    next_outputs.step = up(share, steps);
+  }
   for (int64_t index = panels.first; index < panels.first + panels.count; ++index) {
     const char* const panel = b + index * p.taps() * p.tap_bytes;
     const int64_t channel = index * kColumns, channels = std::min(kColumns, p.out_channels - channel);
@@ -185,18 +190,13 @@ int64_t multiply_tile(const Plan& p, const Phase& phase, int64_t first, const in
     const Ahead::Piece piece = next.step();
     if constexpr (Tiles::kFinishes) {
       product.ahead = piece.from ? piece.from : panel;
-      product.ahead_step = piece.bytes ? up(piece.bytes, steps) : 0;
+      product.ahead_step = up(piece.bytes, steps);
       if (finished && channels % kLanes == 0) {
         Finished f = *finished;
         f.bias += channel, f.to += channel, f.pitch *= p.columns.phases();
         if (f.added) f.added += channel;
-        Following to{panel, panel, 0};
-        if (follow) {
-          const int64_t from = behind + (index - panels.first) * following;
-          to.to = reinterpret_cast<const char*>(finished->to) + from, to.step = up(following, steps);
-          to.added = finished->added ? reinterpret_cast<const char*>(finished->added) + from : to.to;
-        }
-        Tiles::finish(product, at, groups, panel, vectors, f, outputs, to);
+        Tiles::finish(product, at, groups, panel, vectors, f, outputs, next_outputs);
+        next_outputs.to += share, next_outputs.added += share;
         continue;
       }
     } else {

@@ -90,10 +90,13 @@ def results_of(kind: str, results: Path = RESULTS) -> Path:
 
 
 def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Everything about one workload, part after part; seconds are medians of a call."""
+    """Everything about one workload, part after part; seconds are medians of a call.
+
+    A part keeps its commit, and the products' rate of its own time, which differs by how quiet the machine is.
+    """
     workload, threads = WORKLOADS[name], args.threads
     products = {precision: in_own_process(_products, precision, threads) for precision in args.precisions}
-    yield {"workload": name, "products": products}
+    now = {"commit": circumstances()["commit"], "products": products}
     if "training" in args.kinds:
         print(f"{name}: training", flush=True)
         training = _in_turn("training", workload, _runs(name, TRAINING_BASELINES, OURS, args), args.rounds, threads)
@@ -104,6 +107,8 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     memory = in_own_process(_memory, workload, variant, precision, allocator, threads)
                     peak_mib[_label(variant, precision, allocator)] = memory["peak_mib"] - memory["idle_mib"]
         yield {
+            "workload": name,
+            **now,
             "training": training,
             "peak_mib": peak_mib,
             "convolutions": {p: in_own_process(_convolutions, workload, p, threads) for p in args.precisions},
@@ -113,7 +118,7 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         runs, one = _runs(name, INFERENCE_BASELINES, ("folded",), args), replace(workload, batch=batch)
         times = _in_turn("inference", one, runs, args.rounds, threads)
         limits = {p: in_own_process(_convolutions, one, p, threads, False) for p in args.precisions}
-        yield {"inference": {str(batch): {"times": times, "convolutions": limits}}}
+        yield {"workload": name, "inference": {str(batch): {**now, "times": times, "convolutions": limits}}}
 
 
 def _runs(
@@ -136,12 +141,15 @@ def joined(before: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_batch(one: dict[str, Any]) -> dict[str, Any]:
-    """A workload's times and limits of inference by batch; results of before have one, the workload's."""
+    """A workload's times and limits of inference by batch.
+
+    Results of before have one batch, the workload's, or one commit and one products' rate for all of a workload.
+    """
     inference = one.get("inference", {})
-    if all(batch.isdigit() for batch in inference):
-        return dict(sorted(inference.items(), key=lambda item: int(item[0])))
-    batch = WORKLOADS[one["workload"]].batch
-    return {str(batch): {"times": inference, "convolutions": one["convolutions"]}}
+    if not all(batch.isdigit() for batch in inference):
+        inference = {str(WORKLOADS[one["workload"]].batch): {"times": inference, "convolutions": one["convolutions"]}}
+    shared = {key: one[key] for key in ("commit", "products") if key in one}
+    return {batch: {**shared, **inference[batch]} for batch in sorted(inference, key=int)}
 
 
 def _in_turn(
@@ -338,14 +346,12 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
     each batch.
     """
     found: dict[str, Any] = {}
-    products = one.get("products", {})  # which results of before have not
     if "training" in one:
         batch, both = WORKLOADS[one["workload"]].batch, ("forward", "backward")
-        found["training"] = _facts(batch, one["training"], OURS, one["convolutions"], both, products)
+        found["training"] = _facts(batch, one["training"], OURS, one, both)
     if measured := by_batch(one):
         found["inference"] = {
-            batch: _facts(int(batch), m["times"], ("folded",), m["convolutions"], ("forward",), products)
-            for batch, m in measured.items()
+            batch: _facts(int(batch), m["times"], ("folded",), m, ("forward",)) for batch, m in measured.items()
         }
     ratios = _memory_ratios(one.get("peak_mib", {}))
     found["peak_memory_ratio"] = {label: ratio for label, ratio in ratios.items() if label.startswith(OURS)}
@@ -356,11 +362,11 @@ def _facts(
     batch: int,
     times: dict[str, dict[str, Any]],
     ours: tuple[str, ...],
-    convolutions: dict[str, dict[str, float]],
+    limits: dict[str, Any],
     parts: tuple[str, ...],
-    products: dict[str, float],
 ) -> dict[str, Any]:
-    """`summary` of one kind of call."""
+    """`summary` of one kind of call; ``limits`` has its convolutions' times and the products' rate."""
+    convolutions, products = limits["convolutions"], limits.get("products", {})  # which results of before have not
     rates = {label: batch / time["median"] for label, time in times.items() if "median" in time}
     mine = {label: rate for label, rate in rates.items() if label.startswith(ours)}
     default = {label: rate for label, rate in rates.items() if label.endswith("default memory")}
@@ -438,11 +444,12 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def _rates(found: list[dict[str, Any]]) -> list[str]:
-    """In a sentence how fast a large product is, in each precision, the median over workloads."""
+    """In a sentence how fast a large product is, in each precision, the median over what was measured."""
     rates: dict[str, list[float]] = {}
     for one in found:
-        for precision, rate in one.get("products", {}).items():
-            rates.setdefault(precision, []).append(rate)
+        for part in (one, *by_batch(one).values()):
+            for precision, rate in part.get("products", {}).items():
+                rates.setdefault(precision, []).append(rate)
     texts = [f"{statistics.median(rate) / 1e12:.2f} TFLOP/s in {precision}" for precision, rate in rates.items()]
     return [f"One large matrix product runs at {' and '.join(texts)}."] if texts else []
 
@@ -473,12 +480,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "add")}
     before = json.loads(args.out.read_text()) if args.add and args.out.exists() else {"workloads": []}
-    found = {one["workload"]: {"commit": before["commit"], **one} for one in before["workloads"]}
+    found = {one["workload"]: one for one in before["workloads"]}
     load = max(os.getloadavg()[0], before.get("load_average", 0.0))
     for name in args.workloads:
         found.setdefault(name, {})
         for part in measure(name, args):
-            one = found[name] = {**joined(found[name], part), "commit": circumstances()["commit"]}
+            one = found[name] = joined(found[name], part)
             one["summary"] = summary(one)
             facts = {"instructions": instructions(), "settings": settings, "load_average": load}
             write_results(args.out, {**facts, "workloads": list(found.values())})

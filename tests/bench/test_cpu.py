@@ -123,6 +123,27 @@ def test_batches_of_inference_have_rows_of_their_own():
     assert cpu.summary(joined)["inference"]["1"]["of_the_convolutions"] == pytest.approx(0.01 * 48)
 
 
+@pytest.mark.parametrize("rate_known", [True, False], ids=["a rate a batch", "one rate a workload"])
+def test_each_part_is_divided_by_the_products_rate_of_its_own_time(rate_known):
+    """Measured later on a quieter machine: training anew leaves inference as it is, and the other way round."""
+    one, slow, fast = found(), {"fp32": 5e9, "bf16": 1e10}, {"fp32": 1e10, "bf16": 2e10}
+    if rate_known:
+        batch = {"times": one["inference"], "convolutions": one["convolutions"], "products": slow, "commit": "then"}
+        one["inference"] = {"64": batch}
+    one["commit"] = "then"
+    before = cpu.summary(one)
+    trained = cpu.joined(one, {"training": one["training"], "products": fast, "commit": "now"})
+    after = cpu.summary(trained)
+    assert after["inference"] == before["inference"] and trained["inference"]["64"]["commit"] == "then"
+    halves = before["training"]["of_the_products"] / 2
+    assert after["training"]["of_the_products"] == pytest.approx(halves) and trained["commit"] == "now"
+    anew = cpu.joined(one, {"inference": {"64": {**cpu.by_batch(one)["64"], "products": fast, "commit": "now"}}})
+    after = cpu.summary(anew)
+    assert after["training"] == before["training"] and anew["commit"] == "then"
+    halves = before["inference"]["64"]["of_the_products"] / 2
+    assert after["inference"]["64"]["of_the_products"] == pytest.approx(halves)
+
+
 def test_a_small_network_is_measured_part_by_part(monkeypatch, tmp_path):
     monkeypatch.setitem(cpu.WORKLOADS, "tiny", TINY)
     monkeypatch.setattr(cpu, "in_own_process", lambda function, *args: function(*args))
@@ -131,8 +152,9 @@ def test_a_small_network_is_measured_part_by_part(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "PRODUCT", 64)
     args = cpu.parse(["--kinds", "inference", "--precisions", "fp32", "--batches", "1", "3"])
     parts = list(cpu.measure("tiny", args))
-    assert [list(part) for part in parts] == [["workload", "products"], ["inference"], ["inference"]]
-    one, three = (part["inference"][batch] for part, batch in zip(parts[1:], "13"))
+    assert [list(part) for part in parts] == [["workload", "inference"]] * 2
+    one, three = (part["inference"][batch] for part, batch in zip(parts, "13"))
+    assert one["products"].keys() == {"fp32"} and one["commit"] == three["commit"] != ""
     assert list(one["times"].values()) == [1] and list(three["times"].values()) == [3]
     flops = [of["convolutions"]["fp32"]["forward_flops"] for of in (one, three)]
     assert flops[1] == 3 * flops[0] and one["convolutions"]["fp32"]["backward_flops"] == 0
@@ -140,8 +162,7 @@ def test_a_small_network_is_measured_part_by_part(monkeypatch, tmp_path):
 
 def test_workloads_are_added_to_those_of_before(tmp_path, monkeypatch, capsys):
     out, commits = tmp_path / "cpu.json", iter(("first", "second", "third"))
-    monkeypatch.setattr(cpu, "circumstances", lambda: {"commit": next(commits)})
-    monkeypatch.setattr(cpu, "measure", lambda name, args: [{**found(), "workload": name}])
+    monkeypatch.setattr(cpu, "measure", lambda name, args: [{**found(), "workload": name, "commit": next(commits)}])
     cpu.main(["--workloads", "notebook", "resnet18", "--out", str(out)])
     cpu.main(["--workloads", "resnet18", "--out", str(out), "--add"])
     kept = {one["workload"]: one["commit"] for one in json.loads(out.read_text())["workloads"]}

@@ -38,7 +38,7 @@ from fastres.ops.backends.triton import Triton, Vendor, Way
 # Behind the ranks of the tiles: the other ways in which a convolution's gradients share what both read.
 WAYS = dict(enumerate((way for way in Way if way is not Way.MODEL), RANKS))
 # What a launch asks of the compiler beside the kernel's own arguments.
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl")
 
 
 @dataclass(frozen=True)

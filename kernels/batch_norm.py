@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.configs import has_warp_groups, limited
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import sum_parts, sum_tile, waiting
@@ -56,6 +57,7 @@ def moments_kernel(
         y_ptr: [M, C]. count_ptr, mean_ptr, m2_ptr: [T], [T, C], [T, C] fp32, a row a program.
         tiles: tiles of BLOCK_M rows that a program goes through.
     """
+    await_inputs()
     part = tl.program_id(0)
     first = part.to(tl.int64) * (tiles * BLOCK_M)
     rows = tl.minimum(M - part * (tiles * BLOCK_M), tiles * BLOCK_M)
@@ -190,6 +192,7 @@ def merge_kernel(
     WARPS: tl.constexpr,
 ):
     """`chan_merge` of every BLOCK_T tiles: [T], [T, C], [T, C] to fp64 [S], [S, C], [S, C]. Moves all of them once."""
+    await_inputs()
     part = tl.program_id(0)
     first = part.to(tl.int64) * BLOCK_T
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -243,6 +246,7 @@ def finalize_kernel(
         count_ptr, mean_ptr, m2_ptr: [T], [T, C], [T, C], fp32 or fp64. gamma_ptr, beta_ptr: [C] or None: 1 and 0.
         coef_ptr: [5, C] fp32.
     """
+    await_inputs()
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < C
     total, mean, m2 = chan_merge(count_ptr, mean_ptr, m2_ptr, T, channel, channel_ok, C, BLOCK_T, WARPS, IN_FLIGHT)
@@ -296,6 +300,7 @@ def running_coef_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """`store_coef` of running_mean and running_var [C]; see `finalize_kernel`."""
+    await_inputs()
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < C
     mean = tl.load(running_mean_ptr + channel, mask=channel_ok, other=0.0).to(tl.float64)
@@ -330,6 +335,7 @@ def partial_sums_kernel(
     x_ptr, out_ptr, T, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, WARPS: tl.constexpr
 ):
     """Sums of every BLOCK_T rows: x [T, COLUMNS] fp32 to out [S, COLUMNS] fp64. Moves both once."""
+    await_inputs()
     part = tl.program_id(0)
     first = part.to(tl.int64) * BLOCK_T
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -374,6 +380,7 @@ def bn_backward_coef_kernel(
         parts_ptr, dw_ptr, size, parts: see `sum_parts`; or None both.
         count: n, pixels.
     """
+    await_inputs()
     program = tl.program_id(0)
     if parts_ptr is None:
         store_backward_coef(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.configs import limited
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.launch import launch
 from fastres.kernels.row_tiles import WARPS, elementwise, reduction
 from fastres.kernels.tiles import (
@@ -54,6 +55,7 @@ def bn_add_relu_kernel(
         SHORTCUT_STRIDE, SHORTCUT_C: None both, or the shortcut is [N, H, W, SHORTCUT_C], of which every
             SHORTCUT_STRIDE-th pixel is added to the first channels.
     """
+    await_inputs()
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -161,6 +163,7 @@ def bn_add_relu_backward_kernel(
         tiles: tiles of BLOCK_M rows that a program goes through.
         THROUGH: "relu" or "gelu": dz is the sum times its derivative at ``y*scale + shift + shortcut``; without out.
     """
+    await_inputs()
     part = tl.program_id(0)
     first = part.to(tl.int64) * (tiles * BLOCK_M)
     rows = M - part * (tiles * BLOCK_M)
@@ -326,6 +329,7 @@ def bn_backward_apply_kernel(
     Args:
         dz_ptr, y_ptr, dy_ptr: [M, C]; y_ptr None: B and C are 0. abc_ptr: [3, C]. residual_ptr: [M, C] or None.
     """
+    await_inputs()
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

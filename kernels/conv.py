@@ -16,6 +16,7 @@ from fastres.kernels.configs import (
     precision,
     resident_configs,
 )
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import Pad, cdiv, output_hw
 from fastres.kernels.launch import launch
 from fastres.kernels.resident import conv_resident
@@ -84,6 +85,7 @@ def conv_kernel(
         k_blocks: trips of the loop; an argument, since a loop of known length would be unrolled.
         BLOCK_M, BLOCK_N: pixels and channels of a tile.
     """
+    await_inputs()
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
     CHANNEL_ROWS: tl.constexpr = BLOCK_N >= 64
     N_TILES: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.configs import MORE_REGISTERS, Product, at_rank, dgrad_configs, precision
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import Pad, cdiv, is_centred
 from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
@@ -99,6 +100,7 @@ def conv_dgrad_kernel(
         RESIDUAL_STRIDE, RESIDUAL_C: None both, or the residual is [N, ceil(H / RESIDUAL_STRIDE), ceil(W /
             RESIDUAL_STRIDE), RESIDUAL_C], whose first CIN channels are added to every RESIDUAL_STRIDE-th pixel.
     """
+    await_inputs()
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
     CHANNEL_ROWS: tl.constexpr = BLOCK_N >= 64
     HALVES: tl.constexpr = BLOCK_N >= 128

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.configs import at_rank, grads_configs, precision, steps_of
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import total
@@ -58,6 +59,7 @@ def conv_grads_kernel(
         dw_ptr: [T, COUT, CIN] fp32, a part of the pixels each.
         BLOCK_K: no less than COUT. STAGES: steps in flight.
     """
+    await_inputs()
     GROUPS: tl.constexpr = (CIN + BLOCK_N - 1) // BLOCK_N
     part = tl.program_id(0) // GROUPS
     n = (tl.program_id(0) % GROUPS) * BLOCK_N + tl.arange(0, BLOCK_N)

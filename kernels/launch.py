@@ -9,8 +9,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from torch import Tensor
 from triton import AsyncCompileMode
 from triton.runtime import driver
+
+from fastres.kernels.dependent import is_programmatic, launch_options
+from fastres.kernels.resources import architecture
 
 
 class Observer(Protocol):
@@ -83,10 +87,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel: a function under ``triton.jit``. grid: programs along each axis.
         args: its first arguments. options: its others by name, and the compiler's, as num_warps.
     """
+    compiler = {}
+    if is_programmatic():
+        device = next(value.device for value in (*args, *options.values()) if isinstance(value, Tensor))
+        compiler = launch_options(architecture(device))
     if _ahead.get():
-        kernel.run(*args, grid=grid, warmup=True, **options)
+        kernel.run(*args, grid=grid, warmup=True, **options, **compiler)
         return
-    compiled = kernel[grid](*args, **options)
+    compiled = kernel[grid](*args, **options, **compiler)
     observer = _observer.get()
     if observer is not None:
         named = [options[name] for name in kernel.arg_names[len(args) :]]

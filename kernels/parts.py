@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import cdiv, power_of_2
 from fastres.kernels.launch import launch
 from fastres.kernels.tiles import sum_pixels
@@ -51,6 +52,7 @@ def sum_parts(parts_ptr, out_ptr, size, parts, program, PARTS: tl.constexpr, BLO
 @triton.jit(do_not_specialize=["parts"])
 def sum_parts_kernel(parts_ptr, out_ptr, size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
     """`sum_parts` alone."""
+    await_inputs()
     sum_parts(parts_ptr, out_ptr, size, parts, tl.program_id(0), PARTS, BLOCK, WARPS)
 
 

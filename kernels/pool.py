@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import Pad, check_pool, output_hw
 from fastres.kernels.launch import launch
 from fastres.kernels.row_tiles import POOL_ELEMENTS, WARPS, elementwise, reduction
@@ -46,6 +47,7 @@ def bn_relu_max_pool_kernel(
     Args:
         y_ptr: [N, H, W, C]. coef_ptr: [5, C]. out_ptr, index_ptr: [M, C] = [N, OH, OW, C], y's dtype and uint8.
     """
+    await_inputs()
     first = tl.program_id(0) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     row_ok = row < M - first
@@ -159,6 +161,7 @@ def bn_relu_max_pool_backward_kernel(
         dout_ptr, index_ptr: [N, OH, OW, C]. y_ptr, dz_ptr: [M, C] = [N, H, W, C]. coef_ptr: [5, C].
         sums_ptr: [T, 2, C]. tiles: tiles of BLOCK_M rows that a program goes through.
     """
+    await_inputs()
     SPAN: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     part = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -260,6 +263,7 @@ def global_avg_pool_kernel(
     Args:
         x_ptr: [N, HW, C]. out_ptr: [N, C].
     """
+    await_inputs()
     image = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -292,6 +296,7 @@ def global_avg_pool_backward_kernel(
     Args:
         dout_ptr: [N, C]. dx_ptr: [N, HW, C]. parts: programs that share an image's pixels.
     """
+    await_inputs()
     image = (tl.program_id(0) // parts).to(tl.int64)
     first = tl.program_id(0) % parts * BLOCK_M
     row = tl.arange(0, BLOCK_M)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.configs import Product, at_rank, precision, programs_at_once, resident_configs, steps_of
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, fitting
@@ -47,6 +48,7 @@ def conv_resident_kernel(
         count_ptr, mean_ptr, m2_ptr: [T], [T, COUT], [T, COUT] fp32, a part of the pixels each; or None.
         BLOCK_K: no less than CIN. STAGES: steps in flight.
     """
+    await_inputs()
     GROUPS: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
     part = tl.program_id(0) // GROUPS
     n = (tl.program_id(0) % GROUPS) * BLOCK_N + tl.arange(0, BLOCK_N)

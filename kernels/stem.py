@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.configs import Config, at_rank, has_warp_groups, precision, programs_at_once, steps_of
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import Pad, cdiv, output_hw, power_of_2
 from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, fitting
@@ -52,6 +53,7 @@ def spread_kernel(
         x_ptr: [N, H, W, C]. out_ptr: [N, RH, RW, 16], ``size`` squares.
         BLOCK: squares of a program.
     """
+    await_inputs()
     square = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, PITCH)
     image = square // (RH * RW)
@@ -97,6 +99,7 @@ def conv_stem_kernel(
         count_ptr, mean_ptr, m2_ptr: [T], [T, COUT], [T, COUT] fp32, a part of the pixels each; or None.
         BLOCK_N: no less than COUT. BLOCK_K: no less than KH' * KW' * 16. STAGES: steps in flight.
     """
+    await_inputs()
     DEPTH: tl.constexpr = (KH + 1) // 2 * ((KW + 1) // 2) * PITCH
     part = tl.program_id(0)
     n = tl.arange(0, BLOCK_N)
@@ -164,6 +167,7 @@ def conv_stem_wgrad_kernel(
             abc_ptr, and where B and C are 0.
         dw_ptr: [T, COUT, KH', KW', 16] fp32, a part of the pixels each.
     """
+    await_inputs()
     DEPTH: tl.constexpr = (KH + 1) // 2 * ((KW + 1) // 2) * PITCH
     part = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
@@ -204,6 +208,7 @@ def gather_kernel(
     Args:
         spread_ptr: [parts, COUT, KH', KW', 16] fp32, ``size`` elements a part. dw_ptr: [COUT, KH, KW, C] fp32.
     """
+    await_inputs()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tap = i // C
     h = tap // KW % KH

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.configs import LEAST, MORE_REGISTERS, at_rank, light_parts, precision, splits, wgrad_configs
+from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import Pad, cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import total
@@ -58,6 +59,7 @@ def conv_wgrad_kernel(
         x_ptr: [N, H, W, CIN]. coef_ptr: [5, CIN] fp32 or None: x as it is. GELU: in place of ReLU.
         dw_ptr: [parts, COUT, KH, KW, CIN] fp32; program (t, s) writes tile t of part s.
     """
+    await_inputs()
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
     DEPTH: tl.constexpr = KH * KW * CIN
     COLUMNS: tl.constexpr = DEPTH if FLAT else CIN

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
+from fastres.kernels.dependent import is_programmatic
 from fastres.ops.backends import launches, replay
 
 _C_TYPES = {"i32": ctypes.c_int32, "fp32": ctypes.c_float, "*": ctypes.c_uint64}
@@ -35,7 +36,7 @@ class Interpreted:
         self.src = SimpleNamespace(signature=signature)
         target = SimpleNamespace(backend="cuda", warp_size=32)
         sizes = dict(num_warps=self.options.get("num_warps", 4), num_ctas=1, shared=1024)
-        self.metadata = SimpleNamespace(name=kernel.__name__, target=target, **sizes)
+        self.metadata = SimpleNamespace(name=kernel.__name__, target=target, launch_pdl=is_programmatic(), **sizes)
         self.function = 4096 + len(self.by_function)
         self.by_function[self.function] = self
 
@@ -91,21 +92,42 @@ def on_stand_in() -> Iterator[None]:
         yield
 
 
+class Attribute(ctypes.Structure):
+    """cuda.h's CUlaunchAttribute, of which one value is read."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class Config(ctypes.Structure):
+    """cuda.h's CUlaunchConfig."""
+
+    _fields_ = [
+        *((f"{part}_{axis}", ctypes.c_uint) for part in ("grid", "block") for axis in "xyz"),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
 class Driver:
     """Functions with the CUDA driver's interface that interpret the kernels, and count what they are asked for.
 
     Attributes:
         launches: grid, bytes of shared memory and stream of each. contexts: calls in the order of their making.
+        dependent: of each launch, whether it may begin before the kernel before has ended.
         error: what the next launch returns. context: what is current, 0: none.
     """
 
     def __init__(self) -> None:
         self.launches: list[tuple[tuple[int, int, int], int, int]] = []
+        self.dependent: list[bool] = []
         self.contexts: list[str] = []
         self.error, self.context = 0, 1
         c, pointer = ctypes.CFUNCTYPE, ctypes.c_void_p
         self._kept = [
             c(ctypes.c_int, pointer, *[ctypes.c_uint] * 7, pointer, ctypes.POINTER(pointer), pointer)(self._launch),
+            c(ctypes.c_int, ctypes.POINTER(Config), pointer, ctypes.POINTER(pointer), pointer)(self._launch_with),
             c(ctypes.c_int, ctypes.POINTER(pointer))(self._current),
             c(ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int)(self._device),
             c(ctypes.c_int, ctypes.POINTER(pointer), ctypes.c_int)(self._retain),
@@ -114,9 +136,18 @@ class Driver:
         addresses = [ctypes.cast(one, pointer).value for one in self._kept]
         self.functions = (pointer * len(addresses))(*addresses)
 
-    def _launch(self, function, x, y, z, threads, ty, tz, shared, stream, parameters, extra) -> int:
+    def _launch_with(self, config, function, parameters, extra) -> int:
+        one = config[0]
+        assert (one.count, one.attributes[0].id, one.attributes[0].value) == (1, 6, 1)  # programmatic serialisation
+        sizes = one.grid_x, one.grid_y, one.grid_z, one.block_x, one.block_y, one.block_z
+        return self._launch(function, *sizes, one.shared, one.stream, parameters, extra, dependent=True)
+
+    def _launch(
+        self, function, x, y, z, threads, ty, tz, shared, stream, parameters, extra, dependent: bool = False
+    ) -> int:
         if self.error:
             return self.error
+        self.dependent.append(dependent)
         assert (ty, tz, extra) == (1, 1, None)
         self.launches.append(((x, y, z), shared, stream or 0))
         try:

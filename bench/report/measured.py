@@ -11,8 +11,10 @@ from bench.report.common import Record, machine_line, measured_cases, median, ne
 from bench.tables import markdown
 
 # The ways to run a step that a network's best is taken of.
-LIBRARY, OURS = ("compile", "compile graphs", "compile max-autotune"), ("fused Triton", "fused", "fused graph")
-SHOWN = ("eager", *LIBRARY[:2], *OURS)
+LIBRARY = ("compile", "compile graphs", "compile max-autotune")
+OURS = ("fused Triton", "fused", "fused graph", "fused graph PDL")
+SHOWN = ("eager", *LIBRARY[:2], *OURS[:3])
+OPTIONAL = OURS[3:]  # shown where one network has them
 
 
 def best(case: Record, variants: tuple[str, ...]) -> float | None:
@@ -25,16 +27,16 @@ def steps_section(folder: Path) -> str | None:
     record = read(folder / "models.json")
     if not record or record["device"] == "cpu":
         return None
+    cases = [case for name, case in networks(record).items() if ", batch " not in name]
+    shown = [*SHOWN, *(variant for variant in OPTIONAL if any(median(case, variant) for case in cases))]
     rows = []
-    for name, case in networks(record).items():
-        if ", batch " in name:
-            continue
-        times = [median(case, variant) for variant in SHOWN]
+    for case in cases:
+        times = [median(case, variant) for variant in shown]
         ours, library, eager = best(case, OURS), best(case, LIBRARY), median(case, "eager")
         ratios = [f"{other / ours:.2f}x" if other and ours else "" for other in (library, eager)]
         title = f"{case['model']}, batch {case['batch']}, {case['image_size']} pixels"
         rows.append([title, *(f"{1e3 * one:.2f}" if one else "" for one in times), *ratios])
-    columns = ["ms a training step", *SHOWN, "best of torch.compile / best fused", "eager / best fused"]
+    columns = ["ms a training step", *shown, "best of torch.compile / best fused", "eager / best fused"]
     return f"Measured on {machine_line(record)}, bf16.\n\n{markdown(columns, rows)}" if rows else None
 
 

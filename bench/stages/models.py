@@ -21,7 +21,7 @@ BASELINE = "eager"
 GROUPS = {
     "fused": (BASELINE, "fused", "fused Triton", "vendor"),
     "compile": (BASELINE, "fused", "compile"),
-    "fused graph": (BASELINE, "fused", "fused graph"),
+    "fused graph": (BASELINE, "fused", "fused graph", "fused graph PDL"),
     "fused compile": (BASELINE, "fused compile"),
     "layout and memory": (BASELINE, "eager NCHW", "fused recompute"),
     "compile graphs": (BASELINE, "compile graphs"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.errors import FastresError
+from fastres.kernels.dependent import programmatic
 from fastres.measure.timing import synchronize
 from fastres.measure.variants import VARIANTS, best_library
 from fastres.models import create_model
@@ -124,7 +125,8 @@ class Step:
 
     def __call__(self) -> Tensor:
         """One step; its loss, still on the device."""
-        with machine.on_device(self.device), implementation(self.variant.implementation), best_library():
+        kernels = implementation(self.variant.implementation), programmatic(self.variant.programmatic)
+        with machine.on_device(self.device), kernels[0], kernels[1], best_library():
             return self._run()
 
     def settle(self, before_rest: Callable[[], None] = lambda: None) -> Tensor:

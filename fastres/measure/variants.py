@@ -20,6 +20,7 @@ class Variant:
     channels_last: bool = True
     compile: str | None = None  # mode of torch.compile
     cuda_graph: bool = False  # the whole step captured once and replayed
+    programmatic: bool | None = None  # see `fastres.kernels.dependent`; None: as the environment says
     gpu_only: bool = False
 
 
@@ -49,6 +50,13 @@ VARIANTS: dict[str, Variant] = {
     ),
     "fused compile": Variant("fused, under torch.compile", fused=True, compile="default"),
     "fused graph": Variant("fused, the step replayed as one CUDA graph", fused=True, cuda_graph=True, gpu_only=True),
+    "fused graph PDL": Variant(
+        "the same graph, a kernel's programs starting before the kernel before has ended",
+        fused=True,
+        cuda_graph=True,
+        programmatic=True,
+        gpu_only=True,
+    ),
 }
 
 

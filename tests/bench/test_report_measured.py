@@ -29,6 +29,14 @@ def test_the_best_of_each_are_compared(tmp_path):
     assert words in measured.headline(tmp_path)
 
 
+def test_a_way_that_some_run_lacks_has_a_column_where_it_was_measured(tmp_path):
+    graphs = case(eager=9, compile=6, fused_graph=3, fused_graph_PDL=2)
+    written(tmp_path, **{"resnet50_224_|_graphs": graphs, "notebook_|_graphs": case(eager=9, fused=3)})
+    section = measured.steps_section(tmp_path)
+    assert "| fused graph | fused graph PDL | best" in section
+    assert "| 3.00 | 2.00 | 3.00x | 4.50x |" in section and section.endswith("| 3.00 |  |  |  | 3.00x |")
+
+
 def test_what_was_not_measured_is_not_compared(tmp_path):
     written(tmp_path, **{"resnet50_224_|_fused": case(eager=9, fused=4), "resnet50_224,_batch_2": case(eager=1)})
     assert measured.headline(tmp_path) is None

@@ -17,6 +17,7 @@ from support_kernels import INTERPRETED
 from support_launches import driver_stand_in, on_stand_in
 
 from fastres import ops
+from fastres.kernels.dependent import programmatic
 from fastres.ops.backends import launches, replay
 from fastres.ops.backends.host import LAUNCH, OPERATION, host_milliseconds
 from fastres.ops.backends.launches import ByDriver, ByTriton, Launch, Place, launcher
@@ -49,7 +50,6 @@ def test_arguments_are_packed_in_the_kernels_order():
     "changed",
     [
         dict(num_ctas=2),
-        dict(launch_pdl=True),
         dict(launch_cooperative_grid=True),
         dict(global_scratch_size=128),
         dict(profile_scratch_size=1),
@@ -106,6 +106,15 @@ def test_launches_that_follow_one_another_are_one_call(monkeypatch):
         results, (program,) = walked()
     assert calls == [(0, len(driver.launches))] and len(driver.launches) > 2
     assert len(program.stages) == 1 and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("on", [False, True], ids=["in turn", "programmatic"])
+def test_the_driver_is_told_which_kernels_wait_by_themselves(on):
+    with on_stand_in(), driver_stand_in() as driver, programmatic(on):
+        results, (program,) = walked()
+    assert isinstance(program._launch, ByDriver) and torch.equal(results[0], results[2])
+    assert len(driver.dependent) > 2 and set(driver.dependent) == {on}
+    assert all(shared == 1024 for _, shared, _ in driver.launches)
 
 
 def test_what_a_call_costs_the_host():
@@ -173,7 +182,7 @@ recorded, init = [], launches.ByDriver.__init__
 def noted(self, made, *rest):
     recorded.extend(made)
     init(self, made, *rest)
-no_driver = (ctypes.c_void_p * 5)()
+no_driver = (ctypes.c_void_p * len(launches.FUNCTIONS))()
 parts = dict(_is_plain=lambda i: True, _stream=lambda d: 0, _settings=lambda: (), _compile=lambda w: None)
 norms = [ops.Norm(torch.ones(64), torch.zeros(64)) for _ in range(2)]
 weights = [torch.randn(64, 64, k, k).bfloat16().requires_grad_() for k in (1, 3)]

@@ -6,10 +6,28 @@ namespace {
 
 constexpr int MOST_PARAMETERS = 128;
 
+// cuda.h's CUlaunchAttribute and CUlaunchConfig.
+struct Attribute {
+  int id;
+  union {
+    int allowed;
+    uint64_t all[8];
+  } value;
+};
+constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+
+struct Config {
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  const Attribute* attributes;
+  unsigned count;
+};
+
 // Functions of libcuda.so.1 as cuda.h declares them: CUresult is an int, the handles are pointers.
 struct Driver {
   int (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                 unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra);
+  int (*launch_with)(const Config* config, void* function, void** parameters, void** extra);
   int (*current_context)(void** context);
   int (*device)(int* device, int ordinal);
   int (*primary_context)(void** context, int device);
@@ -20,6 +38,7 @@ struct Launch {
   void* function;
   uint32_t grid[3];
   uint32_t threads, shared_bytes;
+  uint32_t dependent;  // whether it waits for the kernel before it by itself, see fastres/kernels/dependent.py
   uint32_t first, last;  // of its parameters, behind the last
 };
 
@@ -30,6 +49,16 @@ struct Parameter {
   uint64_t value;
 };
 
+int launch(const Driver& driver, const Launch& one, void* stream, void** parameters) {
+  const uint32_t* const grid = one.grid;
+  if (!one.dependent)
+    return driver.launch(one.function, grid[0], grid[1], grid[2], one.threads, 1, 1, one.shared_bytes, stream, parameters,
+                         nullptr);
+  Attribute attribute{PROGRAMMATIC_STREAM_SERIALIZATION, {1}};
+  const Config config{{grid[0], grid[1], grid[2]}, {one.threads, 1, 1}, one.shared_bytes, stream, &attribute, 1};
+  return driver.launch_with(&config, one.function, parameters, nullptr);
+}
+
 // PyTorch's threads for the backward pass may not have touched the device's context yet.
 int ensure_context(const Driver& driver, int ordinal) {
   void* context = nullptr;
@@ -39,6 +68,8 @@ int ensure_context(const Driver& driver, int ordinal) {
   if ((error = driver.primary_context(&context, device))) return error;
   return driver.make_current(context);
 }
+
+static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56);
 
 }  // namespace
 
@@ -60,9 +91,7 @@ extern "C" int64_t fastres_launch(const Driver* driver, const Launch* launches, 
       values[i - one.first] = given.value + (given.base < 0 ? 0 : bases[given.base]);
       pointers[i - one.first] = &values[i - one.first];
     }
-    int error = driver->launch(one.function, one.grid[0], one.grid[1], one.grid[2], one.threads, 1, 1, one.shared_bytes,
-                               stream, pointers, nullptr);
-    if (error) return error;
+    if (int error = launch(*driver, one, stream, pointers)) return error;
   }
   return 0;
 }

@@ -23,6 +23,7 @@ SOURCES = Sources("launches", "the launcher of kernels", (Path(__file__).with_na
 # The driver's functions in the order of driver.cpp's struct.
 FUNCTIONS = (
     "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuCtxGetCurrent",
     "cuDeviceGet",
     "cuDevicePrimaryCtxRetain",
@@ -113,6 +114,7 @@ class _Launch(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("threads", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
+        ("dependent", ctypes.c_uint32),
         ("first", ctypes.c_uint32),
         ("last", ctypes.c_uint32),
     ]
@@ -140,8 +142,10 @@ class ByDriver:
             parameters += [_Parameter(*pair) for pair in packed(one)]
             metadata = one.compiled.metadata
             threads = metadata.num_warps * metadata.target.warp_size
-            grid = (ctypes.c_uint32 * 3)(*one.grid)
-            made.append(_Launch(one.compiled.function, grid, threads, metadata.shared, first, len(parameters)))
+            grid, dependent = (ctypes.c_uint32 * 3)(*one.grid), getattr(metadata, "launch_pdl", False)
+            made.append(
+                _Launch(one.compiled.function, grid, threads, metadata.shared, dependent, first, len(parameters))
+            )
         self._launches = (_Launch * len(made))(*made)
         self._parameters = (_Parameter * len(parameters))(*parameters)
         self._functions, self._call = functions, call
@@ -186,7 +190,7 @@ def _is_common(launch: Launch) -> bool:
     if launch.compiled is None:
         return False
     metadata, signature = launch.compiled.metadata, _signature(launch)
-    special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+    special = ("launch_cooperative_grid", "global_scratch_size", "profile_scratch_size")
     return (
         metadata.target.backend == "cuda"
         and metadata.num_ctas == 1

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from triton import knobs
 
 from fastres.kernels import buffers
+from fastres.kernels.dependent import is_programmatic
 from fastres.kernels.launch import compiled_ahead, observed_by
 from fastres.ops.arena import Span, layout
 from fastres.ops.backends.launches import Launch, Place, launcher
@@ -376,9 +377,11 @@ def _is_plain(inputs: Sequence[Tensor | None]) -> bool:
 
 
 def _settings() -> tuple[Hashable, ...]:
-    """What a walk depends on beside its key and inputs: the device, how choices are made, how fp32 is multiplied."""
+    """What a walk depends on beside its key and inputs: the device, how choices are made, how fp32 is multiplied, how
+    kernels follow one another.
+    """
     fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return torch.cuda.current_device(), is_one_graph(), fp32_precision
+    return torch.cuda.current_device(), is_one_graph(), fp32_precision, is_programmatic()
 
 
 def _are_apart(inputs: Sequence[Tensor | None]) -> bool:

@@ -240,6 +240,8 @@ using namespace fastres;
 // The best form of tiles on this CPU: 0 plain, 1 AVX512-BF16, 2 AMX.
 extern "C" int64_t fastres_form() { return best_form(); }
 
+extern "C" int64_t fastres_few_channels() { return kFewChannels; }
+
 extern "C" int64_t fastres_units(int64_t form, const int64_t* sizes, bool transposed) {
   return units(Form(form), shape_of(sizes), transposed);
 }

@@ -43,7 +43,7 @@ SIGNATURES = {
     "program": "pip",
 }
 # What returns an int64.
-_ANSWERS = {"form": "", "units": "ipb", "packed_size": "ipb"}
+_ANSWERS = {"form": "", "few_channels": "", "units": "ipb", "packed_size": "ipb"}
 _TYPES = {"p": ctypes.c_void_p, "o": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double, "b": ctypes.c_bool}
 _functions: dict[str, Any] = {}
 

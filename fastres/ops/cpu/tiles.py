@@ -17,7 +17,6 @@ from fastres.ops.cpu.native import answer, call, integers, pointer
 FORMS = {"plain": 0, "avx512": 1, "amx": 2}
 BF16 = torch.bfloat16
 _COLUMNS, _USED = 16, 0.6  # the weight gradient's channels fill vectors; oneDNN is faster where less of them is used
-_FEW = 9  # channels that are taken as rows, as `kFewChannels` of conv.h
 Sizes = tuple[int, ...]
 
 
@@ -49,8 +48,14 @@ def takes_weight_grad(x: Tensor, coef: Tensor | None, dilation: int) -> bool:
     channels = x.shape[3]
     if not takes(x.dtype):
         return False
-    as_rows = form() != FORMS["plain"] and channels <= _FEW and coef is None and dilation == 1
+    as_rows = form() != FORMS["plain"] and channels <= _few_channels() and coef is None and dilation == 1
     return as_rows or channels > _USED * (-(-channels // _COLUMNS) * _COLUMNS)
+
+
+@cache
+def _few_channels() -> int:
+    """The most channels of an input that the weight's gradient takes as rows."""
+    return answer("few_channels")
 
 
 def _form() -> int:

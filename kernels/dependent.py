@@ -62,6 +62,9 @@ def is_programmatic() -> bool:
 
 
 def launch_options(architecture: int) -> dict[str, bool]:
-    """What compiler and launcher are told beside a kernel's own options, for this compute capability."""
+    """What compiler and launcher are told beside a kernel's own options where `is_programmatic`.
+
+    Nothing, where kernels are interpreted or the compute capability, as 90, is not enough.
+    """
     can = architecture >= LEAST_ARCHITECTURE and not knobs.runtime.interpret
-    return {"launch_pdl": True} if can and is_programmatic() else {}
+    return {"launch_pdl": True} if can else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,14 @@ def main_loop(code: Sequence[Instruction]) -> Loop | None:
 def body(code: Sequence[Instruction], loop: Loop) -> Sequence[Instruction]:
     """A loop's instructions."""
     return code[loop.first : loop.last + 1]
+
+
+def copies(code: Sequence[Instruction], trips: int) -> float:
+    """Asynchronous copies of a warp that move what ``trips`` trips of the main loop need: those in front of the loop
+    are the first trips', so that the last trips' have nothing left to copy. No limit where the loop has none."""
+    loop = main_loop(code)
+    a_trip = sum(one.name == "LDGSTS" and not one.never for one in body(code, loop)) if loop else 0
+    return trips * a_trip or math.inf
 
 
 def jumps(code: Sequence[Instruction]) -> list[int | None]:

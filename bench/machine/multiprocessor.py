@@ -6,7 +6,8 @@ free, and its pipe takes it. Loads and stores queue for the shared memory's port
 the L2 and of the memory, a wgmma for the tensor cores and for the port once the four warps of its group have issued it.
 What is not there: caches of instructions and constants, the L1 (Triton's cp.async goes round it), rows
 of the memory that are opened. Forward branches with a predicate are not taken unless only they lead to the main loop,
-which runs ``trips`` times; any other loop runs once.
+which runs ``trips`` times; any other loop runs once. Asynchronous copies run some trips ahead of the products; behind
+what the last trip needs they copy nothing, and fill with zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from bench.machine.assembly import NO_SCOREBOARD, Instruction
 from bench.machine.banks import BANKS, WORD, port_cycles
 from bench.machine.chips import Chip
-from bench.machine.loops import jumps, main_loop
+from bench.machine.loops import copies, jumps, main_loop
 from bench.machine.pipes import (
     GLOBAL,
     QUARTERS,
@@ -116,6 +117,7 @@ class _Warp:
     boards: list[float] = field(default_factory=lambda: [0.0] * SCOREBOARDS)
     copies: list[float] = field(default_factory=list)  # ends of the committed groups of cp.async
     copying: float = 0.0
+    copied: int = 0  # copies so far
     products: list[_Wgmma] = field(default_factory=list)  # committed groups of wgmma
     issued: int = 0  # wgmmas
     stores: float = 0.0  # end of the last store to shared memory
@@ -145,6 +147,7 @@ class Multiprocessor:
         self._code = [_decode(*each, chip) for each in zip(code, jumps(code), port_cycles(code))]
         self._loop = main_loop(code)
         self._warps, self._resident, self._programs, self._trips = warps, resident, programs, trips
+        self._copies = copies(code, trips)
         self._far, self._memory, self._chip = far, memory, chip
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._shared_free = self._l2_free = self._memory_free = self._tensor_free = 0.0
@@ -270,10 +273,15 @@ class Multiprocessor:
                     written = read = warp.stores = end
         elif name in GLOBAL:
             if not step.never:
-                written = self._from_memory(now + GLOBAL_ISSUE, step.bytes, name in ("STG", "STL"))
                 read = now + GLOBAL_ISSUE
-                if name == "LDGSTS":
-                    self._through_port(now + GLOBAL_ISSUE, step.bytes)
+                asynchronous = name == "LDGSTS"
+                warp.copied += asynchronous
+                if asynchronous and warp.copied > self._copies:
+                    written = read
+                else:
+                    written = self._from_memory(read, step.bytes, name in ("STG", "STL"))
+                if asynchronous:
+                    self._through_port(read, step.bytes)
                     warp.copying = max(warp.copying, written + SHARED_ISSUE)
         elif name == "LDGDEPBAR":
             warp.copies.append(max([warp.copying, *warp.copies[-1:]]))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from bench.machine import assembly, banks, loops, multiprocessor, pipes
 from bench.machine.chips import LAUNCH, Chip
-from bench.machine.loops import main_loop
+from bench.machine.loops import body, main_loop
 from bench.machine.multiprocessor import Multiprocessor, Run
 from bench.machine.occupancy import residents
 from bench.machine.pipes import GLOBAL, moved, unmodelled
@@ -93,11 +93,18 @@ def _extrapolated(program: Program, work: Work, chip: Chip, resident: int, count
 
 def issued_bytes(program: Program, trips: int) -> int:
     """Bytes that a program loads from and stores to global memory, by its instructions."""
-    loop = main_loop(program.code) or (0, -1)
-    return program.warps * sum(
-        moved(one) * (trips if loop[0] <= index <= loop[1] else 1)
-        for index, one in enumerate(program.code)
-        if one.name in GLOBAL
+    loop = main_loop(program.code)
+    first, last = loop or (0, -1)
+    behind = 0  # copies of the last trips
+    if loop and any(one.name == "LDGSTS" for one in body(program.code, loop)):
+        behind = sum(moved(one) for one in program.code[:first] if one.name == "LDGSTS")
+    return program.warps * (
+        sum(
+            moved(one) * (trips if first <= index <= last else 1)
+            for index, one in enumerate(program.code)
+            if one.name in GLOBAL
+        )
+        - behind
     )
 
 

@@ -22,7 +22,7 @@ from fastres.kernels.launch import launch
 from fastres.kernels.resident import conv_resident
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.stem import conv_stem, is_stem
-from fastres.kernels.tiles import activate, bn, relu, store_moments, within, zero_outside
+from fastres.kernels.tiles import TAP_BITS, activate, bn, relu, store_moments, taps_inside, within, zero_outside
 from fastres.kernels.types import Moments
 
 
@@ -40,12 +40,12 @@ def conv_kernel(
     count_ptr,
     mean_ptr,
     m2_ptr,
-    H,
-    W,
-    OH,
-    OW,
     M,
     k_blocks,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
     KH: tl.constexpr,
@@ -113,6 +113,7 @@ def conv_kernel(
         top = (m // OW % OH) * STRIDE - TOP
         left = (m % OW) * STRIDE - LEFT
         pixel = ((m // OW // OH) * H + top) * W + left
+        reached = taps_inside(top, left, row_ok, H, W, KH, KW, DILATION)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if CHANNEL_ROWS else (BLOCK_M, BLOCK_N), tl.float32)
     for block in range(k_blocks):
@@ -138,7 +139,10 @@ def conv_kernel(
             else:
                 kh = tap // KW * DILATION
                 kw = tap % KW * DILATION
-                inside = row_ok & (top + kh >= 0) & (top + kh < H) & (left + kw >= 0) & (left + kw < W)
+                if KH * KW <= TAP_BITS:
+                    inside = (reached & (1 << tap)) != 0
+                else:
+                    inside = row_ok & (top + kh >= 0) & (top + kh < H) & (left + kw >= 0) & (left + kw < W)
                 inside = inside[:, None]
                 offset = ((pixel + kh * W + kw) * CIN)[:, None] + c[None, :]
         ok = inside & k_ok[None, :]
@@ -312,6 +316,9 @@ def _launch(
     y = buffers.empty(x, n, out_height, out_width, cout)
     made = buffers.moments(x, tiles, cout) if moments else None
     count, mean, m2 = made or (None, None, None)
+    pointwise = (kh, kw, stride) == (1, 1, 1) and not any(pad[:2])
+    # A pointwise kernel does not read the sizes: one is compiled for all.
+    sizes = (1, 1, 1, 1) if pointwise else (height, width, out_height, out_width)
     launch(
         conv_kernel,
         (tiles * cdiv(cout, config.block_n),),
@@ -327,12 +334,12 @@ def _launch(
         count_ptr=count,
         mean_ptr=mean,
         m2_ptr=m2,
-        H=height,
-        W=width,
-        OH=out_height,
-        OW=out_width,
         M=rows,
         k_blocks=cdiv(depth, config.block_k) * taps,
+        H=sizes[0],
+        W=sizes[1],
+        OH=sizes[2],
+        OW=sizes[3],
         CIN=cin,
         COUT=cout,
         KH=kh,

@@ -22,6 +22,7 @@ from fastres.kernels.tiles import (
     RSTD,
     SCALE,
     SHIFT,
+    TAP_BITS,
     activate,
     bn_backward,
     frozen_bn_backward,
@@ -29,6 +30,7 @@ from fastres.kernels.tiles import (
     relu_backward,
     subsample,
     sum_pixels,
+    taps_inside,
     within,
     zero_outside,
 )
@@ -48,13 +50,13 @@ def conv_dgrad_kernel(
     sums_ptr,
     dy_ptr,
     a_ptr,
-    H,
-    W,
-    OH,
-    OW,
     N,
     tiles,
     c_blocks,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
     KH: tl.constexpr,
@@ -109,6 +111,8 @@ def conv_dgrad_kernel(
     DEPTH: tl.constexpr = KH * KW * CIN
     COMMON: tl.constexpr = STRIDE // TAP_STEP
     PIXEL_STEP: tl.constexpr = DILATION // COMMON
+    MOST_H: tl.constexpr = (KH + TAP_STEP - 1) // TAP_STEP
+    MOST_W: tl.constexpr = (KW + TAP_STEP - 1) // TAP_STEP
     tile = tl.program_id(0) // N_TILES
     n = (tl.program_id(0) % N_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = within(n, CIN, BLOCK_N)
@@ -130,11 +134,17 @@ def conv_dgrad_kernel(
         kh0 = 0
         kw0 = 0
     else:
-        rh = (tile // tiles) // STRIDE
-        rw = (tile // tiles) % STRIDE
-        rows_h = (H - rh + STRIDE - 1) // STRIDE
-        rows_w = (W - rw + STRIDE - 1) // STRIDE
-        first = (tile % tiles) * BLOCK_M
+        if STRIDE == 1:
+            rh = 0
+            rw = 0
+            first = tile * BLOCK_M
+        else:
+            rh = (tile // tiles) // STRIDE
+            rw = (tile // tiles) % STRIDE
+            first = (tile % tiles) * BLOCK_M
+        # What is the same for all groups is compiled in, so that no division is by a variable.
+        rows_h = H // STRIDE if H % STRIDE == 0 else (H - rh + STRIDE - 1) // STRIDE
+        rows_w = W // STRIDE if W % STRIDE == 0 else (W - rw + STRIDE - 1) // STRIDE
         rows = N * rows_h * rows_w - first
         image = first // tl.maximum(rows_h * rows_w, 1)
         m = first - image * (rows_h * rows_w) + row
@@ -155,6 +165,7 @@ def conv_dgrad_kernel(
         x_first = image.to(tl.int64) * (H * W * CIN)
         dz_pixel = (i * OH + oh) * OW + ow
         x_pixel = (i * H + h * STRIDE + rh) * W + v * STRIDE + rw
+        reached = taps_inside(oh, ow, row < rows, OH, OW, MOST_H, MOST_W, -PIXEL_STEP)
 
     row_ok = row < rows
     acc = tl.zeros((BLOCK_N, BLOCK_M) if CHANNEL_ROWS else (BLOCK_M, BLOCK_N), tl.float32)
@@ -177,7 +188,10 @@ def conv_dgrad_kernel(
             tap_w = tap - tap_h * taps_w
             th = tap_h * PIXEL_STEP
             tw = tap_w * PIXEL_STEP
-            inside = row_ok & (oh >= th) & (oh - th < OH) & (ow >= tw) & (ow - tw < OW)
+            if MOST_H * MOST_W <= TAP_BITS:
+                inside = (reached & (1 << (tap_h * MOST_W + tap_w))) != 0
+            else:
+                inside = row_ok & (oh >= th) & (oh - th < OH) & (ow >= tw) & (ow - tw < OW)
             offset = ((dz_pixel - th * OW - tw) * COUT)[:, None] + c[None, :]
             w_tap = ((kh0 + tap_h * TAP_STEP) * KW + kw0 + tap_w * TAP_STEP) * CIN
         ok = inside[:, None] & c_ok[None, :]
@@ -410,6 +424,9 @@ def conv_dgrad(
     if below is not None:
         x, coef = below
         sums = buffers.empty(dz, tiles * stride**2, 2, cin, dtype=torch.float32)
+    images, sizes = n, (height, width, out_height, out_width)
+    if (kh, kw, stride) == (1, 1, 1) and not any(pad[:2]) and not strided:
+        images, sizes = rows, (1, 1, 1, 1)  # the kernel reads the number of pixels alone: one is compiled for all
     launch(
         conv_dgrad_kernel,
         (tiles * stride**2 * cdiv(cin, config.block_n),),
@@ -425,13 +442,13 @@ def conv_dgrad(
         sums_ptr=sums,
         dy_ptr=dy,
         a_ptr=activation,
-        H=height,
-        W=width,
-        OH=out_height,
-        OW=out_width,
-        N=n,
+        N=images,
         tiles=tiles,
         c_blocks=cdiv(cout, config.block_k),
+        H=sizes[0],
+        W=sizes[1],
+        OH=sizes[2],
+        OW=sizes[3],
         CIN=cin,
         COUT=cout,
         KH=kh,

@@ -24,6 +24,23 @@ def within(index, size: tl.constexpr, block: tl.constexpr):
         return index < size
 
 
+TAP_BITS = tl.constexpr(31)  # taps of a window at most whose bits `taps_inside` has
+
+
+@triton.jit
+def taps_inside(h, w, ok, H, W, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr):
+    """Which taps of a window are inside [H, W], for windows [B] that begin at row ``h`` and column ``w``: bit
+    ``kh*KW + kw`` of each, int32; none where not ``ok``."""
+    rows = (h * 0).to(tl.int32)
+    columns = rows
+    if KH * KW <= TAP_BITS:
+        for kh in tl.static_range(KH):
+            rows |= ((h + kh * DILATION >= 0) & (h + kh * DILATION < H) & ok).to(tl.int32) << (kh * KW)
+        for kw in tl.static_range(KW):
+            columns |= ((w + kw * DILATION >= 0) & (w + kw * DILATION < W)).to(tl.int32) << kw
+    return rows * columns
+
+
 @triton.jit
 def subsampled(m, H, W, STRIDE: tl.constexpr):
     """The pixel of [N, H, W] that is pixel ``m`` of [N, OH, OW], every STRIDE-th of both axes from the first on."""

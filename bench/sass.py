@@ -69,6 +69,7 @@ class Resources(NamedTuple):
     tensor_cores: dict[str, int]  # instructions by kind
     dots: int  # `tl.dot`s that a tensor core can do: all but fp32 ones of full precision
     conflicts: float | None = None  # see `bench.machine.banks.conflicts`
+    serial: int = 0  # see `serial_products`
 
     def faults(self, arch: Architecture) -> list[str]:
         """Why this kernel must not be shipped; empty: it may."""
@@ -81,6 +82,8 @@ class Resources(NamedTuple):
             found.append("tl.dot without a tensor core")
         if (self.conflicts or 0.0) > CONFLICTS:
             found.append(f"{self.conflicts:.1f} times the cycles of the shared memory for conflicts between its banks")
+        if self.serial:
+            found.append(f"{self.serial} wgmmas are waited for before the next one of the same product")
         return found
 
 
@@ -108,7 +111,28 @@ def _resources(kernel: Any, code: str) -> Resources:
         tensor_cores={name: len(found) for name, kind in _TENSOR_CORES.items() if (found := kind.findall(code))},
         dots=tensor_core_dots(kernel.asm["ttir"]),
         conflicts=conflicts(instructions(code)),
+        serial=serial_products(instructions(code)),
     )
+
+
+def serial_products(code: Sequence[Instruction]) -> int:
+    """wgmmas that end before the next one to the same accumulators begins, though both operands are in shared memory.
+
+    So ptxas has it where other instructions define accumulators between a product's begin and its end (its message
+    C7515). Of operands in registers Triton waits itself, until those may be overwritten.
+    """
+    found, before, waited = 0, "", False
+    for one in code:
+        if one.name == "WARPGROUP" and "DEPBAR" in one.mnemonic:
+            waited = waited or one.operands.endswith("0x0")
+        elif one.name == "HGMMA":
+            accumulators, *operands = one.operands.split(", ")
+            shared = operands[0].startswith("gdesc")
+            found += shared and waited and accumulators == before
+            before, waited = accumulators if shared else "", False
+        elif one.name == "BRA":
+            before = ""  # what follows may be of another trip
+    return found
 
 
 def instructions(code: str) -> list[Instruction]:

@@ -41,6 +41,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     most_registers: int
+    taps: int = 1  # of a window, whose weight gradients one program sums: it has a tile of each
 
     @property
     def launch(self) -> dict[str, int]:
@@ -223,7 +224,7 @@ def wgrad_configs(
     arch: int = 90,
     made: bool = True,
     flat: bool = False,
-    window: bool = False,
+    window: tuple[int, int] = (1, 1),
     reads_made: bool = False,
 ) -> list[Config]:
     """Configurations of a weight gradient, the one to take first.
@@ -237,7 +238,7 @@ def wgrad_configs(
         arch: compute capability, as 90.
         made: whether the gradient is computed here, not loaded as it is.
         flat: whether the columns are gathered one by one, from all taps in a row.
-        window: whether there are several taps.
+        window: its rows and columns of taps.
         reads_made: whether what the convolution read is computed here, too.
     """
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
@@ -246,11 +247,44 @@ def wgrad_configs(
     if has_warp_groups(arch) and dtype.itemsize == 2 and flat and block_m >= 64:
         configs = [Config(64, 64, 32, 4, 4, MORE_REGISTERS), *configs]
     elif has_warp_groups(arch) and dtype.itemsize == 2:
-        configs = _ranked_weight_gradients(rows, columns, made, window, reads_made) + configs
+        several = window != (1, 1)
+        configs = _ranked_weight_gradients(rows, columns, made, several, reads_made) + configs
+        if window[1] == TAPS and (made or not reads_made):
+            rowwise = _rowwise_weight_gradients(rows, columns, made)
+            configs = [one for one in rowwise if _is_busy(one, rows, columns, pixels, window)] + configs
         configs = [one._replace(most_registers=max(one.most_registers, least_registers)) for one in configs]
         configs = [one._replace(block_k=min(one.block_k, power_of_2(pixels, LEAST, 64))) for one in configs]
         configs = [one for one in configs if one.block_m <= 2 * block_m and one.block_n <= 2 * block_n]
     return configs
+
+
+TAPS = 3  # of a row of a window, whose weight gradients one program sums
+
+
+def _rowwise_weight_gradients(rows: int, columns: int, made: bool) -> list[Config]:
+    """Those of `wgrad_configs` that sum a row of taps: dz is read, and the convolution's gradient made, once for all of
+    them. The quickest by the model (`bench.machine`)."""
+    if made:
+        if min(rows, columns) > 32:
+            return []
+        few = max(rows, columns) <= 16
+        return [Config(16, 16, 64, 4, 3, 255, TAPS) if few else Config(32, 32, 32, 4, 3, 168, TAPS)]
+    if min(rows, columns) <= 32:
+        return []
+    if columns <= 64:
+        return [Config(64, 64, 64, 4, 3, 168, TAPS)]
+    return [Config(128, 128, 32, 8, 4, 255, TAPS)]
+
+
+def _is_busy(config: Config, rows: int, columns: int, pixels: int, window: tuple[int, int]) -> bool:
+    """Whether a weight gradient's programs are enough for half of a large GPU."""
+    programs = weight_programs(config, rows, columns, window)
+    return programs * splits(programs, pixels, config, 0) >= PROGRAMS // 2
+
+
+def weight_programs(config: Config, rows: int, columns: int, window: tuple[int, int]) -> int:
+    """Programs of each part of a weight gradient: one for each tile of channels and `Config.taps` of the window."""
+    return cdiv(rows, config.block_m) * cdiv(columns, config.block_n) * (window[0] * window[1] // config.taps)
 
 
 def grads_configs(

@@ -22,7 +22,17 @@ from fastres.kernels.launch import launch
 from fastres.kernels.resident import conv_resident
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.stem import conv_stem, is_stem
-from fastres.kernels.tiles import TAP_BITS, activate, bn, relu, store_moments, taps_inside, within, zero_outside
+from fastres.kernels.tiles import (
+    TAP_BITS,
+    activate,
+    bn,
+    relu,
+    repeats,
+    store_moments,
+    taps_inside,
+    within,
+    zero_outside,
+)
 from fastres.kernels.types import Moments
 
 
@@ -116,6 +126,7 @@ def conv_kernel(
         reached = taps_inside(top, left, row_ok, H, W, KH, KW, DILATION)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if CHANNEL_ROWS else (BLOCK_M, BLOCK_N), tl.float32)
+    repeats(k_blocks)
     for block in range(k_blocks):
         # 3. The taps and channels of this step.
         if FLAT:

@@ -28,6 +28,7 @@ from fastres.kernels.tiles import (
     frozen_bn_backward,
     gelu_backward,
     relu_backward,
+    repeats,
     subsample,
     sum_pixels,
     taps_inside,
@@ -169,6 +170,8 @@ def conv_dgrad_kernel(
 
     row_ok = row < rows
     acc = tl.zeros((BLOCK_N, BLOCK_M) if CHANNEL_ROWS else (BLOCK_M, BLOCK_N), tl.float32)
+    if COMMON == 1 and KH >= STRIDE and KW >= STRIDE:  # each pixel is reached by some tap
+        repeats(trips)
     for block in range(trips):
         # 4. The channels and the tap of this step.
         c = (block % C_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)

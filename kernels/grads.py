@@ -14,7 +14,7 @@ from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import total
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
-from fastres.kernels.tiles import MEAN, SCALE, SHIFT, load_gradient, relu, relu_backward, store_sums, within
+from fastres.kernels.tiles import MEAN, SCALE, SHIFT, load_gradient, relu, relu_backward, repeats, store_sums, within
 
 
 @triton.jit
@@ -86,6 +86,7 @@ def conv_grads_kernel(
     dw = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     sum_dx = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     sum_dx_x = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    repeats(steps)
     for step in tl.range(0, steps, num_stages=STAGES):
         pixel = step * BLOCK_M + row
         row_ok = pixel < pixels

@@ -12,7 +12,7 @@ from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, fitting
-from fastres.kernels.tiles import SCALE, SHIFT, relu, store_part_moments, welford, within
+from fastres.kernels.tiles import SCALE, SHIFT, relu, repeats, store_part_moments, welford, within
 from fastres.kernels.types import Moments
 
 
@@ -68,6 +68,7 @@ def conv_resident_kernel(
 
     mean = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     m2 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    repeats(steps)
     for step in tl.range(0, steps, num_stages=STAGES):
         pixel = step * BLOCK_M + row
         row_ok = pixel < pixels

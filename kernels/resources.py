@@ -43,10 +43,11 @@ def shared_memory(config: Config, demand: Demand) -> int:
     once more, and the result's tile is laid out anew for its stores: compared with what the compiler took
     (``bench/aot.py``). On sm_90 and sm_100, which have twice the memory, the pipeline holds another step.
     """
-    step = (demand.rows * config.block_m + demand.columns * config.block_n) * config.block_k * demand.dtype.itemsize
+    sides = demand.rows * config.block_m + demand.columns * config.block_n * config.taps
+    step = sides * config.block_k * demand.dtype.itemsize
     step += demand.vectors * config.block_k * 4
     steps = config.num_stages - 1 if demand.depth > config.block_k else 1
-    made = (config.block_m if demand.made_rows else 0) + (config.block_n if demand.made_columns else 0)
+    made = (config.block_m if demand.made_rows else 0) + (config.block_n * config.taps if demand.made_columns else 0)
     result = config.block_m * config.block_n * 4
     return max(steps * step + made * config.block_k * demand.dtype.itemsize, result)
 

@@ -21,7 +21,7 @@ from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import Pad, cdiv, output_hw, power_of_2
 from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, fitting
-from fastres.kernels.tiles import load_gradient, store_part_moments, welford, within
+from fastres.kernels.tiles import load_gradient, repeats, store_part_moments, welford, within
 from fastres.kernels.types import Moments
 
 CHANNELS = tl.constexpr(4)  # of a pixel of the image, zeros behind those that it has
@@ -113,6 +113,7 @@ def conv_stem_kernel(
     y_ptr += first * COUT
     mean = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     m2 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    repeats(steps)
     for step in tl.range(0, steps, num_stages=STAGES):
         pixel = step * BLOCK_M + row
         row_ok = pixel < pixels
@@ -178,6 +179,7 @@ def conv_stem_wgrad_kernel(
     first = part * (steps * BLOCK_M)
     pixels = tl.minimum(M - first, steps * BLOCK_M).to(tl.int32)
     dw = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    repeats(steps)
     for step in tl.range(0, steps, num_stages=STAGES):
         pixel = step * BLOCK_M + row
         row_ok = pixel < pixels

@@ -24,6 +24,16 @@ def within(index, size: tl.constexpr, block: tl.constexpr):
         return index < size
 
 
+@triton.jit
+def repeats(trips):
+    """Tell the compiler that a loop of ``trips`` has one at least.
+
+    Otherwise it makes code for none, which sets the loop's accumulators to zero between its products and its end; and
+    ptxas may then let each wgmma wait until the one before has ended (its message C7515).
+    """
+    tl.assume(trips > 0)
+
+
 TAP_BITS = tl.constexpr(31)  # taps of a window at most whose bits `taps_inside` has
 
 

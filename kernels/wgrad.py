@@ -8,14 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
-from fastres.kernels.configs import LEAST, MORE_REGISTERS, at_rank, light_parts, precision, splits, wgrad_configs
+from fastres.kernels.configs import (
+    LEAST,
+    MORE_REGISTERS,
+    at_rank,
+    light_parts,
+    precision,
+    splits,
+    weight_programs,
+    wgrad_configs,
+)
 from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import Pad, cdiv
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import total
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.stem import is_stem, wgrad_stem
-from fastres.kernels.tiles import SCALE, SHIFT, activate, bn_backward, frozen_bn_backward, within, zero_outside
+from fastres.kernels.tiles import SCALE, SHIFT, activate, bn_backward, frozen_bn_backward, repeats, within, zero_outside
 
 
 @triton.jit
@@ -41,6 +50,7 @@ def conv_wgrad_kernel(
     LEFT: tl.constexpr,
     DILATION: tl.constexpr,
     FLAT: tl.constexpr,
+    TAPS: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -50,22 +60,24 @@ def conv_wgrad_kernel(
     """``dw = (A*dz + B*y + C)^T relu(x*scale + shift)``, summed over ``steps`` blocks of pixels: one part of several.
 
     The product's rows are the COUT channels, its columns the CIN channels of one tap or, where those would not fill a
-    tensor core (FLAT), of all taps in a row; it sums over the M = N*OH*OW pixels, BLOCK_K a step. Moves dz, y and x
-    about once for each tile of the other one's channels, mostly from the L2, and a part of dw once.
+    tensor core (FLAT), of all taps in a row; it sums over the M = N*OH*OW pixels, BLOCK_K a step. With TAPS = KW a
+    program makes the products of a row of taps: dy is made and read once for them. Moves dz, y and x about once for
+    each tile of the other one's channels (and taps), mostly from the L2, and a part of dw once.
 
     Args:
         dz_ptr, y_ptr: [N, OH, OW, COUT]. abc_ptr: [3, COUT] fp32; None: dz is the convolution's gradient. y_ptr: None
             without abc_ptr, and where B and C are 0.
         x_ptr: [N, H, W, CIN]. coef_ptr: [5, CIN] fp32 or None: x as it is. GELU: in place of ReLU.
         dw_ptr: [parts, COUT, KH, KW, CIN] fp32; program (t, s) writes tile t of part s.
+        TAPS: products of a program, of as many neighbouring columns of the window: 1 or KW.
     """
     await_inputs()
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
     DEPTH: tl.constexpr = KH * KW * CIN
     COLUMNS: tl.constexpr = DEPTH if FLAT else CIN
     C_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    N_TILES: tl.constexpr = C_TILES if FLAT else C_TILES * KH * KW
-    # 1. The tile: BLOCK_M channels of the gradient, BLOCK_N of what the convolution read, at one tap or at all.
+    N_TILES: tl.constexpr = C_TILES if FLAT else C_TILES * (KH * KW // TAPS)
+    # 1. The tile: BLOCK_M channels of the gradient, BLOCK_N of what the convolution read, at TAPS taps or at all.
     o = (tl.program_id(0) // N_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_ok = within(o, COUT, BLOCK_M)
     n_tile = tl.program_id(0) % N_TILES
@@ -76,7 +88,7 @@ def conv_wgrad_kernel(
         kh = (n // CIN // KW * DILATION)[None, :]
         kw = (n // CIN % KW * DILATION)[None, :]
     else:
-        tap = n_tile // C_TILES
+        tap = n_tile // C_TILES * TAPS
         c = (n_tile % C_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
         n = tap * CIN + c
         n_ok = within(c, CIN, BLOCK_N)
@@ -87,32 +99,13 @@ def conv_wgrad_kernel(
         scale = tl.load(coef_ptr + SCALE * CIN + c, mask=n_ok, other=0.0)
         shift = tl.load(coef_ptr + SHIFT * CIN + c, mask=n_ok, other=0.0)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * TAPS
+    repeats(steps)
     for step in range(steps):
-        # 3. Where this step's pixels are in x. Divisors are compiled in.
+        # 3. The convolution's gradient. One factor is 0 for pixels that do not exist: this one if none has padding.
         first = (tl.program_id(1) * steps + step) * BLOCK_K
         row = tl.arange(0, BLOCK_K)
         row_ok = row < M - first
-        if POINTWISE:
-            inside = row_ok[:, None]
-            x_first = first.to(tl.int64) * CIN
-            offset = (row * CIN)[:, None] + c[None, :]
-        else:
-            image = first // (OH * OW)
-            x_first = image.to(tl.int64) * (H * W * CIN)
-            m = first - image * (OH * OW) + row
-            h = (m // OW % OH * STRIDE - TOP)[:, None] + kh
-            v = (m % OW * STRIDE - LEFT)[:, None] + kw
-            inside = row_ok[:, None] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
-            offset = (((m // OW // OH) * H)[:, None] + h) * (W * CIN) + v * CIN + c[None, :]
-        # 4. What the convolution read. Channels that do not exist have coefficients of 0.
-        a = tl.load(x_ptr + x_first + offset, mask=inside & n_ok[None, :], other=0.0)
-        if coef_ptr is not None:
-            z = a.to(tl.float32) * scale[None, :] + shift[None, :]
-            if not POINTWISE:
-                z = zero_outside(z, inside)
-            a = activate(z, GELU).to(a.dtype)
-        # 5. The convolution's gradient. One factor is 0 for pixels that do not exist: this one if none has padding.
         dz_first = first.to(tl.int64) * COUT
         dz_offset = (row * COUT)[:, None] + o[None, :]
         dz_ok = row_ok[:, None] & o_ok[None, :]
@@ -125,12 +118,39 @@ def conv_wgrad_kernel(
                 wide = frozen_bn_backward(dy, abc_ptr, o, o_ok)
             wide = zero_outside(wide, row_ok[:, None])
             dy = wide.to(dy.dtype)
-        # 6. The product.
-        acc = tl.dot(tl.trans(dy), a, acc, input_precision=PRECISION)
+        # 4. Where this step's pixels are in x. Divisors are compiled in.
+        if POINTWISE:
+            x_first = first.to(tl.int64) * CIN
+            offset = (row * CIN)[:, None] + c[None, :]
+        else:
+            image = first // (OH * OW)
+            x_first = image.to(tl.int64) * (H * W * CIN)
+            m = first - image * (OH * OW) + row
+            h = (m // OW % OH * STRIDE - TOP)[:, None] + kh
+            v = (m % OW * STRIDE - LEFT)[:, None] + kw
+            h_ok = row_ok[:, None] & (h >= 0) & (h < H)
+            offset = (((m // OW // OH) * H)[:, None] + h) * (W * CIN) + v * CIN + c[None, :]
+        products = ()  # of the taps
+        for place in tl.static_range(TAPS):
+            # 5. What the convolution read. Channels that do not exist have coefficients of 0.
+            inside = row_ok[:, None]
+            if not POINTWISE:
+                inside = h_ok & (v + place * DILATION >= 0) & (v + place * DILATION < W)
+            a = tl.load(x_ptr + x_first + offset + place * DILATION * CIN, mask=inside & n_ok[None, :], other=0.0)
+            if coef_ptr is not None:
+                z = a.to(tl.float32) * scale[None, :] + shift[None, :]
+                if not POINTWISE:
+                    z = zero_outside(z, inside)
+                a = activate(z, GELU).to(a.dtype)
+            # 6. The product.
+            products += (tl.dot(tl.trans(dy), a, acc[place], input_precision=PRECISION),)  # type: ignore[assignment]
+        acc = products
 
     # 7. This part's tile of dw.
     part = tl.program_id(1).to(tl.int64) * (COUT * DEPTH)
-    tl.store(dw_ptr + part + (o * DEPTH)[:, None] + n[None, :], acc, mask=o_ok[:, None] & n_ok[None, :])
+    for place in tl.static_range(TAPS):
+        columns = (n + place * CIN)[None, :]
+        tl.store(dw_ptr + part + (o * DEPTH)[:, None] + columns, acc[place], mask=o_ok[:, None] & n_ok[None, :])
 
 
 @falling_back
@@ -187,11 +207,11 @@ def conv_wgrad(
         arch=arch,
         made=abc is not None,
         flat=flat,
-        window=kh * kw > 1,
+        window=(1, 1) if flat else (kh, kw),
         reads_made=coef is not None,
     )
     config = at_rank(configs, rank, fitting(demand))
-    programs = cdiv(cout, config.block_m) * cdiv(columns, config.block_n) * (1 if flat else kh * kw)
+    programs = weight_programs(config, cout, columns, (1, 1) if flat else (kh, kw))
     # What it reads of the memory: dz and x, each once.
     light = light_parts(pixels * (cout + cin) * dz.element_size(), cout * kh * kw * cin)
     steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config, light))
@@ -224,6 +244,7 @@ def conv_wgrad(
         LEFT=pad[1],
         DILATION=dilation,
         FLAT=flat,
+        TAPS=config.taps,
         GELU=act == "gelu",
         PRECISION=precision(dz.dtype),
         **config.launch,

@@ -97,7 +97,7 @@ def product(rows: int, columns: int, depth: int, moved: int, tiles: tuple[Tile, 
         # A tile that is twice as large as the product is never the quickest, and costs a simulation.
         if program is None or (tile.n >= 2 * max(columns, 64)) or (tile.m >= 2 * max(rows, 64)):
             continue
-        trips = math.ceil(depth / splits / (tile.k * unrolled(program, product_specialisation(tile).constants)))
+        trips = math.ceil(depth / splits / (tile.k * unrolled(program, product_specialisation(tile))))
         programs = math.ceil(rows / tile.m) * math.ceil(columns / tile.n) * splits
         try:
             one = launch_seconds(program, Work(programs, trips, moved, done), chip)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from bench.launches import Launch
+from bench.launches import Launch, Specialisation
 from bench.machine.loops import body, main_loop
 from bench.machine.pipes import WARPGROUP, moved, operations
 from bench.machine.program import Program
@@ -35,8 +35,7 @@ class Work(NamedTuple):
 
 def work_of(launch: Launch, program: Program) -> Work:
     """What a launch of one of the project's kernels does."""
-    products = 2 if launch.specialisation.kernel == BOTH else 1
-    trips = math.ceil(_trips(launch) / unrolled(program, launch.specialisation.constants, products))
+    trips = math.ceil(_trips(launch) / unrolled(program, launch.specialisation))
     return Work(launch.programs, trips, _bytes(launch), _operations(launch))
 
 
@@ -78,18 +77,27 @@ def _operations(launch: Launch) -> int:
     return 2 * products * pixels * constants.get("CIN", IMAGE) * constants["COUT"] * taps
 
 
-def unrolled(program: Program, constants: dict, products: int = 1) -> int:
-    """Trips of the source's loop, of ``products`` each, that one of the machine code's makes, by what both do."""
-    loop = main_loop(program.code)
+def unrolled(program: Program, one: Specialisation) -> int:
+    """Trips of the source's loop that one of the machine code's makes.
+
+    By the groups of asynchronous copies, of which as many trips as there are stages but one are in front of the loop;
+    without copies by the operations of both, which tells trips from warps that do the same (of tiles with fewer
+    fragments than warps) no more.
+    """
+    loop, constants = main_loop(program.code), one.constants
     if loop is None:
         return 1
     inside, warps = body(program.code, loop), program.warps
+    groups, ahead = (sum(each.name == "LDGDEPBAR" for each in part) for part in (inside, program.code[: loop.first]))
+    if groups and ahead:
+        return max(1, round(groups * (dict(one.options)["num_stages"] - 1) / ahead))
     tile = [int(constants.get(f"BLOCK_{side}") or 0) for side in "MNK"]
     if all(tile):
+        products = 2 if one.kernel == BOTH else constants.get("TAPS", 1)
         per_warp = {"HGMMA": warps / WARPGROUP, "HMMA": warps}
-        done = sum(operations(one) * per_warp.get(one.name, 0) for one in inside)
+        done = sum(operations(each) * per_warp.get(each.name, 0) for each in inside)
         return max(1, round(done / (2 * products * math.prod(tile))))
     if "PARTS" in constants:
-        loaded = sum(moved(one) for one in inside if one.name == "LDG") * warps
+        loaded = sum(moved(each) for each in inside if each.name == "LDG") * warps
         return max(1, round(loaded / (4 * constants["PARTS"] * constants["BLOCK"])))
     return 1

@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from bench import sass
-from bench.sass import disassembled, machine_code, uses_frame
+from bench.sass import disassembled, instructions, machine_code, serial_products, uses_frame
 
 HOPPER = ["LDC R1, c[0x0][0x28]", "VIADD R1, R1, 0xfffffff8", "FADD R10, R11, R12"]
 AMPERE = ["IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28]", "IADD3 R1, R1, -0x8, RZ", "IMAD.MOV.U32 R10, RZ, RZ, R11"]
@@ -25,6 +25,25 @@ def test_a_frame_is_used_where_its_address_is(more, uses):
     """One that is only set up holds no spilled register."""
     for code in (HOPPER, AMPERE):
         assert uses_frame("\n".join([*code, more])) is uses
+
+
+WAIT, NEXT = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.ARRIVE"
+
+
+@pytest.mark.parametrize(
+    "lines, count",
+    [
+        (["{product}", "{product}, gsb0", WAIT], 0),
+        (["{product}, gsb0", WAIT, NEXT, "{product}, gsb0", WAIT, NEXT, "{product}, gsb0"], 2),
+        (["{product}, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x1", NEXT, "{product}, gsb0"], 0),  # the one before that
+        (["{product}, gsb0", WAIT, NEXT, "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR4], R88, gsb0"], 0),  # another product
+        (["{product}, gsb0", WAIT, "BRA `(.L_x_1)", "{product}, gsb0"], 0),  # another trip
+        (["HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0", WAIT, NEXT] * 2, 0),  # Triton's own wait
+    ],
+)
+def test_products_that_wait_for_one_another(lines, count):
+    code = "\n".join(lines).format(product="HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8].tnspA, R24")
+    assert serial_products(instructions(code)) == count
 
 
 def elf(*sections):

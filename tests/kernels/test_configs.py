@@ -13,6 +13,7 @@ from fastres.kernels.configs import (
     dgrad_configs,
     light_parts,
     splits,
+    weight_programs,
     wgrad_configs,
 )
 
@@ -114,10 +115,27 @@ def test_windows_of_few_channels_take_narrow_tiles_on_warp_groups(columns):
 def test_parts_of_a_sum_fill_the_multiprocessors():
     """As many as run at once by their registers, each of several steps at least."""
     (alone, *_) = wgrad_configs(256, 256, 10**6, torch.bfloat16, arch=80)
-    (lean, *_) = wgrad_configs(128, 128, 10**6, torch.bfloat16, arch=90, made=False, window=True)
+    (lean, *_) = wgrad_configs(128, 128, 10**6, torch.bfloat16, arch=90, made=False, window=(2, 2))
     assert (alone.most_registers, lean.most_registers) == (255, 128)
     assert [splits(4, 10**6, one, 0) for one in (alone, lean)] == [PROGRAMS // 4, 2 * PROGRAMS // 4]
     assert splits(4, 64 * 32, lean, 0) == 2 and splits(4, 64 * 16, alone, 0) == 2 and splits(10**4, 10**6, lean, 0) == 1
+
+
+def test_a_row_of_taps_is_summed_by_one_program_where_there_are_enough_pixels():
+    """On warp groups, of 16-bit operands that are there or of gradients that are made; programs are for all taps."""
+    window = dict(made=False, window=(3, 3))
+    for rows, columns, programs in ((64, 64, 3), (128, 64, 6), (256, 512, 24)):
+        first, *others = wgrad_configs(rows, columns, 10**6, torch.bfloat16, **window)
+        assert first.taps == 3 and {one.taps for one in others} == {1}
+        assert weight_programs(first, rows, columns, (3, 3)) == programs
+    assert wgrad_configs(16, 16, 10**6, torch.bfloat16, made=True, reads_made=True, window=(3, 3))[0].taps == 3
+
+    def rowwise(rows=128, columns=128, pixels=10**6, dtype=torch.bfloat16, **changes):
+        return {one.taps for one in wgrad_configs(rows, columns, pixels, dtype, **{**window, **changes})} != {1}
+
+    assert rowwise() and rowwise(dtype=torch.float16) and rowwise(pixels=66 * 8 * 32)
+    assert not rowwise(pixels=8 * 32) and not rowwise(dtype=torch.float32) and not rowwise(arch=80)
+    assert not rowwise(window=(5, 5)) and not rowwise(window=(1, 1)) and not rowwise(reads_made=True)
 
 
 def test_parts_beyond_two_a_multiprocessor_weigh_little():

@@ -97,6 +97,10 @@ class Product(NamedTuple):
     step: int = 1  # stride of the convolution whose gradient it is
 
 
+# By the model (`bench.machine`): wgmmas of 256 columns read a sixth less of the shared memory than those of 128.
+LARGE = Config(256, 128, 64, 8, 3, 255)
+
+
 def conv_configs(product: Product) -> list[Config]:
     """Configurations of a convolution, the one to take first: on an H100 as they were timed."""
     if not _on_warp_groups(product):
@@ -110,13 +114,19 @@ def conv_configs(product: Product) -> list[Config]:
     elif product.taps > 1 and product.depth <= 32:  # bound by the addresses; 128x128 would spill 16 bytes
         sizes = [(128, 64), (64, 64)]
     elif product.columns >= 256 and (product.taps > 1 or (product.made and product.depth >= 512)):
-        sizes = [(128, 256), (128, 128), (128, 64)]  # bound by the L2: few large programs
+        # Bound by the L2 and the shared memory: few large programs.
+        sizes = [(256, 128), (128, 128), (128, 256), (128, 64)]
+        if product.taps == 1:
+            sizes = [(128, 256), (128, 128), (128, 64)]
+    elif product.taps > 1:
+        sizes = [(128, 128), (256, 128), (128, 64), (64, 64)]
     else:
         sizes = [(128, 128), (128, 64), (64, 64)]
     if product.columns.bit_count() > 1:  # 96, 192 or 384 channels: wide tiles would spill up to 104 bytes
         sizes = [one for one in sizes if one[1] <= 64]
     square = Config(128, 128, 64, 8, 3, 128 if product.loaded == 1 else 255)
     of_size = {
+        (256, 128): LARGE,
         (128, 256): Config(128, 256, 64, 16, 3, 128),
         (128, 128): square,
         (128, 64): Config(128, 64, 64, 8, 3, 128),
@@ -170,9 +180,9 @@ def _window_gradients(product: Product) -> list[Config]:
         return [square, Config(64, 128, 64, 4, 3, 168)] if product.columns > 64 else [small]
     if product.columns <= 64:
         return [narrow, small, square]
-    if product.sums and (product.columns <= 128 or product.step > 1):
-        return [square, narrow, small]
-    return [Config(256, 128, 64, 16, 3, 128), square, narrow] if product.sums else [square, narrow]
+    if product.columns <= 128 or product.step > 1:
+        return [square, LARGE, narrow, small]
+    return [LARGE, square, narrow] if product.sums else [square, LARGE, narrow]
 
 
 def _on_warp_groups(product: Product) -> bool:
@@ -206,7 +216,7 @@ def _ordered(configs: list[Config], product: Product) -> list[Config]:
 
     def fills(one: Config) -> bool:
         programs = cdiv(product.rows, one.block_m) * cdiv(product.columns, one.block_n)
-        if one.num_warps == 16:  # they run one at a time: the last ones are to leave few multiprocessors idle
+        if one.block_m * one.block_n > 128 * 128:  # one runs at a time: the last ones are to leave few idle
             return programs >= FULL * cdiv(programs, PROGRAMS) * PROGRAMS
         return programs >= PROGRAMS
 
@@ -273,7 +283,7 @@ def _rowwise_weight_gradients(rows: int, columns: int, made: bool) -> list[Confi
         return []
     if columns <= 64:
         return [Config(64, 64, 64, 4, 3, 168, TAPS)]
-    return [Config(128, 128, 32, 8, 4, 255, TAPS)]
+    return [Config(128, 128, 64, 8, 3, 255, TAPS), Config(128, 128, 32, 8, 4, 255, TAPS)]
 
 
 def _is_busy(config: Config, rows: int, columns: int, pixels: int, window: tuple[int, int]) -> bool:
@@ -319,7 +329,10 @@ def grads_configs(
             return [Config(32, 128, block_k, 8, 3, 255)]
         few = Config(32, 64, block_k, 8, 4, 255)
         return [Config(16, 128, block_k, 8, 4, 255), few] if masked and block_n == 128 else [few]
-    return [Config(32, block_n, block_k, 8, 4, 255), Config(32, block_n, block_k, 8, 3, 255)]
+    found = [Config(32, block_n, block_k, 8, 4, 255), Config(32, block_n, block_k, 8, 3, 255)]
+    if 128 < cin <= 256 and block_k == 64:  # reads whole pixels, where others read a part of their channels
+        found.insert(1, Config(16, 256, block_k, 8, 4, 255))
+    return found
 
 
 def resident_configs(product: Product) -> list[Config]:

@@ -34,16 +34,18 @@ def test_tiles_fit_the_channels_and_are_different(configs, arch, dtype, columns)
             found = configs(product(arch=arch, dtype=dtype, columns=columns, depth=24, taps=taps, loaded=loaded))
             assert 1 <= len(set(found)) == len(found)
             assert all(one.block_n < 2 * max(columns, 16) and one.block_k <= 32 for one in found)
-            # A thread has its part of the registers, and a part of the accumulator that leaves it some.
+            # A thread has its part of the registers, and half of them or more beside its part of the accumulator.
             threads = 64 if arch == OTHER else 32
             assert all(one.most_registers * one.num_warps * 32 <= 65536 for one in found)
-            assert all(one.block_m * one.block_n <= 64 * one.num_warps * threads for one in found)
+            accumulators = [one.block_m * one.block_n / (one.num_warps * threads) for one in found]
+            assert all(count <= (one.most_registers + 1) / 2 for count, one in zip(accumulators, found))
 
 
 @pytest.mark.parametrize("arch", OTHERS)
 def test_only_warp_groups_take_their_tiles(arch):
     hopper, other = conv_configs(product(arch=90)), conv_configs(product(arch=arch))
-    assert hopper[0].num_warps == 16 and all(one.num_warps <= 8 for one in other)
+    assert hopper[0].block_m * hopper[0].block_n > 128 * 128
+    assert all(one.num_warps <= 8 and one.block_m * one.block_n <= 128 * 128 for one in other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -125,8 +127,8 @@ def test_a_row_of_taps_is_summed_by_one_program_where_there_are_enough_pixels():
     """On warp groups, of 16-bit operands that are there or of gradients that are made; programs are for all taps."""
     window = dict(made=False, window=(3, 3))
     for rows, columns, programs in ((64, 64, 3), (128, 64, 6), (256, 512, 24)):
-        first, *others = wgrad_configs(rows, columns, 10**6, torch.bfloat16, **window)
-        assert first.taps == 3 and {one.taps for one in others} == {1}
+        first, *_, last = wgrad_configs(rows, columns, 10**6, torch.bfloat16, **window)
+        assert (first.taps, last.taps) == (3, 1)
         assert weight_programs(first, rows, columns, (3, 3)) == programs
     assert wgrad_configs(16, 16, 10**6, torch.bfloat16, made=True, reads_made=True, window=(3, 3))[0].taps == 3
 

@@ -95,6 +95,7 @@ class Product(NamedTuple):
     masked: bool = False  # moreover by the end of a block, which is loaded
     keeps: bool = False  # whether that activation is stored
     step: int = 1  # stride of the convolution whose gradient it is
+    dilated: bool = False  # whether that has a dilation
 
 
 # By the model (`bench.machine`): wgmmas of 256 columns read a sixth less of the shared memory than those of 128.
@@ -104,7 +105,7 @@ LARGE = Config(256, 128, 64, 8, 3, 255)
 def conv_configs(product: Product) -> list[Config]:
     """Configurations of a convolution, the one to take first: on an H100 as they were timed."""
     if not _on_warp_groups(product):
-        return _plain_configs(product)
+        return _ordered(_mma_convs(product) + _plain_configs(product), product)
     if product.flat:  # bound by its addresses: many small programs
         return _ordered([Config(64, 64, 64, 4, 3, 255), *_plain_configs(product)], product)
     if product.taps == 1 and product.loaded == 2:  # bound by memory: many small programs
@@ -138,9 +139,11 @@ def conv_configs(product: Product) -> list[Config]:
 def dgrad_configs(product: Product) -> list[Config]:
     """Configurations of an input gradient, the one to take first: on an H100 as they were timed."""
     if not _on_warp_groups(product) or (product.loaded == 1 and product.made):
+        plain = product
         if product.keeps and product.columns > 64:  # 16 bytes would spill with 168
-            product = product._replace(least_registers=255)
-        found = _plain_configs(product)
+            plain = product._replace(least_registers=255)
+        found = _mma_gradients(product)
+        found = _ordered(found, product) + _plain_configs(plain) if found else _plain_configs(plain)
         if has_warp_groups(product.arch) and product.dtype.itemsize == 2 and product.loaded == 1 and product.taps > 1:
             found = _ordered([Config(128, 32, 64, 4, 3, 168), *found], product) if product.columns > LEAST else found
         return found
@@ -183,6 +186,39 @@ def _window_gradients(product: Product) -> list[Config]:
     if product.columns <= 128 or product.step > 1:
         return [square, LARGE, narrow, small]
     return [LARGE, square, narrow] if product.sums else [square, LARGE, narrow]
+
+
+# Programs that run side by side by the model (`bench.machine`), on architectures that multiply by mma.sync: three, two
+# and two. An A100 and a GeForce would take a quarter and a tenth less for the convolutions of ResNet-18 than in the
+# tiles of `_plain_configs`, of which they run one program or two.
+LIGHT, SQUARE = Config(128, 64, 32, 4, 3, 168), Config(128, 128, 32, 8, 3, 128)
+ROOMY = LIGHT._replace(most_registers=255)  # where LIGHT would spill
+
+
+def _takes_mma(product: Product) -> bool:
+    return has_mma(product.arch) and product.dtype.itemsize == 2 and product.columns > 32 and not product.flat
+
+
+def _mma_convs(product: Product) -> list[Config]:
+    """Of `conv_configs`."""
+    if not _takes_mma(product):
+        return []
+    if product.loaded == 2:
+        return [ROOMY] if product.arch == 80 else []
+    return [LIGHT, SQUARE] if product.made or product.columns <= 64 else [SQUARE, LIGHT]
+
+
+def _mma_gradients(product: Product) -> list[Config]:
+    """Of `dgrad_configs`."""
+    if not _takes_mma(product):
+        return []
+    if product.made and product.taps > 1:
+        return []
+    if product.made:
+        return [LIGHT if product.arch == 80 and product.sums and not product.masked else ROOMY]
+    if product.sums:
+        return [LIGHT if product.arch == 80 and not product.dilated else ROOMY]
+    return [SQUARE, LIGHT] if product.columns > 64 and product.step == 1 else [LIGHT]
 
 
 def _on_warp_groups(product: Product) -> bool:
@@ -254,6 +290,9 @@ def wgrad_configs(
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
     tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype, arch)
     configs = [_config(*tile, pixels, dtype, least_registers, arch) for tile in tiles]
+    if has_mma(arch) and dtype.itemsize == 2 and not flat and min(block_m, block_n) >= 64:
+        light = ROOMY if made and arch != 80 else LIGHT
+        configs = [light._replace(block_m=block_m, block_n=64), *configs]
     if has_warp_groups(arch) and dtype.itemsize == 2 and flat and block_m >= 64:
         configs = [Config(64, 64, 32, 4, 4, MORE_REGISTERS), *configs]
     elif has_warp_groups(arch) and dtype.itemsize == 2:

@@ -418,6 +418,7 @@ def conv_dgrad(
         masked=mask is not None,
         keeps=activation is not None,
         step=stride,
+        dilated=dilation > 1,
     )
     config = at_rank(dgrad_configs(product), rank, fitting(demand))
     tiles = cdiv(rows, config.block_m)

@@ -36,6 +36,7 @@ from fastres.nn import fuse
 HOPPER = GPUTarget("cuda", 90, 32)
 ARCHITECTURES = 80, 89, 90, 100  # the largest of all kernels; of the others some, see `others`
 OTHERS = 75, 86, 120, "gfx942"
+SEVERAL_TILES = "conv_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel"
 MODELLED = 80, 90  # the others would double the time
 
 
@@ -206,8 +207,8 @@ def products() -> dict[str, float]:
 def main() -> None:
     """The largest variant of each kernel, with and without a shortcut; of the 3x3 convolutions that of 256 channels.
 
-    Moreover the variants that spill where they have 128 registers, and on devices of little shared memory the kernels
-    that could not have their first tiles there, each once.
+    Moreover the variants that spill where they have 128 registers, and on devices of little shared memory the largest
+    of each convolution.
     """
     network, least = ("resnet50 ImageNet", "bf16"), min(SHARED_LIMIT[arch] for arch in ARCHITECTURES)
     rows, made = [], {}
@@ -227,9 +228,8 @@ def main() -> None:
         rows += compile_all((one, arch) for one in {*chosen.values(), *needy})
     for arch in ARCHITECTURES:
         if SHARED_LIMIT[arch] == least:
-            roomy = launches_of(*network, ranks=[0], arch=arch)
-            smaller = launches_of(*network, ranks=[0], shared=least, arch=arch).keys() - roomy.keys()
-            chosen = {one.kernel: one for one in sorted(smaller, key=_demand)}
+            fitting = launches_of(*network, ranks=[0], shared=least, arch=arch)
+            chosen = {one.kernel: one for one in sorted(fitting, key=_demand) if one.kernel in SEVERAL_TILES}
             rows += compile_all((one, arch) for one in chosen.values())
     apart = [*compile_all((one, arch) for arch in ARCHITECTURES for one in dilated(SHARED_LIMIT[arch], arch))]
     rows = [modelled(row, _task(row, made)) if _is_modelled(row, made) else row for row in rows]

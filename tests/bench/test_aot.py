@@ -170,12 +170,11 @@ def test_a_gradient_that_stores_what_it_computes_beside_a_strided_residual_does_
 
 
 def test_a_device_of_little_shared_memory_takes_tiles_that_fit(subset):
-    """What would have 128x128 tiles elsewhere; sm_86, sm_89 and sm_120 have the same limit."""
+    """sm_86, sm_89 and sm_120 have the same limit."""
     rows = [row for row in subset["rows"] if row["arch"] == 89 and row["kernel"] in CONVOLUTIONS]
     assert {row["kernel"] for row in rows} == set(CONVOLUTIONS)
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT[89] == SHARED_LIMIT[86] == SHARED_LIMIT[120]
-        assert (row["constants"]["BLOCK_M"], row["constants"]["BLOCK_N"]) in ((128, 64), (64, 64))
 
 
 def test_what_is_compiled_ahead_of_time_has_the_jits_key(subset):

@@ -5,9 +5,12 @@ import torch
 
 from fastres.kernels import configs as tables
 from fastres.kernels.configs import (
+    LIGHT,
     MORE_REGISTERS,
     OTHER,
     PROGRAMS,
+    ROOMY,
+    SQUARE,
     Product,
     conv_configs,
     dgrad_configs,
@@ -85,7 +88,9 @@ def test_gradients_that_store_what_they_compute_have_the_registers_that_triton_3
 @pytest.mark.parametrize("arch", [80, 86, 89, 120])
 def test_a_strided_residual_beside_a_stored_operand_takes_shallow_steps(arch):
     def of(**changes):
-        return dgrad_configs(product(arch=arch, taps=1, loaded=2, **changes))
+        first, *others = dgrad_configs(product(arch=arch, taps=1, loaded=2, **changes))
+        assert first == ROOMY
+        return others
 
     assert of(stores=True, strided=True)[0][:3] == (128, 128, 32) and of(stores=True, strided=True)[1:] == of()[1:]
     assert of(stores=True) == of(strided=True) == of() and of()[0][:3] == (128, 128, 64)
@@ -95,6 +100,8 @@ def test_a_strided_residual_beside_a_stored_operand_takes_shallow_steps(arch):
 def test_a_stored_operand_of_one_tensor_takes_shallow_steps_where_no_warp_groups_are(arch):
     """With Triton 3.8 it spilled on sm_120."""
     deep, stored = (dgrad_configs(product(arch=arch, taps=1, loaded=1, stores=one)) for one in (False, True))
+    if arch != 90:
+        assert deep.pop(0) == stored.pop(0) == ROOMY
     assert deep[0][:3] == (128, 128, 64) and stored[0][2] == (64 if arch == 90 else 32) and stored[1:] == deep[1:]
 
 
@@ -116,11 +123,26 @@ def test_windows_of_few_channels_take_narrow_tiles_on_warp_groups(columns):
 
 def test_parts_of_a_sum_fill_the_multiprocessors():
     """As many as run at once by their registers, each of several steps at least."""
-    (alone, *_) = wgrad_configs(256, 256, 10**6, torch.bfloat16, arch=80)
+    (alone, *_) = wgrad_configs(256, 256, 10**6, torch.bfloat16, arch=100)
     (lean, *_) = wgrad_configs(128, 128, 10**6, torch.bfloat16, arch=90, made=False, window=(2, 2))
     assert (alone.most_registers, lean.most_registers) == (255, 128)
     assert [splits(4, 10**6, one, 0) for one in (alone, lean)] == [PROGRAMS // 4, 2 * PROGRAMS // 4]
     assert splits(4, 64 * 32, lean, 0) == 2 and splits(4, 64 * 16, alone, 0) == 2 and splits(10**4, 10**6, lean, 0) == 1
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 120])
+def test_where_products_are_of_registers_several_programs_run_side_by_side(arch):
+    """Three of few registers, two of many; of fp32, few channels and a gathered axis the tiles stay."""
+    plain = dict(arch=arch, made=False)
+    assert conv_configs(product(**plain))[:2] == [SQUARE, LIGHT] == dgrad_configs(product(**plain))[:2]
+    assert conv_configs(product(arch=arch))[:2] == [LIGHT, SQUARE]
+    assert conv_configs(product(**plain, columns=64))[0] == LIGHT == dgrad_configs(product(**plain, columns=64))[0]
+    assert dgrad_configs(product(**plain, columns=64, sums=True))[0] == (LIGHT if arch == 80 else ROOMY)
+    assert dgrad_configs(product(arch=arch, taps=1, loaded=2))[0] == ROOMY
+    assert wgrad_configs(256, 256, 10**6, torch.bfloat16, arch=arch, made=False)[0] == LIGHT
+    assert wgrad_configs(64, 256, 10**6, torch.bfloat16, arch=arch)[0][:2] == (64, 64)
+    for changes in (dict(dtype=torch.float32), dict(columns=32), dict(flat=True, depth=27)):
+        assert not {LIGHT, SQUARE, ROOMY} & {*conv_configs(product(**plain, **changes))}
 
 
 def test_a_row_of_taps_is_summed_by_one_program_where_there_are_enough_pixels():

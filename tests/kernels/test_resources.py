@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from fastres import kernels
 from fastres.kernels import resources
-from fastres.kernels.configs import OTHER, Product, conv_configs, has_tensor_cores, taken
+from fastres.kernels.configs import OTHER, Config, has_tensor_cores, taken
 from fastres.kernels.resources import Demand, fitting, shared_memory, shared_memory_of
 
 SAME = (1, 1, 1, 1)
@@ -142,7 +142,7 @@ def test_shared_memory_is_what_the_compiler_takes(changes, size):
     """Of 128x128 tiles on sm_80, by Triton 3.8: dgrad, dgrad behind a frozen BatchNorm, alone, wgrad with its
     prologues.
     """
-    (config, *_) = conv_configs(Product(10**6, 256, 256, torch.bfloat16, arch=80))
+    config = Config(128, 128, 64, 8, 3, 255)
     assert shared_memory(config, demand(**changes)) == size
 
 
@@ -174,7 +174,7 @@ def test_the_limit_is_that_of_the_tensors_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     resources._limit.cache_clear()
-    configs = conv_configs(Product(10**6, 256, 256, torch.bfloat16, arch=80))
+    configs = [Config(128, 128, 64, 8, 3, 255), Config(128, 64, 32, 4, 3, 168), Config(64, 64, 64, 4, 3, 128)]
     for index, fits in ((0, [True, True, True]), (1, [False, True, True])):
         on = demand(device=torch.device("cuda", index))
         assert [fitting(on)(config) for config in configs] == fits

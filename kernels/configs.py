@@ -357,10 +357,8 @@ def grads_configs(
     block_k, block_n = power_of_2(cout, 64, 256), power_of_2(cin, 64, 128)
     if block_k == 256 and cin > 128:  # dz and y would be read too often: an H100 took 437 us where two kernels take 366
         return []
-    if has_mma(arch):
-        if block_k > 64:
-            return [Config(16, 64, block_k, 8, 3, 255)]
-        return [Config(32 if arch == 80 else 16, 64, block_k, 4, 3, 255)]
+    if arch == 80 and block_k == 64:  # on others without warp groups two kernels take less
+        return [Config(32, 64, block_k, 4, 3, 255)]
     if not has_warp_groups(arch):
         return []
     if block_k == 256:  # 32 pixels of 128 channels behind the end of a block would spill
@@ -376,7 +374,7 @@ def grads_configs(
 
 def resident_configs(product: Product) -> list[Config]:
     """Configurations of a pointwise convolution whose weights stay, the one to take first by the model; none where a
-    program could not hold its channels of them.
+    program could not hold its channels of them, and without warp groups, where small tiles take less.
 
     BLOCK_M pixels a step, BLOCK_N channels of the result, all that are read in BLOCK_K.
     """
@@ -385,8 +383,6 @@ def resident_configs(product: Product) -> list[Config]:
     if not plain or few or product.depth > 256 or product.dtype.itemsize != 2:
         return []
     block_k, block_n = power_of_2(product.depth, LEAST, 256), power_of_2(product.columns, 64, 128)
-    if has_mma(product.arch):
-        return [Config(32, 64, block_k, 4, 4 if block_k <= 64 else 3, 168)] if block_k <= 128 else []
     if not has_warp_groups(product.arch):
         return []
     if block_k <= 128:  # three programs side by side

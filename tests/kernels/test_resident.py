@@ -81,8 +81,8 @@ def test_a_part_without_spread_has_none():
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(taps=9), dict(loaded=2), dict(flat=True), dict(arch=75), dict(arch=100), dict(dtype=torch.float32),
-     dict(least_registers=168), dict(depth=8), dict(depth=264), dict(columns=32)],
+    [dict(taps=9), dict(loaded=2), dict(flat=True), dict(arch=75), dict(arch=80), dict(arch=100),
+     dict(dtype=torch.float32), dict(least_registers=168), dict(depth=8), dict(depth=264), dict(columns=32)],
 )  # fmt: skip
 def test_what_it_does_not_do(changes):
     """Windows, the end of a block, GELU, fp32, other tensor cores, channels that are too few or too many."""
@@ -99,13 +99,12 @@ def test_a_residual_takes_the_other_kernel():
     torch.testing.assert_close(y.double(), exactly, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
 @pytest.mark.parametrize("cin", [16, 64, 128, 200, 256])
 @pytest.mark.parametrize("cout", [40, 64, 512])
-def test_a_program_holds_what_stays(cin, cout, arch):
+def test_a_program_holds_what_stays(cin, cout):
     """The result and its statistics within the registers that a thread may have; programs fill a GPU once."""
-    configs = resident_configs(product(cin, cout, arch=arch))
-    assert bool(configs) == (arch == 90 or cin <= 128)
+    configs = resident_configs(product(cin, cout))
+    assert configs
     for one in configs:
         at_once = programs_at_once(one)
         assert one.block_k >= cin and at_once * one.most_registers * LANES * one.num_warps <= REGISTERS

@@ -212,12 +212,11 @@ def _mma_gradients(product: Product) -> list[Config]:
     """Of `dgrad_configs`."""
     if not _takes_mma(product):
         return []
-    if product.made and product.taps > 1:
+    if product.made and product.taps > 1 or product.sums and product.least_registers:  # behind GELU
         return []
-    if product.made:
-        return [LIGHT if product.arch == 80 and product.sums and not product.masked else ROOMY]
-    if product.sums:
-        return [LIGHT if product.arch == 80 and not product.dilated else ROOMY]
+    if product.made or product.sums:
+        wide = product.columns > 256 or product.dilated or (product.made and product.masked)  # would spill
+        return [LIGHT if product.arch == 80 and product.sums and not wide else ROOMY]
     return [SQUARE, LIGHT] if product.columns > 64 and product.step == 1 else [LIGHT]
 
 

@@ -215,8 +215,8 @@ def _mma_gradients(product: Product) -> list[Config]:
     if product.made and product.taps > 1 or product.sums and product.least_registers:  # behind GELU
         return []
     if product.made or product.sums:
-        wide = product.columns > 256 or product.dilated or (product.made and product.masked)  # would spill
-        return [LIGHT if product.arch == 80 and product.sums and not wide else ROOMY]
+        spills = product.columns > 256 or product.dilated or (product.made and (product.masked or product.depth > 512))
+        return [LIGHT if product.arch == 80 and product.sums and not spills else ROOMY]
     return [SQUARE, LIGHT] if product.columns > 64 and product.step == 1 else [LIGHT]
 
 

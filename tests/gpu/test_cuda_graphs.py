@@ -1,13 +1,13 @@
 """A whole training step in a CUDA graph, captured by hand and by ``torch.compile``, equals the step without one."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support_gpu import batch, captured, descent
 from support_kernels import device
-from torch import Tensor, nn
+from torch import nn
 
 from fastres.nn import fuse
 from fastres.reference.cifar import CifarResNet
@@ -29,55 +29,23 @@ def model(request) -> nn.Module:
     return fuse(NETWORKS[request.param]()).to(device())
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """Images and labels."""
-    x = torch.randn(32, 3, 32, 32).to(device()).contiguous(memory_format=torch.channels_last)
-    return x, torch.randint(10, (32,)).to(device())
-
-
-def descent(model: nn.Module, x: Tensor, labels: Tensor, amp: bool) -> Callable[[], Tensor]:
-    """A function that takes a step of gradient descent in place and returns the loss."""
-    parameters = list(model.parameters())
-
-    def step() -> Tensor:
-        with torch.autocast(device().type, torch.bfloat16, enabled=amp, cache_enabled=False):
-            loss = F.cross_entropy(model(x), labels)
-        grads = torch.autograd.grad(loss, parameters)
-        with torch.no_grad():
-            for parameter, grad in zip(parameters, grads):
-                parameter.sub_(grad, alpha=0.05)
-        return loss.detach()
-
-    return step
-
-
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
 def test_a_captured_step_equals_the_eager_one(model, amp):
-    x, labels = batch()
+    x, labels = batch(32)
     plain, start = copy.deepcopy(model), copy.deepcopy(model.state_dict())
-    step = descent(model, x, labels, amp)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(STEPS):
-            step()  # compiles the kernels
-    torch.cuda.current_stream().wait_stream(side)
-    model.load_state_dict(start)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-    captured, expected, uncaptured = [], [], descent(plain, x, labels, amp)
+    graph, loss = captured(descent(model, x, labels, amp), model, start)
+    losses, expected, uncaptured = [], [], descent(plain, x, labels, amp)
     for _ in range(STEPS):
         graph.replay()
-        captured.append(loss.clone())
+        losses.append(loss.clone())
         expected.append(uncaptured())
     assert len(set(map(float, expected))) == STEPS
-    torch.testing.assert_close(captured, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()), rtol=1e-2, atol=1e-3)
 
 
 def test_reduce_overhead_equals_no_compilation(model):
-    x, labels = batch()
+    x, labels = batch(32)
     plain = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)

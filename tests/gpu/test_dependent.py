@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from support_gpu import batch, captured, descent
 from support_kernels import device
 from torch import Tensor, nn
 
@@ -33,35 +33,19 @@ def model(request) -> nn.Module:
     return fuse(NETWORKS[request.param]()).to(device(), memory_format=torch.channels_last)
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """Images and labels."""
-    x = torch.randn(64, 3, 32, 32).to(device()).contiguous(memory_format=torch.channels_last)
-    return x, torch.randint(10, (64,)).to(device())
-
-
-def step(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    """A step of gradient descent in place; its loss."""
-    with torch.autocast(device().type, torch.bfloat16, cache_enabled=False):
-        loss = F.cross_entropy(model(x), labels)
-    parameters = list(model.parameters())
-    with torch.no_grad():
-        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
-            parameter.sub_(grad, alpha=0.05)
-    return loss.detach()
-
-
 def trained(model: nn.Module, x: Tensor, labels: Tensor, on: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The losses of some steps of a copy, and all that it then holds."""
     one = copy.deepcopy(model)
     with programmatic(on):
-        losses = [step(one, x, labels) for _ in range(STEPS)]
+        step = descent(one, x, labels)
+        losses = [step() for _ in range(STEPS)]
     torch.cuda.synchronize()
     return losses, dict(one.state_dict())
 
 
 @pytest.mark.parametrize("implementation", ["triton", "vendor"])
 def test_steps_have_the_same_bits(model, implementation):
-    x, labels = batch()
+    x, labels = batch(64)
     with ops.implementation(implementation):
         in_turn, state = trained(model, x, labels, False)
         overlapped, other_state = trained(model, x, labels, True)
@@ -73,20 +57,11 @@ def test_steps_have_the_same_bits(model, implementation):
 
 
 def test_a_graph_has_the_same_bits(model):
-    x, labels = batch()
+    x, labels = batch(64)
     expected, state = trained(model, x, labels, False)
     start = copy.deepcopy(model.state_dict())
     with programmatic(True):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step(model, x, labels)
-        torch.cuda.current_stream().wait_stream(side)
-        model.load_state_dict(start)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = step(model, x, labels)
+        graph, loss = captured(descent(model, x, labels), model, start)
     losses = []
     for _ in range(STEPS):
         graph.replay()

@@ -148,11 +148,12 @@ def test_where_products_are_of_registers_several_programs_run_side_by_side(arch)
 def test_a_row_of_taps_is_summed_by_one_program_where_there_are_enough_pixels():
     """On warp groups, of 16-bit operands that are there or of gradients that are made; programs are for all taps."""
     window = dict(made=False, window=(3, 3))
-    for rows, columns, programs in ((64, 64, 3), (128, 64, 6), (256, 512, 24)):
+    for rows, columns, programs in ((64, 64, 3), (128, 64, 6), (512, 512, 48)):
         first, *_, last = wgrad_configs(rows, columns, 10**6, torch.bfloat16, **window)
         assert (first.taps, last.taps) == (3, 1)
         assert weight_programs(first, rows, columns, (3, 3)) == programs
     assert wgrad_configs(16, 16, 10**6, torch.bfloat16, made=True, reads_made=True, window=(3, 3))[0].taps == 3
+    assert [one.taps for one in wgrad_configs(256, 256, 10**6, torch.bfloat16, **window)[:3]] == [1, 3, 1]
 
     def rowwise(rows=128, columns=128, pixels=10**6, dtype=torch.bfloat16, **changes):
         return {one.taps for one in wgrad_configs(rows, columns, pixels, dtype, **{**window, **changes})} != {1}

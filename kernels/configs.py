@@ -253,7 +253,7 @@ def _ordered(configs: list[Config], product: Product) -> list[Config]:
         programs = cdiv(product.rows, one.block_m) * cdiv(product.columns, one.block_n)
         if one.block_m * one.block_n > 128 * 128:  # one runs at a time: the last ones are to leave few idle
             return programs >= FULL * cdiv(programs, PROGRAMS) * PROGRAMS
-        return programs >= PROGRAMS
+        return programs >= FULL * PROGRAMS
 
     full = [one for one in configs if fills(one)]
     first = full[0] if full else configs[-1]

@@ -215,7 +215,8 @@ def _mma_gradients(product: Product) -> list[Config]:
     if product.made and product.taps > 1 or product.sums and product.least_registers:  # behind GELU
         return []
     if product.made or product.sums:
-        spills = product.columns > 256 or product.dilated or (product.made and (product.masked or product.depth > 512))
+        spills = product.columns > 256 or product.dilated or product.strided
+        spills = spills or (product.made and (product.masked or product.depth > 512))
         return [LIGHT if product.arch == 80 and product.sums and not spills else ROOMY]
     return [SQUARE, LIGHT] if product.columns > 64 and product.step == 1 else [LIGHT]
 
@@ -289,6 +290,10 @@ def wgrad_configs(
     block_m, block_n = power_of_2(rows, LEAST, 128), power_of_2(columns, LEAST, 128)
     tiles = _distinct([(block_m, block_n), (min(block_m, 64), min(block_n, 64))], dtype, arch)
     configs = [_config(*tile, pixels, dtype, least_registers, arch) for tile in tiles]
+    if (
+        flat
+    ):  # one program of eight warps runs at a time with 168 registers, with which Triton 3.6 spills 8 bytes on sm_100
+        configs = [one._replace(most_registers=255) if one.num_warps == 8 else one for one in configs]
     if has_mma(arch) and dtype.itemsize == 2 and not flat and min(block_m, block_n) >= 64:
         light = ROOMY if made and arch != 80 else LIGHT
         configs = [light._replace(block_m=block_m, block_n=64), *configs]

@@ -321,10 +321,9 @@ def _rowwise_weight_gradients(rows: int, columns: int, made: bool) -> list[Confi
     """Those of `wgrad_configs` that sum a row of taps: dz is read, and the convolution's gradient made, once for all of
     them. The quickest by the model (`bench.machine`)."""
     if made:
-        if min(rows, columns) > 32:
-            return []
-        few = max(rows, columns) <= 16
-        return [Config(16, 16, 64, 4, 3, 255, TAPS) if few else Config(32, 32, 32, 4, 3, 168, TAPS)]
+        most = max(rows, columns)
+        small = Config(16, 16, 64, 4, 3, 255, TAPS) if most <= 16 else Config(32, 32, 32, 4, 3, 168, TAPS)
+        return [small] if most <= 32 else []
     if min(rows, columns) <= 32:
         return []
     if columns <= 64:

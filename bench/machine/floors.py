@@ -3,7 +3,7 @@
 Nine tenths of what the kernels had when this was written, in bf16, as one version of Triton compiled them: one that
 becomes slower is seen without a GPU. A kernel that becomes quicker raises its floor. By architecture; convolutions by
 kernel, window and stride where it has several, channels read and made, other kernels by name. What is not named, and
-what another Triton compiled, has no floor.
+what another Triton compiled, has no floor. A pass through GELU has none either: it computes more.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ FLOORS: dict[int, dict[tuple[str | int, ...], float]] = {
 def floor_of(one: Specialisation, arch: int) -> float | None:
     """The least share of a specialisation; None: there is none. fp32 has none."""
     if not (triton.__version__.startswith(TRITON) and {"bf16", "fp16"} & set(one.pointers.values())):
+        return None
+    if one.constants.get("THROUGH") == "gelu":
         return None
     sizes = (one.constants.get(name) for name in ("KH", "STRIDE", "CIN", "COUT"))
     return FLOORS.get(arch, {}).get((one.kernel, *(size for size in sizes if size is not None)))

@@ -213,6 +213,10 @@ def test_a_kernel_below_its_floor_is_not_shipped(monkeypatch):
     assert fault(one, 90, 0.25) == ["25.0% of its bound by the model, 30.0% is the least"]
     in_fp32 = SimpleNamespace(kernel="conv_kernel", constants=constants, pointers={"x_ptr": "fp32"})
     assert fault(in_fp32, 90, 0.01) == []
+    through_gelu = SimpleNamespace(
+        kernel="conv_kernel", constants=constants | {"THROUGH": "gelu"}, pointers=one.pointers
+    )
+    assert fault(through_gelu, 90, 0.01) == []
     assert Row(one, 90, GOOD, share=0.25, first=True).faults == fault(one, 90, 0.25)
     assert Row(one, 90, GOOD, share=0.25).faults == []  # another rank's: a candidate, timed before it is taken
 

@@ -51,7 +51,7 @@ PRECISIONS = {  # name: dtype, and whether fp32 may be rounded to tf32
 }
 # Compile-time arguments that do not make a row of their own: numbers of channels; of padding whether there is any; of
 # an image's size whether a division by it is a shift.
-CHANNELS, PADDING, SIZES = {"C", "CIN", "COUT"}, {"TOP", "LEFT"}, {"H", "W", "OH", "OW"}
+CHANNELS, PADDING, SIZES = {"C", "CIN", "COUT"}, {"TOP", "LEFT"}, {"H", "W", "OH", "OW", "SIZES"}
 
 
 class Task(NamedTuple):
@@ -251,5 +251,7 @@ def _class_of(one: Specialisation) -> tuple:
     for side in PADDING & constants.keys():
         constants[side] = constants[side] != 0
     for size in SIZES & constants.keys():
-        constants[size] = constants[size].bit_count() == 1
+        value = constants[size]
+        sides = value if isinstance(value, tuple) else () if value is None else (value,)
+        constants[size] = tuple(side.bit_count() == 1 for side in sides)
     return one.kernel, tuple(one.pointers.items()), tuple(constants.items()), one.options

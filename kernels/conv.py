@@ -50,12 +50,13 @@ def conv_kernel(
     count_ptr,
     mean_ptr,
     m2_ptr,
+    H,
+    W,
+    OH,
+    OW,
     M,
     k_blocks,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    OH: tl.constexpr,
-    OW: tl.constexpr,
+    SIZES: tl.constexpr,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
     KH: tl.constexpr,
@@ -92,10 +93,16 @@ def conv_kernel(
             or None.
         bias_ptr: [COUT] fp32 or None. residual_ptr: or None.
         count_ptr, mean_ptr, m2_ptr: [T], [T, COUT], [T, COUT] fp32, T tiles of BLOCK_M rows; or None.
+        SIZES: H, W, OH and OW, so that no division is by a variable; None: one kernel for all.
         k_blocks: trips of the loop; an argument, since a loop of known length would be unrolled.
         BLOCK_M, BLOCK_N: pixels and channels of a tile.
     """
     await_inputs()
+    if SIZES is not None:
+        H = SIZES[0]
+        W = SIZES[1]
+        OH = SIZES[2]
+        OW = SIZES[3]
     POINTWISE: tl.constexpr = KH == 1 and KW == 1 and STRIDE == 1 and TOP == 0 and LEFT == 0
     CHANNEL_ROWS: tl.constexpr = BLOCK_N >= 64
     N_TILES: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
@@ -327,9 +334,9 @@ def _launch(
     y = buffers.empty(x, n, out_height, out_width, cout)
     made = buffers.moments(x, tiles, cout) if moments else None
     count, mean, m2 = made or (None, None, None)
+    # Training's images are of one size or few, as its weight gradients have it. A pointwise kernel reads none.
     pointwise = (kh, kw, stride) == (1, 1, 1) and not any(pad[:2])
-    # A pointwise kernel does not read the sizes: one is compiled for all.
-    sizes = (1, 1, 1, 1) if pointwise else (height, width, out_height, out_width)
+    sizes = (height, width, out_height, out_width) if moments and not pointwise else None
     launch(
         conv_kernel,
         (tiles * cdiv(cout, config.block_n),),
@@ -345,12 +352,13 @@ def _launch(
         count_ptr=count,
         mean_ptr=mean,
         m2_ptr=m2,
+        H=height,
+        W=width,
+        OH=out_height,
+        OW=out_width,
         M=rows,
         k_blocks=cdiv(depth, config.block_k) * taps,
-        H=sizes[0],
-        W=sizes[1],
-        OH=sizes[2],
-        OW=sizes[3],
+        SIZES=sizes,
         CIN=cin,
         COUT=cout,
         KH=kh,

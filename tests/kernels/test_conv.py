@@ -1,5 +1,7 @@
 """Convolution with BatchNorm prologue and statistics, and the inference convolution, against fp64."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,8 @@ from support_conv import exact, problems, statistics
 from support_flat import aten
 from support_kernels import assert_as_good, assert_same_bits, few_examples, guarded, randn, random_coef
 
-from fastres.kernels.conv import bn_add_relu_conv, conv, conv_bias_act
+from fastres.kernels.conv import bn_add_relu_conv, conv, conv_bias_act, conv_kernel
+from fastres.kernels.launch import observed_by
 
 
 @few_examples
@@ -89,3 +92,13 @@ def test_padding_is_zero_whatever_the_coefficients(outputs):
     x, w = randn(1, 4, 4, 16, seed=0), randn(outputs, 3, 3, 16, seed=1)
     y, _ = conv(x, w, 1, (3, 3, 3, 3), torch.full((5, 16), torch.nan, device=x.device))
     assert (y[0, 0] == 0).all() and (y[0, :, -1] == 0).all() and y[0, 1:-1, 1:-1].isnan().all()
+
+
+@pytest.mark.parametrize("kernel, moments, sizes", [(3, True, (5, 7, 5, 7)), (3, False, None), (1, True, None)])
+def test_sizes_of_images_are_compiled_in_for_training_alone(kernel, moments, sizes):
+    """Inference has one kernel for all, and so have pointwise convolutions, which read none."""
+    observer = mock.Mock()
+    with observed_by(observer):
+        conv(randn(1, 5, 7, 20, seed=0), randn(20, kernel, kernel, 20, seed=1), 1, (kernel // 2,) * 4, moments=moments)
+    _, _, arguments = observer.launched.call_args.args
+    assert arguments[conv_kernel.arg_names.index("SIZES")] == sizes

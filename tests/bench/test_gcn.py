@@ -31,7 +31,7 @@ def test_resources():
     (found,) = gcn.resources([kernel(stack=8, spills=2)])
     assert found._asdict() == {
         "registers": 145, "stack": 8, "spills": 2, "shared": 20480, "wide_loads": 16 / 26, "wide_stores": 0.0,
-        "tensor_cores": {"MFMA": 1, "SMFMAC": 1}, "dots": 0, "conflicts": None,
+        "tensor_cores": {"MFMA": 1, "SMFMAC": 1}, "dots": 0, "conflicts": None, "serial": 0,
     }  # fmt: skip
     assert found.faults("gfx942") == ["spills (8 bytes of stack, 2 instructions)"]
     (moved,) = gcn.resources([kernel(stack=0, spills=2)])  # to other registers

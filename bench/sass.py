@@ -100,7 +100,7 @@ def resources(kernels: Sequence[Any]) -> list[Resources]:
 
 
 def _resources(kernel: Any, code: str) -> Resources:
-    usage = res_usage(kernel.asm["cubin"])
+    usage, parsed = res_usage(kernel.asm["cubin"]), instructions(code)
     return Resources(
         registers=_usage("REG", usage),
         stack=_usage("STACK", usage) if uses_frame(code) else 0,
@@ -110,8 +110,8 @@ def _resources(kernel: Any, code: str) -> Resources:
         wide_stores=_wide_share(_STORE, code),
         tensor_cores={name: len(found) for name, kind in _TENSOR_CORES.items() if (found := kind.findall(code))},
         dots=tensor_core_dots(kernel.asm["ttir"]),
-        conflicts=conflicts(instructions(code)),
-        serial=serial_products(instructions(code)),
+        conflicts=conflicts(parsed),
+        serial=serial_products(parsed),
     )
 
 

@@ -114,11 +114,10 @@ def conv_configs(product: Product) -> list[Config]:
         sizes = [(128, 128), (128, 64), (64, 64)]
     elif product.taps > 1 and product.depth <= 32:  # bound by the addresses; 128x128 would spill 16 bytes
         sizes = [(128, 64), (64, 64)]
-    elif product.columns >= 256 and (product.taps > 1 or (product.made and product.depth >= 512)):
-        # Bound by the L2 and the shared memory: few large programs.
+    elif product.columns >= 256 and product.taps > 1:  # bound by the L2 and the shared memory: few large programs
         sizes = [(256, 128), (128, 128), (128, 256), (128, 64)]
-        if product.taps == 1:
-            sizes = [(128, 256), (128, 128), (128, 64)]
+    elif product.columns >= 256 and product.made and product.depth >= 512:  # likewise
+        sizes = [(128, 256), (128, 128), (128, 64)]
     elif product.taps > 1:
         sizes = [(128, 128), (256, 128), (128, 64), (64, 64)]
     else:
@@ -292,7 +291,7 @@ def wgrad_configs(
     configs = [_config(*tile, pixels, dtype, least_registers, arch) for tile in tiles]
     if (
         flat
-    ):  # one program of eight warps runs at a time with 168 registers, with which Triton 3.6 spills 8 bytes on sm_100
+    ):  # with 168 registers one program of eight warps runs at a time, too, and Triton 3.6 spills 8 bytes on sm_100
         configs = [one._replace(most_registers=255) if one.num_warps == 8 else one for one in configs]
     if has_mma(arch) and dtype.itemsize == 2 and not flat and min(block_m, block_n) >= 64:
         light = ROOMY if made and arch != 80 else LIGHT

@@ -17,7 +17,7 @@ from fastres.kernels.configs import (
     resident_configs,
 )
 from fastres.kernels.dependent import await_inputs
-from fastres.kernels.geometry import Pad, cdiv, output_hw
+from fastres.kernels.geometry import Pad, cdiv, is_pointwise, output_hw
 from fastres.kernels.launch import launch
 from fastres.kernels.resident import conv_resident
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
@@ -335,8 +335,8 @@ def _launch(
     made = buffers.moments(x, tiles, cout) if moments else None
     count, mean, m2 = made or (None, None, None)
     # Training's images are of one size or few, as its weight gradients have it. A pointwise kernel reads none.
-    pointwise = (kh, kw, stride) == (1, 1, 1) and not any(pad[:2])
-    sizes = (height, width, out_height, out_width) if moments and not pointwise else None
+    sized = moments and not (stride == 1 and is_pointwise((kh, kw), pad))
+    sizes = (height, width, out_height, out_width) if sized else None
     launch(
         conv_kernel,
         (tiles * cdiv(cout, config.block_n),),

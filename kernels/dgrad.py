@@ -14,7 +14,7 @@ from torch import Tensor
 from fastres.kernels import buffers
 from fastres.kernels.configs import MORE_REGISTERS, Product, at_rank, dgrad_configs, precision
 from fastres.kernels.dependent import await_inputs
-from fastres.kernels.geometry import Pad, cdiv, is_centred
+from fastres.kernels.geometry import Pad, cdiv, is_centred, is_pointwise
 from fastres.kernels.launch import launch
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
 from fastres.kernels.tiles import (
@@ -429,7 +429,7 @@ def conv_dgrad(
         x, coef = below
         sums = buffers.empty(dz, tiles * stride**2, 2, cin, dtype=torch.float32)
     images, sizes = n, (height, width, out_height, out_width)
-    if (kh, kw, stride) == (1, 1, 1) and not any(pad[:2]) and not strided:
+    if stride == 1 and is_pointwise((kh, kw), pad) and not strided:
         images, sizes = rows, (1, 1, 1, 1)  # the kernel reads the number of pixels alone: one is compiled for all
     launch(
         conv_dgrad_kernel,

@@ -19,7 +19,7 @@ from fastres.kernels.configs import (
     wgrad_configs,
 )
 from fastres.kernels.dependent import await_inputs
-from fastres.kernels.geometry import Pad, cdiv
+from fastres.kernels.geometry import Pad, cdiv, is_pointwise
 from fastres.kernels.launch import launch
 from fastres.kernels.parts import total
 from fastres.kernels.resources import Demand, architecture, falling_back, fitting
@@ -217,8 +217,8 @@ def conv_wgrad(
     steps = cdiv(cdiv(pixels, config.block_k), splits(programs, pixels, config, light))
     parts = cdiv(pixels, config.block_k * steps)
     dw = buffers.empty(dz, parts, cout, kh, kw, cin, dtype=torch.float32)
-    pointwise = (kh, kw, stride) == (1, 1, 1) and not any(pad[:2])
     # A pointwise kernel does not read the sizes: one is compiled for all.
+    pointwise = stride == 1 and is_pointwise(kernel_hw, pad)
     sizes = (1, 1, 1, 1) if pointwise else (height, width, out_height, out_width)
     launch(
         conv_wgrad_kernel,

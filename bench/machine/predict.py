@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.machine import assembly, banks, loops, multiprocessor, pipes
+from bench.machine.assembly import Instruction
 from bench.machine.chips import LAUNCH, Chip
-from bench.machine.loops import body, main_loop
+from bench.machine.loops import copies, main_loop
 from bench.machine.multiprocessor import Multiprocessor, Run
 from bench.machine.occupancy import residents
 from bench.machine.pipes import GLOBAL, moved, unmodelled
@@ -93,18 +94,16 @@ def _extrapolated(program: Program, work: Work, chip: Chip, resident: int, count
 
 def issued_bytes(program: Program, trips: int) -> int:
     """Bytes that a program loads from and stores to global memory, by its instructions."""
-    loop = main_loop(program.code)
-    first, last = loop or (0, -1)
-    behind = 0  # copies of the last trips
-    if loop and any(one.name == "LDGSTS" for one in body(program.code, loop)):
-        behind = sum(moved(one) for one in program.code[:first] if one.name == "LDGSTS")
-    return program.warps * (
-        sum(
-            moved(one) * (trips if first <= index <= last else 1)
-            for index, one in enumerate(program.code)
-            if one.name in GLOBAL
-        )
-        - behind
+    first, last = main_loop(program.code) or (0, -1)
+    ahead = copies(program.code, 1) < math.inf  # copies in front of the loop are some of its trips'
+
+    def times(index: int, one: Instruction) -> int:
+        if first <= index <= last:
+            return trips
+        return 0 if ahead and index < first and one.name == "LDGSTS" else 1
+
+    return program.warps * sum(
+        moved(one) * times(index, one) for index, one in enumerate(program.code) if one.name in GLOBAL
     )
 
 

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.nn.bypass import first_reason, say_once, watched
@@ -35,6 +34,8 @@ from fastres.ops.preact import planned_preact
 from fastres.ops.residual import planned_chain
 
 LONGEST = 8  # blocks in a chain
+BOTTLENECK = 3  # convolutions of a block
+LEAST_BEFORE = 3  # blocks in front of a projection that joins
 MOST_SHAPES = 8  # of inputs by which a chain is kept ready
 
 Pairs = Sequence[tuple[Any, Any]]
@@ -47,7 +48,7 @@ def fused_residual(
     residual: bool = True,
     relu: bool = True,
     recompute: bool = False,
-    identities: Sequence[Identity] | None = None,
+    others: Sequence[Any] | None = None,
     act: str = "relu",
 ) -> Tensor:
     """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))`` and the update of the running statistics.
@@ -61,7 +62,9 @@ def fused_residual(
             operation, and so does what `identity_of` knows. With other modules in front of them there they are an
             operation of their own. Any other module is called.
         residual: whether it has a shortcut at all.
-        relu, recompute, identities: see `residual_chain`.
+        relu, recompute: see `residual_chain`.
+        others: the shortcuts of the blocks from the second on, as `shortcut`; None: each one's input itself. None of
+            them is called.
         act: the activation of all blocks, of `fastres.kernels.types.ACTIVATIONS`.
     """
     reason = first_reason(
@@ -71,8 +74,8 @@ def fused_residual(
     if reason is not None:
         say_once(blocks[0][0][0], reason, "the eager forward of a block")
     if reason is not None or watched(x):
-        return _eager_residual(x, blocks, shortcut, residual, relu, identities, act)
-    return _fused_residual(x, blocks, shortcut, residual, relu, recompute, identities, act)
+        return _eager_residual(x, blocks, shortcut, residual, relu, others, act)
+    return _fused_residual(x, blocks, shortcut, residual, relu, recompute, others, act)
 
 
 def _eager_residual(
@@ -81,18 +84,16 @@ def _eager_residual(
     shortcut: Any,
     residual: bool,
     relu: bool,
-    identities: Sequence[Identity] | None,
+    others: Sequence[Any] | None,
     act: str,
 ) -> Tensor:
     for index, pairs in enumerate(blocks):
         y = x
         for number, (conv, bn) in enumerate(pairs):
             y = bn(conv(activated(y, act) if number else y))
-        if residual and index == 0:
-            y = y + (x if shortcut is None else shortcut(x))
-        elif residual:
-            step, added = Identity() if identities is None else identities[index - 1]
-            y = y + F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, 0, added))
+        if residual:
+            added = (shortcut, *(others or [None] * (len(blocks) - 1)))[index]
+            y = y + (x if added is None else added(x))
         x = activated(y, act) if relu or index < len(blocks) - 1 else y
     return x
 
@@ -104,7 +105,7 @@ def _fused_residual(
     residual: bool,
     relu: bool,
     recompute: bool = False,
-    identities: Sequence[Identity] | None = None,
+    others: Sequence[Any] | None = None,
     act: str = "relu",
     kept: list[_Ready] | None = None,
 ) -> Tensor:
@@ -112,24 +113,28 @@ def _fused_residual(
     apart = act != "relu" and residual and not _is_kept(shortcut)  # the gradient of GELU is of the sum
     if apart and len(blocks) > 1:
         x = _fused_residual(x, blocks[:1], shortcut, residual, True, recompute, None, act)
-        return _fused_residual(x, blocks[1:], None, True, relu, recompute, (identities or [])[1:], act)
+        second, *others = others or [None] * (len(blocks) - 1)
+        return _fused_residual(x, blocks[1:], second, True, relu, recompute, others, act)
     nhwc = to_nhwc(x)
-    chain, hw = [], tuple(nhwc.shape[1:3])
-    for pairs in blocks:
+    chain, norms, hw = [], [], tuple(nhwc.shape[1:3])
+    opened: list[Any] = []
+    for index, pairs in enumerate(blocks):
+        module = shortcut if index == 0 else None if others is None else others[index - 1]
+        identity, projection = identity_of(module), projection_of(module)
+        if not residual:
+            opened.append(None)
+        elif identity is not None:
+            opened.append(identity)
+        elif projection is not None:
+            opened.append(layer_of(*projection, hw))
+            norms.append(projection[1])
+        else:
+            opened.append(_called(x, module, recompute))
+        norms += [bn for _, bn in pairs]
         layers, hw = _layers(pairs, hw, act)
         chain.append(layers)
-    norms = [bn for pairs in blocks for _, bn in pairs]
-    added: Tensor | Layer | Identity | None = None
-    if residual:
-        identity, projection = identity_of(shortcut), projection_of(shortcut)
-        if identity is not None:
-            added = identity
-        elif projection is not None:
-            added = layer_of(*projection, tuple(nhwc.shape[1:3]))
-            norms.insert(0, projection[1])
-        else:
-            added = _called(x, shortcut, recompute)
-    ready = _Ready.of(planned_chain(nhwc, chain, added, relu and not apart, recompute, identities), norms)
+    added, *further = opened
+    ready = _Ready.of(planned_chain(nhwc, chain, added, relu and not apart, recompute, further), norms)
     given = added if isinstance(added, Tensor) else None
     if kept is not None and given is None and not apart:
         kept.append(ready)
@@ -230,9 +235,14 @@ class Link:
 def chains(blocks: Sequence[nn.Module], running: bool = False) -> list[Link]:
     """The blocks in order, grouped into what runs at once.
 
-    A block joins the one before if its shortcut is an `Identity`, or both are pre-activation blocks; if both keep the
-    same for backward, take statistics over the same ranks and nothing waits for the call of either. Chains are at most
-    `LONGEST` blocks, so that gradients come early enough to be exchanged meanwhile.
+    A block joins the one before if its shortcut is an `Identity`, or a projection around a bottleneck behind
+    `LEAST_BEFORE` others, or both are pre-activation blocks; if both keep the same for backward, take statistics over
+    the same ranks and nothing waits for the call of either. Chains are at most `LONGEST` blocks, so that gradients come
+    early enough to be exchanged meanwhile.
+
+    What a chain keeps is there until its backward ends. Backward of a network's first stage needs the most memory
+    beside what is kept: with the next stage's kept too, a network of basic blocks or of few bottlenecks would need more
+    than when backward begins; one like ResNet-50 does not.
 
     Args:
         running: whether this is asked in a block's own forward, see `Known.changed`.
@@ -295,27 +305,32 @@ def _structure(block: nn.Module, running: bool = False) -> Block | None:
     return structure
 
 
+def _joins_projected(link: Link, structure: Block) -> bool:
+    """Whether a block with a projection joins, see `chains`."""
+    bottlenecks = all(len(one.layers) >= BOTTLENECK for one in (*link.structures, structure))
+    return bottlenecks and len(link.structures) >= LEAST_BEFORE and projection_of(structure.shortcut) is not None
+
+
 def _joins(link: Link, structure: Block) -> bool:
     before = link.structures[-1]
     if before.preactivation:
         suits = structure.preactivation
     else:
         identity = identity_of(structure.shortcut)
+        joins = identity is not None and (structure.act == "relu" or identity == Identity())
         suits = (
             not structure.preactivation
             and before.relu
             and structure.residual
-            and identity is not None
-            and (structure.act == "relu" or identity == Identity())
+            and (joins or _joins_projected(link, structure))
         )
     return suits and before.act == structure.act and group_of(before.layers[0][1]) == group_of(structure.layers[0][1])
 
 
 def _chain(x: Tensor, structures: Sequence[Block], recompute: bool, kept: list[_Ready]) -> Tensor:
     first, *others = structures
-    identities: list[Any] = [identity_of(one.shortcut) for one in others]  # none is None, or they would not join
-    pairs, relu = [one.layers for one in structures], structures[-1].relu
-    return _fused_residual(x, pairs, first.shortcut, first.residual, relu, recompute, identities, first.act, kept)
+    pairs, relu, shortcuts = [one.layers for one in structures], structures[-1].relu, [one.shortcut for one in others]
+    return _fused_residual(x, pairs, first.shortcut, first.residual, relu, recompute, shortcuts, first.act, kept)
 
 
 def _preactivation(

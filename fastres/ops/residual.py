@@ -3,9 +3,9 @@
 One layer without a shortcut is Conv-BatchNorm-ReLU, two with one are the basic block, three are the bottleneck (He et
 al. 2015). Normalisation and ReLU happen in the prologue of the next convolution, statistics in the epilogue of the
 last, so only the convolutions' own outputs exist: for backward x, y1 ... yn and the result are kept, never a normalised
-or ReLU'd copy. Blocks with identity shortcuts that follow one another are one operation too, since two passes over
-memory disappear between them: the next block's first 1x1 convolution ends the block before as it reads it, and its data
-gradient yields that block's masked gradient and BatchNorm sums as it writes it.
+or ReLU'd copy. Blocks that follow one another are one operation too, since passes over memory disappear
+between them: the next block's first convolution yields with its data gradient the masked gradient and BatchNorm sums of
+the block before, and where it is 1x1 behind an identity shortcut it ends that block as it reads it.
 
 A shortcut without parameters may take every few pixels and add channels of zeros (`Identity`): it is read where the
 block ends and its gradient added where backward ends, at those pixels, with no tensor of its own. The gradient of a
@@ -55,7 +55,7 @@ def residual_chain(
     shortcut: Tensor | Layer | Identity | None = None,
     relu: bool = True,
     recompute: bool = False,
-    identities: Sequence[Identity] | None = None,
+    shortcuts: Sequence[Identity | Layer] | None = None,
 ) -> tuple[Tensor, list[Statistics]]:
     """A residual block ``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut)`` and more of them, differentiable.
 
@@ -67,22 +67,26 @@ def residual_chain(
         relu: whether the last block's sum goes through ReLU, as all others' do.
         recompute: whether each block's last convolution, and the projection, are computed again in backward, which
             saves the memory of their outputs.
-        identities: the shortcuts of the blocks from the second on; None: each one's input itself.
+        shortcuts: of the blocks from the second on, a `Layer` where its input is projected; None: each one's input
+            itself.
 
     Returns:
-        The result [N, H', W', C'] and the `Statistics` of each layer in order, the projection's last.
+        The result [N, H', W', C'] and the `Statistics` of each layer in order, those of projections last.
 
     Raises:
         RuntimeError, ValueError: as `torch.nn.functional.conv2d` and `batch_norm` raise them; ValueError for a block
-            without layers, for another number of identities than there are further blocks, and for GELU behind the
+            without layers, for another number of shortcuts than there are further blocks, and for GELU behind the
             addition of a shortcut that is not the block's input as it is, or a projection of it.
     """
     shortcut = Identity() if shortcut is x else shortcut
-    planned = planned_chain(x, blocks, shortcut, relu, recompute, identities)
+    planned = planned_chain(x, blocks, shortcut, relu, recompute, shortcuts)
     out, coefs = planned.run(x, shortcut if isinstance(shortcut, Tensor) else None)
-    statistics = planned.statistics(coefs)
-    projections = len(planned.counts) - sum(map(len, blocks))
-    return out, [*statistics[projections:], *statistics[:projections]]
+    statistics = iter(planned.statistics(coefs))
+    projected, own = [], []
+    for opened, layers in zip(_every(shortcut, shortcuts, blocks), blocks):
+        projected += [next(statistics)] if isinstance(opened, Layer) else []
+        own += [next(statistics) for _ in layers]
+    return out, own + projected
 
 
 def planned_chain(
@@ -91,22 +95,20 @@ def planned_chain(
     shortcut: Tensor | Layer | Identity | None = None,
     relu: bool = True,
     recompute: bool = False,
-    identities: Sequence[Identity] | None = None,
+    shortcuts: Sequence[Identity | Layer] | None = None,
 ) -> Planned:
     """`residual_chain` of tensors like x, and like ``shortcut`` if that is one; its BatchNorms are as they run.
 
-    A projection's comes first. The shortcut x itself is ``Identity()``.
+    A projection's comes before its block's. The shortcut x itself is ``Identity()``.
 
     Raises:
         RuntimeError, ValueError: see `residual_chain`.
     """
-    if identities is None:
-        identities = [Identity()] * (len(blocks) - 1)
-    shapes = _check(x, blocks, shortcut, identities)
-    shortcuts: list[Tensor | Layer | Identity | None] = [shortcut, *identities]
+    every = _every(shortcut, shortcuts, blocks)
+    shapes = _check(x, blocks, every)
     nodes: list[Node] = []
     for index, layers in enumerate(blocks):
-        opened = shortcuts[index]
+        opened = every[index]
         if opened is not None:
             nodes.append(_opening(opened, recompute))
         for place, layer in enumerate(layers):
@@ -119,11 +121,27 @@ def planned_chain(
                 "nor a projection of it: take relu=False, and the activation of the result"
             )
         nodes.append(End(opened is not None, rectified))
-    projection = [shortcut] if isinstance(shortcut, Layer) else []
-    every_layer = [*projection, *[layer for layers in blocks for layer in layers]]  # as they run
+    every_layer = [
+        one for opened, layers in zip(every, blocks) for one in (*_projections(opened), *layers)
+    ]  # as they run
     plan = Plan(tuple(nodes), group_of([layer.norm for layer in every_layer]), recompute)
     parameters = [tensor for layer in every_layer for tensor in (layer.weight, *norm_vectors(layer.norm))]
     return Planned(plan, parameters, [pixels(shape) for shape in shapes])
+
+
+Opening = Tensor | Layer | Identity | None
+
+
+def _every(
+    shortcut: Opening, shortcuts: Sequence[Identity | Layer] | None, blocks: Sequence[Sequence[Layer]]
+) -> list[Opening]:
+    """The shortcut of each block."""
+    others = [Identity()] * (len(blocks) - 1) if shortcuts is None else shortcuts
+    return [shortcut, *others]
+
+
+def _projections(shortcut: Opening) -> list[Layer]:
+    return [shortcut] if isinstance(shortcut, Layer) else []
 
 
 def _opening(shortcut: Tensor | Layer | Identity, recompute: bool) -> Open:
@@ -140,32 +158,26 @@ def _layer_nodes(layer: Layer, kept: bool) -> list[Node]:
     return [conv, Norm(layer.norm.eps, training, layer.norm.act)]
 
 
-def _check(
-    x: Tensor,
-    blocks: Sequence[Sequence[Layer]],
-    shortcut: Tensor | Layer | Identity | None,
-    identities: Sequence[Identity],
-) -> list[Shape]:
-    """Check the input; shape of each layer's output, the projection's first."""
+def _check(x: Tensor, blocks: Sequence[Sequence[Layer]], shortcuts: Sequence[Opening]) -> list[Shape]:
+    """Check the input and the shortcut of each block; shape of each layer's output, as they run."""
     if not all([blocks, *blocks]):
         raise ValueError("a residual block has at least one layer")
-    if len(identities) != len(blocks) - 1:
-        raise ValueError(f"{len(identities)} identities for {len(blocks) - 1} blocks behind the first")
-    projection = [shortcut] if isinstance(shortcut, Layer) else []
-    check_input(x, [layer.weight for layers in (*blocks, projection) for layer in layers])
+    if len(shortcuts) != len(blocks):
+        raise ValueError(f"{len(shortcuts) - 1} shortcuts for {len(blocks) - 1} blocks behind the first")
+    projections = [layer for shortcut in shortcuts for layer in _projections(shortcut)]
+    check_input(x, [layer.weight for layers in (*blocks, projections) for layer in layers])
     shape, shapes = tuple(x.shape), []
-    projected = [layer_shape(shape, layer) for layer in projection]
-    for index, layers in enumerate(blocks):
+    for layers, shortcut in zip(blocks, shortcuts):
         before = shape
+        projected = [layer_shape(before, layer) for layer in _projections(shortcut)]
+        shapes += projected
         for layer in layers:
             shape = layer_shape(shape, layer)
             shapes.append(shape)
-        if index > 0:
-            check_shortcut_shape(identity_shape(before, identities[index - 1]), shape)
-        elif isinstance(shortcut, Identity):
+        if isinstance(shortcut, Identity):
             check_shortcut_shape(identity_shape(before, shortcut), shape)
         elif isinstance(shortcut, Layer):
             check_shortcut_shape(projected[0], shape)
         elif shortcut is not None:
             check_shortcut(shortcut, shape, x)
-    return projected + shapes
+    return shapes

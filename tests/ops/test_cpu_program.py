@@ -52,18 +52,19 @@ def programs(backend):
 
 
 def residual(shortcut, recompute=False):
-    """A chain of three blocks, the second with a strided and narrower identity."""
+    """A chain of three blocks, the second with a strided and narrower identity or with a projection."""
     layers = [
         [random_layer(12, 16, 1), random_layer(16, 16, 3)],
         [random_layer(16, 20, 3, 2)],
         [random_layer(20, 20, 1)],
     ]
-    first = {"projection": random_layer(12, 16, 1), "none": None}[shortcut]
+    first = random_layer(12, 16, 1) if shortcut == "projection" else None
+    second = random_layer(16, 20, 1, 2) if shortcut == "projection behind" else Identity(2, 4)
 
     def call(x, values):
-        return ops.residual_chain(x, values[:3], values[3], True, recompute, [Identity(2, 4), Identity()])
+        return ops.residual_chain(x, values[:3], values[3], True, recompute, [values[4], Identity()])
 
-    return (2, 6, 5, 12), [*layers, first], call
+    return (2, 6, 5, 12), [*layers, first, second], call
 
 
 def preact(shortcut):
@@ -90,6 +91,8 @@ PLANS = {
     "chain": lambda: residual("projection"),
     "chain, recompute": lambda: residual("projection", True),
     "chain without a shortcut": lambda: residual("none"),
+    "chain that projects behind": lambda: residual("projection behind"),
+    "chain that projects behind, recompute": lambda: residual("projection behind", True),
     "pre-activation": lambda: preact("projection"),
     "pre-activation, frozen": lambda: preact("none"),
     "stem": lambda: stem(False),

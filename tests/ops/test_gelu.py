@@ -132,7 +132,7 @@ def test_where_it_is_not_known():
     with pytest.raises(ValueError, match="act is 'gelu' behind the addition of a shortcut that is neither"):
         residual_block(x, [layer], torch.ones_like(x))
     with pytest.raises(ValueError, match="act is 'gelu' behind the addition"):
-        residual_chain(x, [[layer], [layer._replace(stride=2)]], None, identities=[Identity(2)])
+        residual_chain(x, [[layer], [layer._replace(stride=2)]], None, shortcuts=[Identity(2)])
     with pytest.raises(ValueError, match="'tanh' is no activation: choose relu, gelu"):
         residual_block(x, [layer._replace(norm=layer.norm._replace(act="tanh"))])
 

@@ -1,5 +1,7 @@
 """Residual blocks: forward and every gradient against fp64, in all their shapes."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from support_fused import (
@@ -15,6 +17,7 @@ from support_fused import (
     with_grads,
 )
 from support_ops import opcheck
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastres.ops import Identity, Layer, residual_block, residual_chain
@@ -266,17 +269,72 @@ def test_a_chain_that_narrows_on_its_way(kernel, shortcut, recompute):
         [random_layer(c + 5, 6, kernel), random_layer(6, c + 5, 3)],
         [random_layer(c + 5, 6, kernel, 2), random_layer(6, c + 5, 1)],
     ]
-    identities = [Identity(2, 5), Identity(), Identity(2)]
+    shortcuts = [Identity(2, 5), Identity(), Identity(2)]
 
     def fused(x, blocks, added):
-        return residual_chain(x, blocks, x if added is None else added, recompute=recompute, identities=identities)[0]
+        return residual_chain(x, blocks, x if added is None else added, recompute=recompute, shortcuts=shortcuts)[0]
 
     def eager(x, blocks, added):
-        for layers, shortcut in zip(blocks, [x if added is None else added, *identities]):
+        for layers, shortcut in zip(blocks, [x if added is None else added, *shortcuts]):
             x = eager_residual(x, layers, shortcut)
         return x
 
     assert_as_good_as_eager(fused, eager, (x, blocks, added), torch.float64)
+
+
+def projecting(act: str = "relu") -> tuple:
+    """Arguments of a chain whose blocks have shortcuts of all kinds, two projected ones in a row."""
+    blocks = [
+        [random_layer(12, 6, 1, act=act), random_layer(6, 16, 3, act=act)],
+        [random_layer(16, 6, 1, act=act), random_layer(6, 6, 3, 2, act=act), random_layer(6, 20, 1, act=act)],
+        [random_layer(20, 20, 3, act=act)],
+        [random_layer(20, 6, 3, 2, act=act), random_layer(6, 18, 1, act=act)],
+        [random_layer(18, 10, 3, act=act)],
+    ]
+    projections = [random_layer(16, 20, 1, 2), random_layer(20, 18, 1, 2), random_layer(18, 10, 3)]
+    return image(3, 9, 8, 12), blocks, projections
+
+
+def projecting_shortcuts(projections: Sequence[Layer]) -> list[Identity | Layer]:
+    return [projections[0], Identity(), *projections[1:]]
+
+
+def eager_projecting(x: Tensor, blocks: Sequence, projections: Sequence[Layer]) -> Tensor:
+    for layers, shortcut in zip(blocks, [None, *projecting_shortcuts(projections)]):
+        x = eager_residual(x, layers, x if isinstance(shortcut, Identity) else shortcut)
+    return x
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_chain_that_projects_on_its_way(dtype, act, recompute):
+    def fused(x, blocks, projections):
+        return residual_chain(x, blocks, None, recompute=recompute, shortcuts=projecting_shortcuts(projections))[0]
+
+    assert_as_good_as_eager(fused, eager_projecting, projecting(act), dtype)
+
+
+def test_statistics_of_projections_on_the_way_come_last():
+    x, blocks, projections = projecting()
+    shortcuts = [None, *projecting_shortcuts(projections)]
+    out, ours = residual_chain(x, blocks, None, shortcuts=shortcuts[1:])
+    own, projected = [], []
+    for layers, shortcut in zip(blocks, shortcuts):
+        x, used = residual_block(x, layers, shortcut)
+        own += used[: len(layers)]
+        projected += used[len(layers) :]
+    assert len(projected) == 3
+    torch.testing.assert_close(out, x)
+    for one, other in zip(ours, own + projected, strict=True):
+        assert one.count == other.count
+        torch.testing.assert_close(one.coef, other.coef)
+
+
+def test_a_projection_on_the_way_that_fits_nothing():
+    x, blocks, projections = projecting()
+    with pytest.raises(RuntimeError, match="size of the shortcut"):
+        residual_chain(x, blocks[:2], None, shortcuts=[projections[0]._replace(stride=1)])
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -299,8 +357,8 @@ def test_identities_that_fit_nothing():
     for bad, message in ((Identity(0), "non-positive stride"), (Identity(2, -1), "negative padding")):
         with pytest.raises(RuntimeError, match=message):
             residual_block(x, layers, bad)
-    with pytest.raises(ValueError, match="1 identities for 0 blocks behind the first"):
-        residual_chain(x, [layers], Identity(2), identities=[Identity()])
+    with pytest.raises(ValueError, match="1 shortcuts for 0 blocks behind the first"):
+        residual_chain(x, [layers], Identity(2), shortcuts=[Identity()])
 
 
 def test_wide_bottlenecks_are_not_joined_in_forward():

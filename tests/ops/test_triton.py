@@ -204,6 +204,46 @@ def test_chain(kernels, shortcut):
     for_each(f"chain {kernels} {shortcut}", chains(kernels, shortcut), check, 3)
 
 
+@st.composite
+def projecting_chains(draw: st.DrawFn, kernels: Sequence[int]) -> tuple:
+    """dtype, what to keep, and (x, blocks, projections) of a block as `residuals` draws it and two that are projected,
+    perhaps with a stride."""
+    dtype, options, (x, layers, _) = draw(residuals(kernels, "none"))
+    blocks, projections, outputs = [layers], [], len(layers[-1].weight)
+    with device():
+        for _ in range(2):
+            kind, widths, stride = (
+                draw(kinds()),
+                [outputs, *[draw(channels()) for _ in kernels]],
+                draw(st.integers(1, 2)),
+            )
+            strides = [stride] + [1] * (len(kernels) - 1)
+            pairs = zip(widths, widths[1:], kernels, strides)
+            blocks.append([random_layer(*sizes, **kind) for sizes in pairs])
+            outputs = widths[-1]
+            projections.append(random_layer(widths[0], outputs, 1, stride, **kind))
+    note(f"then blocks of {[[tuple(layer.weight.shape) for layer in block] for block in blocks[1:]]}")
+    return dtype, options["recompute"], (x, blocks, projections)
+
+
+@pytest.mark.parametrize("kernels", [BOTTLENECK, BASIC], ids=["bottleneck", "basic"])
+def test_a_chain_that_projects_on_its_way(kernels):
+    """The gradient of a strided projection is added where that of the block before goes through its ReLU."""
+
+    def check(dtype, recompute, arguments):
+        def fused(x, blocks, projections):
+            return ops.residual_chain(x, blocks, None, recompute=recompute, shortcuts=projections)[0]
+
+        def eager(x, blocks, projections, **extra):
+            for layers, projection in zip(blocks, [None, *projections]):
+                x = eager_residual(x, layers, projection, **extra)
+            return x
+
+        assert_as_good_as_eager(fused, eager, arguments, dtype, partial(eager, relu=relu_apart))
+
+    for_each(f"projecting chain {kernels}", projecting_chains(kernels), check, 3)
+
+
 @pytest.mark.parametrize("kernel, shortcut", [(1, "none"), (3, "none"), (3, "projection"), (5, "none")])
 def test_one_layer(kernel, shortcut):
     for_each(f"{kernel} {shortcut}", residuals((kernel,), shortcut), partial(check_residual, False))

@@ -61,7 +61,7 @@ def fused_residual(
         shortcut: of the first block, None: x itself. A convolution and a BatchNorm in an ``nn.Sequential`` join the
             operation, and so does what `identity_of` knows. With other modules in front of them there they are an
             operation of their own. Any other module is called.
-        residual: whether it has a shortcut at all.
+        residual: whether the first block has a shortcut at all.
         relu, recompute: see `residual_chain`.
         others: the shortcuts of the blocks from the second on, as `shortcut`; None: each one's input itself. None of
             them is called.
@@ -91,7 +91,7 @@ def _eager_residual(
         y = x
         for number, (conv, bn) in enumerate(pairs):
             y = bn(conv(activated(y, act) if number else y))
-        if residual:
+        if residual or index > 0:
             added = (shortcut, *(others or [None] * (len(blocks) - 1)))[index]
             y = y + (x if added is None else added(x))
         x = activated(y, act) if relu or index < len(blocks) - 1 else y
@@ -121,7 +121,7 @@ def _fused_residual(
     for index, pairs in enumerate(blocks):
         module = shortcut if index == 0 else None if others is None else others[index - 1]
         identity, projection = identity_of(module), projection_of(module)
-        if not residual:
+        if index == 0 and not residual:
             opened.append(None)
         elif identity is not None:
             opened.append(identity)

@@ -48,7 +48,6 @@ def fused_residual(
     residual: bool = True,
     relu: bool = True,
     recompute: bool = False,
-    others: Sequence[Any] | None = None,
     act: str = "relu",
 ) -> Tensor:
     """``relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x))`` and the update of the running statistics.
@@ -57,14 +56,13 @@ def fused_residual(
 
     Args:
         x: [N, C, H, W], channels-last unless a copy is wanted.
-        blocks: convolutions with their BatchNorms, in order, of one block and of others behind it.
+        blocks: convolutions with their BatchNorms, in order, of one block and of others behind it, whose shortcuts are
+            their inputs.
         shortcut: of the first block, None: x itself. A convolution and a BatchNorm in an ``nn.Sequential`` join the
             operation, and so does what `identity_of` knows. With other modules in front of them there they are an
             operation of their own. Any other module is called.
         residual: whether the first block has a shortcut at all.
         relu, recompute: see `residual_chain`.
-        others: the shortcuts of the blocks from the second on, as `shortcut`; None: each one's input itself. None of
-            them is called.
         act: the activation of all blocks, of `fastres.kernels.types.ACTIVATIONS`.
     """
     reason = first_reason(
@@ -74,8 +72,8 @@ def fused_residual(
     if reason is not None:
         say_once(blocks[0][0][0], reason, "the eager forward of a block")
     if reason is not None or watched(x):
-        return _eager_residual(x, blocks, shortcut, residual, relu, others, act)
-    return _fused_residual(x, blocks, shortcut, residual, relu, recompute, others, act)
+        return _eager_residual(x, blocks, shortcut, residual, relu, act)
+    return _fused_residual(x, blocks, shortcut, residual, relu, recompute, act=act)
 
 
 def _eager_residual(
@@ -84,7 +82,6 @@ def _eager_residual(
     shortcut: Any,
     residual: bool,
     relu: bool,
-    others: Sequence[Any] | None,
     act: str,
 ) -> Tensor:
     for index, pairs in enumerate(blocks):
@@ -92,8 +89,7 @@ def _eager_residual(
         for number, (conv, bn) in enumerate(pairs):
             y = bn(conv(activated(y, act) if number else y))
         if residual or index > 0:
-            added = (shortcut, *(others or [None] * (len(blocks) - 1)))[index]
-            y = y + (x if added is None else added(x))
+            y = y + (x if index > 0 or shortcut is None else shortcut(x))
         x = activated(y, act) if relu or index < len(blocks) - 1 else y
     return x
 
@@ -109,7 +105,12 @@ def _fused_residual(
     act: str = "relu",
     kept: list[_Ready] | None = None,
 ) -> Tensor:
-    """`fused_residual` of what may be bypassed; where it is one operation of x alone, that is appended to ``kept``."""
+    """`fused_residual` of what may be bypassed; where it is one operation of x alone, that is appended to ``kept``.
+
+    Args:
+        others: the shortcuts of the blocks from the second on, as ``shortcut``, none of which is called; None: each
+            one's input itself.
+    """
     apart = act != "relu" and residual and not _is_kept(shortcut)  # the gradient of GELU is of the sum
     if apart and len(blocks) > 1:
         x = _fused_residual(x, blocks[:1], shortcut, residual, True, recompute, None, act)

@@ -212,11 +212,8 @@ def projecting_chains(draw: st.DrawFn, kernels: Sequence[int]) -> tuple:
     blocks, projections, outputs = [layers], [], len(layers[-1].weight)
     with device():
         for _ in range(2):
-            kind, widths, stride = (
-                draw(kinds()),
-                [outputs, *[draw(channels()) for _ in kernels]],
-                draw(st.integers(1, 2)),
-            )
+            kind, stride = draw(kinds()), draw(st.integers(1, 2))
+            widths = [outputs, *[draw(channels()) for _ in kernels]]
             strides = [stride] + [1] * (len(kernels) - 1)
             pairs = zip(widths, widths[1:], kernels, strides)
             blocks.append([random_layer(*sizes, **kind) for sizes in pairs])

@@ -31,7 +31,7 @@ INFINITY = tl.constexpr(float("inf"))
 # assembler of others would spill for it, they go one by one.
 IN_FLIGHT = 4
 # Tiles more than which are merged by two launches.
-MOST_TILES = 8192
+MOST_TILES = 4096
 # Channels of a program, and its warps, where there are only [C] vectors: 16 bytes a thread.
 VECTOR, VECTOR_WARPS = 256, 2
 
@@ -493,7 +493,7 @@ def bn_backward_coef(sums: Tensor, coef: Tensor, count: int, training: bool) -> 
     dgamma, dbeta = (buffers.empty(coef, channels) for _ in range(2))
     parts, dw = waiting()
     size, count_of_parts = (0, 0) if parts is None or dw is None else (dw.numel(), parts.shape[0])
-    rows_of_tile, block = sum_tile(count_of_parts, blocks.warps)
+    rows_of_tile, block = sum_tile(count_of_parts, size, blocks.warps)
     launch(
         bn_backward_coef_kernel,
         (cdiv(channels, blocks.columns) + cdiv(size, block),),

@@ -20,15 +20,20 @@ from fastres.kernels.geometry import cdiv, power_of_2
 from fastres.kernels.launch import launch
 from fastres.kernels.tiles import sum_pixels
 
-MOST_PARTS = 16  # of a tile: as many loads in flight as there are parts
+USUAL = 16  # parts of a tile of weights that have programs enough
+PROGRAMS = 128  # as many as a GPU has multiprocessors, about
+SECTOR = 8  # elements of a tile at least: what the memory moves at once
 ELEMENTS = 16  # of a tile, for each thread
 WARPS = 4
 
 
-def sum_tile(parts: int, warps: int = WARPS) -> tuple[int, int]:
-    """Parts and elements of a tile of `sum_parts`: the fewer parts there are, the more elements."""
-    rows = power_of_2(parts, 2, MOST_PARTS)
-    return rows, ELEMENTS * 32 * warps // rows
+def sum_tile(parts: int, size: int, warps: int = WARPS) -> tuple[int, int]:
+    """Parts and elements of a tile of `sum_parts` for weights of ``size``: few parts make it wide, small ones tall."""
+    tile, most = ELEMENTS * 32 * warps, power_of_2(parts, 2, 1 << 30)
+    rows = min(most, USUAL)
+    while rows < most and tile // rows > SECTOR and cdiv(size, tile // rows) < PROGRAMS:
+        rows *= 2
+    return rows, tile // rows
 
 
 @triton.jit
@@ -36,7 +41,7 @@ def sum_parts(parts_ptr, out_ptr, size, parts, program, PARTS: tl.constexpr, BLO
     """``out[i] = sum over p of parts[p, i]`` for the program's BLOCK of i. parts_ptr: [parts, size] fp32. Moves each
     once.
 
-    A tile has PARTS parts and few columns, so that small weights have programs enough: the sum waits for the memory,
+    A tile has many parts and few columns where that gives small weights programs enough: the sum waits for the memory,
     not for its rate.
     """
     i = program * BLOCK + tl.arange(0, BLOCK)
@@ -93,7 +98,7 @@ def joining(joins: bool = True) -> Iterator[None]:
 
 
 def _launch(parts: Tensor, out: Tensor) -> None:
-    rows, block = sum_tile(parts.shape[0])
-    grid = (cdiv(out.numel(), block),)
     sizes = out.numel(), parts.shape[0]
+    rows, block = sum_tile(parts.shape[0], out.numel())
+    grid = (cdiv(out.numel(), block),)
     launch(sum_parts_kernel, grid, parts, out, *sizes, PARTS=rows, BLOCK=block, WARPS=WARPS, num_warps=WARPS)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastres.kernels import buffers
 from fastres.kernels.dependent import await_inputs
-from fastres.kernels.geometry import Pad, check_pool, output_hw
+from fastres.kernels.geometry import Pad, cdiv, check_pool, output_hw
 from fastres.kernels.launch import launch
-from fastres.kernels.row_tiles import POOL_ELEMENTS, WARPS, elementwise, reduction
+from fastres.kernels.row_tiles import POOL_ELEMENTS, SQUARE_ELEMENTS, WARPS, elementwise, reduction
 from fastres.kernels.tiles import MEAN, activate, bn, gelu_backward, relu, relu_backward, store_sums, sum_pixels
 
 
@@ -154,15 +154,19 @@ def bn_relu_max_pool_backward_kernel(
     """``dz`` = sum of dout over the windows that the pixel won, where ``relu(y*scale + shift) > 0``; sums as in
     `fastres.kernels.bn_add_relu`, of dz as it is stored. With GELU that sum times its derivative.
 
-    Each pixel gathers from the at most ceil(KERNEL/STRIDE)^2 windows that hold it, in the order of the taps: no
-    atomics. Moves y and dz once, dout and index about once (windows overlap in cache).
+    A row of a tile is a square of STRIDE x STRIDE pixels, counted from the first window's corner: which tap of which
+    window a pixel of it is does not depend on the square. Each pixel gathers from the at most ceil(KERNEL/STRIDE)^2
+    windows that hold it, in the order of the taps: no atomics. Moves y and dz once, dout and index about once (windows
+    overlap in cache).
 
     Args:
-        dout_ptr, index_ptr: [N, OH, OW, C]. y_ptr, dz_ptr: [M, C] = [N, H, W, C]. coef_ptr: [5, C].
-        sums_ptr: [T, 2, C]. tiles: tiles of BLOCK_M rows that a program goes through.
+        dout_ptr, index_ptr: [N, OH, OW, C]. y_ptr, dz_ptr: [N, H, W, C]. coef_ptr: [5, C].
+        sums_ptr: [T, 2, C]. M: squares. tiles: tiles of BLOCK_M squares that a program goes through.
     """
     await_inputs()
     SPAN: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
+    ACROSS: tl.constexpr = (W + LEFT + STRIDE - 1) // STRIDE  # squares of an image
+    SQUARES: tl.constexpr = (H + TOP + STRIDE - 1) // STRIDE * ACROSS
     part = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < C
@@ -171,40 +175,57 @@ def bn_relu_max_pool_backward_kernel(
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_dz_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for tile in range(tiles):
+        # Offsets inside a tile fit 32 bits, that of its first image may not.
         first = (part * tiles + tile) * BLOCK_M
-        row_ok = row < M - first
-        image = first // (H * W)
-        window_base = image.to(tl.int64) * OH * OW * C
-        m = first - image * (H * W) + row
-        h = m // W % H + TOP
-        w = m % W + LEFT
-        grad = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        for back_h in tl.static_range(SPAN):
-            for back_w in tl.static_range(SPAN):
-                oh = h // STRIDE - back_h
-                ow = w // STRIDE - back_w
-                kh = h - oh * STRIDE
-                kw = w - ow * STRIDE
-                inside = row_ok & (oh >= 0) & (oh < OH) & (kh < KERNEL) & (ow >= 0) & (ow < OW) & (kw < KERNEL)
-                ok = inside[:, None] & channel_ok[None, :]
-                offset = (((m // W // H * OH + oh) * OW + ow) * C)[:, None] + channel[None, :]
-                index = tl.load(index_ptr + window_base + offset, mask=ok, other=0).to(tl.int32)
-                dout = tl.load(dout_ptr + window_base + offset, mask=ok, other=0.0).to(tl.float32)
-                grad += tl.where(index == (kh * KERNEL + kw)[:, None], dout, 0.0)
-        ok = row_ok[:, None] & channel_ok[None, :]
-        offset = (row * C)[:, None] + channel[None, :]
-        base = first.to(tl.int64) * C
-        y = tl.load(y_ptr + base + offset, mask=ok, other=0.0).to(tl.float32)
-        z = bn(y, coef_ptr, channel, channel_ok, C)
-        if GELU:
-            dz = gelu_backward(grad, z).to(dz_ptr.dtype.element_ty)
-        else:
-            a = relu(z).to(y_ptr.dtype.element_ty).to(tl.float32)
-            dz = relu_backward(grad, a).to(dz_ptr.dtype.element_ty)
-        tl.store(dz_ptr + base + offset, dz, mask=ok)
-        sum_dz += dz.to(tl.float32)
-        sum_dz_y += dz.to(tl.float32) * (y - mean)
-    BITS: tl.constexpr = dz_ptr.dtype.element_ty.primitive_bitwidth
+        image = first // SQUARES
+        pixels = image.to(tl.int64) * H * W * C
+        windows = image.to(tl.int64) * OH * OW * C
+        square = first - image * SQUARES + row
+        square_ok = row < M - first
+        image = square // SQUARES
+        down = square // ACROSS % (SQUARES // ACROSS)
+        across = square % ACROSS
+        # All loads come before the first store, which none may pass.
+        ys = ()  # type: tuple
+        oks = ()  # type: tuple
+        offsets = ()  # type: tuple
+        for i in tl.static_range(STRIDE):
+            for j in tl.static_range(STRIDE):
+                h = down * STRIDE + (i - TOP)
+                w = across * STRIDE + (j - LEFT)
+                inside = square_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                oks = oks + (inside[:, None] & channel_ok[None, :],)
+                offsets = offsets + ((((image * H + h) * W + w) * C)[:, None] + channel[None, :],)
+                ys = ys + (tl.load(y_ptr + pixels + offsets[i * STRIDE + j], mask=oks[i * STRIDE + j], other=0.0),)
+        dzs = ()  # type: tuple
+        for i in tl.static_range(STRIDE):
+            for j in tl.static_range(STRIDE):
+                grad = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+                for back_h in tl.static_range(SPAN):
+                    for back_w in tl.static_range(SPAN):
+                        if i + back_h * STRIDE < KERNEL and j + back_w * STRIDE < KERNEL:
+                            oh = down - back_h
+                            ow = across - back_w
+                            inside = square_ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+                            ok = inside[:, None] & channel_ok[None, :]
+                            offset = (((image * OH + oh) * OW + ow) * C)[:, None] + channel[None, :]
+                            index = tl.load(index_ptr + windows + offset, mask=ok, other=0).to(tl.int32)
+                            dout = tl.load(dout_ptr + windows + offset, mask=ok, other=0.0).to(tl.float32)
+                            tap = (i + back_h * STRIDE) * KERNEL + j + back_w * STRIDE
+                            grad += tl.where(index == tap, dout, 0.0)
+                y = ys[i * STRIDE + j].to(tl.float32)
+                z = bn(y, coef_ptr, channel, channel_ok, C)
+                if GELU:
+                    dz = gelu_backward(grad, z).to(dz_ptr.dtype.element_ty)
+                else:
+                    a = relu(z).to(y_ptr.dtype.element_ty).to(tl.float32)
+                    dz = relu_backward(grad, a).to(dz_ptr.dtype.element_ty)
+                dzs = dzs + (dz,)
+                sum_dz += dz.to(tl.float32)
+                sum_dz_y += dz.to(tl.float32) * (y - mean)
+        for i in tl.static_range(STRIDE * STRIDE):
+            tl.store(dz_ptr + pixels + offsets[i], dzs[i], mask=oks[i])
+    BITS: tl.constexpr = 128 * 32 * WARPS // (BLOCK_M * BLOCK_C)  # as a thread has fewer channels than 16 bytes
     of_dz = sum_pixels(tl.trans(sum_dz), BITS, WARPS)
     of_dz_y = sum_pixels(tl.trans(sum_dz_y), BITS, WARPS)
     store_sums(of_dz, of_dz_y, coef_ptr, sums_ptr, part, channel, channel_ok, C)
@@ -223,8 +244,8 @@ def bn_relu_max_pool_backward(
         dz [N, H, W, C] in y's dtype, and [T, 2, C] fp32: sums of dz and dz * xhat.
     """
     n, height, width, channels = y.shape
-    rows = n * height * width
-    split = reduction(rows, channels, POOL_ELEMENTS)
+    squares = n * cdiv(height + pad[0], stride) * cdiv(width + pad[1], stride)
+    split = reduction(squares, channels, SQUARE_ELEMENTS)
     dz = buffers.empty(y, *y.shape)
     sums = buffers.empty(coef, split.grid[0], 2, channels)
     launch(
@@ -236,7 +257,7 @@ def bn_relu_max_pool_backward(
         coef,
         dz,
         sums,
-        rows,
+        squares,
         split.tiles,
         height,
         width,

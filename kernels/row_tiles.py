@@ -1,15 +1,15 @@
 """Tiles of the kernels that stream over a matrix of rows (pixels) and channels: elementwise passes and row sums.
 
 Both are bound by memory. A tile is 4096 elements, 16 a thread of 8 warps, so that a thread has two 16-byte loads of
-each 16-bit tensor in flight, or half of it for a pool, which has them from several pixels. Its rows are 256 bytes of
-16-bit channels where there are as many.
+each 16-bit tensor in flight; half of it for a pool, which has them from several pixels, and a quarter for its backward,
+whose elements are squares of pixels. Its rows are 256 bytes of 16-bit channels where there are as many.
 """
 
 from typing import NamedTuple
 
 from fastres.kernels.geometry import cdiv, power_of_2
 
-ELEMENTS, POOL_ELEMENTS, CHANNELS, WARPS = 4096, 2048, 128, 8
+ELEMENTS, POOL_ELEMENTS, SQUARE_ELEMENTS, CHANNELS, WARPS = 4096, 2048, 1024, 128, 8
 # Programs of a reduction that still fill a large GPU: 132 multiprocessors, 8 each.
 _PROGRAMS = 1056
 _MOST_TILES = 16

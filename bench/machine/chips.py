@@ -65,7 +65,18 @@ CHIPS = {
 }
 PROGRAM_SHARED = 1024  # bytes of shared memory that a program costs beside its own [CC], from sm_80 on
 LAUNCH = 2e-6  # s between two kernels of a stream or a CUDA graph [A]
-SMALL = 5e-6  # s of a kernel that merges a few rows: dependent trips to the L2 [A]
+# Kernels that read little, and what the launch before them left in the L2 [H]: s of one that merges a few rows, of its
+# further rows the share of the L2's rate that its programs have; s of a sum of parts, and of each step of its loop; the
+# share of the whole L2's rate that sums of parts have.
+SMALL, ROWS_SHARE, SUM, SUM_STEP, PARTS_SHARE = 3.2e-6, 0.5, 1.5e-6, 0.57e-6, 0.36
+# Kernels of few programs that go through many pixels, which take so much longer than the model says [H]; nearly all of
+# what they read comes from the memory, whose pages and turns the model does not have.
+LONGER = {
+    "conv_grads_kernel": 1.22,
+    "conv_resident_kernel": 1.12,
+    "conv_stem_kernel": 1.27,
+    "conv_stem_wgrad_kernel": 1.24,
+}
 
 
 def variants(chip: Chip) -> dict[str, Chip]:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bench.launches import Launch, Specialisation
-from bench.machine.chips import LAUNCH, SMALL, Chip
+from bench.machine.chips import LAUNCH, LONGER, PARTS_SHARE, ROWS_SHARE, SMALL, SUM, SUM_STEP, Chip
 from bench.machine.peers import ENDS, Convolution
 from bench.machine.predict import Prediction, launch_seconds
 from bench.machine.program import Program, compiled
-from bench.machine.work import BOTH, MERGING, STEM, STEM_WGRAD, STREAMING, Work, work_of
+from bench.machine.work import BOTH, MERGING, PARTS, STEM, STEM_WGRAD, STREAMING, Work, trips_of, work_of
 from bench.workloads import IMAGE
 
 
@@ -77,26 +77,45 @@ def timed(step: list[Launch], programs: Compiler, chip: Chip) -> list[Timed]:
 
 
 def _prediction(launch: Launch, program: Program, work: Work, chip: Chip) -> Prediction:
-    if launch.specialisation.kernel in MERGING:
-        seconds = merging_seconds(launch, chip)
+    kernel = launch.specialisation.kernel
+    if kernel in MERGING or kernel == PARTS:
+        seconds = merging_seconds(launch, chip) if kernel in MERGING else summing_seconds(launch, chip)
         return Prediction(seconds + LAUNCH, seconds * chip.clock, 1, {}, 0.0)
-    if launch.specialisation.kernel in STREAMING:
+    if kernel in STREAMING:
         seconds = work.bytes / chip.bandwidth + LAUNCH
         return Prediction(seconds, seconds * chip.clock, 1, {"memory": 1.0}, 1.0)
-    return launch_seconds(program, work, chip)
+    return longer(launch_seconds(program, work, chip), LONGER.get(kernel, 1.0))
+
+
+def longer(one: Prediction, times: float) -> Prediction:
+    """A prediction whose kernel, without the gap to the next one, takes so many times as long."""
+    seconds = (one.seconds - LAUNCH) * times + LAUNCH
+    busy = {name: share / times for name, share in one.busy.items()}
+    return one._replace(seconds=seconds, cycles=one.cycles * times, busy=busy, share=one.share * one.seconds / seconds)
 
 
 def merging_seconds(launch: Launch, chip: Chip) -> float:
     """Dependent trips, and the rows of partial results at the rate of the L2 that the programs which read them have;
-    what another layer's weight gradient has in the launch is read by other programs at the same time."""
+    what another layer's weight gradient has in the launch is read by other programs at the same time. All come from the
+    L2, where the launches before left them."""
     sizes = {name: size for name, (_, size) in launch.tensors.items()}
     others = sum(sizes.pop(name, 0) for name in ("parts_ptr", "dw_ptr"))
     constants = launch.specialisation.constants
     programs = launch.programs
     if "parts_ptr" in launch.tensors:
         programs = math.ceil(constants["C"] / constants["BLOCK_C"])
-    rate = min(min(programs, chip.sms) * chip.l2 * chip.clock, chip.bandwidth)
-    return SMALL + max(sum(sizes.values()) / rate, (sum(sizes.values()) + others) / chip.bandwidth)
+    rate = min(programs, chip.sms) * ROWS_SHARE * chip.l2 * chip.clock
+    return SMALL + max(sum(sizes.values()) / rate, (sum(sizes.values()) + others) / _parts_rate(chip))
+
+
+def summing_seconds(launch: Launch, chip: Chip) -> float:
+    """A sum of parts: dependent steps, or the parts at the L2's rate."""
+    sizes = sum(size for _, size in launch.tensors.values())
+    return SUM + max(trips_of(launch) * SUM_STEP, sizes / _parts_rate(chip))
+
+
+def _parts_rate(chip: Chip) -> float:
+    return PARTS_SHARE * chip.l2 * chip.sms * chip.clock
 
 
 def is_convolution(one: Timed) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from bench.machine.assembly import Instruction
-from bench.machine.pipes import TENSOR
+from bench.machine.pipes import GLOBAL, TENSOR, moved
 
 
 class Loop(NamedTuple):
@@ -37,6 +37,19 @@ def copies(code: Sequence[Instruction], trips: int) -> float:
     loop = main_loop(code)
     a_trip = sum(one.name == "LDGSTS" and not one.never for one in body(code, loop)) if loop else 0
     return trips * a_trip or math.inf
+
+
+def issued_bytes(code: Sequence[Instruction], trips: int, names: Set[str] = frozenset(GLOBAL)) -> int:
+    """Bytes that a warp loads from and stores to global memory, by its instructions of these names."""
+    first, last = main_loop(code) or (0, -1)
+    ahead = copies(code, 1) < math.inf  # copies in front of the loop are some of its trips'
+
+    def times(index: int, one: Instruction) -> int:
+        if first <= index <= last:
+            return trips
+        return 0 if ahead and index < first and one.name == "LDGSTS" else 1
+
+    return sum(moved(one) * times(index, one) for index, one in enumerate(code) if one.name in names)
 
 
 def jumps(code: Sequence[Instruction]) -> list[int | None]:

@@ -4,10 +4,10 @@ Each of the four quarters issues an instruction a clock, of the warp that issued
 warp may when the stall count of its last instruction has passed, the scoreboards that the instruction waits for are
 free, and its pipe takes it. Loads and stores queue for the shared memory's port and for this multiprocessor's share of
 the L2 and of the memory, a wgmma for the tensor cores and for the port once the four warps of its group have issued it.
-What is not there: caches of instructions and constants, the L1 (Triton's cp.async goes round it), rows
-of the memory that are opened. Forward branches with a predicate are not taken unless only they lead to the main loop,
-which runs ``trips`` times; any other loop runs once. Asynchronous copies run some trips ahead of the products; behind
-what the last trip needs they copy nothing, and fill with zeros.
+What is not there: caches of instructions and constants, rows of the memory that are opened; the L1 (Triton's cp.async
+goes round it) but for windows, of whose loads it serves a given share. Forward branches with a predicate are not taken
+unless only they lead to the main loop, which runs ``trips`` times; any other loop runs once. Asynchronous copies run
+some trips ahead of the products; behind what the last trip needs they copy nothing, and fill with zeros.
 """
 
 from __future__ import annotations
@@ -140,15 +140,17 @@ class Multiprocessor:
         trips: of the main loop.
         far: share of the bytes between L2 and multiprocessor that come from the memory.
         memory: bytes a clock of the memory's, this multiprocessor's share.
+        again: share of the loads that the L1 serves, since the program has loaded the same before.
     """
 
     def __init__(self, code: Sequence[Instruction], warps: int, resident: int, programs: int, trips: int, far: float,
-                 memory: float, chip: Chip):  # fmt: skip
+                 memory: float, chip: Chip, again: float = 0.0):  # fmt: skip
         self._code = [_decode(*each, chip) for each in zip(code, jumps(code), port_cycles(code))]
         self._loop = main_loop(code)
         self._warps, self._resident, self._programs, self._trips = warps, resident, programs, trips
         self._copies = copies(code, trips)
         self._far, self._memory, self._chip = far, memory, chip
+        self._again, self._due = again, 0.0
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._shared_free = self._l2_free = self._memory_free = self._tensor_free = 0.0
         self._mma_free = [0.0] * QUARTERS
@@ -278,6 +280,8 @@ class Multiprocessor:
                 warp.copied += asynchronous
                 if asynchronous and warp.copied > self._copies:
                     written = read
+                elif name == "LDG" and self._served():
+                    written = self._through_port(read, step.bytes) + chip.shared_latency
                 else:
                     written = self._from_memory(read, step.bytes, name in ("STG", "STL"))
                 if asynchronous:
@@ -310,6 +314,13 @@ class Multiprocessor:
         self._shared_free = max(self._shared_free, at) + cycles
         self._busy["shared memory"] += cycles
         return self._shared_free
+
+    def _served(self) -> bool:
+        """Whether the L1 has what is loaded now: as often as its share says, the first loads not."""
+        self._due += self._again
+        served = self._due >= 1
+        self._due -= served
+        return served
 
     def _from_memory(self, at: float, count: int, store: bool) -> float:
         chip = self._chip

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.machine import assembly, banks, loops, multiprocessor, pipes
-from bench.machine.assembly import Instruction
 from bench.machine.chips import LAUNCH, Chip
-from bench.machine.loops import copies, main_loop
+from bench.machine.loops import issued_bytes
 from bench.machine.multiprocessor import Multiprocessor, Run
 from bench.machine.occupancy import residents
-from bench.machine.pipes import GLOBAL, moved, unmodelled
+from bench.machine.pipes import GLOBAL, unmodelled
 from bench.machine.program import Program, cached
 from bench.machine.work import Work
 from fastres.atomic import atomic_write
@@ -77,11 +76,11 @@ def steady_share(program: Program, work: Work, chip: Chip) -> Prediction:
 
 def _extrapolated(program: Program, work: Work, chip: Chip, resident: int, count: int, active: int,
                   total: Callable[[Run], float]) -> tuple[float, dict[str, float]]:  # fmt: skip
-    far = min(1.0, work.bytes / work.programs / max(issued_bytes(program, work.trips), 1))
+    far = min(1.0, work.bytes / work.programs / max(beyond_l1(program, work), 1.0))
     memory = chip.bandwidth / chip.clock / active
 
     def at(trips: int) -> Run:
-        return _simulated(program, resident, count, trips, far, memory, chip)
+        return _simulated(program, resident, count, trips, far, memory, chip, work.again)
 
     run = at(min(work.trips, SHORT))
     cycles = total(run)
@@ -92,34 +91,26 @@ def _extrapolated(program: Program, work: Work, chip: Chip, resident: int, count
     return cycles, {name: value / run.ends[-1] for name, value in run.busy.items()}
 
 
-def issued_bytes(program: Program, trips: int) -> int:
-    """Bytes that a program loads from and stores to global memory, by its instructions."""
-    first, last = main_loop(program.code) or (0, -1)
-    ahead = copies(program.code, 1) < math.inf  # copies in front of the loop are some of its trips'
-
-    def times(index: int, one: Instruction) -> int:
-        if first <= index <= last:
-            return trips
-        return 0 if ahead and index < first and one.name == "LDGSTS" else 1
-
-    return program.warps * sum(
-        moved(one) * times(index, one) for index, one in enumerate(program.code) if one.name in GLOBAL
-    )
+def beyond_l1(program: Program, work: Work) -> float:
+    """Bytes that a program loads from and stores to the L2 and the memory, by its instructions."""
+    issued, loaded = (issued_bytes(program.code, work.trips, names) for names in (GLOBAL, {"LDG"}))
+    return program.warps * (issued - work.again * loaded)
 
 
-def _simulated(program: Program, resident: int, count: int, trips: int, far: float, memory: float, chip: Chip) -> Run:
+def _simulated(program: Program, resident: int, count: int, trips: int, far: float, memory: float, chip: Chip,
+               again: float) -> Run:  # fmt: skip
     """Run the model, or read what an earlier run found; the cache, ``machine/`` beside the timed choices, knows its
     source.
     """
     if reason := unmodelled(program.code):
         raise ValueError(reason)
-    key = repr((program, resident, count, trips, round(far, 4), round(memory, 4), chip, _source()))
+    key = repr((program, resident, count, trips, round(far, 4), round(memory, 4), chip, round(again, 4), _source()))
     path = cached("run", key)
     try:
         return Run(*json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         pass
-    run = Multiprocessor(program.code, program.warps, resident, count, trips, far, memory, chip).run()
+    run = Multiprocessor(program.code, program.warps, resident, count, trips, far, memory, chip, again).run()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(json.dumps(run).encode())

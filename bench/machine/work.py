@@ -6,16 +6,20 @@ import math
 from typing import NamedTuple
 
 from bench.launches import Launch, Specialisation
-from bench.machine.loops import body, main_loop
+from bench.machine.loops import body, issued_bytes, main_loop
 from bench.machine.pipes import WARPGROUP, moved, operations
 from bench.machine.program import Program
 from bench.workloads import IMAGE
 
-# Kernels that merge a few rows of sums: `bench.machine.chips.SMALL` each.
+# Kernels that merge a few rows of sums.
 MERGING = {"finalize_kernel", "merge_kernel", "bn_backward_coef_kernel", "partial_sums_kernel", "running_coef_kernel"}
+# Sums of parts of weight gradients.
+PARTS = "sum_parts_kernel"
 # Elementwise passes: at the memory's rate, as the peers' are.
 STREAMING = {"bn_add_relu_kernel", "bn_add_relu_backward_kernel", "bn_backward_apply_kernel", "moments_kernel",
              "spread_kernel", "gather_kernel"}  # fmt: skip
+# Those whose windows overlap, by plain loads, which go through the L1.
+WINDOWS = {"bn_relu_max_pool_kernel", "bn_relu_max_pool_backward_kernel"}
 # Of the first layer.
 STEM, STEM_WGRAD = "conv_stem_kernel", "conv_stem_wgrad_kernel"
 # Those that go through a number of steps.
@@ -31,15 +35,18 @@ class Work(NamedTuple):
     trips: int  # of the machine code's main loop
     bytes: int  # each tensor once; of a pointwise convolution with a stride the pixels that it reads
     operations: int  # of a convolution
+    again: float = 0.0  # share of what its programs load that they have loaded before
 
 
 def work_of(launch: Launch, program: Program) -> Work:
     """What a launch of one of the project's kernels does."""
-    trips = math.ceil(_trips(launch) / unrolled(program, launch.specialisation))
-    return Work(launch.programs, trips, _bytes(launch), _operations(launch))
+    trips = math.ceil(trips_of(launch) / unrolled(program, launch.specialisation))
+    again = _again(launch, program, trips) if launch.specialisation.kernel in WINDOWS else 0.0
+    return Work(launch.programs, trips, _bytes(launch), _operations(launch), again)
 
 
-def _trips(launch: Launch) -> int:
+def trips_of(launch: Launch) -> int:
+    """Steps of the kernel's loop, as its source has it."""
     integers, constants = launch.integers, launch.specialisation.constants
     if launch.specialisation.kernel in STEPPING:
         return integers["steps"]
@@ -49,8 +56,8 @@ def _trips(launch: Launch) -> int:
         case "conv_dgrad_kernel":  # a program's taps are those of its pixels' remainder modulo the stride: the mean
             taps = constants["KH"] * constants["KW"] / constants["STRIDE"] ** 2
             return max(1, round(integers["c_blocks"] * taps))
-        case "sum_parts_kernel":
-            return math.ceil(integers["parts"] / constants["PARTS"])
+    if launch.specialisation.kernel == PARTS:
+        return math.ceil(integers["parts"] / constants["PARTS"])
     return integers.get("tiles", 1)
 
 
@@ -65,6 +72,13 @@ def _bytes(launch: Launch) -> int:
     in_place = [launch.tensors.get(name) for name in ("dout_ptr", "dz_ptr")]
     again = in_place[0][1] if in_place[0] is not None and in_place[0] == in_place[1] else 0
     return sum(sizes.values()) + again
+
+
+def _again(launch: Launch, program: Program, trips: int) -> float:
+    loaded, stored = (
+        launch.programs * program.warps * issued_bytes(program.code, trips, {name}) for name in ("LDG", "STG")
+    )
+    return max(0.0, 1 - max(0, _bytes(launch) - stored) / loaded)
 
 
 def _operations(launch: Launch) -> int:
@@ -97,7 +111,7 @@ def unrolled(program: Program, one: Specialisation) -> int:
         per_warp = {"HGMMA": warps / WARPGROUP, "HMMA": warps}
         done = sum(operations(each) * per_warp.get(each.name, 0) for each in inside)
         return max(1, round(done / (2 * products * math.prod(tile))))
-    if "PARTS" in constants:
+    if one.kernel == PARTS:
         loaded = sum(moved(each) for each in inside if each.name == "LDG") * warps
         return max(1, round(loaded / (4 * constants["PARTS"] * constants["BLOCK"])))
     return 1

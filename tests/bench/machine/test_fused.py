@@ -4,8 +4,8 @@ import pytest
 
 from bench.launches import Launch, Specialisation
 from bench.machine import fused
-from bench.machine.chips import CHIPS, SMALL
-from bench.machine.fused import Timed, gradients, merging_seconds, with_library
+from bench.machine.chips import CHIPS, LAUNCH, PARTS_SHARE, ROWS_SHARE, SMALL, SUM, SUM_STEP
+from bench.machine.fused import Timed, gradients, longer, merging_seconds, summing_seconds, with_library
 from bench.machine.predict import Prediction
 from bench.machine.work import Work
 
@@ -60,14 +60,29 @@ def test_each_convolution_takes_its_quickest_candidate(monkeypatch, library, way
 
 
 def test_small_launches_take_their_rows_at_the_rate_of_the_programs_that_read_them():
-    """Another layer's weight gradient is added up beside them, at the memory's rate."""
-    rate = H100.l2 * H100.clock
+    """Another layer's weight gradient is added up beside them, at a rate of its own."""
+    rate, whole = ROWS_SHARE * H100.l2 * H100.clock, PARTS_SHARE * 132 * H100.l2 * H100.clock
     rows = {"sums_ptr": (0, 10**6), "coef_ptr": (1, 10**3)}
     alone = launch("bn_backward_coef_kernel", rows, programs=4, C=64, BLOCK_C=16)
     assert merging_seconds(alone, H100) == pytest.approx(SMALL + 1.001e6 / (4 * rate))
     many = launch("merge_kernel", rows, programs=1000)
-    assert merging_seconds(many, H100) == pytest.approx(SMALL + 1.001e6 / min(132 * rate, H100.bandwidth))
+    assert merging_seconds(many, H100) == pytest.approx(SMALL + 1.001e6 / min(132 * rate, whole))
     for size in (10**5, 10**9):
         joined = launch("bn_backward_coef_kernel", {**rows, "parts_ptr": (2, size)}, programs=700, C=64, BLOCK_C=16)
-        expected = SMALL + max(1.001e6 / (4 * rate), (1.001e6 + size) / H100.bandwidth)
+        expected = SMALL + max(1.001e6 / (4 * rate), (1.001e6 + size) / whole)
         assert merging_seconds(joined, H100) == pytest.approx(expected)
+
+
+def test_a_sum_of_parts_takes_its_steps_or_its_bytes():
+    rate = PARTS_SHARE * 132 * H100.l2 * H100.clock
+    for parts, size, expected in ((40, 10**3, 3 * SUM_STEP), (8, 10**8, 1.01e8 / rate)):
+        one = launch("sum_parts_kernel", {"parts_ptr": (0, size), "out_ptr": (1, size // 100)}, PARTS=16)
+        one.integers["parts"] = parts
+        assert summing_seconds(one, H100) == pytest.approx(SUM + expected)
+
+
+def test_a_kernel_that_takes_longer_keeps_its_gap_and_its_work():
+    one = longer(Prediction(10e-6 + LAUNCH, 1000, 2, {"memory": 0.9}, 0.6), 1.25)
+    assert one.seconds == pytest.approx(12.5e-6 + LAUNCH) and one.cycles == 1250 and one.resident == 2
+    assert one.busy == {"memory": pytest.approx(0.72)}
+    assert one.share * one.seconds == pytest.approx(0.6 * (10e-6 + LAUNCH))

@@ -16,10 +16,10 @@ def looped(*body: Instruction) -> list[Instruction]:
     return [Instruction("NOP"), *body, Instruction("BRA", "`(.L_x_0)", "@P0", target=1), EXIT]
 
 
-def trip(code, warps=8, resident=1, far=0.0, chip=H100) -> float:
+def trip(code, warps=8, resident=1, far=0.0, chip=H100, again=0.0) -> float:
     """Cycles of one trip of all the programs that are resident."""
     ends = [
-        Multiprocessor(code, warps, resident, resident, trips, far, chip.memory, chip).run().ends[-1]
+        Multiprocessor(code, warps, resident, resident, trips, far, chip.memory, chip, again).run().ends[-1]
         for trips in (20, 60)
     ]
     return (ends[1] - ends[0]) / 40
@@ -78,6 +78,16 @@ def test_asynchronous_copies_hide_it():
 def test_bytes_of_the_memory_bound_a_copy():
     body = [Instruction("LDG.E.128", write=0), Instruction("STG.E.128", wait=1)]
     assert close(trip(looped(*body * 4), warps=8, resident=4, far=1.0), 4 * 8 * 8 * 512 / H100.memory)
+
+
+def test_the_l1_serves_its_share_of_the_loads():
+    """The rest is left to the L2; what the L1 serves goes through the shared memory's port, and is there sooner."""
+    load, use = Instruction("LDG.E.128", write=0), Instruction("NOP", wait=1)
+    together = looped(*[load] * 16, use)
+    assert close(trip(together, warps=32, again=0.5), 8 * 32 * 512 / H100.l2)
+    assert close(trip(together, warps=32, again=0.75), 12 * 32 * 512 / H100.shared_bytes)
+    far, near = (GLOBAL_ISSUE + latency for latency in (H100.l2_latency + 512 / H100.l2, H100.shared_latency + 4))
+    assert close(trip(looped(*[load, use] * 4), warps=1, again=0.75), far + 3 * near + 4 * 2 + BRANCH)
 
 
 def test_the_port_of_the_shared_memory_passes_128_bytes_a_clock():

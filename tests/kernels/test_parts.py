@@ -7,17 +7,33 @@ import torch
 from support_kernels import assert_as_good, assert_same_bits, guarded, randn, random_coef
 
 from fastres.kernels import batch_norm, parts
-from fastres.kernels.parts import joining, total
+from fastres.kernels.geometry import cdiv
+from fastres.kernels.parts import joining, sum_tile, total
 
 
 def coefficients(tiles=40, channels=12):
     return batch_norm.bn_backward_coef(randn(tiles, 2, channels, seed=1), random_coef(channels, seed=2), 99, True)
 
 
-@pytest.mark.parametrize("count, shape", [(2, (3, 1, 1, 5)), (16, (8, 3, 3, 8)), (37, (4, 3, 3, 20))], ids=str)
+SHAPES = [(2, (3, 1, 1, 5)), (16, (8, 3, 3, 8)), (37, (4, 3, 3, 20)), (150, (8, 3, 3, 3)), (300, (32, 3, 3, 3))]
+
+
+@pytest.mark.parametrize("count, shape", SHAPES, ids=str)
 def test_total(count, shape):
     given = randn(count, *shape, seed=0)
     assert_as_good(guarded(total, given), given.sum(0), given.double().sum(0))
+
+
+@pytest.mark.parametrize("warps", [4, 16])
+@pytest.mark.parametrize("count", [2, 16, 29, 391])
+@pytest.mark.parametrize("size", [27, 1728, 36864, 4718592])
+def test_tiles_fill_a_gpu_or_have_all_parts(count, size, warps):
+    """A tile is as many elements for each thread; a row of it is a sector at least."""
+    rows, columns = sum_tile(count, size, warps)
+    assert rows * columns == 16 * 32 * warps and columns >= 8
+    assert rows < 2 * count
+    assert cdiv(size, columns) >= 128 or rows >= count or columns == 8
+    assert rows <= 16 or cdiv(size, 2 * columns) < 128  # no taller than that takes
 
 
 def test_a_single_part_is_the_sum():

@@ -181,7 +181,7 @@ class _Memory:
             setattr(argument, kind, int(elements.sum()) * (argument.size // elements.size))
 
 
-WIDE = 2**16  # elements of a tile of a sum of parts that is interpreted
+WIDE = 2**20  # elements of a tile of a sum of parts that is interpreted: Triton takes no more
 
 
 def _in_wide_tiles(
@@ -191,13 +191,13 @@ def _in_wide_tiles(
 
     It touches the same addresses as often, in a hundredth of the interpreter's time.
     """
-    others = grid[0] - cdiv(bound["size"], bound["BLOCK"])
-    return (others + cdiv(bound["size"], WIDE),), {**kwargs, "BLOCK": WIDE}
+    others, wide = grid[0] - cdiv(bound["size"], bound["BLOCK"]), WIDE // bound["PARTS"]
+    return (others + cdiv(bound["size"], wide),), {**kwargs, "BLOCK": wide}
 
 
 def _in_wide_blocks(bound: dict[str, Any], kwargs: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Grid and options of `fastres.kernels.stem.spread_kernel` with blocks of more squares, likewise."""
-    squares = WIDE // 16
+    squares = 4096
     return (cdiv(bound["size"], squares),), {**kwargs, "BLOCK": squares}
 
 

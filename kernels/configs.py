@@ -100,6 +100,8 @@ class Product(NamedTuple):
 
 # By the model (`bench.machine`): wgmmas of 256 columns read a sixth less of the shared memory than those of 128.
 LARGE = Config(256, 128, 64, 8, 3, 255)
+# Where steps of 64 channels would be half empty: of 24 or 96 of them (`speed95`).
+SHALLOW = Config(256, 128, 32, 8, 4, 255)
 
 
 def conv_configs(product: Product) -> list[Config]:
@@ -112,6 +114,8 @@ def conv_configs(product: Product) -> list[Config]:
         sizes = [(128, 64), (128, 128), (64, 64)]
     elif product.taps == 1 and product.depth <= 64:
         sizes = [(128, 128), (128, 64), (64, 64)]
+    elif product.taps > 1 and _halves_steps(product):
+        return _ordered([SHALLOW, Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 8, 3, 168)], product)
     elif product.taps > 1 and product.depth <= 32:  # bound by the addresses; 128x128 would spill 16 bytes
         sizes = [(128, 64), (64, 64)]
     elif product.columns >= 256 and product.taps > 1:  # bound by the L2 and the shared memory: few large programs
@@ -122,9 +126,12 @@ def conv_configs(product: Product) -> list[Config]:
         sizes = [(128, 128), (256, 128), (128, 64), (64, 64)]
     else:
         sizes = [(128, 128), (128, 64), (64, 64)]
-    if product.columns.bit_count() > 1:  # 96, 192 or 384 channels: wide tiles would spill up to 104 bytes
-        sizes = [one for one in sizes if one[1] <= 64]
-    square = Config(128, 128, 64, 8, 3, 128 if product.loaded == 1 else 255)
+    uneven = product.columns.bit_count() > 1  # 96, 192 or 384 channels: others would spill up to 104 bytes
+    if uneven:
+        square_too = product.taps > 1 and product.columns % 64 == 0 and not product.made
+        sizes = [one for one in sizes if one[1] <= 64 or (one == (128, 128) and square_too)]
+    # Of 384 channels Triton 3.6 would spill with 128 registers.
+    square = Config(128, 128, 64, 8, 3, 255 if product.loaded == 2 or (uneven and product.columns > 256) else 128)
     of_size = {
         (256, 128): LARGE,
         (128, 256): Config(128, 256, 64, 16, 3, 128),
@@ -178,6 +185,8 @@ def _window_gradients(product: Product) -> list[Config]:
         if product.stores:  # Triton 3.6 would spill 8 bytes, in large tiles and with 128 registers
             found = [found[1], small._replace(most_registers=MORE_REGISTERS)]
         return [Config(128, 64, 64, 8, 3, 128), *found[-1:]] if product.columns <= 64 else found
+    if _halves_steps(product) and not product.sums:
+        return [SHALLOW, square, small]
     if product.least_registers:  # behind GELU
         return [square, Config(64, 128, 64, 4, 3, 168)] if product.columns > 64 else [small]
     if product.columns <= 64:
@@ -185,6 +194,11 @@ def _window_gradients(product: Product) -> list[Config]:
     if product.columns <= 128 or product.step > 1:
         return [square, LARGE, narrow, small]
     return [LARGE, square, narrow] if product.sums else [square, LARGE, narrow]
+
+
+def _halves_steps(product: Product) -> bool:
+    """Whether a step of 64 channels of a tap would be half empty, and tiles of 128 channels would not."""
+    return product.columns > 64 and 0 < product.depth % 64 <= 32
 
 
 # Programs that run side by side by the model (`bench.machine`), on architectures that multiply by mma.sync: three, two
@@ -252,6 +266,8 @@ def _ordered(configs: list[Config], product: Product) -> list[Config]:
     def fills(one: Config) -> bool:
         programs = cdiv(product.rows, one.block_m) * cdiv(product.columns, one.block_n)
         if one.block_m * one.block_n > 128 * 128:  # one runs at a time: the last ones are to leave few idle
+            if one.num_stages == SHALLOW.num_stages:  # that one alone: the others' steps are half empty
+                return programs >= 2 * PROGRAMS
             return programs >= FULL * cdiv(programs, PROGRAMS) * PROGRAMS
         return programs >= FULL * PROGRAMS
 

@@ -172,14 +172,15 @@ def test_a_long_stage_is_counted_by_its_first_blocks(monkeypatch):
         assert figures == pytest.approx(made[1][kind], rel=near[kind])
 
 
-def test_a_sum_of_parts_is_counted_in_wide_tiles_as_in_its_own(monkeypatch):
+@pytest.mark.parametrize("parts", [19, 300])
+def test_a_sum_of_parts_is_counted_in_wide_tiles_as_in_its_own(monkeypatch, parts):
     """Alone and in the launch of BatchNorm's coefficients."""
 
     def step(n):
         with joining():
-            total(torch.zeros(19, 700, 1, 1, 3))
+            total(torch.zeros(parts, 700, 1, 1, 3))
             batch_norm.bn_backward_coef(torch.zeros(40, 2, 12), torch.zeros(5, 12), 99, True)
-        total(torch.zeros(19, 700, 1, 1, 3))
+        total(torch.zeros(parts, 700, 1, 1, 3))
 
     def counts():
         count_triton._interpreted.clear()
@@ -189,7 +190,7 @@ def test_a_sum_of_parts_is_counted_in_wide_tiles_as_in_its_own(monkeypatch):
     wide = counts()
     monkeypatch.setattr(count_triton, "_in_wide_tiles", lambda grid, bound, kwargs: (grid, kwargs))
     assert wide == counts() and [kernel for kernel, *_ in wide] == ["bn_backward_coef_kernel", "sum_parts_kernel"]
-    assert all(loaded >= 19 * 2100 * 4 for _, loaded, *_ in wide)
+    assert all(loaded >= parts * 2100 * 4 for _, loaded, *_ in wide)
 
 
 def test_programs_that_keep_weights_are_counted_in_long_steps_as_in_their_own(monkeypatch):

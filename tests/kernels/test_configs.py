@@ -10,7 +10,9 @@ from fastres.kernels.configs import (
     OTHER,
     PROGRAMS,
     ROOMY,
+    SHALLOW,
     SQUARE,
+    Config,
     Product,
     conv_configs,
     dgrad_configs,
@@ -67,6 +69,26 @@ def test_amds_launches_have_no_limit_of_registers(monkeypatch):
     assert "maxnreg" not in config.launch and tables.limited(128) == {}
 
 
+@pytest.mark.parametrize("configs", [conv_configs, dgrad_configs])
+@pytest.mark.parametrize("depth, columns", [(24, 96), (24, 128), (96, 96), (96, 192)])
+def test_windows_whose_steps_would_be_half_empty_take_shallow_ones(configs, depth, columns):
+    """Unless a GPU has less than two rounds of such tiles; a tile of 64 channels reads too much to be worth it."""
+    many, few, narrow = (
+        configs(product(depth=depth, columns=columns, rows=rows, made=False))[0]
+        for rows, columns in ((10**6, columns), (130 * 256, columns), (10**6, 64))
+    )
+    assert many == SHALLOW and few != SHALLOW and narrow != SHALLOW
+    assert configs(product(depth=depth, columns=columns, arch=80, made=False))[0].block_m == 128
+
+
+def test_channels_that_are_no_power_of_2_take_square_tiles_that_do_not_spill():
+    """Of a pointwise convolution and with two tensors to load they would."""
+    window = product(depth=192, columns=192, made=False)
+    assert conv_configs(window)[0] == Config(128, 128, 64, 8, 3, 128)
+    assert conv_configs(window._replace(columns=384))[0].most_registers == 255
+    assert all(one.block_n <= 64 for one in conv_configs(window._replace(taps=1)))
+
+
 def test_a_small_batch_takes_smaller_tiles():
     assert conv_configs(product(rows=150 * 128))[0][:2] == (128, 128)  # and leaves no multiprocessor idle
     assert conv_configs(product(rows=10 * PROGRAMS))[0] == conv_configs(product())[-1]
@@ -105,20 +127,20 @@ def test_a_stored_operand_of_one_tensor_takes_shallow_steps_where_no_warp_groups
     assert deep[0][:3] == (128, 128, 64) and stored[0][2] == (64 if arch == 90 else 32) and stored[1:] == deep[1:]
 
 
-@pytest.mark.parametrize("columns, widest", [(96, 64), (192, 64), (384, 64), (128, 128), (256, 256), (2048, 256)])
+@pytest.mark.parametrize("columns, widest", [(96, 64), (192, 128), (384, 128), (128, 128), (256, 256), (2048, 256)])
 def test_wide_tiles_of_warp_groups_are_for_powers_of_two(columns, widest):
     """Others spilled: speed95's."""
     found = conv_configs(product(columns=columns, made=False))
     assert max(one.block_n for one in found) == widest
 
 
-@pytest.mark.parametrize("columns", [96, 128, 256])
-def test_windows_of_few_channels_take_narrow_tiles_on_warp_groups(columns):
+def test_windows_of_few_channels_take_narrow_tiles_on_warp_groups():
     """Of 24 channels to 96 in 128x128 they spilled; wider ones keep their tiles."""
-    few = conv_configs(product(columns=columns, depth=24, made=False))
+    few = conv_configs(product(columns=64, depth=24, made=False))
     assert few[0][:2] == (128, 64) and all(one.block_n == 64 for one in few)
-    deep = conv_configs(product(columns=columns, depth=64, made=False))
-    assert any(one.block_n >= 128 for one in deep) == (columns != 96)
+    for columns in (96, 128, 256):
+        deep = conv_configs(product(columns=columns, depth=64, made=False))
+        assert any(one.block_n >= 128 for one in deep) == (columns != 96)
 
 
 def test_parts_of_a_sum_fill_the_multiprocessors():

@@ -127,6 +127,19 @@ def bn_relu_max_pool(
     return out, index
 
 
+MOST_UNROLLED = tl.constexpr(3)  # stride of a pool whose squares are unrolled
+
+
+@triton.jit
+def place(i, j, turn, SIDE: tl.constexpr, STRIDE: tl.constexpr):
+    """Row and column in its square of the pixel (i, j) of what is unrolled: constants where that is the square, those
+    of the program's ``turn`` elsewhere."""
+    if SIDE == STRIDE:
+        return i, j
+    else:
+        return turn // STRIDE % STRIDE, turn % STRIDE
+
+
 @triton.jit(do_not_specialize=["M", "tiles"])
 def bn_relu_max_pool_backward_kernel(
     dout_ptr,
@@ -155,9 +168,10 @@ def bn_relu_max_pool_backward_kernel(
     `fastres.kernels.bn_add_relu`, of dz as it is stored. With GELU that sum times its derivative.
 
     A row of a tile is a square of STRIDE x STRIDE pixels, counted from the first window's corner: which tap of which
-    window a pixel of it is does not depend on the square. Each pixel gathers from the at most ceil(KERNEL/STRIDE)^2
-    windows that hold it, in the order of the taps: no atomics. Moves y and dz once, dout and index about once (windows
-    overlap in cache).
+    window a pixel of it is does not depend on the square. So taps are constants; of large strides, whose squares would
+    be much code, the pixels of all squares come one after the other, and taps are scalars. Each pixel gathers from the
+    at most ceil(KERNEL/STRIDE)^2 windows that hold it, in the order of the taps: no atomics. Moves y and dz once, dout
+    and index about once (windows overlap in cache).
 
     Args:
         dout_ptr, index_ptr: [N, OH, OW, C]. y_ptr, dz_ptr: [N, H, W, C]. coef_ptr: [5, C].
@@ -167,6 +181,8 @@ def bn_relu_max_pool_backward_kernel(
     SPAN: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     ACROSS: tl.constexpr = (W + LEFT + STRIDE - 1) // STRIDE  # squares of an image
     SQUARES: tl.constexpr = (H + TOP + STRIDE - 1) // STRIDE * ACROSS
+    SIDE: tl.constexpr = STRIDE if STRIDE <= MOST_UNROLLED else 1  # of what is unrolled of a square
+    PLACES: tl.constexpr = (STRIDE // SIDE) * (STRIDE // SIDE)
     part = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < C
@@ -174,9 +190,9 @@ def bn_relu_max_pool_backward_kernel(
     mean = tl.load(coef_ptr + MEAN * C + channel, mask=channel_ok, other=0.0)[None, :]
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_dz_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for tile in range(tiles):
+    for turn in range(tiles * PLACES):
         # Offsets inside a tile fit 32 bits, that of its first image may not.
-        first = (part * tiles + tile) * BLOCK_M
+        first = (part * tiles + turn // PLACES) * BLOCK_M
         image = first // SQUARES
         pixels = image.to(tl.int64) * H * W * C
         windows = image.to(tl.int64) * OH * OW * C
@@ -189,31 +205,36 @@ def bn_relu_max_pool_backward_kernel(
         ys = ()  # type: tuple
         oks = ()  # type: tuple
         offsets = ()  # type: tuple
-        for i in tl.static_range(STRIDE):
-            for j in tl.static_range(STRIDE):
-                h = down * STRIDE + (i - TOP)
-                w = across * STRIDE + (j - LEFT)
+        for i in tl.static_range(SIDE):
+            for j in tl.static_range(SIDE):
+                at_h, at_w = place(i, j, turn, SIDE, STRIDE)
+                h = down * STRIDE + (at_h - TOP)
+                w = across * STRIDE + (at_w - LEFT)
                 inside = square_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 oks = oks + (inside[:, None] & channel_ok[None, :],)
                 offsets = offsets + ((((image * H + h) * W + w) * C)[:, None] + channel[None, :],)
-                ys = ys + (tl.load(y_ptr + pixels + offsets[i * STRIDE + j], mask=oks[i * STRIDE + j], other=0.0),)
+                ys = ys + (tl.load(y_ptr + pixels + offsets[i * SIDE + j], mask=oks[i * SIDE + j], other=0.0),)
         dzs = ()  # type: tuple
-        for i in tl.static_range(STRIDE):
-            for j in tl.static_range(STRIDE):
+        for i in tl.static_range(SIDE):
+            for j in tl.static_range(SIDE):
+                at_h, at_w = place(i, j, turn, SIDE, STRIDE)
                 grad = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
                 for back_h in tl.static_range(SPAN):
                     for back_w in tl.static_range(SPAN):
                         if i + back_h * STRIDE < KERNEL and j + back_w * STRIDE < KERNEL:
+                            kh = at_h + back_h * STRIDE
+                            kw = at_w + back_w * STRIDE
                             oh = down - back_h
                             ow = across - back_w
                             inside = square_ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+                            if SIDE < STRIDE:
+                                inside = inside & (kh < KERNEL) & (kw < KERNEL)
                             ok = inside[:, None] & channel_ok[None, :]
                             offset = (((image * OH + oh) * OW + ow) * C)[:, None] + channel[None, :]
                             index = tl.load(index_ptr + windows + offset, mask=ok, other=0).to(tl.int32)
                             dout = tl.load(dout_ptr + windows + offset, mask=ok, other=0.0).to(tl.float32)
-                            tap = (i + back_h * STRIDE) * KERNEL + j + back_w * STRIDE
-                            grad += tl.where(index == tap, dout, 0.0)
-                y = ys[i * STRIDE + j].to(tl.float32)
+                            grad += tl.where(index == kh * KERNEL + kw, dout, 0.0)
+                y = ys[i * SIDE + j].to(tl.float32)
                 z = bn(y, coef_ptr, channel, channel_ok, C)
                 if GELU:
                     dz = gelu_backward(grad, z).to(dz_ptr.dtype.element_ty)
@@ -223,7 +244,7 @@ def bn_relu_max_pool_backward_kernel(
                 dzs = dzs + (dz,)
                 sum_dz += dz.to(tl.float32)
                 sum_dz_y += dz.to(tl.float32) * (y - mean)
-        for i in tl.static_range(STRIDE * STRIDE):
+        for i in tl.static_range(SIDE * SIDE):
             tl.store(dz_ptr + pixels + offsets[i], dzs[i], mask=oks[i])
     BITS: tl.constexpr = 128 * 32 * WARPS // (BLOCK_M * BLOCK_C)  # as a thread has fewer channels than 16 bytes
     of_dz = sum_pixels(tl.trans(sum_dz), BITS, WARPS)

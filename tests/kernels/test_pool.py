@@ -28,7 +28,7 @@ STEM = 3, 2, (1, 1, 1, 1)
 @st.composite
 def pools(draw):
     """Shape of an image, and kernel, stride and padding (symmetric, 'SAME', any) that leave at least one window."""
-    kernel, stride = draw(st.sampled_from([1, 2, 3, 5])), draw(st.integers(1, 3))
+    kernel, stride = draw(st.sampled_from([1, 2, 3, 5])), draw(st.integers(1, 5))
     pad = tuple(draw(st.integers(0, kernel - 1)) for _ in range(4))
     shape = draw(nhwc_shapes(max_pixels=120).filter(lambda s: min(output_hw(s[1:3], (kernel, kernel), 1, pad)) > 0))
     return shape, (kernel, stride, pad)
@@ -77,6 +77,19 @@ def test_bn_relu_max_pool_backward(drawn, dtype, seed):
         aten.bn_relu_max_pool_backward(*doubled(*arguments), *window),
     )
     assert_as_good(*((dz, sums.sum(0)) for dz, sums in results))
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 7])
+@pytest.mark.parametrize("kernel", [2, 7, 8])
+def test_a_pixel_of_a_strided_pool_gets_the_gradients_of_its_windows(kernel, stride):
+    """Squares of small strides are unrolled, of large ones not."""
+    y, window = randn(2, 19, 23, 3, seed=0), (kernel, stride, (1, 0, 1, 1))
+    arguments = identity(3), *window
+    out, index = aten.bn_relu_max_pool(y, *arguments)
+    dout = randn(*out.shape, seed=1)
+    dz, sums = guarded(pool.bn_relu_max_pool_backward, dout, index, y, *arguments)
+    exact, exact_sums = aten.bn_relu_max_pool_backward(*doubled(dout, index, y), *doubled(identity(3)), *window)
+    assert_as_good((dz, sums.sum(0)), (exact.float(), exact_sums.sum(0).float()), (exact, exact_sums.sum(0)))
 
 
 @pytest.mark.parametrize("channels", [5, 136])

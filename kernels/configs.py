@@ -110,12 +110,13 @@ def conv_configs(product: Product) -> list[Config]:
         return _ordered(_mma_convs(product) + _plain_configs(product), product)
     if product.flat:  # bound by its addresses: many small programs
         return _ordered([Config(64, 64, 64, 4, 3, 255), *_plain_configs(product)], product)
+    halves = product.taps > 1 and _halves_steps(product)
     if product.taps == 1 and product.loaded == 2:  # bound by memory: many small programs
         sizes = [(128, 64), (128, 128), (64, 64)]
     elif product.taps == 1 and product.depth <= 64:
         sizes = [(128, 128), (128, 64), (64, 64)]
-    elif product.taps > 1 and _halves_steps(product):
-        return _ordered([SHALLOW, Config(128, 64, 64, 8, 3, 128), Config(64, 64, 64, 8, 3, 168)], product)
+    elif halves:
+        sizes = [(256, 128), (128, 64), (64, 64)]
     elif product.taps > 1 and product.depth <= 32:  # bound by the addresses; 128x128 would spill 16 bytes
         sizes = [(128, 64), (64, 64)]
     elif product.columns >= 256 and product.taps > 1:  # bound by the L2 and the shared memory: few large programs
@@ -126,14 +127,16 @@ def conv_configs(product: Product) -> list[Config]:
         sizes = [(128, 128), (256, 128), (128, 64), (64, 64)]
     else:
         sizes = [(128, 128), (128, 64), (64, 64)]
-    uneven = product.columns.bit_count() > 1  # 96, 192 or 384 channels: others would spill up to 104 bytes
+    uneven = (
+        product.columns.bit_count() > 1 and not halves
+    )  # 96, 192 or 384 channels: others would spill up to 104 bytes
     if uneven:
         square_too = product.taps > 1 and product.columns % 64 == 0 and not product.made
         sizes = [one for one in sizes if one[1] <= 64 or (one == (128, 128) and square_too)]
     # Of 384 channels Triton 3.6 would spill with 128 registers.
     square = Config(128, 128, 64, 8, 3, 255 if product.loaded == 2 or (uneven and product.columns > 256) else 128)
     of_size = {
-        (256, 128): LARGE,
+        (256, 128): SHALLOW if halves else LARGE,
         (128, 256): Config(128, 256, 64, 16, 3, 128),
         (128, 128): square,
         (128, 64): Config(128, 64, 64, 8, 3, 128),

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels import buffers
+from fastres.kernels.configs import FULL, PROGRAMS
 from fastres.kernels.dependent import await_inputs
 from fastres.kernels.geometry import cdiv, power_of_2
 from fastres.kernels.launch import launch
 from fastres.kernels.tiles import sum_pixels
 
 USUAL = 16  # parts of a tile of weights that have programs enough
-PROGRAMS = 128  # as many as a GPU has multiprocessors, about
 SECTOR = 8  # elements of a tile at least: what the memory moves at once
 ELEMENTS = 16  # of a tile, for each thread
 WARPS = 4
@@ -31,7 +31,7 @@ def sum_tile(parts: int, size: int, warps: int = WARPS) -> tuple[int, int]:
     """Parts and elements of a tile of `sum_parts` for weights of ``size``: few parts make it wide, small ones tall."""
     tile, most = ELEMENTS * 32 * warps, power_of_2(parts, 2, 1 << 30)
     rows = min(most, USUAL)
-    while rows < most and tile // rows > SECTOR and cdiv(size, tile // rows) < PROGRAMS:
+    while rows < most and tile // rows > SECTOR and cdiv(size, tile // rows) < FULL * PROGRAMS:
         rows *= 2
     return rows, tile // rows
 

@@ -50,14 +50,14 @@ def trips_of(launch: Launch) -> int:
     integers, constants = launch.integers, launch.specialisation.constants
     if launch.specialisation.kernel in STEPPING:
         return integers["steps"]
+    if launch.specialisation.kernel == PARTS:
+        return math.ceil(integers["parts"] / constants["PARTS"])
     match launch.specialisation.kernel:
         case "conv_kernel":
             return integers["k_blocks"]
         case "conv_dgrad_kernel":  # a program's taps are those of its pixels' remainder modulo the stride: the mean
             taps = constants["KH"] * constants["KW"] / constants["STRIDE"] ** 2
             return max(1, round(integers["c_blocks"] * taps))
-    if launch.specialisation.kernel == PARTS:
-        return math.ceil(integers["parts"] / constants["PARTS"])
     return integers.get("tiles", 1)
 
 
